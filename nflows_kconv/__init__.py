@@ -1,0 +1,10 @@
+"""Invertible k x k convolutions for PyTorch's normalizing-flow libraries."""
+
+from importlib.metadata import version
+
+from nflows_kconv import functional
+from nflows_kconv.backends import backends
+from nflows_kconv.layer import InvertibleConv2d
+
+__all__ = ["InvertibleConv2d", "__version__", "backends", "functional"]
+__version__ = version("nflows-kconv")

@@ -1,0 +1,230 @@
+"""The torch operators: schemas, fake tensors, derivatives, vmap and autocast; implementations register under them.
+
+    conv(x, W)             y = A x                 or A^T x
+    solve(y, W)            x = A^-1 y              or A^-T y
+    weight_gradient(x, g)  d<g, A x> / dW          zero at the masked entries
+
+A is the convolution as a matrix. The derivative of each is made of the three, so that derivatives of any order, forward
+and reverse, need no further kernel. With g the gradient of the output (Inverse-Flow, Nagar, Varma 2025, arXiv 2410.14634):
+
+    y = A x       dL/dx = A^T g            dL/dW = weight_gradient(x, g)       dy = A dx + dA x
+    x = A^-1 y    dL/dy = A^-T g =: u      dL/dW = -weight_gradient(x, u)      dx = A^-1 (dy - dA x)
+
+The transposed operators exchange the arguments of weight_gradient. Corners are integers here, see `geometry`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
+
+from nflows_kconv import native, reference
+
+_library = torch.library.Library("nflows_kconv", "DEF")
+_library.define("conv(Tensor input, Tensor weight, int[] corners, bool transpose) -> Tensor")
+_library.define("solve(Tensor input, Tensor weight, int[] corners, bool transpose) -> Tensor")
+_library.define("weight_gradient(Tensor input, Tensor grad, int[] corners, int[] kernel_size) -> Tensor")
+
+conv = torch.ops.nflows_kconv.conv.default
+solve = torch.ops.nflows_kconv.solve.default
+weight_gradient = torch.ops.nflows_kconv.weight_gradient.default
+OPERATORS = (conv, solve, weight_gradient)
+
+
+def _same_as_input(input: Tensor, weight: Tensor, corners: list[int], transpose: bool) -> Tensor:
+    return torch.empty_like(input)
+
+
+def _weight_like(input: Tensor, grad: Tensor, corners: list[int], kernel_size: list[int]) -> Tensor:
+    channels = input.shape[1]
+    return input.new_empty(channels, channels // len(corners), *kernel_size)
+
+
+class _Conv(_SingleLevelFunction):
+    @staticmethod
+    def forward(input: Tensor, weight: Tensor, corners: list[int], transpose: bool) -> Tensor:
+        return _recorded(conv, input, weight, corners, transpose)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        input, weight, ctx.corners, ctx.transpose = inputs
+        ctx.save_for_backward(input, weight)
+        ctx.save_for_forward(input, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight = ctx.saved_tensors
+        d_input = d_weight = None
+        if ctx.needs_input_grad[0]:
+            d_input = conv(grad, weight, ctx.corners, not ctx.transpose)
+        if ctx.needs_input_grad[1]:
+            d_weight = _weight_gradient(input, grad, weight, ctx)
+        return d_input, d_weight, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, d_input: Tensor | None, d_weight: Tensor | None, *_: None) -> Tensor:
+        input, weight = ctx.saved_tensors
+        return _sum(
+            None if d_input is None else conv(d_input, weight, ctx.corners, ctx.transpose),
+            None if d_weight is None else conv(input, d_weight, ctx.corners, ctx.transpose),
+        )
+
+
+class _Solve(_SingleLevelFunction):
+    @staticmethod
+    def forward(input: Tensor, weight: Tensor, corners: list[int], transpose: bool) -> Tensor:
+        return _recorded(solve, input, weight, corners, transpose)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, weight, ctx.corners, ctx.transpose = inputs
+        ctx.save_for_backward(output, weight)
+        ctx.save_for_forward(output, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        output, weight = ctx.saved_tensors
+        d_input = solve(grad, weight, ctx.corners, not ctx.transpose)
+        d_weight = -_weight_gradient(output, d_input, weight, ctx) if ctx.needs_input_grad[1] else None
+        return d_input, d_weight, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, d_input: Tensor | None, d_weight: Tensor | None, *_: None) -> Tensor:
+        output, weight = ctx.saved_tensors
+        rhs = _sum(d_input, None if d_weight is None else -conv(output, d_weight, ctx.corners, ctx.transpose))
+        return solve(rhs, weight, ctx.corners, ctx.transpose)
+
+
+class _WeightGradient(_SingleLevelFunction):
+    @staticmethod
+    def forward(input: Tensor, grad: Tensor, corners: list[int], kernel_size: list[int]) -> Tensor:
+        return _recorded(weight_gradient, input, grad, corners, kernel_size)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        input, grad, ctx.corners, ctx.kernel_size = inputs
+        ctx.save_for_backward(input, grad)
+        ctx.save_for_forward(input, grad)
+
+    @staticmethod
+    def backward(ctx: Any, weight: Tensor) -> tuple[Tensor | None, ...]:
+        input, grad = ctx.saved_tensors
+        d_input = conv(grad, weight, ctx.corners, True) if ctx.needs_input_grad[0] else None
+        d_grad = conv(input, weight, ctx.corners, False) if ctx.needs_input_grad[1] else None
+        return d_input, d_grad, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, d_input: Tensor | None, d_grad: Tensor | None, *_: None) -> Tensor:
+        input, grad = ctx.saved_tensors
+        return _sum(
+            None if d_input is None else weight_gradient(d_input, grad, ctx.corners, ctx.kernel_size),
+            None if d_grad is None else weight_gradient(input, d_grad, ctx.corners, ctx.kernel_size),
+        )
+
+
+def _weight_gradient(input: Tensor, grad: Tensor, weight: Tensor, ctx: Any) -> Tensor:
+    if ctx.transpose:
+        input, grad = grad, input
+    return weight_gradient(input, grad, ctx.corners, weight.shape[-2:])
+
+
+def _sum(*terms: Tensor | None) -> Tensor:
+    present = [term for term in terms if term is not None]
+    return present[0] if len(present) == 1 else present[0] + present[1]
+
+
+def _below_autograd(operator: Callable[..., Tensor], *args: Any) -> Tensor:
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*args)
+
+
+def _recorded(operator: Callable[..., Tensor], *args: Any) -> Tensor:
+    # A function's forward runs with both modes of differentiation off, which would hide this call from the outer levels
+    # of nested torch.func transforms.
+    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+        return _below_autograd(operator, *args)
+
+
+def _differentiable(
+    operator: Callable[..., Tensor], function: type[_SingleLevelFunction]
+) -> Callable[..., Tensor]:
+    """The kernel of the Autograd key.
+
+    `torch.library.register_autograd` would do but for forward mode, whose tangents it drops without a word, and torch.func.
+    """
+
+    def kernel(*args: Any) -> Tensor:
+        recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in args[:2])
+        if not recorded and forward_ad._current_level < 0:
+            return _below_autograd(operator, *args)
+        with enable_single_level_autograd_function():
+            output = function.apply(*args)
+        # `_Solve` saves its output; the copy is what a next layer may overwrite, as normflows' Shift does.
+        return output.clone() if function is _Solve else output
+
+    return kernel
+
+
+def _batched_operator(operator: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, int]]:
+    """vmap of conv and solve: over inputs into the batch; over weights into channel groups."""
+
+    def rule(
+        info: Any,
+        in_dims: tuple[int | None, ...],
+        input: Tensor,
+        weight: Tensor,
+        corners: list[int],
+        transpose: bool,
+    ) -> tuple[Tensor, int]:
+        input_dim, weight_dim = in_dims[:2]
+        if weight_dim is None:
+            output = operator(input.movedim(input_dim, 0).flatten(0, 1), weight, corners, transpose)
+            return output.unflatten(0, (info.batch_size, -1)), 0
+        channels = _into_channels(input, input_dim, info.batch_size)
+        weights = weight.movedim(weight_dim, 0).flatten(0, 1)
+        output = operator(channels, weights, list(corners) * info.batch_size, transpose)
+        return output.unflatten(1, (info.batch_size, -1)), 1
+
+    return rule
+
+
+def _batched_weight_gradient(
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    input: Tensor,
+    grad: Tensor,
+    corners: list[int],
+    kernel_size: list[int],
+) -> tuple[Tensor, int]:
+    input, grad = (
+        _into_channels(t, d, info.batch_size) for t, d in zip((input, grad), in_dims, strict=False)
+    )
+    output = weight_gradient(input, grad, list(corners) * info.batch_size, kernel_size)
+    return output.unflatten(0, (info.batch_size, -1)), 0
+
+
+def _into_channels(tensor: Tensor, dim: int | None, size: int) -> Tensor:
+    if dim is None:
+        return tensor.repeat(1, size, 1, 1)
+    return tensor.movedim(dim, 1).flatten(1, 2)
+
+
+for _operator, _implementation, _fake, _function, _vmap in (
+    (conv, reference.conv, _same_as_input, _Conv, _batched_operator(conv)),
+    (solve, reference.solve, _same_as_input, _Solve, _batched_operator(solve)),
+    (weight_gradient, reference.weight_gradient, _weight_like, _WeightGradient, _batched_weight_gradient),
+):
+    _name = _operator.name()
+    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
+    _library.impl(_name, _differentiable(_operator, _function), "Autograd")
+    torch.library.register_fake(_name, _fake, lib=_library)
+    torch.library.register_vmap(_name, _vmap, lib=_library)
+    for _device in ("cpu", "cuda"):
+        # The layer stays in float32 under autocast: its inverse must undo it to rounding.
+        torch.library.register_autocast(_name, _device, torch.float32, lib=_library)
