@@ -1,0 +1,28 @@
+// The kernels that each instruction set has; kernel_*.cpp define them.
+#pragma once
+
+#include "plan.h"
+
+namespace kconv {
+
+// What an instruction set implements. Tasks write disjoint parts of the output.
+template <typename T>
+struct Kernels {
+  Target target;
+  // Packs the weights of one group. Returns the first output channel, in the tensor's numbering, whose diagonal has no
+  // finite inverse, or -1. A problem that does not solve has no such channel.
+  int64_t (*pack_weights)(const Problem<T>&, const Plan&, int64_t group, T* packed);
+  // Runs one task; `buffer` has plan.buffer_size elements, `places` one for each pixel of the rows that are moved at
+  // once.
+  void (*run_task)(const Problem<T>&, const Plan&, const T* packed, int64_t group, int64_t block, T* buffer,
+                   int64_t* places);
+};
+
+extern const Kernels<float> baseline_float;
+extern const Kernels<double> baseline_double;
+#if defined(__x86_64__)
+extern const Kernels<float> avx2_float, avx512_float;
+extern const Kernels<double> avx2_double, avx512_double;
+#endif
+
+}  // namespace kconv

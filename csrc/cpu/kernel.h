@@ -1,0 +1,361 @@
+// The arithmetic, compiled once for each instruction set by the kernel_*.cpp beside this file.
+//
+// Everything lies in an unnamed namespace and nothing of the standard library is called: a function with external
+// linkage, compiled here for a new processor, could replace its namesake elsewhere in the program.
+#pragma once
+
+#include <utility>
+
+#include "instruction_sets.h"
+
+namespace kconv {
+
+namespace {
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+template <typename T>
+struct VectorOf {
+  typedef T Aligned __attribute__((vector_size(KCONV_VECTOR_BYTES)));
+  typedef T Unaligned __attribute__((vector_size(KCONV_VECTOR_BYTES), aligned(alignof(T)), may_alias));
+};
+template <typename T>
+using Vector = typename VectorOf<T>::Aligned;
+template <typename T>
+constexpr int kLanes = KCONV_VECTOR_BYTES / sizeof(T);
+
+template <typename T>
+inline Vector<T> load(const T* from) {
+  return *reinterpret_cast<const typename VectorOf<T>::Unaligned*>(from);
+}
+template <typename T>
+inline void store(T* to, Vector<T> value) {
+  *reinterpret_cast<typename VectorOf<T>::Unaligned*>(to) = value;
+}
+
+// ---- Transposition of kLanes vectors -------------------------------------------------------------------------------
+
+#if defined(__clang__)
+#define KCONV_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+template <typename T>
+struct Integer;
+template <>
+struct Integer<float> {
+  using Type = int32_t;
+};
+template <>
+struct Integer<double> {
+  using Type = int64_t;
+};
+#define KCONV_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Vector<typename Integer<T>::Type>{__VA_ARGS__})
+#endif
+
+// Exchanges the upper right and lower left S x S blocks of the 2S x 2S blocks that two rows S apart cross.
+template <int S, typename T, int... I>
+inline void exchange(Vector<T>& upper, Vector<T>& lower, std::integer_sequence<int, I...>) {
+  constexpr int n = sizeof...(I);
+  const Vector<T> a = upper, b = lower;
+  upper = KCONV_SHUFFLE(a, b, ((I & S) ? n + I - S : I)...);
+  lower = KCONV_SHUFFLE(a, b, ((I & S) ? n + I : I + S)...);
+}
+
+template <int S, typename T>
+inline void transpose(Vector<T>* rows) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes<T>; ++i)
+    if (!(i & S)) exchange<S, T>(rows[i], rows[i + S], std::make_integer_sequence<int, kLanes<T>>());
+  if constexpr (2 * S < kLanes<T>) transpose<2 * S, T>(rows);
+}
+
+// ---- The inner kernel ----------------------------------------------------------------------------------------------
+
+// Computes O output channels of one position for V vectors of lanes, in place. `offsets` name the `count` inputs that
+// are known, `weights` holds O for each of them and then the O x O triangle of the pivot.
+template <bool kSolve, int O, int V, typename T>
+void compute_tile(T* position, T* outputs, int64_t channel_pitch, const int64_t* offsets, int64_t count,
+                  const T* weights) {
+  constexpr int n = kLanes<T>;
+  Vector<T> sums[O][V];
+#pragma GCC unroll 8
+  for (int o = 0; o < O; ++o)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) sums[o][v] = kSolve ? load(outputs + o * channel_pitch + v * n) : Vector<T>{};
+
+  for (int64_t k = 0; k < count; ++k, weights += O) {
+    const T* input = position + offsets[k];
+    Vector<T> x[V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) x[v] = load(input + v * n);
+#pragma GCC unroll 8
+    for (int o = 0; o < O; ++o)
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) sums[o][v] = kSolve ? sums[o][v] - weights[o] * x[v] : sums[o][v] + weights[o] * x[v];
+  }
+
+  if constexpr (kSolve) {  // forward substitution; the packed diagonal is inverted
+#pragma GCC unroll 8
+    for (int i = 0; i < O; ++i)
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) {
+        sums[i][v] = sums[i][v] * weights[i * O + i];
+        store(outputs + i * channel_pitch + v * n, sums[i][v]);
+#pragma GCC unroll 8
+        for (int o = i + 1; o < O; ++o) sums[o][v] = sums[o][v] - weights[o * O + i] * sums[i][v];
+      }
+  } else {  // all inputs are read before an output takes their place
+#pragma GCC unroll 8
+    for (int i = 0; i < O; ++i)
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) {
+        const Vector<T> x = load(outputs + i * channel_pitch + v * n);
+#pragma GCC unroll 8
+        for (int o = i; o < O; ++o) sums[o][v] = sums[o][v] + weights[o * O + i] * x;
+      }
+#pragma GCC unroll 8
+    for (int o = 0; o < O; ++o)
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) store(outputs + o * channel_pitch + v * n, sums[o][v]);
+  }
+}
+
+template <typename T>
+using TileKernel = void (*)(T*, T*, int64_t, const int64_t*, int64_t, const T*);
+
+template <bool kSolve, typename T>
+TileKernel<T> tile_kernel(int64_t size, int64_t vectors) {
+#define KCONV_ROW(O)                                                                             \
+  {                                                                                              \
+    compute_tile<kSolve, O, 1, T>, compute_tile<kSolve, O, 2, T>, compute_tile<kSolve, O, 3, T>, \
+        compute_tile<kSolve, O, 4, T>                                                            \
+  }
+  static constexpr TileKernel<T> kernels[kMaxTile][kMaxVectors] = {KCONV_ROW(1), KCONV_ROW(2), KCONV_ROW(3),
+                                                                   KCONV_ROW(4), KCONV_ROW(5), KCONV_ROW(6)};
+#undef KCONV_ROW
+  return kernels[size - 1][vectors - 1];
+}
+
+// ---- Weights -------------------------------------------------------------------------------------------------------
+
+template <typename T>
+int64_t pack_weights(const Problem<T>& problem, const Plan& plan, int64_t group, T* packed) {
+  const int64_t channels = plan.channels, height = problem.kernel_height, width = problem.kernel_width;
+  const int64_t area = height * width;
+  const bool right = problem.corners[group] & 1, bottom = problem.corners[group] & 2, transpose = problem.transpose;
+
+  // The weight of canonical output o and input i at the tap that reads r rows up and c columns left is
+  // origin[o * output_stride + i * input_stride + r * row_stride + c * column_stride].
+  const int64_t row_stride = bottom ? width : -width, column_stride = right ? 1 : -1;
+  const int64_t output_stride = transpose ? -area : channels * area, input_stride = transpose ? -channels * area : area;
+  const T* origin = problem.weight + group * channels * channels * area;
+  origin += (bottom ? 0 : (height - 1) * width) + (right ? 0 : width - 1);
+  origin += transpose ? (channels * channels - 1) * area : 0;
+
+  int64_t singular = -1;
+  for (int64_t t = 0; t < plan.tile_count; ++t) {
+    const Tile& tile = plan.tiles[t];
+    const T* outputs = origin + tile.first * output_stride;
+    T* to = packed + tile.weights;
+    for (int64_t tap = plan.tap_rows * plan.tap_columns - 1; tap >= 0; --tap) {
+      const T* inputs = outputs + tap / plan.tap_columns * row_stride + tap % plan.tap_columns * column_stride;
+      const int64_t known = tap == 0 ? tile.first : channels;
+      for (int64_t i = 0; i < known; ++i)
+        for (int64_t o = 0; o < tile.size; ++o) *to++ = inputs[o * output_stride + i * input_stride];
+    }
+    for (int64_t o = 0; o < tile.size; ++o)
+      for (int64_t i = 0; i < tile.size; ++i) {
+        T value = i <= o ? outputs[o * output_stride + (tile.first + i) * input_stride] : T(0);
+        if (problem.solve && i == o) {
+          const bool regular = value - value == 0 && value != 0;  // neither NaN, infinite nor zero
+          const int64_t canonical = tile.first + o;
+          const int64_t channel = group * channels + (transpose ? channels - 1 - canonical : canonical);
+          if (!regular && (singular < 0 || channel < singular)) singular = channel;
+          value = 1 / value;
+        }
+        *to++ = value;
+      }
+  }
+  return singular;
+}
+
+// ---- Pixels to and from the buffer
+// -----------------------------------------------------------------------------------
+
+// Canonical rows [begin, end) of one group of some images, and where they lie in the buffer.
+template <typename T>
+struct Strip {
+  const Problem<T>& problem;
+  const Plan& plan;
+  bool flip_rows, flip_columns;
+  int64_t images;  // lanes in use, where lanes are images
+  T* buffer;
+  int64_t* places;
+
+  // Elements from the buffer's start, in the order in which the tensor's rows store their pixels; `top` is the
+  // canonical row of the buffer's first pixel.
+  void place(int64_t begin, int64_t end, int64_t top) const {
+    int64_t* to = places;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = (flip_rows ? end - 1 - (i - begin) : i) - top;
+      const int64_t first = plan.lanes_are_rows
+                                ? (plan.first_position + row) * plan.position_pitch + plan.halo_lanes + row
+                                : (plan.first_position + row * plan.row_positions) * plan.position_pitch;
+      for (int64_t w = 0; w < problem.width; ++w)
+        *to++ = first + (flip_columns ? problem.width - 1 - w : w) * plan.position_pitch;
+    }
+  }
+
+  // Calls move(channel's pixels, count, channel's place) with the pixels contiguous where the tensor's are.
+  template <bool kToBuffer, typename Pointer>
+  void move(Pointer group_pixels, const Strides& strides, int64_t begin, int64_t end) const {
+    const int64_t first_row = flip_rows ? problem.height - end : begin;
+    const int64_t rows = end - begin, width = problem.width;
+    const bool contiguous = strides.column == 1 && (strides.row == width || rows == 1);
+    for (int64_t channel = 0; channel < plan.channels; ++channel) {
+      Pointer pixels = group_pixels + channel * strides.channel + first_row * strides.row;
+      T* lanes = buffer + (problem.transpose ? plan.channels - 1 - channel : channel) * plan.channel_pitch;
+      if (contiguous) {
+        move_run<kToBuffer>(pixels, 1, strides.batch, rows * width, places, lanes);
+      } else {
+        for (int64_t row = 0; row < rows; ++row)
+          move_run<kToBuffer>(pixels + row * strides.row, strides.column, strides.batch, width, places + row * width,
+                              lanes);
+      }
+    }
+  }
+
+  template <bool kToBuffer, typename Pointer>
+  void move_run(Pointer pixels, int64_t stride, int64_t batch_stride, int64_t count, const int64_t* run_places,
+                T* lanes) const {
+    if (plan.lanes_are_rows) {
+      for (int64_t p = 0; p < count; ++p) copy<kToBuffer>(pixels + p * stride, lanes + run_places[p]);
+      return;
+    }
+    constexpr int n = kLanes<T>;
+    for (int64_t first = 0; first < images; first += n) {  // a vector of lanes
+      const int64_t present = smaller(n, images - first);
+      Pointer images_pixels = pixels + first * batch_stride;
+      int64_t p = 0;
+      for (; stride == 1 && p + n <= count; p += n)
+        move_square<kToBuffer>(images_pixels + p, batch_stride, present, run_places + p, lanes + first);
+      for (; p < count; ++p)
+        for (int64_t image = 0; image < present; ++image)
+          copy<kToBuffer>(images_pixels + image * batch_stride + p * stride, lanes + run_places[p] + first + image);
+    }
+  }
+
+  template <bool kToBuffer, typename Pointer>
+  static void move_square(Pointer pixels, int64_t batch_stride, int64_t present, const int64_t* run_places, T* lanes) {
+    constexpr int n = kLanes<T>;
+    Vector<T> square[n];
+    for (int i = 0; i < n; ++i) {
+      if constexpr (kToBuffer)
+        square[i] = i < present ? load(pixels + i * batch_stride) : Vector<T>{};
+      else
+        square[i] = load(lanes + run_places[i]);
+    }
+    transpose<1, T>(square);
+    if constexpr (kToBuffer)
+      for (int i = 0; i < n; ++i) store(lanes + run_places[i], square[i]);
+    else
+      for (int64_t i = 0; i < present; ++i) store(pixels + i * batch_stride, square[i]);
+  }
+
+  template <bool kToBuffer, typename Pointer>
+  static void copy(Pointer pixel, T* lane) {
+    if constexpr (kToBuffer)
+      *lane = *pixel;
+    else
+      *pixel = *lane;
+  }
+};
+
+// ---- Tasks ---------------------------------------------------------------------------------------------------------
+
+template <bool kSolve, typename T>
+void compute_position(T* position, const Plan& plan, const T* packed, const TileKernel<T>* kernels) {
+  const int64_t inputs = (plan.tap_rows * plan.tap_columns - 1) * plan.channels;
+  for (int64_t t = 0; t < plan.tile_count; ++t) {
+    const Tile& tile = plan.tiles[kSolve ? t : plan.tile_count - 1 - t];
+    kernels[tile.size - 1](position, position + tile.first * plan.channel_pitch, plan.channel_pitch, plan.offsets,
+                           inputs + tile.first, packed + tile.weights);
+  }
+}
+
+template <typename T>
+void clear_borders(const Plan& plan, T* buffer) {
+  if (plan.lanes_are_rows) {
+    __builtin_memset(buffer, 0, plan.buffer_size * sizeof(T));
+    return;
+  }
+  const int64_t above = (plan.tap_rows - 1) * plan.row_positions * plan.position_pitch;
+  __builtin_memset(buffer, 0, above * sizeof(T));
+  const int64_t row = plan.row_positions * plan.position_pitch, left = (plan.tap_columns - 1) * plan.position_pitch;
+  for (T* to = buffer + above; to < buffer + plan.buffer_size; to += row) __builtin_memset(to, 0, left * sizeof(T));
+}
+
+// A convolution goes through strips, positions and channels in the reverse order of a solution: each output then takes
+// the place of an input that no later output reads.
+template <bool kSolve, typename T>
+void run_task(const Problem<T>& problem, const Plan& plan, const T* packed, int64_t group, int64_t block, T* buffer,
+              int64_t* places) {
+  const int64_t corner = problem.transpose ? 3 - problem.corners[group] : problem.corners[group];
+  const int64_t block_images = plan.lanes_are_rows ? 1 : plan.vectors * plan.lanes_per_vector;
+  const int64_t first_image = block * block_images;
+  const int64_t images = smaller(block_images, problem.batch - first_image);
+  const int64_t first_channel = group * plan.channels;
+  const T* input =
+      problem.input + first_image * problem.input_strides.batch + first_channel * problem.input_strides.channel;
+  T* output =
+      problem.output + first_image * problem.output_strides.batch + first_channel * problem.output_strides.channel;
+  const Strip<T> strip{problem, plan, (corner & 2) != 0, (corner & 1) != 0, images, buffer, places};
+
+  const int64_t vectors = (images + plan.lanes_per_vector - 1) / plan.lanes_per_vector;
+  TileKernel<T> kernels[kMaxTile];
+  for (int64_t size = 1; size <= kMaxTile; ++size) kernels[size - 1] = tile_kernel<kSolve, T>(size, vectors);
+
+  const int64_t strips = (problem.height + plan.strip_rows - 1) / plan.strip_rows;
+  for (int64_t s = 0; s < strips; ++s) {
+    const int64_t top = (kSolve ? s : strips - 1 - s) * plan.strip_rows;
+    const int64_t bottom = smaller(top + plan.strip_rows, problem.height);
+    const int64_t halo_top = larger(0, top - (plan.tap_rows - 1));
+    clear_borders(plan, buffer);
+    if (halo_top < top) {
+      strip.place(halo_top, top, top);
+      if constexpr (kSolve)
+        strip.template move<true>(const_cast<const T*>(output), problem.output_strides, halo_top, top);
+      else
+        strip.template move<true>(input, problem.input_strides, halo_top, top);
+    }
+    strip.place(top, bottom, top);
+    strip.template move<true>(input, problem.input_strides, top, bottom);
+
+    const int64_t lines = plan.lanes_are_rows ? 1 : bottom - top;
+    const int64_t steps = plan.lanes_are_rows ? problem.width + bottom - top - 1 : problem.width;
+    T* first = buffer + plan.first_position * plan.position_pitch + plan.halo_lanes;
+    for (int64_t i = 0; i < lines; ++i) {
+      T* line = first + (kSolve ? i : lines - 1 - i) * plan.row_positions * plan.position_pitch;
+      for (int64_t j = 0; j < steps; ++j)
+        compute_position<kSolve>(line + (kSolve ? j : steps - 1 - j) * plan.position_pitch, plan, packed, kernels);
+    }
+    strip.template move<false>(output, problem.output_strides, top, bottom);
+  }
+}
+
+template <typename T>
+void run_either_task(const Problem<T>& problem, const Plan& plan, const T* packed, int64_t group, int64_t block,
+                     T* buffer, int64_t* places) {
+  if (problem.solve)
+    run_task<true>(problem, plan, packed, group, block, buffer, places);
+  else
+    run_task<false>(problem, plan, packed, group, block, buffer, places);
+}
+
+template <typename T>
+constexpr Kernels<T> make_kernels(int accumulators) {
+  return {{KCONV_VECTOR_BYTES, accumulators}, pack_weights<T>, run_either_task<T>};
+}
+
+}  // namespace
+}  // namespace kconv

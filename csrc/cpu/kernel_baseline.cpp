@@ -1,0 +1,8 @@
+// 128-bit vectors, as every 64-bit processor has them.
+#define KCONV_VECTOR_BYTES 16
+#include "kernel.h"
+
+namespace kconv {
+constexpr Kernels<float> baseline_float = make_kernels<float>(12);
+constexpr Kernels<double> baseline_double = make_kernels<double>(12);
+}  // namespace kconv

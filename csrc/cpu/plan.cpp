@@ -1,0 +1,92 @@
+#include "plan.h"
+
+#include <algorithm>
+
+namespace kconv {
+namespace {
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Bytes of buffer that leave room for weights in a second-level cache.
+constexpr int64_t kBufferBytes = 512 * 1024;
+
+// Tiles as equal as possible, so that none runs with few accumulators.
+std::vector<Tile> make_tiles(int64_t channels, int64_t taps, int64_t largest) {
+  const int64_t count = divide_up(channels, largest);
+  std::vector<Tile> tiles;
+  int64_t first = 0, weights = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t size = channels / count + (i < channels % count);
+    tiles.push_back({first, size, weights});
+    weights += (taps * channels + first + size) * size;
+    first += size;
+  }
+  return tiles;
+}
+
+}  // namespace
+
+template <typename T>
+OwnedPlan make_plan(const Problem<T>& problem, const Target& target, int64_t threads) {
+  OwnedPlan plan{};
+  const int64_t height = problem.height, width = problem.width;
+  plan.channels = problem.group_channels();
+  plan.tap_rows = std::min(problem.kernel_height, height);
+  plan.tap_columns = std::min(problem.kernel_width, width);
+  const int64_t lanes = plan.lanes_per_vector = target.vector_bytes / int64_t(sizeof(T));
+  const int64_t image_vectors = divide_up(problem.batch, lanes);
+
+  // Steps of the inner kernel, on one vector each: many images fill lanes, few large ones fill them with rows.
+  const int64_t image_steps = image_vectors * height * width;
+  const int64_t row_steps = problem.batch * divide_up(height, lanes) * (width + lanes - 1);
+  plan.lanes_are_rows = row_steps < image_steps;
+
+  if (plan.lanes_are_rows) {
+    plan.vectors = 1;
+    plan.blocks = problem.batch;
+    plan.strip_rows = lanes;
+    plan.halo_lanes = plan.tap_rows - 1;
+  } else {
+    // As many vectors a task as leave a task for every thread: each weight that is read serves them all.
+    const int64_t most = std::max<int64_t>(1, image_vectors * problem.groups / threads);
+    plan.blocks = divide_up(image_vectors, std::min<int64_t>(kMaxVectors, most));
+    plan.vectors = divide_up(image_vectors, plan.blocks);
+    plan.halo_lanes = 0;
+  }
+  plan.channel_pitch = plan.halo_lanes + plan.vectors * lanes;
+  plan.position_pitch = plan.channels * plan.channel_pitch;
+
+  if (plan.lanes_are_rows) {
+    plan.first_position = plan.tap_rows - 1 + plan.tap_columns - 1;
+    plan.buffer_size = (plan.first_position + width + lanes - 1) * plan.position_pitch;
+  } else {
+    plan.row_positions = plan.tap_columns - 1 + width;
+    plan.first_position = (plan.tap_rows - 1) * plan.row_positions + plan.tap_columns - 1;
+    const int64_t halo = plan.tap_rows - 1;
+    const int64_t row_bytes = plan.row_positions * plan.position_pitch * int64_t(sizeof(T));
+    plan.strip_rows = std::min(height, std::max({kBufferBytes / row_bytes - halo, 2 * halo, int64_t(1)}));
+    plan.buffer_size = (plan.strip_rows + halo) * plan.row_positions * plan.position_pitch;
+  }
+
+  const int64_t taps = plan.tap_rows * plan.tap_columns - 1;
+  for (int64_t tap = taps; tap >= 0; --tap) {  // the pivot, tap 0, last
+    const int64_t row = tap / plan.tap_columns, column = tap % plan.tap_columns;
+    const int64_t back = plan.lanes_are_rows ? (row + column) * plan.position_pitch + row
+                                             : (row * plan.row_positions + column) * plan.position_pitch;
+    for (int64_t channel = 0; channel < plan.channels; ++channel)
+      plan.owned_offsets.push_back(channel * plan.channel_pitch - back);
+  }
+  const int64_t largest = std::min<int64_t>(kMaxTile, target.accumulators / plan.vectors);
+  plan.owned_tiles = make_tiles(plan.channels, taps, largest);
+  const Tile& last = plan.owned_tiles.back();
+  plan.group_weights = last.weights + (taps * plan.channels + last.first + last.size) * last.size;
+  plan.tile_count = int64_t(plan.owned_tiles.size());
+  plan.tiles = plan.owned_tiles.data();
+  plan.offsets = plan.owned_offsets.data();
+  return plan;  // moved or built in place: the pointers stay
+}
+
+template OwnedPlan make_plan(const Problem<float>&, const Target&, int64_t);
+template OwnedPlan make_plan(const Problem<double>&, const Target&, int64_t);
+
+}  // namespace kconv

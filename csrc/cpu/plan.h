@@ -1,0 +1,62 @@
+// How a problem is cut into tasks, and how the pixels and weights of a task lie in memory.
+//
+// Every group is mirrored to corner TL ("canonical" rows and columns), and for A^T its channels are reversed, so that
+// each output depends on smaller rows, columns and channels alone. A task works in a buffer of positions; a position
+// holds [channels][lanes], and one step computes all channels of a position for all lanes at once. Lanes are either
+//
+//   images: position = pixel (raster order), lane = image of the batch;
+//   rows:   position = anti-diagonal row + column of a band of rows, lane = row (its first lanes repeat the rows
+//   above).
+//
+// In both, a tap of the kernel is one fixed offset, so that one inner kernel serves both. Borders are positions that
+// hold 0.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "problem.h"
+
+namespace kconv {
+
+constexpr int kMaxTile = 6;     // output channels that the inner kernel holds in registers
+constexpr int kMaxVectors = 4;  // vectors of lanes that it holds for each
+
+struct Target {  // what an instruction set offers
+  int vector_bytes;
+  int accumulators;  // vector registers that may hold partial sums
+};
+
+struct Tile {  // output channels [first, first + size) and their packed weights
+  int64_t first, size, weights;
+};
+
+struct Plan {
+  bool lanes_are_rows;
+  int64_t channels;               // of a group
+  int64_t tap_rows, tap_columns;  // of the kernel, as far as they can reach into the image
+  int64_t vectors;                // of lanes in a position, at most
+  int64_t lanes_per_vector;
+  int64_t halo_lanes;      // lanes before those that are computed
+  int64_t channel_pitch;   // elements from a channel to the next
+  int64_t position_pitch;  // elements from a position to the next
+  int64_t row_positions;   // lanes are images: positions from a row to the next
+  int64_t first_position;  // of the first pixel of a strip
+  int64_t strip_rows;      // rows that the buffer holds at once, without those above that they read
+  int64_t blocks;          // tasks of each group
+  int64_t buffer_size;     // elements
+  int64_t group_weights;   // packed elements of a group
+  int64_t tile_count;
+  const Tile* tiles;
+  const int64_t* offsets;  // of the inputs of a pixel: each channel at each tap, the pivot last
+};
+
+struct OwnedPlan : Plan {
+  std::vector<Tile> owned_tiles;
+  std::vector<int64_t> owned_offsets;
+};
+
+template <typename T>
+OwnedPlan make_plan(const Problem<T>& problem, const Target& target, int64_t threads);
+
+}  // namespace kconv

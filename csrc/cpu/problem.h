@@ -1,0 +1,40 @@
+// The primitive as plain numbers: what a call asks for, whatever library holds the tensors.
+#pragma once
+
+#include <cstdint>
+
+namespace kconv {
+
+struct Strides {  // in elements
+  int64_t batch, channel, row, column;
+};
+
+// output = A input, A^T input, A^-1 input or A^-T input, see nflows_kconv/reference.py for A.
+template <typename T>
+struct Problem {
+  const T* input;   // [batch, channels, height, width]
+  T* output;        // the same shape, not overlapping the input
+  const T* weight;  // [channels, channels / groups, kernel_height, kernel_width], contiguous
+  Strides input_strides, output_strides;
+  int64_t batch, channels, height, width;
+  int64_t groups, kernel_height, kernel_width;
+  const int64_t* corners;  // one a group; bit 0: right, bit 1: bottom
+  bool transpose, solve;
+
+  int64_t group_channels() const { return channels / groups; }
+};
+
+// Calls body(context, begin, end) for ranges that cover [0, count), on several threads where count > grain.
+using ParallelFor = void (*)(int64_t count, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context);
+
+// Solves the problem with the selected instruction set.
+template <typename T>
+void run(const Problem<T>& problem, int64_t threads, ParallelFor parallel_for);
+
+// "avx512", "avx2" or "baseline": the widest that the machine has, unless another was selected.
+const char* instruction_set();
+
+// Returns false, and changes nothing, where the machine or the build lacks it.
+bool select_instruction_set(const char* name);
+
+}  // namespace kconv

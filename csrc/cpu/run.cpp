@@ -1,0 +1,147 @@
+// Chooses an instruction set and runs a problem's tasks on the caller's threads.
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <stdexcept>
+#include <string>
+
+#include "instruction_sets.h"
+
+namespace kconv {
+namespace {
+
+struct InstructionSet {
+  const char* name;
+  bool present;
+  const Kernels<float>* of_float;
+  const Kernels<double>* of_double;
+
+  const Kernels<float>& kernels(float) const { return *of_float; }
+  const Kernels<double>& kernels(double) const { return *of_double; }
+};
+
+const InstructionSet kInstructionSets[] = {
+    // the widest first
+#if defined(__x86_64__)
+    {"avx512",
+     __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512dq"),
+     &avx512_float, &avx512_double},
+    {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), &avx2_float, &avx2_double},
+#endif
+    {"baseline", true, &baseline_float, &baseline_double}};
+
+std::atomic<const InstructionSet*> selected{nullptr};
+
+const InstructionSet& current() {
+  if (const InstructionSet* set = selected.load()) return *set;
+  const InstructionSet* set = kInstructionSets;
+  while (!set->present) ++set;
+  return *set;
+}
+
+struct Free {
+  void operator()(void* memory) const { std::free(memory); }
+};
+
+// Memory of one thread, kept between calls: to fault it in anew would cost as much as a small problem.
+void* scratch(size_t bytes) {
+  thread_local std::unique_ptr<void, Free> memory;
+  thread_local size_t size = 0;
+  if (size < bytes) {
+    size = 0;
+    memory.reset(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
+    if (!memory) throw std::bad_alloc();
+    size = bytes;
+  }
+  return memory.get();
+}
+
+template <typename T>
+struct Run {
+  const Problem<T>& problem;
+  const Plan& plan;
+  const Kernels<T>& kernels;
+  T* packed;
+  std::atomic<int64_t> singular_channel{-1};
+  std::atomic<bool> out_of_memory{false};
+};
+
+template <typename T>
+void pack_groups(int64_t begin, int64_t end, void* context) {
+  Run<T>& run = *static_cast<Run<T>*>(context);
+  for (int64_t group = begin; group < end; ++group) {
+    const int64_t channel =
+        run.kernels.pack_weights(run.problem, run.plan, group, run.packed + group * run.plan.group_weights);
+    int64_t known = run.singular_channel.load();
+    while (channel >= 0 && (known < 0 || channel < known) &&
+           !run.singular_channel.compare_exchange_weak(known, channel)) {
+    }
+  }
+}
+
+template <typename T>
+void run_tasks(int64_t begin, int64_t end, void* context) {
+  Run<T>& run = *static_cast<Run<T>*>(context);
+  const Plan& plan = run.plan;
+  const size_t buffer_bytes = (plan.buffer_size * sizeof(T) + 63) / 64 * 64;
+  const int64_t rows = plan.strip_rows > plan.tap_rows ? plan.strip_rows : plan.tap_rows;
+  char* memory;
+  try {
+    memory = static_cast<char*>(scratch(buffer_bytes + rows * run.problem.width * sizeof(int64_t)));
+  } catch (const std::bad_alloc&) {  // an exception must not leave a parallel region
+    run.out_of_memory = true;
+    return;
+  }
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t group = task / plan.blocks, block = task % plan.blocks;
+    run.kernels.run_task(run.problem, plan, run.packed + group * plan.group_weights, group, block,
+                         reinterpret_cast<T*>(memory), reinterpret_cast<int64_t*>(memory + buffer_bytes));
+  }
+}
+
+}  // namespace
+
+template <typename T>
+void run(const Problem<T>& problem, int64_t threads, ParallelFor parallel_for) {
+  const Kernels<T>& kernels = current().kernels(T());
+  const OwnedPlan plan = make_plan(problem, kernels.target, threads);
+  const std::unique_ptr<T[]> packed(new T[problem.groups * plan.group_weights]);
+  Run<T> run{problem, plan, kernels, packed.get()};
+
+  // Work worth a thread's wake-up, in multiply-adds.
+  constexpr int64_t kGrain = 32768;
+  parallel_for(problem.groups, kGrain / plan.group_weights + 1, pack_groups<T>, &run);
+  if (const int64_t channel = run.singular_channel; channel >= 0) {
+    const int64_t area = problem.kernel_height * problem.kernel_width,
+                  corner = problem.corners[channel / plan.channels];
+    const int64_t pivot = (corner & 2 ? 0 : (problem.kernel_height - 1) * problem.kernel_width) +
+                          (corner & 1 ? 0 : problem.kernel_width - 1);
+    const T value = problem.weight[(channel * plan.channels + channel % plan.channels) * area + pivot];
+    throw std::invalid_argument(
+        "the pivot's diagonal must be finite and not zero for the convolution to have an inverse, got " +
+        std::to_string(value) + " in channel " + std::to_string(channel));
+  }
+  const int64_t images = plan.lanes_are_rows ? 1 : plan.vectors * plan.lanes_per_vector;
+  const int64_t task_work = images * problem.height * problem.width * plan.group_weights / plan.lanes_per_vector;
+  parallel_for(problem.groups * plan.blocks, kGrain / task_work, run_tasks<T>, &run);
+  if (run.out_of_memory) throw std::bad_alloc();
+}
+
+template void run(const Problem<float>&, int64_t, ParallelFor);
+template void run(const Problem<double>&, int64_t, ParallelFor);
+
+const char* instruction_set() { return current().name; }
+
+bool select_instruction_set(const char* name) {
+  for (const InstructionSet& set : kInstructionSets)
+    if (set.present && std::strcmp(set.name, name) == 0) {
+      selected = &set;
+      return true;
+    }
+  return false;
+}
+
+}  // namespace kconv

@@ -1,0 +1,98 @@
+// The primitive as torch operators of the CPU, through torch's stable ABI: one binary serves every torch from 2.10 on.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <vector>
+
+#include "cpu/problem.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+void parallel_for(int64_t count, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
+  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { body(begin, end, context); });
+}
+
+kconv::Strides strides(const Tensor& tensor) {
+  return {tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)};
+}
+
+template <typename T>
+void run(const Tensor& input, const Tensor& weight, const std::vector<int64_t>& corners, bool transpose, bool solve,
+         Tensor& output) {
+  const kconv::Problem<T> problem{static_cast<const T*>(input.const_data_ptr()),
+                                  static_cast<T*>(output.mutable_data_ptr()),
+                                  static_cast<const T*>(weight.const_data_ptr()),
+                                  strides(input),
+                                  strides(output),
+                                  input.size(0),
+                                  input.size(1),
+                                  input.size(2),
+                                  input.size(3),
+                                  int64_t(corners.size()),
+                                  weight.size(2),
+                                  weight.size(3),
+                                  corners.data(),
+                                  transpose,
+                                  solve};
+  kconv::run(problem, torch::stable::get_num_threads(), parallel_for);
+}
+
+Tensor compute(const Tensor& input, const Tensor& weight, const std::vector<int64_t>& corners, bool transpose,
+               bool solve) {
+  const int64_t groups = int64_t(corners.size());
+  STD_TORCH_CHECK(input.dim() == 4 && weight.dim() == 4, "input and weight must have 4 dimensions");
+  STD_TORCH_CHECK(groups > 0 && weight.size(0) == input.size(1) && weight.size(1) * groups == input.size(1) &&
+                      weight.size(2) > 0 && weight.size(3) > 0,
+                  "weight must have shape [C, C/G, kh, kw] for an input of C channels and G corners");
+  STD_TORCH_CHECK(input.scalar_type() == weight.scalar_type(), "input and weight must have one dtype");
+  STD_TORCH_CHECK(input.is_cpu() && weight.is_cpu(), "input and weight must be on the CPU");
+  for (int64_t corner : corners) STD_TORCH_CHECK(corner >= 0 && corner < 4, "corners must be 0, 1, 2 or 3");
+
+  const ScalarType dtype = input.scalar_type();
+  if (dtype == ScalarType::Half || dtype == ScalarType::BFloat16) {
+    const Tensor output = compute(torch::stable::to(input, ScalarType::Float),
+                                  torch::stable::to(weight, ScalarType::Float), corners, transpose, solve);
+    return torch::stable::to(output, dtype);
+  }
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double,
+                  "dtype must be a floating point of 16 to 64 bits");
+
+  Tensor output = torch::stable::empty_like(input);
+  if (input.numel() == 0) return output;
+  const Tensor contiguous = torch::stable::contiguous(weight);
+  if (dtype == ScalarType::Float)
+    run<float>(input, contiguous, corners, transpose, solve, output);
+  else
+    run<double>(input, contiguous, corners, transpose, solve, output);
+  return output;
+}
+
+Tensor conv(const Tensor& input, const Tensor& weight, std::vector<int64_t> corners, bool transpose) {
+  return compute(input, weight, corners, transpose, false);
+}
+
+Tensor solve(const Tensor& input, const Tensor& weight, std::vector<int64_t> corners, bool transpose) {
+  return compute(input, weight, corners, transpose, true);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(nflows_kconv, CPU, library) {
+  library.impl("conv", TORCH_BOX(&conv));
+  library.impl("solve", TORCH_BOX(&solve));
+}
+
+// For Python's ctypes: which instruction set is in use, and how tests and benchmarks select one.
+#define KCONV_EXPORT extern "C" __attribute__((visibility("default")))
+
+KCONV_EXPORT const char* nflows_kconv_instruction_set() { return kconv::instruction_set(); }
+
+KCONV_EXPORT int nflows_kconv_select_instruction_set(const char* name) {
+  return kconv::select_instruction_set(name) ? 0 : 1;
+}
