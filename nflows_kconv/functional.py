@@ -18,9 +18,9 @@ DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 def conv2d(input: Tensor, weight: Tensor, corners: str | Sequence[str], bias: Tensor | None = None) -> Tensor:
     """Convolves each channel group with its kernel, padded towards the group's corner.
 
-    For each group g: y_g = F.conv2d(F.pad(x_g, padding of the corner), weight_g) + bias_g, where the pivot's entries with
-    c_in > c_out count as zero. FInC Flow (Kallappa, Nagar, Varma 2023, arXiv 2301.09266), section 3. Differentiable any
-    number of times in input, weight and bias.
+    For each group g: y_g = F.conv2d(F.pad(x_g, padding of the corner), weight_g) + bias_g, where the pivot's entries
+    with c_in > c_out count as zero. FInC Flow (Kallappa, Nagar, Varma 2023, arXiv 2301.09266), section 3.
+    Differentiable any number of times in input, weight and bias.
 
     Args:
         input: x, [B, C, H, W], any strides; float32, float64, float16 or bfloat16. B, H and W may be 0.
@@ -29,8 +29,8 @@ def conv2d(input: Tensor, weight: Tensor, corners: str | Sequence[str], bias: Te
         bias: [C], added to each channel.
 
     Returns:
-        y, [B, C, H, W], in the dtype and memory format of the input. Half precision accumulates in float32. Under autocast
-        the layer computes in, and returns, float32.
+        y, [B, C, H, W], in the dtype and memory format of the input. Half precision accumulates in float32. Under
+        autocast the layer computes in, and returns, float32.
 
     Raises:
         TypeError: If an argument is no floating-point tensor, or the dtypes differ.
@@ -41,14 +41,12 @@ def conv2d(input: Tensor, weight: Tensor, corners: str | Sequence[str], bias: Te
     return output if bias is None else output + bias[:, None, None]
 
 
-def conv2d_inverse(
-    input: Tensor, weight: Tensor, corners: str | Sequence[str], bias: Tensor | None = None
-) -> Tensor:
+def conv2d_inverse(input: Tensor, weight: Tensor, corners: str | Sequence[str], bias: Tensor | None = None) -> Tensor:
     """The exact inverse of `conv2d`: the x with conv2d(x, weight, corners, bias) = input.
 
-    Back-substitution pixel by pixel, in O(H W C^2/G kh kw) operations an image. Differentiable any number of times in input,
-    weight and bias (Inverse-Flow, Nagar, Varma 2025, arXiv 2410.14634): with g = dL/dx and u = A^-T g, dL/dinput = u and
-    dL/dweight is minus the weight gradient of the convolution at (x, u).
+    Back-substitution pixel by pixel, in O(H W C^2/G kh kw) operations an image. Differentiable any number of times in
+    input, weight and bias (Inverse-Flow, Nagar, Varma 2025, arXiv 2410.14634): with g = dL/dx and u = A^-T g,
+    dL/dinput = u and dL/dweight is minus the weight gradient of the convolution at (x, u).
 
     Args:
         input: y, [B, C, H, W], as in `conv2d`.
@@ -61,8 +59,8 @@ def conv2d_inverse(
 
     Raises:
         TypeError: As in `conv2d`.
-        ValueError: As in `conv2d`; and, on the CPU, if an entry of the pivot's diagonal is zero or not finite. Elsewhere
-            that look would wait for the device: infinities and NaNs come out.
+        ValueError: As in `conv2d`; and, on the CPU, if an entry of the pivot's diagonal is zero or not finite.
+            Elsewhere that look would wait for the device: infinities and NaNs come out.
     """
     groups = _check_arguments(input, weight, corners, bias)
     shifted = input if bias is None else input - bias[:, None, None]
@@ -83,8 +81,8 @@ def log_abs_det(weight: Tensor, corners: str | Sequence[str], height: int, width
 
     Raises:
         TypeError: If the weight is no floating-point tensor.
-        ValueError: If the weight's shape, the corners, the height or the width do not fit, or (checked on the CPU alone) an
-            entry of the pivot's diagonal is zero or not finite.
+        ValueError: If the weight's shape, the corners, the height or the width do not fit, or (checked on the CPU
+            alone) an entry of the pivot's diagonal is zero or not finite.
     """
     groups = _check_weight(weight, corners)
     if height < 0 or width < 0:
@@ -109,9 +107,7 @@ def check_diagonal(diagonal: Tensor) -> None:
         geometry.check_diagonal(diagonal)
 
 
-def _check_arguments(
-    input: Tensor, weight: Tensor, corners: str | Sequence[str], bias: Tensor | None
-) -> list[int]:
+def _check_arguments(input: Tensor, weight: Tensor, corners: str | Sequence[str], bias: Tensor | None) -> list[int]:
     _check_tensor("input", input)
     groups = _check_weight(weight, corners)
     if input.dim() != 4:
@@ -135,8 +131,7 @@ def _check_weight(weight: Tensor, corners: str | Sequence[str]) -> list[int]:
     groups = geometry.parse_corners(corners)
     if weight.dim() != 4 or 0 in weight.shape:
         raise ValueError(
-            "weight must have the 4 dimensions [C, C/G, kh, kw], none of them 0, "
-            f"got shape {tuple(weight.shape)}"
+            f"weight must have the 4 dimensions [C, C/G, kh, kw], none of them 0, got shape {tuple(weight.shape)}"
         )
     channels, per_group = weight.shape[:2]
     if channels != per_group * len(groups):
@@ -162,6 +157,4 @@ def _check_match(name: str, tensor: Tensor, input: Tensor) -> None:
 
 
 def _autocast_unites(*tensors: Tensor) -> bool:
-    return torch.is_autocast_enabled(tensors[0].device.type) and all(
-        t.dtype != torch.float64 for t in tensors
-    )
+    return torch.is_autocast_enabled(tensors[0].device.type) and all(t.dtype != torch.float64 for t in tensors)

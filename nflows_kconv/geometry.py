@@ -1,8 +1,8 @@
 """Geometry of corners: which side is padded, where the pivot tap lies, which of its entries count.
 
 A kernel of size kh x kw in corner TL ("top left") reads the pixel itself and the pixels above and to the left of it:
-the image is padded by kh - 1 rows on the top and kw - 1 columns on the left, and the *pivot*, the tap that reads the pixel
-itself, is the kernel's last entry. TR, BL and BR are its mirror images.
+the image is padded by kh - 1 rows on the top and kw - 1 columns on the left, and the *pivot*, the tap that reads the
+pixel itself, is the kernel's last entry. TR, BL and BR are its mirror images.
 
 Inside the package a corner is an integer: bit 0 says right, bit 1 says bottom. Everything else that knows about corners
 follows from the functions below.
@@ -27,9 +27,7 @@ def parse_corners(corners: str | Sequence[str]) -> list[int]:
     """
     names = (corners,) if isinstance(corners, str) else corners
     if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
-        raise TypeError(
-            f"corners must be a string or a sequence of strings out of {CORNERS}, got {corners!r}"
-        )
+        raise TypeError(f"corners must be a string or a sequence of strings out of {CORNERS}, got {corners!r}")
     unknown = [name for name in names if name not in CORNERS]
     if unknown or not names:
         raise ValueError(f"corners must name at least one corner, each out of {CORNERS}, got {corners!r}")
@@ -80,17 +78,13 @@ def _at_pivot(pattern: Tensor, shape: Sequence[int], corners: Sequence[int]) -> 
     return mask.flatten(0, 1)
 
 
-def masked_entries(
-    shape: Sequence[int], corners: Sequence[int], device: torch.device | None = None
-) -> Tensor:
+def masked_entries(shape: Sequence[int], corners: Sequence[int], device: torch.device | None = None) -> Tensor:
     """True where a weight of this shape counts as zero: the pivot's entries with c_in > c_out."""
     pattern = torch.ones(shape[1], shape[1], dtype=torch.bool, device=device).triu(1)
     return _at_pivot(pattern, shape, corners)
 
 
-def diagonal_entries(
-    shape: Sequence[int], corners: Sequence[int], device: torch.device | None = None
-) -> Tensor:
+def diagonal_entries(shape: Sequence[int], corners: Sequence[int], device: torch.device | None = None) -> Tensor:
     """True on the pivot's diagonal."""
     pattern = torch.eye(shape[1], dtype=torch.bool, device=device)
     return _at_pivot(pattern, shape, corners)

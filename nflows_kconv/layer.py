@@ -19,12 +19,12 @@ class InvertibleConv2d(nn.Module):
 
         log |det dy/dx| = H W sum_o log |W[o, o, pivot]|
 
-    and the inverse is a back-substitution. FInC Flow (Kallappa, Nagar, Varma 2023, arXiv 2301.09266), section 3; gradients
-    through the inverse as in Inverse-Flow (Nagar, Varma 2025, arXiv 2410.14634).
+    and the inverse is a back-substitution. FInC Flow (Kallappa, Nagar, Varma 2023, arXiv 2301.09266), section 3;
+    gradients through the inverse as in Inverse-Flow (Nagar, Varma 2025, arXiv 2410.14634).
 
-    The weight is computed from the parameters at each use: `raw_weight` where the weight is free, zero where it is masked,
-    and the diagonal. Whatever happens to the parameters (weight decay, loading, in-place steps), the mask holds. The layer
-    starts close to the identity.
+    The weight is computed from the parameters at each use: `raw_weight` where the weight is free, zero where it is
+    masked, and the diagonal. Whatever happens to the parameters (weight decay, loading, in-place steps), the mask
+    holds. The layer starts close to the identity.
 
     Args:
         num_channels: C, a multiple of the number of corners.
@@ -79,9 +79,7 @@ class InvertibleConv2d(nn.Module):
         self.raw_weight = nn.Parameter(torch.empty(shape))
         self.log_diagonal = nn.Parameter(torch.empty(num_channels)) if diagonal == "learned" else None
         self.bias = nn.Parameter(torch.empty(num_channels)) if bias else None
-        self.register_buffer(
-            "_free", ~(geometry.masked_entries(shape, groups) | on_diagonal), persistent=False
-        )
+        self.register_buffer("_free", ~(geometry.masked_entries(shape, groups) | on_diagonal), persistent=False)
         self.register_buffer("_unit", on_diagonal.to(self.raw_weight.dtype), persistent=False)
         self.reset_parameters()
 
@@ -97,7 +95,10 @@ class InvertibleConv2d(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight, [C, C/G, kh, kw], as `torch.nn.functional.conv2d` takes it for each group; change the parameters to change it."""
+        """The weight, [C, C/G, kh, kw], as `torch.nn.functional.conv2d` takes it for each group.
+
+        It is computed from the parameters: to change it, change those.
+        """
         fixed = self._unit
         if self.log_diagonal is not None:
             fixed = fixed * self.log_diagonal.exp()[:, None, None, None]

@@ -4,8 +4,9 @@
     solve(y, W)            x = A^-1 y              or A^-T y
     weight_gradient(x, g)  d<g, A x> / dW          zero at the masked entries
 
-A is the convolution as a matrix. The derivative of each is made of the three, so that derivatives of any order, forward
-and reverse, need no further kernel. With g the gradient of the output (Inverse-Flow, Nagar, Varma 2025, arXiv 2410.14634):
+A is the convolution as a matrix. The derivative of each is made of the three, so that derivatives of any order,
+forward and reverse, need no further kernel. With g the gradient of the output (Inverse-Flow, Nagar, Varma 2025,
+arXiv 2410.14634):
 
     y = A x       dL/dx = A^T g            dL/dW = weight_gradient(x, g)       dy = A dx + dA x
     x = A^-1 y    dL/dy = A^-T g =: u      dL/dW = -weight_gradient(x, u)      dx = A^-1 (dy - dA x)
@@ -24,7 +25,10 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
-from nflows_kconv import native, reference
+from nflows_kconv import (
+    native,  # noqa: F401  its import registers the CPU's kernels
+    reference,
+)
 
 _library = torch.library.Library("nflows_kconv", "DEF")
 _library.define("conv(Tensor input, Tensor weight, int[] corners, bool transpose) -> Tensor")
@@ -151,12 +155,11 @@ def _recorded(operator: Callable[..., Tensor], *args: Any) -> Tensor:
         return _below_autograd(operator, *args)
 
 
-def _differentiable(
-    operator: Callable[..., Tensor], function: type[_SingleLevelFunction]
-) -> Callable[..., Tensor]:
+def _differentiable(operator: Callable[..., Tensor], function: Any) -> Callable[..., Tensor]:
     """The kernel of the Autograd key.
 
-    `torch.library.register_autograd` would do but for forward mode, whose tangents it drops without a word, and torch.func.
+    `torch.library.register_autograd` would do but for forward mode, whose tangents it drops without a word, and for
+    torch.func.
     """
 
     def kernel(*args: Any) -> Tensor:
@@ -183,7 +186,7 @@ def _batched_operator(operator: Callable[..., Tensor]) -> Callable[..., tuple[Te
         transpose: bool,
     ) -> tuple[Tensor, int]:
         input_dim, weight_dim = in_dims[:2]
-        if weight_dim is None:
+        if input_dim is not None and weight_dim is None:
             output = operator(input.movedim(input_dim, 0).flatten(0, 1), weight, corners, transpose)
             return output.unflatten(0, (info.batch_size, -1)), 0
         channels = _into_channels(input, input_dim, info.batch_size)
@@ -202,9 +205,7 @@ def _batched_weight_gradient(
     corners: list[int],
     kernel_size: list[int],
 ) -> tuple[Tensor, int]:
-    input, grad = (
-        _into_channels(t, d, info.batch_size) for t, d in zip((input, grad), in_dims, strict=False)
-    )
+    input, grad = (_into_channels(t, d, info.batch_size) for t, d in zip((input, grad), in_dims, strict=False))
     output = weight_gradient(input, grad, list(corners) * info.batch_size, kernel_size)
     return output.unflatten(0, (info.batch_size, -1)), 0
 

@@ -13,24 +13,26 @@ kernel turned by 180 degrees and the opposite corner.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_weight
 
 from nflows_kconv import geometry
 
 
 def conv(input: Tensor, weight: Tensor, corners: Sequence[int], transpose: bool) -> Tensor:
     """y = A x, or y = A^T x; the arguments are those of `solve`."""
+    output = torch.empty_like(input)
+    if input.numel() == 0:
+        return output
     weight, corners, _ = _operator(weight, corners, transpose)
-    outputs = [
-        F.conv2d(F.pad(x, geometry.padding(corner, w.shape[-2:])), w)
-        for x, w, corner in zip(
-            input.to(weight.dtype).chunk(len(corners), 1), weight.chunk(len(corners)), corners, strict=True
-        )
-    ]
-    return torch.empty_like(input).copy_(torch.cat(outputs, 1))
+    groups = zip(input.to(weight.dtype).chunk(len(corners), 1), weight.chunk(len(corners)), corners, strict=True)
+    with _without_tf32(input.device):
+        outputs = [F.conv2d(F.pad(x, geometry.padding(corner, w.shape[-2:])), w) for x, w, corner in groups]
+    return output.copy_(torch.cat(outputs, 1))
 
 
 def solve(input: Tensor, weight: Tensor, corners: Sequence[int], transpose: bool) -> Tensor:
@@ -48,16 +50,14 @@ def solve(input: Tensor, weight: Tensor, corners: Sequence[int], transpose: bool
     Raises:
         ValueError: If the pivot's diagonal has an entry that is zero or not finite.
     """
-    batch, channels, height, width = input.shape
+    batch, _, height, width = input.shape
     if input.device.type == "cpu":  # elsewhere the look at the values would wait for the device
         geometry.check_diagonal(geometry.pivot_diagonal(weight, corners))
     weight, corners, upper = _operator(weight, corners, transpose)
     groups, (rows, columns) = len(corners), weight.shape[-2:]
 
     # Every group mirrored to corner TL, whose pivot is the last tap; groups and their channels are dimensions 1 and 2.
-    y = torch.stack(
-        [_flip(g, c) for g, c in zip(input.to(weight.dtype).chunk(groups, 1), corners, strict=True)], 1
-    )
+    y = torch.stack([_flip(g, c) for g, c in zip(input.to(weight.dtype).chunk(groups, 1), corners, strict=True)], 1)
     taps = torch.stack([_flip(w, c) for w, c in zip(weight.chunk(groups), corners, strict=True)]).flatten(-2)
     pivot, others = taps[..., -1], taps[..., :-1]
     tap_row = torch.arange(rows, device=input.device).repeat_interleave(columns)[:-1, None]
@@ -78,9 +78,7 @@ def solve(input: Tensor, weight: Tensor, corners: Sequence[int], transpose: bool
     return torch.empty_like(input).copy_(torch.cat(mirrored, 1))
 
 
-def weight_gradient(
-    input: Tensor, grad: Tensor, corners: Sequence[int], kernel_size: Sequence[int]
-) -> Tensor:
+def weight_gradient(input: Tensor, grad: Tensor, corners: Sequence[int], kernel_size: Sequence[int]) -> Tensor:
     """The gradient of <grad, A input> in the weight, zero where the weight counts as zero.
 
     Args:
@@ -92,20 +90,19 @@ def weight_gradient(
     Returns:
         [C, C/G, kh, kw], in the dtype of the input.
     """
+    channels, count = input.shape[1], len(corners)
+    per_group = channels // count
+    shape = (channels, per_group, *kernel_size)
+    if input.numel() == 0:
+        return input.new_zeros(shape)
     dtype = torch.promote_types(input.dtype, torch.float32)
-    channels = input.shape[1]
-    per_group = channels // len(corners)
-    shape = (per_group, per_group, *kernel_size)
-    gradients = [
-        torch.nn.grad.conv2d_weight(F.pad(x, geometry.padding(corner, kernel_size)), shape, g)
-        for x, g, corner in zip(
-            input.to(dtype).chunk(len(corners), 1),
-            grad.to(dtype).chunk(len(corners), 1),
-            corners,
-            strict=True,
-        )
-    ]
-    masked = geometry.masked_entries((channels, per_group, *kernel_size), corners, input.device)
+    groups = zip(input.to(dtype).chunk(count, 1), grad.to(dtype).chunk(count, 1), corners, strict=True)
+    with _without_tf32(input.device):
+        gradients = [
+            conv2d_weight(F.pad(x, geometry.padding(corner, kernel_size)), (per_group, *shape[1:]), g)
+            for x, g, corner in groups
+        ]
+    masked = geometry.masked_entries(shape, corners, input.device)
     return torch.cat(gradients).masked_fill_(masked, 0).to(input.dtype)
 
 
@@ -122,3 +119,10 @@ def _operator(weight: Tensor, corners: Sequence[int], transpose: bool) -> tuple[
 
 def _flip(tensor: Tensor, corner: int) -> Tensor:
     return tensor.flip(geometry.flipped_dims(corner))
+
+
+def _without_tf32(device: torch.device) -> AbstractContextManager[None]:
+    if device.type != "cuda":
+        return nullcontext()
+    cudnn = torch.backends.cudnn
+    return cudnn.flags(cudnn.enabled, cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False)
