@@ -178,42 +178,35 @@ def _batched_operator(operator: Callable[..., Tensor]) -> Callable[..., tuple[Te
     """vmap of conv and solve: over inputs into the batch; over weights into channel groups."""
 
     def rule(
-        info: Any,
-        in_dims: tuple[int | None, ...],
-        input: Tensor,
-        weight: Tensor,
-        corners: list[int],
-        transpose: bool,
+        info: Any, in_dims: tuple[int | None, ...], input: Tensor, weight: Tensor, corners: list[int], transpose: bool
     ) -> tuple[Tensor, int]:
-        input_dim, weight_dim = in_dims[:2]
-        if input_dim is not None and weight_dim is None:
-            output = operator(input.movedim(input_dim, 0).flatten(0, 1), weight, corners, transpose)
-            return output.unflatten(0, (info.batch_size, -1)), 0
-        channels = _into_channels(input, input_dim, info.batch_size)
-        weights = weight.movedim(weight_dim, 0).flatten(0, 1)
-        output = operator(channels, weights, list(corners) * info.batch_size, transpose)
-        return output.unflatten(1, (info.batch_size, -1)), 1
+        size = info.batch_size
+        inputs = _mapped_first(input, in_dims[0], size)
+        if in_dims[1] is None:
+            output = operator(inputs.flatten(0, 1), weight, corners, transpose)
+            return output.unflatten(0, (size, -1)), 0
+        weights = _mapped_first(weight, in_dims[1], size).flatten(0, 1)
+        output = operator(_into_channels(inputs), weights, list(corners) * size, transpose)
+        return output.unflatten(1, (size, -1)), 1
 
     return rule
 
 
 def _batched_weight_gradient(
-    info: Any,
-    in_dims: tuple[int | None, ...],
-    input: Tensor,
-    grad: Tensor,
-    corners: list[int],
-    kernel_size: list[int],
+    info: Any, in_dims: tuple[int | None, ...], input: Tensor, grad: Tensor, corners: list[int], kernel_size: list[int]
 ) -> tuple[Tensor, int]:
-    input, grad = (_into_channels(t, d, info.batch_size) for t, d in zip((input, grad), in_dims, strict=False))
-    output = weight_gradient(input, grad, list(corners) * info.batch_size, kernel_size)
-    return output.unflatten(0, (info.batch_size, -1)), 0
+    size = info.batch_size
+    inputs, grads = (_into_channels(_mapped_first(t, d, size)) for t, d in zip((input, grad), in_dims, strict=False))
+    output = weight_gradient(inputs, grads, list(corners) * size, kernel_size)
+    return output.unflatten(0, (size, -1)), 0
 
 
-def _into_channels(tensor: Tensor, dim: int | None, size: int) -> Tensor:
-    if dim is None:
-        return tensor.repeat(1, size, 1, 1)
-    return tensor.movedim(dim, 1).flatten(1, 2)
+def _mapped_first(tensor: Tensor, dim: int | None, size: int) -> Tensor:
+    return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+
+def _into_channels(images: Tensor) -> Tensor:
+    return images.transpose(0, 1).flatten(1, 2)
 
 
 for _operator, _implementation, _fake, _function, _vmap in (
