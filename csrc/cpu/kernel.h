@@ -139,7 +139,7 @@ TileKernel<T> tile_kernel(int64_t size, int64_t vectors) {
 // ---- Weights -------------------------------------------------------------------------------------------------------
 
 template <typename T>
-int64_t pack_weights(const Problem<T>& problem, const Plan& plan, int64_t group, T* packed) {
+void pack_weights(const Problem<T>& problem, const Plan& plan, int64_t group, int64_t index, T* packed) {
   const int64_t channels = plan.channels, height = problem.kernel_height, width = problem.kernel_width;
   const int64_t area = height * width;
   const bool right = problem.corners[group] & 1, bottom = problem.corners[group] & 2, transpose = problem.transpose;
@@ -152,31 +152,20 @@ int64_t pack_weights(const Problem<T>& problem, const Plan& plan, int64_t group,
   origin += (bottom ? 0 : (height - 1) * width) + (right ? 0 : width - 1);
   origin += transpose ? (channels * channels - 1) * area : 0;
 
-  int64_t singular = -1;
-  for (int64_t t = 0; t < plan.tile_count; ++t) {
-    const Tile& tile = plan.tiles[t];
-    const T* outputs = origin + tile.first * output_stride;
-    T* to = packed + tile.weights;
-    for (int64_t tap = plan.tap_rows * plan.tap_columns - 1; tap >= 0; --tap) {
-      const T* inputs = outputs + tap / plan.tap_columns * row_stride + tap % plan.tap_columns * column_stride;
-      const int64_t known = tap == 0 ? tile.first : channels;
-      for (int64_t i = 0; i < known; ++i)
-        for (int64_t o = 0; o < tile.size; ++o) *to++ = inputs[o * output_stride + i * input_stride];
-    }
-    for (int64_t o = 0; o < tile.size; ++o)
-      for (int64_t i = 0; i < tile.size; ++i) {
-        T value = i <= o ? outputs[o * output_stride + (tile.first + i) * input_stride] : T(0);
-        if (problem.solve && i == o) {
-          const bool regular = value - value == 0 && value != 0;  // neither NaN, infinite nor zero
-          const int64_t canonical = tile.first + o;
-          const int64_t channel = group * channels + (transpose ? channels - 1 - canonical : canonical);
-          if (!regular && (singular < 0 || channel < singular)) singular = channel;
-          value = 1 / value;
-        }
-        *to++ = value;
-      }
+  const Tile& tile = plan.tiles[index];
+  const T* outputs = origin + tile.first * output_stride;
+  T* to = packed + tile.weights;
+  for (int64_t tap = plan.tap_rows * plan.tap_columns - 1; tap >= 0; --tap) {
+    const T* inputs = outputs + tap / plan.tap_columns * row_stride + tap % plan.tap_columns * column_stride;
+    const int64_t known = tap == 0 ? tile.first : channels;
+    for (int64_t i = 0; i < known; ++i)
+      for (int64_t o = 0; o < tile.size; ++o) *to++ = inputs[o * output_stride + i * input_stride];
   }
-  return singular;
+  for (int64_t o = 0; o < tile.size; ++o)
+    for (int64_t i = 0; i < tile.size; ++i) {
+      const T value = i <= o ? outputs[o * output_stride + (tile.first + i) * input_stride] : T(0);
+      *to++ = problem.solve && i == o ? 1 / value : value;
+    }
 }
 
 // ---- Pixels to and from the buffer
@@ -311,11 +300,11 @@ void run_task(const Problem<T>& problem, const Plan& plan, const T* packed, int6
       problem.output + first_image * problem.output_strides.batch + first_channel * problem.output_strides.channel;
   const Strip<T> strip{problem, plan, (corner & 2) != 0, (corner & 1) != 0, images, buffer, places};
 
-  const int64_t vectors = (images + plan.lanes_per_vector - 1) / plan.lanes_per_vector;
+  const int64_t vectors = divide_up(images, plan.lanes_per_vector);
   TileKernel<T> kernels[kMaxTile];
   for (int64_t size = 1; size <= kMaxTile; ++size) kernels[size - 1] = tile_kernel<kSolve, T>(size, vectors);
 
-  const int64_t strips = (problem.height + plan.strip_rows - 1) / plan.strip_rows;
+  const int64_t strips = divide_up(problem.height, plan.strip_rows);
   for (int64_t s = 0; s < strips; ++s) {
     const int64_t top = (kSolve ? s : strips - 1 - s) * plan.strip_rows;
     const int64_t bottom = smaller(top + plan.strip_rows, problem.height);

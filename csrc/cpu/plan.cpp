@@ -5,8 +5,6 @@
 namespace kconv {
 namespace {
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Bytes of buffer that leave room for weights in a second-level cache.
 constexpr int64_t kBufferBytes = 512 * 1024;
 
@@ -22,6 +20,21 @@ std::vector<Tile> make_tiles(int64_t channels, int64_t taps, int64_t largest) {
     first += size;
   }
   return tiles;
+}
+
+// Blocks of images of each group. Each weight that is read serves all vectors of a block, which is worth about half a
+// vector; but no thread should wait for another.
+int64_t image_blocks(int64_t image_vectors, int64_t groups, int64_t threads) {
+  int64_t best = image_vectors, best_time = INT64_MAX;
+  for (int64_t vectors = 1; vectors <= kMaxVectors; ++vectors) {
+    const int64_t blocks = divide_up(image_vectors, vectors);
+    const int64_t time = divide_up(groups * blocks, threads) * (2 * vectors + 1);
+    if (time <= best_time) {
+      best = blocks;
+      best_time = time;
+    }
+  }
+  return best;
 }
 
 }  // namespace
@@ -47,9 +60,7 @@ OwnedPlan make_plan(const Problem<T>& problem, const Target& target, int64_t thr
     plan.strip_rows = lanes;
     plan.halo_lanes = plan.tap_rows - 1;
   } else {
-    // As many vectors a task as leave a task for every thread: each weight that is read serves them all.
-    const int64_t most = std::max<int64_t>(1, image_vectors * problem.groups / threads);
-    plan.blocks = divide_up(image_vectors, std::min<int64_t>(kMaxVectors, most));
+    plan.blocks = image_blocks(image_vectors, problem.groups, threads);
     plan.vectors = divide_up(image_vectors, plan.blocks);
     plan.halo_lanes = 0;
   }

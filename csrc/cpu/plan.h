@@ -19,6 +19,8 @@
 
 namespace kconv {
 
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 constexpr int kMaxTile = 6;     // output channels that the inner kernel holds in registers
 constexpr int kMaxVectors = 4;  // vectors of lanes that it holds for each
 

@@ -1,5 +1,6 @@
 // Chooses an instruction set and runs a problem's tasks on the caller's threads.
 #include <atomic>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -23,7 +24,7 @@ struct InstructionSet {
 };
 
 const InstructionSet kInstructionSets[] = {
-    // the widest first
+// the widest first
 #if defined(__x86_64__)
     {"avx512",
      __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
@@ -60,25 +61,34 @@ void* scratch(size_t bytes) {
 }
 
 template <typename T>
+void check_diagonal(const Problem<T>& problem) {
+  const int64_t channels = problem.group_channels(), height = problem.kernel_height, width = problem.kernel_width;
+  for (int64_t channel = 0; channel < problem.channels; ++channel) {
+    const int64_t corner = problem.corners[channel / channels];
+    const int64_t row = corner & 2 ? 0 : height - 1, column = corner & 1 ? 0 : width - 1;
+    const T value = problem.weight[((channel * channels + channel % channels) * height + row) * width + column];
+    if (!std::isfinite(value) || value == 0)
+      throw std::invalid_argument(
+          "the pivot's diagonal must be finite and not zero for the convolution to have an inverse, got " +
+          std::to_string(value) + " in channel " + std::to_string(channel));
+  }
+}
+
+template <typename T>
 struct Run {
   const Problem<T>& problem;
   const Plan& plan;
   const Kernels<T>& kernels;
   T* packed;
-  std::atomic<int64_t> singular_channel{-1};
   std::atomic<bool> out_of_memory{false};
 };
 
 template <typename T>
-void pack_groups(int64_t begin, int64_t end, void* context) {
-  Run<T>& run = *static_cast<Run<T>*>(context);
-  for (int64_t group = begin; group < end; ++group) {
-    const int64_t channel =
-        run.kernels.pack_weights(run.problem, run.plan, group, run.packed + group * run.plan.group_weights);
-    int64_t known = run.singular_channel.load();
-    while (channel >= 0 && (known < 0 || channel < known) &&
-           !run.singular_channel.compare_exchange_weak(known, channel)) {
-    }
+void pack_tiles(int64_t begin, int64_t end, void* context) {
+  const Run<T>& run = *static_cast<const Run<T>*>(context);
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t group = i / run.plan.tile_count, tile = i % run.plan.tile_count;
+    run.kernels.pack_weights(run.problem, run.plan, group, tile, run.packed + group * run.plan.group_weights);
   }
 }
 
@@ -106,27 +116,20 @@ void run_tasks(int64_t begin, int64_t end, void* context) {
 
 template <typename T>
 void run(const Problem<T>& problem, int64_t threads, ParallelFor parallel_for) {
+  if (problem.solve) check_diagonal(problem);
   const Kernels<T>& kernels = current().kernels(T());
   const OwnedPlan plan = make_plan(problem, kernels.target, threads);
   const std::unique_ptr<T[]> packed(new T[problem.groups * plan.group_weights]);
   Run<T> run{problem, plan, kernels, packed.get()};
 
-  // Work worth a thread's wake-up, in multiply-adds.
-  constexpr int64_t kGrain = 32768;
-  parallel_for(problem.groups, kGrain / plan.group_weights + 1, pack_groups<T>, &run);
-  if (const int64_t channel = run.singular_channel; channel >= 0) {
-    const int64_t area = problem.kernel_height * problem.kernel_width,
-                  corner = problem.corners[channel / plan.channels];
-    const int64_t pivot = (corner & 2 ? 0 : (problem.kernel_height - 1) * problem.kernel_width) +
-                          (corner & 1 ? 0 : problem.kernel_width - 1);
-    const T value = problem.weight[(channel * plan.channels + channel % plan.channels) * area + pivot];
-    throw std::invalid_argument(
-        "the pivot's diagonal must be finite and not zero for the convolution to have an inverse, got " +
-        std::to_string(value) + " in channel " + std::to_string(channel));
-  }
-  const int64_t images = plan.lanes_are_rows ? 1 : plan.vectors * plan.lanes_per_vector;
-  const int64_t task_work = images * problem.height * problem.width * plan.group_weights / plan.lanes_per_vector;
-  parallel_for(problem.groups * plan.blocks, kGrain / task_work, run_tasks<T>, &run);
+  // Work that is worth waking a thread for, in weights packed and in vector operations.
+  constexpr int64_t kGrain = 16384;
+  parallel_for(problem.groups * plan.tile_count, kGrain * plan.tile_count / plan.group_weights + 1, pack_tiles<T>,
+               &run);
+  const int64_t positions = plan.lanes_are_rows ? divide_up(problem.height, plan.lanes_per_vector) * problem.width
+                                                : problem.height * problem.width;
+  const int64_t operations = positions * plan.vectors * plan.group_weights;
+  parallel_for(problem.groups * plan.blocks, kGrain / operations + 1, run_tasks<T>, &run);
   if (run.out_of_memory) throw std::bad_alloc();
 }
 
