@@ -1,0 +1,38 @@
+"""The PEP 517 backend: setuptools, and torch as a build requirement only where the target has none.
+
+A static requirement would make pip put a second torch into every isolated build, minutes and gigabytes,
+although the one to run with is already installed.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from setuptools.build_meta import (
+    build_editable,
+    build_sdist,
+    build_wheel,
+    get_requires_for_build_sdist,
+    prepare_metadata_for_build_editable,
+    prepare_metadata_for_build_wheel,
+)
+
+from build_backend.environment import build_requirements
+
+__all__ = [
+    "build_editable",
+    "build_sdist",
+    "build_wheel",
+    "get_requires_for_build_editable",
+    "get_requires_for_build_sdist",
+    "get_requires_for_build_wheel",
+    "prepare_metadata_for_build_editable",
+    "prepare_metadata_for_build_wheel",
+]
+
+
+def get_requires_for_build_wheel(config_settings: Mapping[str, Any] | None = None) -> list[str]:
+    """What must be installed to build a wheel, beside the static requirements in pyproject.toml."""
+    return build_requirements()
+
+
+get_requires_for_build_editable = get_requires_for_build_wheel

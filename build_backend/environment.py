@@ -1,0 +1,76 @@
+"""What there is to build the native library with: a compiler, and a torch, found without importing it."""
+
+import os
+import shlex
+import shutil
+import site
+import sys
+import sysconfig
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import Distribution
+from pathlib import Path
+
+MINIMUM_TORCH = (2, 10)
+
+
+@dataclass(frozen=True)
+class Torch:
+    """An installed torch."""
+
+    version: str
+    directory: Path
+
+    @property
+    def recent_enough(self) -> bool:
+        """Whether it has the stable ABI that the native library is written for."""
+        return tuple(int(part) for part in self.version.split(".")[:2]) >= MINIMUM_TORCH
+
+
+def search_path() -> list[str]:
+    """Where to look for torch: what this process sees first, then the target's own directories.
+
+    Under pip's build isolation the target's interpreter runs with its own directories taken off `sys.path`.
+    """
+    directories = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages()]
+    # A virtual environment sees the user's packages only together with the system's.
+    if sys.base_prefix in site.PREFIXES:
+        directories.append(site.getusersitepackages())
+    return [*sys.path, *directories]
+
+
+def find_torch(path: Sequence[str]) -> Torch | None:
+    """The first torch on `path`."""
+    for distribution in Distribution.discover(name="torch", path=list(path)):
+        return Torch(distribution.version, Path(str(distribution.locate_file("torch"))))
+    return None
+
+
+def find_compiler() -> list[str]:
+    """The C++ compiler, as the beginning of a command; empty where there is none."""
+    return next((command for command in map(shlex.split, _compilers()) if shutil.which(command[0])), [])
+
+
+def _compilers() -> Sequence[str]:
+    return [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+
+
+def why_not() -> str | None:
+    """Why the native library cannot be built here whatever torch there is; None where it can."""
+    if os.environ.get("NFLOWS_KCONV_BUILD") == "0":
+        return "NFLOWS_KCONV_BUILD=0 was set"
+    if os.name == "nt":
+        return "Windows is not supported"
+    if sysconfig.get_config_var("Py_GIL_DISABLED"):
+        return "free-threaded Python cannot install wheels of the limited API"
+    if not find_compiler():
+        return f"no C++ compiler was found, looked for {', '.join(_compilers())}"
+    return None
+
+
+def build_requirements() -> list[str]:
+    """The requirement of torch, where the native library can be built and no usable torch is there yet."""
+    if why_not() is not None:
+        return []
+    torch = find_torch(search_path())
+    return [] if torch and torch.recent_enough else [f"torch>={'.'.join(map(str, MINIMUM_TORCH))}"]

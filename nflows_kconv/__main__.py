@@ -1,0 +1,37 @@
+"""`python -m nflows_kconv`: what is installed, and which backend runs here and why."""
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from nflows_kconv.backends import backends, selected_backends
+
+
+def _version(distribution: str) -> str:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def main() -> None:
+    """Prints the report."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    facts = {name: _version(name) for name in ("nflows-kconv", "torch", "nflows", "normflows")}
+    facts["Python"] = platform.python_version()
+    facts["system"] = platform.platform()
+    facts["CPU"] = torch.backends.cpu.get_cpu_capability()
+    facts["accelerator"] = "none" if accelerator is None else accelerator.type
+    for name, value in facts.items():
+        print(f"{name + ':':<14}{value}")
+    print("\nbackends")
+    for backend in backends().values():
+        print(f"  {backend}")
+    print("\npicked")
+    for device, name in selected_backends().items():
+        print(f"  {device} tensors run on {name}")
+
+
+if __name__ == "__main__":
+    main()

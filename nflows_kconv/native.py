@@ -1,0 +1,77 @@
+"""The native CPU library: loads it where there is one, and knows why where there is none."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from pathlib import Path
+
+import torch
+
+INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
+
+
+def _load(directory: Path) -> tuple[ctypes.CDLL | None, str]:
+    """Loads the library in `directory`; without one, the second value says why."""
+    record = directory / "_native_build.json"
+    if not record.exists():
+        return None, "it was never built: the package runs from sources that were not installed"
+    build = json.loads(record.read_text())
+    if not build["built"]:
+        return None, f"it was not built: {build['reason']}"
+    path = directory / "_native.abi3.so"
+    try:
+        torch.ops.load_library(path)
+        library = ctypes.CDLL(str(path))
+        library.nflows_kconv_instruction_set.restype = ctypes.c_char_p
+        library.nflows_kconv_select_instruction_set.argtypes = [ctypes.c_char_p]
+    except Exception as error:  # Importing must go on without the library, whatever is wrong with it.
+        cause = error.__cause__ or error  # torch's own message only names the file.
+        return None, f"built with {build['compiler']} and torch {build['torch']}, it failed to load: {cause}"
+    return library, ""
+
+
+_library, reason = _load(Path(__file__).parent)
+available = _library is not None
+
+
+def instruction_set() -> str:
+    """The instruction set in use, one of `INSTRUCTION_SETS`.
+
+    Raises:
+        RuntimeError: If the native library is not available.
+    """
+    return _loaded().nflows_kconv_instruction_set().decode()
+
+
+def instruction_sets() -> tuple[str, ...]:
+    """The instruction sets this machine has, the best one last; none where there is no native library."""
+    if not available:
+        return ()
+    in_use = instruction_set()
+    present = tuple(name for name in INSTRUCTION_SETS if _select(name))
+    _select(in_use)
+    return present
+
+
+def select_instruction_set(name: str) -> None:
+    """Makes the native kernels use this instruction set, in the whole process.
+
+    The best one is in use from the start; tests and benchmarks select the others.
+
+    Raises:
+        RuntimeError: If the native library is not available.
+        ValueError: If this machine does not have the instruction set.
+    """
+    if not _select(name):
+        raise ValueError(f"instruction set must be one of {instruction_sets()} on this machine, got {name!r}")
+
+
+def _select(name: str) -> bool:
+    return _loaded().nflows_kconv_select_instruction_set(name.encode()) == 0
+
+
+def _loaded() -> ctypes.CDLL:
+    if _library is None:
+        raise RuntimeError(f"the native CPU library is not available: {reason}")
+    return _library

@@ -1,0 +1,150 @@
+"""The report of backends, and the native library behind it."""
+
+import dataclasses
+import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from nflows_kconv import native
+from nflows_kconv.backends import Backend, backends, selected_backends
+
+needs_native = pytest.mark.skipif(not native.available, reason=f"no native library: {native.reason}")
+
+
+@pytest.fixture
+def library_missing(monkeypatch):
+    monkeypatch.setattr(native, "_library", None)
+    monkeypatch.setattr(native, "available", False)
+    monkeypatch.setattr(native, "reason", "it was not built: because")
+
+
+@pytest.fixture
+def instruction_set_restored():
+    in_use = native.instruction_set()
+    yield
+    native.select_instruction_set(in_use)
+
+
+def test_one_entry_per_backend():
+    found = backends()
+    assert list(found) == ["native", "cuda", "reference"]
+    assert all(isinstance(backend, Backend) and backend.name == name for name, backend in found.items())
+    assert all(backend.reason for backend in found.values())
+    assert all(backend.available for backend in found.values() if backend.selected)
+
+
+def test_backends_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        backends()["reference"].available = False
+
+
+def test_selected_are_those_that_present_devices_run_on():
+    assert {name for name, backend in backends().items() if backend.selected} == set(selected_backends().values())
+
+
+def test_cuda_says_that_there_is_no_kernel():
+    cuda = backends()["cuda"]
+    assert not cuda.available
+    assert str(cuda).startswith("cuda (cuda): not available, this version has no CUDA kernel; ")
+
+
+@needs_native
+@pytest.mark.parametrize(("threads", "shown"), [(1, "1 thread"), (2, "2 threads")])
+def test_native_tells_what_it_runs_with(threads, shown, instruction_set_restored):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    native.select_instruction_set("baseline")
+    try:
+        assert str(backends()["native"]) == f"native (cpu): selected, baseline instructions, {shown}"
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_without_the_library_the_reference_is_selected(library_missing):
+    assert backends()["native"] == Backend("native", "cpu", False, False, "it was not built: because")
+    assert backends()["reference"].selected
+    assert selected_backends()["cpu"] == "reference"
+
+
+def test_without_the_library_there_are_no_instruction_sets(library_missing):
+    assert native.instruction_sets() == ()
+    with pytest.raises(RuntimeError, match="not available: it was not built: because"):
+        native.instruction_set()
+    with pytest.raises(RuntimeError, match="not available: it was not built: because"):
+        native.select_instruction_set("baseline")
+
+
+@needs_native
+def test_every_instruction_set_of_the_machine_can_be_selected(instruction_set_restored):
+    assert native.instruction_sets()[0] == "baseline"
+    for name in native.instruction_sets():
+        native.select_instruction_set(name)
+        assert native.instruction_set() == name
+
+
+@needs_native
+@pytest.mark.skipif(platform.system() != "Linux", reason="reads the processor's flags from Linux")
+def test_instruction_sets_are_those_of_the_processor():
+    flags = set(Path("/proc/cpuinfo").read_text().split())
+    assert ("avx2" in native.instruction_sets()) == ({"avx2", "fma", "f16c"} <= flags)
+    avx512 = {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
+    assert ("avx512" in native.instruction_sets()) == (avx512 <= flags)
+
+
+@needs_native
+def test_asking_for_the_instruction_sets_changes_nothing(instruction_set_restored):
+    for name in native.instruction_sets():
+        native.select_instruction_set(name)
+        native.instruction_sets()
+        assert native.instruction_set() == name
+
+
+@needs_native
+@pytest.mark.parametrize("name", ["", "sse9", "AVX2"])
+def test_unknown_instruction_set(name):
+    with pytest.raises(
+        ValueError, match=rf"instruction set must be one of \('baseline'.*\) on this machine, got '{name}'"
+    ):
+        native.select_instruction_set(name)
+
+
+def test_library_that_was_never_built(tmp_path):
+    assert native._load(tmp_path) == (
+        None,
+        "it was never built: the package runs from sources that were not installed",
+    )
+
+
+def test_library_that_was_not_built(tmp_path):
+    (tmp_path / "_native_build.json").write_text(json.dumps({"built": False, "reason": "no C++ compiler"}))
+    # Whatever lies there from another build is not touched.
+    (tmp_path / "_native.abi3.so").write_text("")
+    assert native._load(tmp_path) == (None, "it was not built: no C++ compiler")
+
+
+def test_library_that_does_not_load(tmp_path):
+    record = {"built": True, "reason": "", "compiler": "c++ 12", "torch": "2.10.0"}
+    (tmp_path / "_native_build.json").write_text(json.dumps(record))
+    (tmp_path / "_native.abi3.so").write_text("no library")
+    library, reason = native._load(tmp_path)
+    assert library is None
+    assert reason.startswith("built with c++ 12 and torch 2.10.0, it failed to load: ")
+    assert "_native.abi3.so" in reason
+
+
+def test_report_on_the_command_line():
+    done = subprocess.run(
+        [sys.executable, "-m", "nflows_kconv"], capture_output=True, text=True, timeout=120, check=True
+    )
+    lines = [line.strip() for line in done.stdout.splitlines()]
+    assert f"torch:        {torch.__version__}" in lines
+    assert f"Python:       {platform.python_version()}" in lines
+    for name, backend in backends().items():
+        assert any(line.startswith(f"{name} ({backend.device}): ") for line in lines)
+    for device, name in selected_backends().items():
+        assert f"{device} tensors run on {name}" in lines
