@@ -5,6 +5,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <array>
 #include <vector>
 
 #include "cpu/problem.h"
@@ -73,8 +74,19 @@ Tensor compute(const Tensor& input, const Tensor& weight, const std::vector<int6
   return output;
 }
 
+// Bytes of a group's weights that stay in a second-level cache. Every position reads them all, so that beyond this size
+// F.conv2d, which holds several positions in registers, is the faster forward.
+constexpr int64_t kCachedWeights = 1 << 20;
+
 Tensor conv(const Tensor& input, const Tensor& weight, std::vector<int64_t> corners, bool transpose) {
-  return compute(input, weight, corners, transpose, false);
+  const int64_t weights = corners.empty() ? 0 : weight.numel() / int64_t(corners.size());
+  if (weights * int64_t(weight.element_size()) <= kCachedWeights) {
+    return compute(input, weight, corners, transpose, false);
+  }
+  std::array<StableIValue, 4> stack{torch::stable::detail::from(input), torch::stable::detail::from(weight),
+                                    torch::stable::detail::from(corners), torch::stable::detail::from(transpose)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("nflows_kconv::conv_by_conv2d", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 Tensor solve(const Tensor& input, const Tensor& weight, std::vector<int64_t> corners, bool transpose) {

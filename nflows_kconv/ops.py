@@ -34,6 +34,9 @@ _library = torch.library.Library("nflows_kconv", "DEF")
 _library.define("conv(Tensor input, Tensor weight, int[] corners, bool transpose) -> Tensor")
 _library.define("solve(Tensor input, Tensor weight, int[] corners, bool transpose) -> Tensor")
 _library.define("weight_gradient(Tensor input, Tensor grad, int[] corners, int[] kernel_size) -> Tensor")
+# What the native kernel of conv hands over where F.conv2d is the faster one.
+_library.define("conv_by_conv2d(Tensor input, Tensor weight, int[] corners, bool transpose) -> Tensor")
+_library.impl("conv_by_conv2d", reference.conv, "CompositeExplicitAutograd")
 
 conv = torch.ops.nflows_kconv.conv.default
 solve = torch.ops.nflows_kconv.solve.default

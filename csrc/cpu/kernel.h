@@ -342,8 +342,8 @@ void run_either_task(const Problem<T>& problem, const Plan& plan, const T* packe
 }
 
 template <typename T>
-constexpr Kernels<T> make_kernels(int accumulators) {
-  return {{KCONV_VECTOR_BYTES, accumulators}, pack_weights<T>, run_either_task<T>};
+constexpr Kernels<T> make_kernels(int registers, int max_vectors) {
+  return {{KCONV_VECTOR_BYTES, registers, max_vectors}, pack_weights<T>, run_either_task<T>};
 }
 
 }  // namespace

@@ -4,7 +4,7 @@
 #include "kernel.h"
 
 namespace kconv {
-constexpr Kernels<float> avx2_float = make_kernels<float>(12);
-constexpr Kernels<double> avx2_double = make_kernels<double>(12);
+constexpr Kernels<float> avx2_float = make_kernels<float>(16, 3);
+constexpr Kernels<double> avx2_double = make_kernels<double>(16, 3);
 }  // namespace kconv
 #endif

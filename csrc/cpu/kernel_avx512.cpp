@@ -4,7 +4,7 @@
 #include "kernel.h"
 
 namespace kconv {
-constexpr Kernels<float> avx512_float = make_kernels<float>(24);
-constexpr Kernels<double> avx512_double = make_kernels<double>(24);
+constexpr Kernels<float> avx512_float = make_kernels<float>(32, 4);
+constexpr Kernels<double> avx512_double = make_kernels<double>(32, 4);
 }  // namespace kconv
 #endif

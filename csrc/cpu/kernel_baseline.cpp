@@ -3,6 +3,6 @@
 #include "kernel.h"
 
 namespace kconv {
-constexpr Kernels<float> baseline_float = make_kernels<float>(12);
-constexpr Kernels<double> baseline_double = make_kernels<double>(12);
+constexpr Kernels<float> baseline_float = make_kernels<float>(16, 3);
+constexpr Kernels<double> baseline_double = make_kernels<double>(16, 3);
 }  // namespace kconv

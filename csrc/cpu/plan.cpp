@@ -24,9 +24,9 @@ std::vector<Tile> make_tiles(int64_t channels, int64_t taps, int64_t largest) {
 
 // Blocks of images of each group. Each weight that is read serves all vectors of a block, which is worth about half a
 // vector; but no thread should wait for another.
-int64_t image_blocks(int64_t image_vectors, int64_t groups, int64_t threads) {
+int64_t image_blocks(int64_t image_vectors, int64_t groups, int64_t threads, int64_t max_vectors) {
   int64_t best = image_vectors, best_time = INT64_MAX;
-  for (int64_t vectors = 1; vectors <= kMaxVectors; ++vectors) {
+  for (int64_t vectors = 1; vectors <= max_vectors; ++vectors) {
     const int64_t blocks = divide_up(image_vectors, vectors);
     const int64_t time = divide_up(groups * blocks, threads) * (2 * vectors + 1);
     if (time <= best_time) {
@@ -60,7 +60,7 @@ OwnedPlan make_plan(const Problem<T>& problem, const Target& target, int64_t thr
     plan.strip_rows = lanes;
     plan.halo_lanes = plan.tap_rows - 1;
   } else {
-    plan.blocks = image_blocks(image_vectors, problem.groups, threads);
+    plan.blocks = image_blocks(image_vectors, problem.groups, threads, target.max_vectors);
     plan.vectors = divide_up(image_vectors, plan.blocks);
     plan.halo_lanes = 0;
   }
@@ -87,7 +87,8 @@ OwnedPlan make_plan(const Problem<T>& problem, const Target& target, int64_t thr
     for (int64_t channel = 0; channel < plan.channels; ++channel)
       plan.owned_offsets.push_back(channel * plan.channel_pitch - back);
   }
-  const int64_t largest = std::min<int64_t>(kMaxTile, target.accumulators / plan.vectors);
+  // Registers hold the sums, a vector of inputs for each vector of lanes, and a weight.
+  const int64_t largest = std::min<int64_t>(kMaxTile, (target.registers - 1) / plan.vectors - 1);
   plan.owned_tiles = make_tiles(plan.channels, taps, largest);
   const Tile& last = plan.owned_tiles.back();
   plan.group_weights = last.weights + (taps * plan.channels + last.first + last.size) * last.size;

@@ -21,12 +21,14 @@ namespace kconv {
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-constexpr int kMaxTile = 6;     // output channels that the inner kernel holds in registers
-constexpr int kMaxVectors = 4;  // vectors of lanes that it holds for each
+// What the inner kernel holds in registers, at most: the sums of so many output channels, for so many vectors of lanes.
+constexpr int kMaxTile = 6;
+constexpr int kMaxVectors = 4;
 
 struct Target {  // what an instruction set offers
   int vector_bytes;
-  int accumulators;  // vector registers that may hold partial sums
+  int registers;    // of a vector each
+  int max_vectors;  // of lanes that a position should hold
 };
 
 struct Tile {  // output channels [first, first + size) and their packed weights
