@@ -3,8 +3,8 @@
     python benchmarks/layer.py                      prints the tables
     python benchmarks/layer.py --output FILE.json   and writes them, with machine, versions and date
 
-The yardstick is what one would write without this package: for each group F.pad and F.conv2d, then torch.cat. Every row's
-contestants take turns, so that whatever else the machine does slows all of them; the table shows their medians.
+The yardstick is what one would write without this package: for each group F.pad and F.conv2d, then torch.cat. Every
+row's contestants take turns, so that whatever else the machine does slows all of them; the table shows their medians.
 """
 
 from __future__ import annotations

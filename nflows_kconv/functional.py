@@ -157,4 +157,6 @@ def _check_match(name: str, tensor: Tensor, input: Tensor) -> None:
 
 
 def _autocast_unites(*tensors: Tensor) -> bool:
-    return torch.is_autocast_enabled(tensors[0].device.type) and all(t.dtype != torch.float64 for t in tensors)
+    device = tensors[0].device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return autocast and all(tensor.dtype != torch.float64 for tensor in tensors)

@@ -74,17 +74,19 @@ class InvertibleConv2d(nn.Module):
             raise ValueError(f'diagonal must be "unit" or "learned", got {diagonal!r}')
         self.diagonal = diagonal
 
-        shape = (num_channels, num_channels // len(groups), *self.kernel_size)
-        on_diagonal = geometry.diagonal_entries(shape, groups)
-        self.raw_weight = nn.Parameter(torch.empty(shape))
+        self.raw_weight = nn.Parameter(torch.empty(num_channels, num_channels // len(groups), *self.kernel_size))
         self.log_diagonal = nn.Parameter(torch.empty(num_channels)) if diagonal == "learned" else None
         self.bias = nn.Parameter(torch.empty(num_channels)) if bias else None
-        self.register_buffer("_free", ~(geometry.masked_entries(shape, groups) | on_diagonal), persistent=False)
-        self.register_buffer("_unit", on_diagonal.to(self.raw_weight.dtype), persistent=False)
+        self.register_buffer("_free", None, persistent=False)
+        self.register_buffer("_unit", None, persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draws a layer close to the identity: its taps add about 5 % of the signal's standard deviation."""
+        shape, device, groups = self.raw_weight.shape, self.raw_weight.device, geometry.parse_corners(self.corners)
+        on_diagonal = geometry.diagonal_entries(shape, groups, device)
+        self._free = ~(geometry.masked_entries(shape, groups, device) | on_diagonal)
+        self._unit = on_diagonal.to(self.raw_weight.dtype)
         fan_in = self.raw_weight[0].numel()
         nn.init.normal_(self.raw_weight, std=0.05 / fan_in**0.5)
         with torch.no_grad():

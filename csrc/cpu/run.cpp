@@ -47,18 +47,33 @@ struct Free {
   void operator()(void* memory) const { std::free(memory); }
 };
 
-// Memory of one thread, kept between calls: to fault it in anew would cost as much as a small problem.
-void* scratch(size_t bytes) {
-  thread_local std::unique_ptr<void, Free> memory;
-  thread_local size_t size = 0;
-  if (size < bytes) {
-    size = 0;
-    memory.reset(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
-    if (!memory) throw std::bad_alloc();
-    size = bytes;
+// Memory of one thread, kept between calls unless it is large: to fault it in anew would cost as much as a small
+// problem.
+class Scratch {
+ public:
+  void* get(size_t bytes) {
+    if (size_ < bytes) {
+      size_ = 0;
+      memory_.reset(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
+      if (!memory_) throw std::bad_alloc();
+      size_ = bytes;
+    }
+    return memory_.get();
   }
-  return memory.get();
-}
+
+  void give_back() {
+    if (size_ <= kKept) return;
+    memory_.reset();
+    size_ = 0;
+  }
+
+ private:
+  static constexpr size_t kKept = 4 << 20;
+  std::unique_ptr<void, Free> memory_;
+  size_t size_ = 0;
+};
+
+thread_local Scratch scratch;
 
 template <typename T>
 void check_diagonal(const Problem<T>& problem) {
@@ -100,7 +115,7 @@ void run_tasks(int64_t begin, int64_t end, void* context) {
   const int64_t rows = plan.strip_rows > plan.tap_rows ? plan.strip_rows : plan.tap_rows;
   char* memory;
   try {
-    memory = static_cast<char*>(scratch(buffer_bytes + rows * run.problem.width * sizeof(int64_t)));
+    memory = static_cast<char*>(scratch.get(buffer_bytes + rows * run.problem.width * sizeof(int64_t)));
   } catch (const std::bad_alloc&) {  // an exception must not leave a parallel region
     run.out_of_memory = true;
     return;
@@ -110,6 +125,7 @@ void run_tasks(int64_t begin, int64_t end, void* context) {
     run.kernels.run_task(run.problem, plan, run.packed + group * plan.group_weights, group, block,
                          reinterpret_cast<T*>(memory), reinterpret_cast<int64_t*>(memory + buffer_bytes));
   }
+  scratch.give_back();
 }
 
 }  // namespace
