@@ -1,0 +1,62 @@
+"""What every test shares: the device, the backends, and how many cases hypothesis draws."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import settings
+
+from nflows_kconv import native, reference
+
+settings.register_profile("default", max_examples=30, deadline=None)
+settings.register_profile("ci", settings.get_profile("default"), derandomize=True, print_blob=True)
+settings.register_profile("thorough", settings.get_profile("default"), max_examples=1000)
+settings.load_profile("ci" if "CI" in os.environ else "default")
+
+OPERATORS = {"conv": reference.conv, "solve": reference.solve, "weight_gradient": reference.weight_gradient}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where the properties run")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(1)  # the tensors are small; what threads may change has a test of its own
+    # The `backend` fixture registers the reference in place of the kernel on purpose.
+    config.addinivalue_line("filterwarnings", "ignore:Warning only once for all operators")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "backend" in metafunc.fixturenames:
+        kernels = [f"native-{name}" for name in native.instruction_sets()]
+        names = ["reference", *(kernels if metafunc.config.getoption("device") == "cpu" else [])]
+        metafunc.parametrize("backend", names, indirect=True, scope="session")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip("needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> str:
+    """The device that `--device` names."""
+    return request.config.getoption("device")
+
+
+@pytest.fixture(scope="session")
+def backend(request: pytest.FixtureRequest, device: str) -> Iterator[str]:
+    """Runs a test once on each implementation that works here; the test calls the operators as ever."""
+    if request.param == "reference":
+        with torch.library._scoped_library("nflows_kconv", "IMPL") as library:
+            for name, implementation in OPERATORS.items():
+                library.impl(name, implementation, device.upper(), allow_override=True)
+            yield request.param
+    else:
+        best = native.instruction_set()
+        native.select_instruction_set(request.param.removeprefix("native-"))
+        yield request.param
+        native.select_instruction_set(best)

@@ -1,0 +1,173 @@
+"""torch.compile and torch.export: one graph without breaks, the same numbers, and no recompilation by the sizes."""
+
+import copy
+import shutil
+
+import pytest
+import torch
+from cases import Case
+from oracles import assert_close
+from torch import nn
+
+from nflows_kconv import InvertibleConv2d, functional
+
+LAYERS = {
+    "unit": {},
+    "learned, bias": dict(diagonal="learned", bias=True),
+    "one corner": dict(corners="BR", diagonal="learned"),
+}
+every_layer = pytest.mark.parametrize("options", LAYERS.values(), ids=LAYERS.keys())
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def compiled(function, **options):
+    """Traces all the way, derivatives included, but leaves code generation out: seconds instead of minutes."""
+    return torch.compile(function, backend="aot_eager", fullgraph=True, **options)
+
+
+def a_layer(options: dict, device: str) -> InvertibleConv2d:
+    torch.manual_seed(0)
+    layer = InvertibleConv2d(4, **options).to(device)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return layer
+
+
+def images(batch: int = 3, height: int = 5, width: int = 6, device: str = "cpu") -> torch.Tensor:
+    return torch.randn(batch, 4, height, width, device=device)
+
+
+@every_layer
+@pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
+@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+def test_layer(options: dict, inverse: bool, grad: bool, device: str):
+    layer, input = a_layer(options, device), images(device=device)
+    function = layer.inverse if inverse else layer
+    with torch.set_grad_enabled(grad):
+        for actual, expected in zip(compiled(function)(input), function(input), strict=True):
+            assert_close(actual, expected)
+            assert actual.stride() == expected.stride()
+
+
+class Flow(nn.Module):
+    """Both directions in one loss, as a training step has them."""
+
+    def __init__(self, options: dict, device: str) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(a_layer(options, device) for _ in range(2))
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        output, log_det = self.layers[0](input)
+        output, inverse_log_det = self.layers[1].inverse(output)
+        return (output.square().sum((1, 2, 3)) / 2 - log_det - inverse_log_det).mean()
+
+
+@every_layer
+def test_training_step(options: dict, device: str):
+    model = Flow(options, device)
+    other = copy.deepcopy(model)
+    fast = compiled(other)
+    for step in range(3):
+        torch.manual_seed(step)
+        input = images(device=device)
+        losses = []
+        for flow, call in ((model, model), (other, fast)):
+            optimizer = torch.optim.SGD(flow.parameters(), lr=0.01, weight_decay=0.1)
+            optimizer.zero_grad()
+            losses.append(call(input))
+            losses[-1].backward()
+            optimizer.step()
+        assert_close(losses[1], losses[0])
+    for one, two in zip(other.parameters(), model.parameters(), strict=True):
+        assert_close(one, two)
+
+
+@pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
+def test_dynamic_shapes_compile_once(inverse: bool, device: str):
+    layer = a_layer(LAYERS["learned, bias"], device)
+    function = layer.inverse if inverse else layer
+    fast = compiled(function, dynamic=True)
+    for index, (batch, height, width) in enumerate(((3, 5, 6), (4, 7, 5), (17, 9, 11), (2, 33, 2))):
+        input = images(batch, height, width, device)
+        with torch.compiler.set_stance("fail_on_recompile" if index else "default"):
+            for actual, expected in zip(fast(input), function(input), strict=True):
+                assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
+@pytest.mark.parametrize("name", ["conv2d", "conv2d_inverse"])
+def test_functions_and_gradients_of_any_layout(name: str, layout: str, device: str):
+    case = Case(("TL", "BR"), per_group=3, layout=layout)
+    function = getattr(functional, name)
+    leaves = [tensor.detach().requires_grad_() for tensor in (case.input(device), case.weight(device))]
+    outputs = [call(*leaves, case.corners) for call in (function, compiled(function))]
+    assert_close(outputs[1], outputs[0])
+    gradients = [torch.autograd.grad(output.pow(2).sum(), leaves) for output in outputs]
+    for actual, expected in zip(*reversed(gradients), strict=True):
+        assert_close(actual, expected)
+
+
+def test_log_abs_det(device: str):
+    case = Case()
+    weight = case.weight(device)
+    assert_close(
+        compiled(functional.log_abs_det)(weight, case.corners, 5, 6),
+        functional.log_abs_det(weight, case.corners, 5, 6),
+    )
+
+
+def test_autocast(device: str):
+    layer, input = a_layer(LAYERS["learned, bias"], device), images(device=device)
+    with torch.autocast(device, torch.bfloat16):
+        output, log_det = compiled(layer)(input.bfloat16())
+    assert output.dtype == log_det.dtype == torch.float32
+    assert_close(output, layer(input.bfloat16().float())[0])
+
+
+def test_parameters_that_change_are_seen(device: str):
+    layer, input = a_layer(LAYERS["learned, bias"], device), images(device=device)
+    fast = compiled(layer)
+    fast(input)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.mul_(0.5)
+    assert_close(fast(input)[0], layer(input)[0])
+
+
+@pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
+def test_export(inverse: bool, device: str):
+    class Module(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = a_layer(LAYERS["learned, bias"], device)
+
+        def forward(self, input):
+            return self.layer.inverse(input) if inverse else self.layer(input)
+
+    module, input = Module(), images(device=device)
+    sizes = {0: torch.export.Dim("batch"), 2: torch.export.Dim("height"), 3: torch.export.Dim("width")}
+    program = torch.export.export(module, (input,), dynamic_shapes=(sizes,))
+    larger = images(7, 9, 8, device)
+    for actual, expected in zip(program.module()(larger), module(larger), strict=True):
+        assert_close(actual, expected)
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler")
+def test_inductor(device: str):
+    """The compiler people use: code generated around the operators."""
+    model = Flow(LAYERS["learned, bias"], device)
+    other = copy.deepcopy(model)
+    input = images(device=device)
+    losses = model(input), torch.compile(other, fullgraph=True)(input)
+    assert_close(losses[1], losses[0])
+    for loss in losses:
+        loss.backward()
+    for one, two in zip(other.parameters(), model.parameters(), strict=True):
+        assert_close(one.grad, two.grad)

@@ -1,0 +1,359 @@
+"""Derivatives of any order in both directions, by every way that PyTorch has to ask for them."""
+
+from dataclasses import replace
+
+import oracles
+import pytest
+import torch
+from cases import BL, BR, CORNERS, TL, TR, Case, over_cases
+from oracles import assert_close
+from torch.autograd import gradcheck, gradgradcheck
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.utils.checkpoint import checkpoint
+
+from nflows_kconv import InvertibleConv2d, functional, geometry, ops
+
+# Small enough for whole Jacobians and Hessians.
+SMALL = (
+    Case((TL, BR), per_group=2, kernel_size=(2, 3), height=2, width=3),
+    Case(CORNERS, per_group=1, kernel_size=(2, 2), batch=1, height=2, width=2),
+    Case((BL, BL), per_group=1, kernel_size=(3, 1), batch=3, height=3, width=1),
+    Case((TR,), per_group=2, kernel_size=(1, 1), height=1, width=2),
+    Case((BR,), per_group=2, kernel_size=(2, 2), height=2, width=2, layout="channels_last"),
+)
+every_small_case = pytest.mark.parametrize("case", SMALL, ids=lambda case: "-".join(case.corners))
+FUNCTIONS = {
+    "conv2d": (functional.conv2d, oracles.conv),
+    "conv2d_inverse": (functional.conv2d_inverse, oracles.solve),
+}
+every_direction = pytest.mark.parametrize("name", FUNCTIONS)
+
+
+def arguments(case: Case, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Input, weight and bias as leaves in float64."""
+    bias = torch.linspace(-1, 1, case.channels, dtype=torch.float64)
+    case = replace(case, dtype=torch.float64)
+    return tuple(t.detach().requires_grad_() for t in (case.input(device), case.weight(device), bias.to(device)))
+
+
+def gradients(output: torch.Tensor, grad: torch.Tensor, *arguments: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return torch.autograd.grad((output * grad.to(output)).sum(), arguments)
+
+
+# Gradients
+
+
+@every_direction
+@over_cases()
+def test_gradients_are_those_of_the_oracle(case: Case, name: str, backend: str, device: str):
+    """F.conv2d's autograd for the convolution, the dense triangular solve's for the inverse."""
+    function, oracle = FUNCTIONS[name]
+    if not case.per_group * case.height * case.width <= 200 or case.batch == 0:
+        return  # the oracle's gradient in the weight goes through the dense matrices
+    grad_ = case.input(seed=2)
+    leaves = [t.detach().requires_grad_() for t in (case.input(device), case.weight(device))]
+    actual = gradients(function(*leaves, case.corners), grad_, *leaves)
+    expected_leaves = [t.detach().to("cpu", torch.float64).requires_grad_() for t in leaves]
+    if 0 in case.input_shape:
+        expected = [torch.zeros_like(t) for t in expected_leaves]
+    else:
+        expected = gradients(oracle(*expected_leaves, case.corners), grad_, *expected_leaves)
+    for one, other, leaf in zip(actual, expected, leaves, strict=True):
+        assert one.dtype == leaf.dtype
+        if name == "conv2d_inverse" and case.dtype in oracles.HALF_PRECISION:
+            # The weight's gradient is computed from two solutions that were rounded: right as a whole, not by entry.
+            assert (one.cpu() - other).norm() <= torch.finfo(case.dtype).eps * other.norm()
+        else:
+            assert_close(one, other, factor=4)
+
+
+@every_direction
+@over_cases()
+def test_masked_entries_have_no_gradient(case: Case, name: str, device: str):
+    function, _ = FUNCTIONS[name]
+    masked = oracles.masked(case.weight_shape, case.corners).to(device)
+    weight = case.weight(device).masked_fill(masked, float("nan")).requires_grad_()
+    input = case.input(device).requires_grad_()
+    for_input, for_weight = gradients(function(input, weight, case.corners), case.input(seed=2), input, weight)
+    assert torch.all(for_weight[masked] == 0)
+    assert for_weight.isfinite().all()
+    assert for_input.isfinite().all()
+
+
+@every_direction
+@every_small_case
+def test_gradcheck(case: Case, name: str, backend: str, device: str):
+    function, _ = FUNCTIONS[name]
+
+    def of_bias_too(input, weight, bias):
+        return function(input, weight, case.corners, bias)
+
+    leaves = arguments(case, device)
+    assert gradcheck(
+        of_bias_too, leaves, check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=True
+    )
+
+
+@every_direction
+@every_small_case
+def test_gradgradcheck(case: Case, name: str, device: str):
+    function, _ = FUNCTIONS[name]
+
+    def of_bias_too(input, weight, bias):
+        return function(input, weight, case.corners, bias)
+
+    leaves = arguments(case, device)
+    assert gradgradcheck(of_bias_too, leaves, check_fwd_over_rev=True, check_rev_over_rev=True, check_batched_grad=True)
+
+
+@every_small_case
+def test_gradcheck_of_the_operators(case: Case, backend: str, device: str):
+    """The transposed operators and the weight gradient too."""
+    input, weight, _ = arguments(case, device)
+    corners = geometry.parse_corners(case.corners)
+    for transpose in (False, True):
+        for operator in (ops.conv, ops.solve):
+            function = lambda x, w, op=operator, t=transpose: op(x, w, corners, t)  # noqa: E731
+            assert gradcheck(function, (input, weight), check_forward_ad=True)
+            assert gradgradcheck(function, (input, weight))
+    function = lambda x, g: ops.weight_gradient(x, g, corners, case.kernel_size)  # noqa: E731
+    images = input, replace(case, dtype=torch.float64).input(device, seed=2).requires_grad_()
+    assert gradcheck(function, images, check_forward_ad=True, check_batched_grad=True)
+    assert gradgradcheck(function, images)
+
+
+@pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
+@pytest.mark.parametrize("diagonal", ["unit", "learned"])
+def test_gradcheck_of_the_layer(diagonal: str, inverse: bool, device: str):
+    layer = InvertibleConv2d(4, (2, 3), corners=(TL, BR), diagonal=diagonal, bias=True).to(device, torch.float64)
+    names, parameters = zip(*layer.named_parameters(), strict=True)
+    parameters = [torch.linspace(-0.4, 0.5, p.numel(), dtype=p.dtype, device=device).view_as(p) for p in parameters]
+
+    class Inverse(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, input):
+            return self.layer.inverse(input) if inverse else self.layer(input)
+
+    def function(input, *parameters):
+        named = {f"layer.{name}": parameter for name, parameter in zip(names, parameters, strict=True)}
+        return functional_call(Inverse(), named, (input,))
+
+    input = torch.randn(2, 4, 2, 3, dtype=torch.float64, device=device)
+    leaves = [t.requires_grad_() for t in (input, *parameters)]
+    assert gradcheck(function, leaves, check_forward_ad=True, check_batched_grad=True)
+    assert gradgradcheck(function, leaves)
+
+
+@every_direction
+@pytest.mark.parametrize("needed", [(0,), (1,), (2,), (0, 1), (1, 2), (0, 2)], ids=str)
+def test_only_what_is_needed_is_computed_and_alike(name: str, needed: tuple[int, ...], device: str):
+    function, _ = FUNCTIONS[name]
+    leaves = arguments(SMALL[0], device)
+    corners = SMALL[0].corners
+    all_gradients = torch.autograd.grad(function(*leaves[:2], corners, leaves[2]).square().sum(), leaves)
+    fewer = [leaf if i in needed else leaf.detach() for i, leaf in enumerate(leaves)]
+    output = function(*fewer[:2], corners, fewer[2])
+    for index, gradient in zip(
+        needed, torch.autograd.grad(output.square().sum(), [leaves[i] for i in needed]), strict=True
+    ):
+        assert_close(gradient, all_gradients[index])
+
+
+@every_direction
+def test_finite_differences(name: str, backend: str, device: str):
+    """Without gradcheck's machinery, along a random direction."""
+    function, _ = FUNCTIONS[name]
+    case = Case((TR, BL), per_group=3, batch=5, dtype=torch.float64)
+    input, weight, _ = arguments(case, device)
+    output = function(input, weight, case.corners)
+    cotangent = case.input(device, seed=2)
+    for leaf, gradient in zip((input, weight), gradients(output, cotangent, input, weight), strict=True):
+        direction = torch.randn(leaf.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(device)
+        step = 1e-6 * direction
+        ends = [
+            (function(*(t + sign * step if t is leaf else t for t in (input, weight)), case.corners) * cotangent).sum()
+            for sign in (1, -1)
+        ]
+        torch.testing.assert_close((ends[0] - ends[1]) / 2e-6, (gradient * direction).sum(), rtol=1e-6, atol=1e-7)
+
+
+# torch.func
+
+
+def _tangents(*tensors):
+    return tuple(torch.linspace(-1, 2, t.numel(), dtype=t.dtype, device=t.device).view_as(t) for t in tensors)
+
+
+def _scalar(function):
+    return lambda x, w: function(x, w).pow(3).sum()
+
+
+TRANSFORMS = {
+    "grad": lambda f, x, w: grad(_scalar(f), argnums=(0, 1))(x, w),
+    "jacrev": lambda f, x, w: jacrev(f, argnums=(0, 1))(x, w),
+    "jacfwd": lambda f, x, w: jacfwd(f, argnums=(0, 1))(x, w),
+    "hessian": lambda f, x, w: hessian(_scalar(f), argnums=(0, 1))(x, w),
+    "jacrev of jacrev": lambda f, x, w: jacrev(jacrev(_scalar(f), argnums=1), argnums=(0, 1))(x, w),
+    "jacfwd of jacfwd": lambda f, x, w: jacfwd(jacfwd(_scalar(f), argnums=1), argnums=(0, 1))(x, w),
+    "grad of grad of grad": lambda f, x, w: grad(
+        lambda w: grad(lambda w: grad(_scalar(f), 1)(x, w).pow(2).sum())(w).sum()
+    )(w),
+    "jvp": lambda f, x, w: jvp(f, (x, w), _tangents(x, w)),
+    "jvp in the input": lambda f, x, w: jvp(lambda x: f(x, w), (x,), _tangents(x)),
+    "jvp in the weight": lambda f, x, w: jvp(lambda w: f(x, w), (w,), _tangents(w)),
+    "jvp of grad": lambda f, x, w: jvp(lambda w: grad(_scalar(f), 1)(x, w), (w,), _tangents(w)),
+    "vjp": lambda f, x, w: vjp(f, x, w)[1](x * 2),
+    "vmap over inputs": lambda f, x, w: vmap(f, (0, None))(torch.stack([x, 2 * x, -x]), w),
+    "vmap over weights": lambda f, x, w: vmap(f, (None, 0))(x, torch.stack([w, 2 * w, -w])),
+    "vmap over both": lambda f, x, w: vmap(f)(torch.stack([x, x + 1, -x]), torch.stack([w, 2 * w, -w])),
+    "vmap over other dims": lambda f, x, w: vmap(f, (3, 2), 4)(
+        torch.stack([x, x + 1, -x], 3), torch.stack([w, 2 * w, -w], 2)
+    ),
+    "vmap of vmap": lambda f, x, w: vmap(vmap(f, (0, None)), (None, 0))(torch.stack([x, 2 * x]), torch.stack([w, -w])),
+    "gradients of each sample": lambda f, x, w: vmap(grad(_scalar(f), argnums=(0, 1)), (0, None))(x[:, None], w),
+    "hessians of each sample": lambda f, x, w: vmap(hessian(_scalar(f), argnums=1), (0, None))(x[:, None], w),
+    "jacobians of each weight": lambda f, x, w: vmap(jacrev(f), (None, 0))(x, torch.stack([w, 2 * w])),
+}
+
+
+@every_direction
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS.keys())
+@pytest.mark.parametrize("case", SMALL[1:4:2], ids=lambda case: "-".join(case.corners))
+def test_function_transforms(transform, case: Case, name: str, device: str):
+    """Whatever torch.func does to the function gives what it does to the oracle."""
+    function, oracle = FUNCTIONS[name]
+    input, weight, _ = (tensor.detach() for tensor in arguments(case, device))
+    actual = transform(lambda x, w: function(x, w, case.corners), input, weight)
+    expected = transform(lambda x, w: oracle(x, w, case.corners), input.cpu(), weight.cpu())
+    actual, expected = (torch.utils._pytree.tree_leaves(tree) for tree in (actual, expected))
+    for one, other in zip(actual, expected, strict=True):
+        assert one.shape == other.shape
+        assert_close(one, other, factor=10)
+
+
+def test_gradients_of_each_sample_through_the_layer(device: str):
+    torch.manual_seed(0)
+    layer = InvertibleConv2d(4, diagonal="learned", bias=True).to(device, torch.float64)
+    parameters = {name: p.detach() for name, p in layer.named_parameters()}
+    inputs = torch.randn(3, 4, 3, 2, dtype=torch.float64, device=device)
+
+    def loss(parameters, image):
+        output, log_det = functional_call(layer, parameters, (image[None],))
+        return (output.square().sum() / 2 - log_det).sum()
+
+    each = vmap(grad(loss), (None, 0))(parameters, inputs)
+    for index, image in enumerate(inputs):
+        for name, expected in grad(loss)(parameters, image).items():
+            assert_close(each[name][index], expected)
+
+
+# The operators under PyTorch's own tests, and in company
+
+
+@every_small_case
+def test_opcheck(case: Case, device: str):
+    corners = geometry.parse_corners(case.corners)
+    input, weight, _ = arguments(case, device)
+    for transpose in (False, True):
+        torch.library.opcheck(ops.conv, (input, weight, corners, transpose))
+        torch.library.opcheck(ops.solve, (input, weight, corners, transpose))
+    other = input.detach().clone().requires_grad_()
+    torch.library.opcheck(ops.weight_gradient, (input, other, corners, list(case.kernel_size)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@every_direction
+def test_autocast_computes_in_float32(name: str, dtype: torch.dtype, backend: str, device: str):
+    function, _ = FUNCTIONS[name]
+    case = Case((TL, BR), per_group=3, batch=5)
+    input, weight = case.input(device), case.weight(device)
+    bias = torch.ones(case.channels, device=device)
+    with torch.autocast(device, dtype):
+        for first in (input, input.to(dtype)):
+            for second in (weight, weight.to(dtype)):
+                output = function(first, second, case.corners, bias)
+                assert output.dtype == torch.float32
+                assert_close(output, function(first.float(), second.float(), case.corners, bias))
+
+
+def test_training_under_autocast(device: str):
+    torch.manual_seed(0)
+    layer = InvertibleConv2d(4, diagonal="learned", bias=True).to(device)
+    input = torch.randn(3, 4, 5, 6, device=device)
+    with torch.autocast(device, torch.bfloat16):
+        output, log_det = layer(torch.nn.functional.conv2d(input, torch.eye(4, device=device)[..., None, None]))
+        restored, _ = layer.inverse(output)
+        loss = output.square().mean() + restored.mean() - log_det.mean()
+    loss.backward()
+    assert output.dtype == restored.dtype == log_det.dtype == torch.float32
+    assert_close(restored, input.bfloat16().float())
+    assert all(parameter.grad.dtype == torch.float32 for parameter in layer.parameters())
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["plain", "reentrant"])
+@every_direction
+def test_gradient_checkpointing(name: str, use_reentrant: bool, device: str):
+    function, _ = FUNCTIONS[name]
+    leaves = arguments(SMALL[0], device)
+
+    def loss(input, weight, bias):
+        return function(input, weight, SMALL[0].corners, bias).pow(3).sum()
+
+    loss(*leaves).backward()
+    expected = [leaf.grad for leaf in leaves]
+    for leaf in leaves:
+        leaf.grad = None
+    checkpoint(loss, *leaves, use_reentrant=use_reentrant).backward()
+    for leaf, gradient in zip(leaves, expected, strict=True):
+        assert_close(leaf.grad, gradient)
+
+
+@every_direction
+def test_the_output_may_be_overwritten(name: str, backend: str, device: str):
+    """As normflows' Shift does; what the gradient needs must not lie in the output."""
+    function, _ = FUNCTIONS[name]
+    input, weight, bias = arguments(SMALL[0], device)
+    for with_bias in (None, bias):
+        output = function(input, weight, SMALL[0].corners, with_bias)
+        expected = gradients(2 * output + 1, output.detach(), input, weight)
+        output = function(input, weight, SMALL[0].corners, with_bias)
+        cotangent = output.detach().clone()
+        output.mul_(2).add_(1)
+        for one, other in zip(gradients(output, cotangent, input, weight), expected, strict=True):
+            assert_close(one, other)
+
+
+@every_direction
+def test_gradients_accumulate_and_graphs_are_kept(name: str, device: str):
+    function, _ = FUNCTIONS[name]
+    input, weight, _ = arguments(SMALL[0], device)
+    loss = function(input, weight, SMALL[0].corners).square().sum()
+    loss.backward(retain_graph=True)
+    once = weight.grad.clone()
+    loss.backward()
+    assert_close(weight.grad, 2 * once)
+
+
+def test_no_graph_where_none_is_asked_for(device: str):
+    input, weight, _ = arguments(SMALL[0], device)
+    with torch.no_grad():
+        assert not functional.conv2d(input, weight, SMALL[0].corners).requires_grad
+    assert not functional.conv2d(input.detach(), weight.detach(), SMALL[0].corners).requires_grad
+    assert functional.conv2d_inverse(input.detach(), weight, SMALL[0].corners).requires_grad
+
+
+def test_log_abs_det_has_the_gradient_of_slogdet(device: str):
+    case = SMALL[0]
+    _, weight, _ = arguments(case, device)
+    log_det = functional.log_abs_det(weight, case.corners, case.height, case.width)
+    expected_weight = weight.detach().cpu().requires_grad_()
+    expected = oracles.log_abs_det(expected_weight, case.corners, case.height, case.width)
+    (actual_gradient,), (expected_gradient,) = (
+        torch.autograd.grad(log_det, weight),
+        torch.autograd.grad(expected, expected_weight),
+    )
+    assert_close(actual_gradient, expected_gradient)
+    assert gradgradcheck(lambda w: functional.log_abs_det(w, case.corners, 2, 3), (weight,))

@@ -1,0 +1,227 @@
+"""Wrong arguments: each says in one sentence what must hold and what was got."""
+
+import re
+from typing import NamedTuple
+
+import pytest
+import torch
+from cases import CORNERS
+
+from nflows_kconv import InvertibleConv2d
+from nflows_kconv.functional import conv2d, conv2d_inverse, log_abs_det
+
+NAN, INF = float("nan"), float("inf")
+
+
+class Wrong(NamedTuple):
+    """An argument to replace, and what the error must be."""
+
+    arguments: dict
+    error: type[Exception]
+    match: str
+
+
+def images(channels: int = 8, **options) -> torch.Tensor:
+    return torch.zeros(2, channels, 4, 5, **options)
+
+
+def weight(per_group: int = 2, **options) -> torch.Tensor:
+    return torch.eye(per_group, **options).repeat(4, 1)[..., None, None].repeat(1, 1, 3, 3)
+
+
+CORNERS_ERRORS = {
+    "unknown corner": Wrong(
+        dict(corners=("TL", "T", "BL", "BR")), ValueError, f"out of {CORNERS}, got ('TL', 'T', 'BL', "
+    ),
+    "lower case": Wrong(dict(corners="tl"), ValueError, f"at least one corner, each out of {CORNERS}, got 'tl'"),
+    "concatenated corners": Wrong(dict(corners="TLBR"), ValueError, "got 'TLBR'"),
+    "no corner": Wrong(dict(corners=()), ValueError, f"at least one corner, each out of {CORNERS}, got ()"),
+    "empty string": Wrong(dict(corners=""), ValueError, f"at least one corner, each out of {CORNERS}, got ''"),
+    "integers": Wrong(
+        dict(corners=(0, 1, 2, 3)), TypeError, f"a sequence of strings out of {CORNERS}, got (0, 1, 2, 3)"
+    ),
+    "one integer": Wrong(dict(corners=0), TypeError, f"a string or a sequence of strings out of {CORNERS}, got 0"),
+    "no corners": Wrong(dict(corners=None), TypeError, f"a string or a sequence of strings out of {CORNERS}, got None"),
+    "a set": Wrong(
+        dict(corners={"TL"}), TypeError, f"a string or a sequence of strings out of {CORNERS}, got {{'TL'}}"
+    ),
+}
+WEIGHT_ERRORS = {
+    "weight a number": Wrong(dict(weight=1.0), TypeError, "weight must be a tensor, got float"),
+    "weight None": Wrong(dict(weight=None), TypeError, "weight must be a tensor, got NoneType"),
+    "weight of integers": Wrong(
+        dict(weight=weight(dtype=torch.int32)), TypeError, "weight must have one of the dtypes .*, got torch.int32"
+    ),
+    "weight of rank 3": Wrong(
+        dict(weight=weight()[..., 0]), ValueError, "4 dimensions [C, C/G, kh, kw], none of them 0, got shape (8, 2, 3)"
+    ),
+    "weight without taps": Wrong(dict(weight=weight()[..., :0]), ValueError, "none of them 0, got shape (8, 2, 3, 0)"),
+    "weight without channels": Wrong(dict(weight=weight()[:0]), ValueError, "none of them 0, got shape (0, 2, 3, 3)"),
+    "corners of other groups": Wrong(
+        dict(corners=("TL", "BR")), ValueError, "[C, C/G, kh, kw] with G = 2 corners, got (8, 2, 3, 3)"
+    ),
+}
+INPUT_ERRORS = {
+    "input of rank 3": Wrong(
+        dict(input=images()[0]), ValueError, "input must have the 4 dimensions [B, C, H, W], got shape (8, 4, 5)"
+    ),
+    "input of rank 5": Wrong(dict(input=images()[None]), ValueError, "[B, C, H, W], got shape (1, 2, 8, 4, 5)"),
+    "input's channels": Wrong(
+        dict(input=images(6)), ValueError, "input must have the weight's 8 channels, got 6 in shape (2, 6, 4, 5)"
+    ),
+    "input an array": Wrong(dict(input=images().numpy()), TypeError, "input must be a tensor, got ndarray"),
+    "input a list": Wrong(dict(input=[1.0]), TypeError, "input must be a tensor, got list"),
+    "input of integers": Wrong(
+        dict(input=images(dtype=torch.int64)), TypeError, "input must have one of the dtypes .*, got torch.int64"
+    ),
+    "input of booleans": Wrong(
+        dict(input=images(dtype=torch.bool)), TypeError, "input must have one of the dtypes .*, got torch.bool"
+    ),
+    "complex input": Wrong(
+        dict(input=images(dtype=torch.complex64)), TypeError, "one of the dtypes torch.float32, .*, got torch.complex64"
+    ),
+    "weight's dtype": Wrong(
+        dict(weight=weight(dtype=torch.float64)), TypeError, "the input's dtype torch.float32, got torch.float64"
+    ),
+    "weight's half precision": Wrong(
+        dict(weight=weight(dtype=torch.float16)), TypeError, "the input's dtype torch.float32, got torch.float16"
+    ),
+    "weight's device": Wrong(
+        dict(weight=weight(device="meta")), ValueError, "weight must be on the input's device cpu, got meta"
+    ),
+    "bias of rank 2": Wrong(dict(bias=torch.zeros(8, 1)), ValueError, "bias must have shape (8,), got (8, 1)"),
+    "bias of other channels": Wrong(dict(bias=torch.zeros(2)), ValueError, "bias must have shape (8,), got (2,)"),
+    "bias of rank 0": Wrong(dict(bias=torch.tensor(1.0)), ValueError, "bias must have shape (8,), got ()"),
+    "bias a number": Wrong(dict(bias=1.0), TypeError, "bias must be a tensor, got float"),
+    "bias of integers": Wrong(
+        dict(bias=torch.arange(8)), TypeError, "bias must have one of the dtypes .*, got torch.int64"
+    ),
+    "bias's dtype": Wrong(
+        dict(bias=torch.zeros(8).double()),
+        TypeError,
+        "bias must have the input's dtype torch.float32, got torch.float64",
+    ),
+    "bias's device": Wrong(
+        dict(bias=torch.zeros(8, device="meta")), ValueError, "bias must be on the input's device cpu, got meta"
+    ),
+}
+LOG_DET_ERRORS = {
+    "negative height": Wrong(dict(height=-1), ValueError, "height and width must not be negative, got -1 and 5"),
+    "negative width": Wrong(dict(width=-2), ValueError, "height and width must not be negative, got 4 and -2"),
+}
+LAYER_ERRORS = {
+    "channels not divisible": Wrong(
+        dict(num_channels=6),
+        ValueError,
+        "a multiple of the number of corners, got 6 channels and the 4 corners ('TL', ",
+    ),
+    "no channels": Wrong(dict(num_channels=0), ValueError, "num_channels must be at least 1, got 0"),
+    "negative channels": Wrong(dict(num_channels=-4), ValueError, "num_channels must be at least 1, got -4"),
+    "boolean channels": Wrong(dict(num_channels=True), TypeError, "num_channels must be an integer, got True"),
+    "fractional channels": Wrong(dict(num_channels=4.0), TypeError, "num_channels must be an integer, got 4.0"),
+    "kernel of size 0": Wrong(dict(kernel_size=0), ValueError, "kernel_size must be at least 1, got 0"),
+    "negative kernel": Wrong(dict(kernel_size=(3, -1)), ValueError, "kernel_size must be at least 1, got -1"),
+    "fractional kernel": Wrong(dict(kernel_size=3.0), TypeError, "kernel_size must be an integer, got 3.0"),
+    "boolean kernel": Wrong(dict(kernel_size=True), TypeError, "kernel_size must be an integer, got True"),
+    "kernel of rank 3": Wrong(
+        dict(kernel_size=(3, 3, 3)), ValueError, "kernel_size must be an integer or a pair (kh, kw), got (3, 3, 3)"
+    ),
+    "kernel of rank 1": Wrong(dict(kernel_size=(3,)), ValueError, "an integer or a pair (kh, kw), got (3,)"),
+    "kernel a string": Wrong(dict(kernel_size="33"), ValueError, "an integer or a pair (kh, kw), got '33'"),
+    "kernel a pair of strings": Wrong(
+        dict(kernel_size=("3", "3")), TypeError, "kernel_size must be an integer, got '3'"
+    ),
+    "kernel None": Wrong(dict(kernel_size=None), TypeError, "kernel_size must be an integer, got None"),
+    "unknown diagonal": Wrong(dict(diagonal="free"), ValueError, 'diagonal must be "unit" or "learned", got \'free\''),
+    "boolean diagonal": Wrong(dict(diagonal=True), ValueError, 'diagonal must be "unit" or "learned", got True'),
+}
+
+
+def over(errors: dict[str, Wrong]):
+    return pytest.mark.parametrize("wrong", errors.values(), ids=errors.keys())
+
+
+def message(match: str) -> str:
+    """The pattern for a message in which `.*` stands for anything."""
+    return re.escape(match).replace(r"\.\*", ".*")
+
+
+@pytest.mark.parametrize("function", [conv2d, conv2d_inverse], ids=lambda function: function.__name__)
+@over(CORNERS_ERRORS | WEIGHT_ERRORS | INPUT_ERRORS)
+def test_functions(function, wrong: Wrong):
+    arguments = dict(input=images(), weight=weight(), corners=CORNERS, bias=torch.zeros(8))
+    function(**arguments)
+    with pytest.raises(wrong.error, match=message(wrong.match)):
+        function(**arguments | wrong.arguments)
+
+
+@over(CORNERS_ERRORS | WEIGHT_ERRORS | LOG_DET_ERRORS)
+def test_log_abs_det(wrong: Wrong):
+    arguments = dict(weight=weight(), corners=CORNERS, height=4, width=5)
+    log_abs_det(**arguments)
+    with pytest.raises(wrong.error, match=message(wrong.match)):
+        log_abs_det(**arguments | wrong.arguments)
+
+
+@over(CORNERS_ERRORS | LAYER_ERRORS)
+def test_layer(wrong: Wrong):
+    arguments = dict(num_channels=8, kernel_size=3)
+    InvertibleConv2d(**arguments)
+    with pytest.raises(wrong.error, match=message(wrong.match)):
+        InvertibleConv2d(**arguments | wrong.arguments)
+
+
+@pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
+def test_layers_check_their_input(inverse: bool):
+    layer = InvertibleConv2d(8)
+    function = layer.inverse if inverse else layer
+    for input, error, match in (
+        (images(6), ValueError, "input must have the weight's 8 channels, got 6"),
+        (images()[0], ValueError, "input must have the 4 dimensions [B, C, H, W], got shape (8, 4, 5)"),
+        (images(dtype=torch.float64), TypeError, "weight must have the input's dtype torch.float64, got torch.float32"),
+        (images(device="meta"), ValueError, "weight must be on the input's device meta, got cpu"),
+    ):
+        with pytest.raises(error, match=message(match)):
+            function(input)
+
+
+@pytest.mark.parametrize("value", [0.0, -0.0, NAN, INF, -INF])
+@pytest.mark.parametrize("channel", [0, 5, 7])
+def test_diagonals_without_an_inverse(channel: int, value: float, backend: str):
+    broken = weight()
+    row, column = ((2, 2), (2, 0), (0, 2), (0, 0))[channel // 2]
+    broken[channel, channel % 2, row, column] = value
+    match = message(f"diagonal must be finite and not zero .*, got {value:.0f}.* in channel {channel}")
+    with pytest.raises(ValueError, match=match):
+        log_abs_det(broken, CORNERS, 4, 5)
+    with pytest.raises(ValueError, match=match):
+        conv2d_inverse(images(), broken, CORNERS)
+    with pytest.raises(ValueError, match=match):
+        conv2d_inverse(images().double(), broken.double().requires_grad_(), CORNERS)
+    conv2d(images(), broken, CORNERS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_diagonals_without_an_inverse_in_any_dtype(dtype: torch.dtype, backend: str):
+    broken = weight(dtype=dtype)
+    broken[3, 1, 2, 0] = 0
+    with pytest.raises(ValueError, match=message("finite and not zero .*, got 0.* in channel 3")):
+        conv2d_inverse(images(dtype=dtype), broken, CORNERS)
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF, 1000.0, -1000.0])
+def test_layers_with_a_broken_log_diagonal(value: float, backend: str):
+    """NaN, or so far out that the diagonal overflows or vanishes."""
+    layer = InvertibleConv2d(8, diagonal="learned")
+    with torch.no_grad():
+        layer.log_diagonal[3] = value
+    for function in (layer, layer.inverse):
+        with pytest.raises(ValueError, match=message("diagonal must be finite and not zero .* in channel 3")):
+            function(images())
+
+
+def test_diagonals_of_other_signs_and_sizes_are_fine():
+    odd = weight()
+    odd[0, 0, 2, 2], odd[1, 1, 2, 2] = -3.0, 1e-30
+    conv2d_inverse(images(), odd, CORNERS)
+    assert log_abs_det(odd, CORNERS, 1, 1).isfinite()

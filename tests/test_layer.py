@@ -1,0 +1,346 @@
+"""The layer: its weight, its log-determinants, where it starts, and that nothing done to it breaks it."""
+
+import copy
+import io
+import pickle
+
+import oracles
+import pytest
+import torch
+from cases import CORNERS, Case, cases, over_cases
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracles import assert_close
+from torch import nn
+
+from nflows_kconv import InvertibleConv2d, functional
+
+OPTIONS = {
+    "unit": {},
+    "learned": dict(diagonal="learned"),
+    "bias": dict(bias=True),
+    "learned, bias": dict(diagonal="learned", bias=True),
+    "one corner": dict(corners="BR", diagonal="learned"),
+    "repeats, oblong": dict(corners=("TL", "TL"), kernel_size=(2, 3), diagonal="learned"),
+}
+every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+
+
+def trained(layer: InvertibleConv2d, seed: int = 0) -> InvertibleConv2d:
+    """The layer with parameters far from where they start, masked entries included."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            noise = 2 * torch.rand(parameter.shape, generator=generator) - 1
+            parameter.copy_(0.3 * noise / parameter[0].numel() ** 0.5)
+    return layer
+
+
+def images(layer: InvertibleConv2d, batch: int = 3, height: int = 4, width: int = 5) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    shape = batch, layer.num_channels, height, width
+    return torch.randn(shape, generator=generator).to(layer.raw_weight)
+
+
+def jacobian_log_abs_det(function, input: torch.Tensor) -> torch.Tensor:
+    if not input.numel():
+        return torch.zeros((), dtype=torch.float64)
+    jacobian = torch.autograd.functional.jacobian(lambda x: function(x[None])[0][0], input)
+    return torch.linalg.slogdet(jacobian.reshape(input.numel(), -1).cpu().double()).logabsdet
+
+
+def check(layer: InvertibleConv2d) -> None:
+    """Asserts that the layer is what its weight says, and that the weight is what its parameters say."""
+    weight, corners = layer.weight.detach().cpu().double(), layer.corners
+    assert not weight[oracles.masked(weight.shape, corners)].any()
+    log_diagonal = torch.zeros(layer.num_channels) if layer.log_diagonal is None else layer.log_diagonal.detach()
+    assert_close(oracles.diagonal(layer.weight.detach(), corners), log_diagonal.exp())
+
+    input = images(layer)
+    output, log_det = layer(input)
+    bias = 0 if layer.bias is None else layer.bias.detach().cpu().double()[:, None, None]
+    assert_close(output, oracles.conv(input, weight, corners) + bias)
+    restored, inverse_log_det = layer.inverse(output)
+    if layer.raw_weight.dtype not in oracles.HALF_PRECISION:
+        assert_close(restored, input, factor=4)
+    assert log_det.shape == inverse_log_det.shape == (len(input),)
+    expected = oracles.log_abs_det(weight, corners, *input.shape[-2:])
+    assert_close(log_det, expected.expand(len(input)), factor=4)
+    assert torch.equal(inverse_log_det, -log_det)
+
+
+@every_option
+def test_weight_is_what_conv2d_takes(options: dict, backend: str, device: str):
+    check(InvertibleConv2d(8, **options).to(device))
+    check(trained(InvertibleConv2d(8, **options)).to(device))
+
+
+@over_cases()
+def test_any_layer_any_image(case: Case, backend: str, device: str):
+    bias = case.seed % 2 == 0
+    layer = InvertibleConv2d(case.channels, case.kernel_size, corners=case.corners, diagonal="learned", bias=bias)
+    layer = trained(layer).to(device, case.dtype)
+    input = case.input(device)
+    output, log_det = layer(input)
+    assert log_det.shape == (case.batch,)
+    assert log_det.dtype == torch.promote_types(case.dtype, torch.float32)
+    shift = 0 if layer.bias is None else layer.bias.detach().cpu().double()[:, None, None]
+    if case.dtype not in oracles.HALF_PRECISION:  # the bias makes for a second rounding
+        assert_close(output, oracles.conv(input, layer.weight.detach(), case.corners) + shift)
+        assert_close(layer.inverse(output)[0], input, factor=4)
+
+
+@given(case=cases(max_unknowns=12))
+def test_log_dets_are_those_of_the_jacobians(case: Case, backend: str, device: str):
+    if case.channels * case.height * case.width > 60:
+        return
+    weight = case.weight(device).double()
+    input = torch.randn(case.input_shape[1:], dtype=torch.float64, device=device)
+    log_det = functional.log_abs_det(weight, case.corners, case.height, case.width)
+    assert log_det.shape == ()
+    for function, sign in ((functional.conv2d, 1), (functional.conv2d_inverse, -1)):
+        jacobian = jacobian_log_abs_det(lambda x, f=function: (f(x, weight, case.corners),), input)
+        assert_close(sign * log_det, jacobian, factor=10)
+
+
+@over_cases()
+def test_log_abs_det_is_the_dense_one(case: Case):
+    log_det = functional.log_abs_det(case.weight(), case.corners, case.height, case.width)
+    assert log_det.dtype == torch.promote_types(case.dtype, torch.float32)
+    diagonal = oracles.diagonal(case.weight(), case.corners).double().abs().log()
+    assert_close(log_det, case.height * case.width * diagonal.sum(), factor=10)
+    if case.height * case.width * case.per_group <= 300:
+        dense = oracles.log_abs_det(case.weight(), case.corners, case.height, case.width)
+        assert_close(log_det, dense, factor=10)
+
+
+@every_option
+def test_layers_log_dets_are_those_of_the_jacobians(options: dict, backend: str, device: str):
+    layer = trained(InvertibleConv2d(4, **options)).to(device, torch.float64)
+    input = images(layer, batch=2, height=2, width=3)
+    for function in (layer, layer.inverse):
+        log_det = function(input)[1]
+        expected = torch.stack([jacobian_log_abs_det(function, image) for image in input])
+        assert_close(log_det, expected, factor=10)
+
+
+def test_bias_is_a_constant_of_each_channel(backend: str, device: str):
+    case = Case()
+    input, weight, bias = case.input(device), case.weight(device), torch.arange(float(case.channels), device=device)
+    output = functional.conv2d(input, weight, case.corners, bias)
+    plain = functional.conv2d(input, weight, case.corners)
+    assert_close(output, plain + torch.arange(float(case.channels), device=device).view(1, -1, 1, 1))
+    assert_close(functional.conv2d_inverse(output, weight, case.corners, bias), input)
+
+
+# What happens to layers in use. Each event takes a layer and returns the one to go on with.
+
+
+def _steps(optimizer_class, **options):
+    def event(layer: InvertibleConv2d) -> InvertibleConv2d:
+        optimizer = optimizer_class(layer.parameters(), **options)
+        for _ in range(20):
+            optimizer.zero_grad()
+            outputs, log_det = layer(images(layer))
+            inputs, _ = layer.inverse(images(layer))
+            (outputs.square().sum() / 100 + inputs.square().mean() - log_det.mean() / 10).backward()
+            optimizer.step()
+        return layer
+
+    return event
+
+
+@torch.no_grad()
+def _in_place(layer: InvertibleConv2d) -> InvertibleConv2d:
+    for parameter in layer.parameters():
+        parameter += 0.1 * torch.randn_like(parameter) / parameter[0].numel() ** 0.5
+        parameter.data *= 0.9  # changes the values but not the version of the tensor
+    return layer
+
+
+def _load_state_dict(layer: InvertibleConv2d) -> InvertibleConv2d:
+    other = trained(copy.deepcopy(layer), seed=2)
+    layer.load_state_dict(other.state_dict())
+    return layer
+
+
+def _load_assigned(layer: InvertibleConv2d) -> InvertibleConv2d:
+    other = trained(copy.deepcopy(layer), seed=3)
+    layer.load_state_dict(other.state_dict(), assign=True)
+    return layer
+
+
+def _save_and_load(layer: InvertibleConv2d) -> InvertibleConv2d:
+    file = io.BytesIO()
+    torch.save(layer.state_dict(), file)
+    file.seek(0)
+    other = InvertibleConv2d(
+        layer.num_channels,
+        layer.kernel_size,
+        corners=layer.corners,
+        diagonal=layer.diagonal,
+        bias=layer.bias is not None,
+    ).to(layer.raw_weight)
+    other.load_state_dict(torch.load(file))
+    assert all(map(torch.equal, other.state_dict().values(), layer.state_dict().values()))
+    return other
+
+
+def _new_data(layer: InvertibleConv2d) -> InvertibleConv2d:
+    other = trained(copy.deepcopy(layer), seed=4)
+    for parameter, new in zip(layer.parameters(), other.parameters(), strict=True):
+        parameter.data = new.data
+    return layer
+
+
+def _on_meta_and_back(layer: InvertibleConv2d) -> InvertibleConv2d:
+    device = layer.raw_weight.device
+    layer = layer.to("meta").to_empty(device=device)
+    layer.reset_parameters()
+    return layer
+
+
+def _functional_call(layer: InvertibleConv2d) -> InvertibleConv2d:
+    parameters = dict(trained(copy.deepcopy(layer), seed=5).named_parameters())
+    torch.func.functional_call(layer, parameters, (images(layer),))
+    return layer
+
+
+EVENTS = {
+    "AdamW": _steps(torch.optim.AdamW, lr=0.02, weight_decay=0.5),
+    "SGD with weight decay": _steps(torch.optim.SGD, lr=0.01, weight_decay=1.0, momentum=0.5),
+    "in-place steps": _in_place,
+    "load_state_dict": _load_state_dict,
+    "load_state_dict, assigned": _load_assigned,
+    "torch.save and load": _save_and_load,
+    "new data": _new_data,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda layer: pickle.loads(pickle.dumps(layer)),
+    "to float64": lambda layer: layer.double(),
+    "to float32": lambda layer: layer.float(),
+    "to bfloat16 and back": lambda layer: layer.bfloat16().float(),
+    "to channels_last": lambda layer: layer.to(memory_format=torch.channels_last),
+    "reset_parameters": lambda layer: (layer.reset_parameters(), layer)[1],
+    "on meta and back": _on_meta_and_back,
+    "functional_call": _functional_call,
+    "eval": lambda layer: layer.eval(),
+    "frozen and thawed": lambda layer: layer.requires_grad_(False).requires_grad_(True),
+}
+
+
+@every_option
+@pytest.mark.parametrize("event", EVENTS.values(), ids=EVENTS.keys())
+def test_events_leave_a_layer_whole(event, options: dict, device: str):
+    layer = trained(InvertibleConv2d(4, **options)).to(device)
+    check(layer)
+    check(event(layer))
+
+
+@settings(max_examples=20)
+@given(names=st.lists(st.sampled_from(tuple(EVENTS)), max_size=5), options=st.sampled_from(tuple(OPTIONS)))
+def test_any_history_leaves_a_layer_whole(names: list[str], options: str, device: str):
+    layer = trained(InvertibleConv2d(4, **OPTIONS[options])).to(device)
+    for name in names:
+        layer = EVENTS[name](layer)
+        check(layer)
+
+
+@pytest.mark.parametrize("dtype", oracles.HALF_PRECISION, ids=str)
+def test_half_precision_layers(dtype: torch.dtype, backend: str, device: str):
+    layer = trained(InvertibleConv2d(8, diagonal="learned")).to(device, dtype)
+    input = images(layer)
+    output, log_det = layer(input)
+    assert output.dtype == dtype
+    assert log_det.dtype == torch.float32
+    assert_close(output, oracles.conv(input, layer.weight.detach(), CORNERS))
+    assert_close(layer.inverse(input)[0], oracles.solve(input, layer.weight.detach(), CORNERS))
+
+
+@every_option
+def test_state_dict_has_the_parameters_alone(options: dict):
+    layer = InvertibleConv2d(8, **options)
+    expected = [
+        "raw_weight",
+        *(["log_diagonal"] if "diagonal" in options else []),
+        *(["bias"] if "bias" in options else []),
+    ]
+    assert list(layer.state_dict()) == [name for name, _ in layer.named_parameters()] == expected
+
+
+def test_constructor_arguments_are_kept_and_shown():
+    layer = InvertibleConv2d(6, (2, 3), corners=["BR", "TL"], diagonal="learned", bias=True)
+    assert (layer.num_channels, layer.kernel_size, layer.corners) == (6, (2, 3), ("BR", "TL"))
+    assert repr(layer) == (
+        "InvertibleConv2d(6, kernel_size=(2, 3), corners=('BR', 'TL'), diagonal='learned', bias=True)"
+    )
+    assert InvertibleConv2d(4, 2).kernel_size == (2, 2)
+    assert InvertibleConv2d(4, corners="TL").corners == ("TL",)
+    assert InvertibleConv2d(4).corners == CORNERS
+
+
+@pytest.mark.parametrize("channels", [4, 48, 512])
+@every_option
+def test_starts_close_to_the_identity(options: dict, channels: int, device: str):
+    torch.manual_seed(0)
+    layer = InvertibleConv2d(channels, **options).to(device)
+    input = images(layer, batch=2, height=8, width=8)
+    output, log_det = layer(input)
+    change = (output - input).std()
+    assert 0.01 < change < 0.1
+    assert torch.equal(log_det, torch.zeros(2, device=device))
+
+
+def test_layers_differ_by_the_seed():
+    layers = [(torch.manual_seed(seed), InvertibleConv2d(4))[1] for seed in (0, 0, 1)]
+    assert torch.equal(layers[0].raw_weight, layers[1].raw_weight)
+    assert not torch.equal(layers[0].raw_weight, layers[2].raw_weight)
+
+
+@pytest.mark.parametrize("options", [{}, dict(corners="TL"), dict(diagonal="learned", bias=True)], ids=str)
+def test_a_hundred_layers_invert_to_rounding(options: dict, backend: str, device: str):
+    torch.manual_seed(0)
+    layers = [InvertibleConv2d(12, **options).to(device) for _ in range(100)]
+    input = images(layers[0], height=8, width=8)
+    output = input
+    with torch.no_grad():
+        for layer in layers:
+            output = layer(output)[0]
+        assert not torch.allclose(output, input, atol=0.1)
+        for layer in reversed(layers):
+            output = layer.inverse(output)[0]
+    # 200 roundings of either sign on the way
+    assert_close(output, input)
+
+
+def test_empty_batches_have_empty_log_dets(backend: str, device: str):
+    layer = InvertibleConv2d(4, diagonal="learned", bias=True).to(device)
+    for function in (layer, layer.inverse):
+        output, log_det = function(images(layer, batch=0))
+        assert output.shape == (0, 4, 4, 5)
+        assert log_det.shape == (0,)
+
+
+def test_default_dtype_and_device_are_torchs():
+    torch.set_default_dtype(torch.float64)
+    try:
+        check(InvertibleConv2d(4, diagonal="learned", bias=True))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.device("meta"):
+        layer = InvertibleConv2d(4, diagonal="learned", bias=True)
+        output, log_det = layer(torch.empty(3, 4, 5, 6))
+    assert layer.weight.device.type == output.device.type == log_det.device.type == "meta"
+    assert (output.shape, log_det.shape) == ((3, 4, 5, 6), (3,))
+
+
+def test_inference_mode(backend: str, device: str):
+    layer = trained(InvertibleConv2d(4, diagonal="learned")).to(device)
+    with torch.inference_mode():
+        check(layer)
+
+
+def test_layers_work_in_a_sequence_of_modules(device: str):
+    layers = nn.ModuleList(InvertibleConv2d(4, corners=corner) for corner in ("TL", "BR")).to(device)
+    input = images(layers[0])
+    output = layers[1](layers[0](input)[0])[0]
+    assert_close(layers[0].inverse(layers[1].inverse(output)[0])[0], input)

@@ -1,0 +1,225 @@
+"""The adapter for nflows: what nflows asks of a transform, and work inside its containers and flows."""
+
+import copy
+import importlib
+import io
+import re
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nflows.distributions import StandardNormal
+from nflows.flows import Flow
+from nflows.transforms import (
+    ActNorm,
+    AffineCouplingTransform,
+    CompositeTransform,
+    InverseTransform,
+    MultiscaleCompositeTransform,
+    OneByOneConvolution,
+    SqueezeTransform,
+    Transform,
+)
+from torch import nn
+from torch.testing import assert_close
+
+import nflows_kconv
+from nflows_kconv.nflows import InvertibleConv2d
+
+# nflows' 1x1 convolution inverts with it.
+pytestmark = pytest.mark.filterwarnings("ignore:torch.triangular_solve is deprecated")
+
+SHAPE = (4, 4, 2)  # of an image
+
+
+class ContextNet(nn.Module):
+    """A coupling's network, which sees the context."""
+
+    def __init__(self, in_channels, out_channels):
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.linear = nn.Linear(3, out_channels)
+
+    def forward(self, inputs, context=None):
+        outputs = self.conv(inputs).tanh()
+        return outputs if context is None else outputs + self.linear(context)[:, :, None, None]
+
+
+def scatter(module):
+    """Moves a module's k x k convolutions away from the identity, where a wrong sign or a lost tap shows."""
+    with torch.no_grad():
+        for part in module.modules():
+            if isinstance(part, InvertibleConv2d):
+                for parameter in part.parameters():
+                    parameter.normal_(std=0.2)
+    return module
+
+
+def composite():
+    coupling = AffineCouplingTransform([1, 0, 1, 0], ContextNet)
+    return CompositeTransform([InvertibleConv2d(4), ActNorm(4), OneByOneConvolution(4), coupling])
+
+
+def multiscale():
+    transform = MultiscaleCompositeTransform(2)
+    shape = transform.add_transform(composite(), SHAPE)
+    level = CompositeTransform(
+        [
+            SqueezeTransform(),
+            InvertibleConv2d(8, corners="TL", diagonal="learned"),
+            InvertibleConv2d(8, corners="BR", bias=True),
+        ]
+    )
+    transform.add_transform(level, (4 * shape[0], shape[1] // 2, shape[2] // 2))
+    return transform
+
+
+TRANSFORMS = {
+    "four corners": lambda: InvertibleConv2d(4),
+    "one group": lambda: InvertibleConv2d(4, corners="TL"),
+    "learned, bias": lambda: InvertibleConv2d(4, corners=("BR", "TL"), diagonal="learned", bias=True),
+    "rectangular": lambda: InvertibleConv2d(4, (2, 5), corners=("TR",), diagonal="learned"),
+    "InverseTransform": lambda: InverseTransform(InvertibleConv2d(4, diagonal="learned", bias=True)),
+    "CompositeTransform": composite,
+    "MultiscaleCompositeTransform": multiscale,
+}
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=TRANSFORMS.values(), ids=TRANSFORMS.keys())
+def transform(request):
+    return scatter(request.param())
+
+
+def images(batch, dtype=torch.float32):
+    return torch.randn(batch, *SHAPE, dtype=dtype)
+
+
+def check_transform(transform, inputs):
+    """What nflows' own tests ask of a transform, and that the log-determinants are those of the Jacobians."""
+    outputs, log_abs_det = transform(inputs)
+    restored, inverse_log_abs_det = transform.inverse(outputs)
+    for tensor in (outputs, log_abs_det, restored, inverse_log_abs_det):
+        assert tensor.dtype == inputs.dtype and tensor.isfinite().all()
+    assert outputs[0].numel() == inputs[0].numel()
+    assert log_abs_det.shape == inverse_log_abs_det.shape == inputs.shape[:1]
+    assert_close(restored, inputs)
+    assert_close(inverse_log_abs_det, -log_abs_det)
+    for function, points, expected in (
+        (transform, inputs, log_abs_det),
+        (transform.inverse, outputs, inverse_log_abs_det),
+    ):
+        for point, value in zip(points.detach(), expected, strict=True):
+            jacobian = torch.autograd.functional.jacobian(lambda x, f=function: f(x)[0], point[None])
+            assert_close(torch.linalg.slogdet(jacobian.reshape(point.numel(), -1)).logabsdet, value)
+
+
+def test_is_a_transform_and_the_core_layer():
+    layer = InvertibleConv2d(4)
+    assert isinstance(layer, Transform)
+    assert isinstance(layer, nflows_kconv.InvertibleConv2d)
+
+
+def test_meets_the_contract_of_transforms(transform):
+    transform = transform.double()
+    transform(images(8, torch.float64))  # ActNorm looks at its first batch
+    check_transform(transform, images(2, torch.float64))
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    corners=st.lists(st.sampled_from(("TL", "TR", "BL", "BR")), min_size=1, max_size=3),
+    per_group=st.integers(1, 3),
+    kernel_size=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    diagonal=st.sampled_from(("unit", "learned")),
+    bias=st.booleans(),
+    size=st.tuples(st.integers(1, 2), st.integers(1, 4), st.integers(1, 4)),
+    seed=st.integers(0, 999),
+)
+def test_any_layer_meets_the_contract_of_transforms(
+    corners, per_group, kernel_size, diagonal, bias, size, seed
+):
+    torch.manual_seed(seed)
+    channels = per_group * len(corners)
+    layer = scatter(InvertibleConv2d(channels, kernel_size, corners=corners, diagonal=diagonal, bias=bias))
+    batch, *image = size
+    check_transform(layer.double(), torch.randn(batch, channels, *image, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+@pytest.mark.parametrize("shape", [(4,), (2, 4), (4, 3, 3), (1, 2, 4, 3, 3)], ids=str)
+def test_rejects_a_wrong_rank(direction, shape):
+    with pytest.raises(ValueError, match=re.escape(f"4 dimensions [B, C, H, W], got shape {shape}")):
+        getattr(InvertibleConv2d(4), direction)(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("context", [None, torch.randn(2, 3)], ids=["no context", "context"])
+def test_flow(transform, context):
+    with torch.no_grad():
+        shape = transform(images(8))[0].shape[1:]
+        flow = Flow(transform, StandardNormal(shape)).eval()
+        samples, log_prob = flow.sample_and_log_prob(5, context=context)
+        leading = (5,) if context is None else (2, 5)
+        assert flow.sample(5, context=context).shape == samples.shape == (*leading, *SHAPE)
+        repeated = None if context is None else context.repeat_interleave(5, 0)
+        expected = flow.log_prob(samples.reshape(-1, *SHAPE), context=repeated)
+        assert_close(log_prob.flatten(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("wrap", [lambda t: t, InverseTransform], ids=["convolution", "solution"])
+def test_training_lowers_the_loss_and_keeps_the_inverse(wrap):
+    layers = [InvertibleConv2d(4, corners=corner, diagonal="learned", bias=True) for corner in ("TL", "BR")]
+    flow = Flow(CompositeTransform([wrap(layer) for layer in layers]), StandardNormal(SHAPE))
+    data = images(64).cumsum(2) + 1
+    optimizer = torch.optim.Adam(flow.parameters(), 0.02)
+    losses = []
+    for _ in range(30):
+        loss = -flow.log_prob(data).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(parameter.grad.isfinite().all() for parameter in flow.parameters())
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 1
+    assert all(layer.raw_weight.grad.abs().max() > 0 for layer in layers)
+    noise = flow.transform_to_noise(data)
+    assert_close(flow._transform.inverse(noise)[0], data, rtol=1e-4, atol=1e-4)
+
+
+def test_a_deep_copy_is_equal_and_independent(transform):
+    inputs = images(8)
+    expected = transform(inputs)
+    twin = copy.deepcopy(transform)
+    with torch.no_grad():
+        for parameter in transform.parameters():
+            parameter.add_(0.1)
+    for actual, value in zip(twin(inputs), expected, strict=True):
+        assert torch.equal(actual, value)
+    assert not torch.equal(transform(inputs)[0], expected[0])
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_a_saved_state_gives_the_same_results(name):
+    inputs = images(8)
+    transform, other = scatter(TRANSFORMS[name]()), TRANSFORMS[name]()
+    expected = transform(inputs)
+    file = io.BytesIO()
+    torch.save(transform.state_dict(), file)
+    file.seek(0)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    for actual, value in zip(other(inputs), expected, strict=True):
+        assert torch.equal(actual, value)
+
+
+def test_without_nflows_the_error_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "nflows.transforms.base", None)
+    monkeypatch.delitem(sys.modules, "nflows_kconv.nflows")
+    with pytest.raises(ImportError, match=re.escape("pip install nflows-kconv[nflows]")) as raised:
+        importlib.import_module("nflows_kconv.nflows")
+    assert isinstance(raised.value.__cause__, ImportError)

@@ -1,0 +1,326 @@
+"""The adapter for normflows: its own test of a flow, work inside its models, and exchange with nflows."""
+
+import copy
+import importlib
+import inspect
+import io
+import re
+import sys
+
+import nflows.distributions
+import nflows.flows
+import nflows.transforms
+import normflows as nf
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from normflows.flows import flow_test
+from torch import nn
+from torch.testing import assert_close
+
+import nflows_kconv
+import nflows_kconv.nflows
+from nflows_kconv.normflows import GlowBlock, InvertibleConv2d
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.lu is deprecated")  # normflows' 1x1 convolution
+
+SHAPE = (4, 4, 2)  # of an image
+
+
+def scatter(module):
+    """Moves convolutions away from the identity, where a wrong sign or a lost tap shows."""
+    with torch.no_grad():
+        for part in module.modules():
+            if isinstance(part, InvertibleConv2d | nn.Conv2d):
+                for parameter in part.parameters():
+                    parameter.normal_(std=0.2)
+    return module
+
+
+FLOWS = {
+    "four corners": lambda: InvertibleConv2d(4),
+    "one group": lambda: InvertibleConv2d(4, corners="TL"),
+    "learned, bias": lambda: InvertibleConv2d(4, corners=("BR", "TL"), diagonal="learned", bias=True),
+    "rectangular": lambda: InvertibleConv2d(4, (2, 5), corners=("TR",), diagonal="learned"),
+    "Reverse": lambda: nf.flows.Reverse(InvertibleConv2d(4, diagonal="learned", bias=True)),
+    "Composite": lambda: nf.flows.Composite(
+        [InvertibleConv2d(4, corners=c, diagonal="learned") for c in ("TL", "BR")]
+    ),
+    "GlowBlock": lambda: GlowBlock(4, 8),
+    "GlowBlock, all arguments": lambda: GlowBlock(
+        *(4, 8, True, "exp", "channel_inv", 0.1, False, False, True),
+        kernel_size=(2, 3),
+        corners=("BR",),
+        diagonal="learned",
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=FLOWS.values(), ids=FLOWS.keys())
+def flow(request):
+    flow = scatter(request.param())
+    with torch.no_grad():
+        flow(images(8))  # ActNorm looks at its first batch
+    return flow
+
+
+def images(batch, dtype=torch.float32):
+    return torch.randn(batch, *SHAPE, dtype=dtype)
+
+
+def check_log_det(flow, inputs):
+    """The log-determinants, one an image, are those of the Jacobians in both directions."""
+    for function in (flow, flow.inverse):
+        log_det = function(inputs)[1]
+        assert log_det.shape == inputs.shape[:1]
+        for point, value in zip(inputs, log_det, strict=True):
+            jacobian = torch.autograd.functional.jacobian(lambda z, f=function: f(z)[0], point[None])
+            expected = torch.linalg.slogdet(jacobian.reshape(point.numel(), -1)).logabsdet
+            # In double precision, but for Composite, which sums in single.
+            assert_close(value, expected, check_dtype=False, rtol=1e-5, atol=1e-5)
+
+
+def test_is_a_flow_and_the_core_layer():
+    layer = InvertibleConv2d(4)
+    assert isinstance(layer, nf.flows.Flow)
+    assert isinstance(layer, nflows_kconv.InvertibleConv2d)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_passes_the_test_of_normflows(flow, dtype):
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-8
+    flow_test.FlowTest().checkForwardInverse(flow.to(dtype), images(3, dtype), atol=tolerance, rtol=tolerance)
+
+
+def test_log_dets_are_those_of_the_jacobian(flow):
+    check_log_det(flow.double(), images(2, torch.float64))
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    corners=st.lists(st.sampled_from(("TL", "TR", "BL", "BR")), min_size=1, max_size=3),
+    per_group=st.integers(1, 3),
+    kernel_size=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    diagonal=st.sampled_from(("unit", "learned")),
+    bias=st.booleans(),
+    size=st.tuples(st.integers(1, 2), st.integers(1, 4), st.integers(1, 4)),
+    seed=st.integers(0, 999),
+)
+def test_any_layer_is_a_flow(corners, per_group, kernel_size, diagonal, bias, size, seed):
+    torch.manual_seed(seed)
+    channels = per_group * len(corners)
+    layer = InvertibleConv2d(channels, kernel_size, corners=corners, diagonal=diagonal, bias=bias)
+    batch, *image = size
+    inputs = torch.randn(batch, channels, *image, dtype=torch.float64)
+    flow_test.FlowTest().checkForwardInverse(scatter(layer).double(), inputs)
+    check_log_det(layer, inputs)
+
+
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+def test_rejects_a_wrong_rank(direction):
+    with pytest.raises(ValueError, match=re.escape("4 dimensions [B, C, H, W], got shape (4, 3, 3)")):
+        getattr(InvertibleConv2d(4), direction)(torch.zeros(4, 3, 3))
+
+
+def test_glow_block_is_the_one_of_normflows_with_the_layer_before_the_last_flow():
+    names = [type(flow).__name__ for flow in GlowBlock(4, 8).flows]
+    assert names == ["AffineCouplingBlock", "Invertible1x1Conv", "InvertibleConv2d", "ActNorm"]
+    ours = inspect.signature(GlowBlock).parameters.values()
+    theirs = inspect.signature(nf.flows.GlowBlock).parameters.values()
+    positional = [parameter for parameter in ours if parameter.kind is not parameter.KEYWORD_ONLY]
+    assert [(p.name, p.default) for p in positional] == [(p.name, p.default) for p in theirs]
+
+
+def test_glow_block_rejects_channels_that_do_not_divide_before_any_work():
+    state = torch.get_rng_state()
+    with pytest.raises(ValueError, match="num_channels must be a multiple of the number of corners, got 6"):
+        GlowBlock(6, 8)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def multiscale(num_classes=None):
+    """Two levels with GlowBlocks on images [4, 4, 2]; the data's end is a bare layer, before any squeeze."""
+    bases = [nf.distributions.GlowBase(shape, num_classes) for shape in ((8, 2, 1), (2, 4, 2))]
+    flows = [
+        [GlowBlock(8, 8), GlowBlock(8, 8, corners="TL"), nf.flows.Squeeze()],
+        [GlowBlock(4, 8), InvertibleConv2d(4, diagonal="learned"), InvertibleConv2d(4, corners="BR")],
+    ]
+    model = nf.MultiscaleFlow(bases, flows, [nf.flows.Merge()], class_cond=num_classes is not None)
+    model.log_prob(images(16), torch.zeros(16, dtype=torch.long))
+    return scatter(model)
+
+
+def test_multiscale_flow():
+    model = multiscale()
+    samples, log_prob = model.sample(6)
+    assert samples.shape == (6, *SHAPE)
+    assert_close(model.log_prob(samples, None), log_prob, rtol=1e-4, atol=1e-4)
+    assert_close(model.forward_kld(samples), -log_prob.mean(), rtol=1e-4, atol=1e-4)
+    assert_close(model(samples), -log_prob, rtol=1e-4, atol=1e-4)
+    latents, log_det = model.inverse_and_log_det(samples)
+    restored, inverse_log_det = model.forward_and_log_det(latents)
+    assert_close(restored, samples, rtol=1e-4, atol=1e-4)
+    assert_close(inverse_log_det, -log_det, rtol=1e-4, atol=1e-4)
+
+
+def test_multiscale_flow_of_classes():
+    model = multiscale(num_classes=3)
+    with torch.no_grad():
+        for base in model.q0:
+            base.loc_cc.normal_()
+    classes = torch.tensor([0, 1, 2, 0])
+    samples, log_prob = model.sample(y=classes)
+    assert_close(model.log_prob(samples, classes), log_prob, rtol=1e-4, atol=1e-4)
+    assert (model.log_prob(samples, classes) != model.log_prob(samples, classes.flip(0))).any()
+    assert model.forward_kld(samples, classes).isfinite()
+
+
+def test_normalizing_flow(flow):
+    model = nf.NormalizingFlow(nf.distributions.DiagGaussian(SHAPE), [flow])
+    samples, log_prob = model.sample(5)
+    assert_close(model.log_prob(samples), log_prob, rtol=1e-4, atol=1e-4)
+    assert_close(model.forward_kld(samples), -log_prob.mean(), rtol=1e-4, atol=1e-4)
+    assert_close(model.forward(model.inverse(samples)), samples, rtol=1e-4, atol=1e-4)
+
+
+def test_reverse_kld():
+    target = nf.distributions.DiagGaussian(SHAPE, trainable=False)
+    layer = scatter(InvertibleConv2d(4, diagonal="learned"))
+    nf.NormalizingFlow(nf.distributions.DiagGaussian(SHAPE), [layer], target).reverse_kld(16).backward()
+    assert all(parameter.grad.abs().max() > 0 for parameter in layer.parameters())
+
+
+class Encoder(nn.Module):
+    """Mean and log-scale of an image's pixels for each context, side by side in the last dimension."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 64)
+
+    def forward(self, context):
+        return self.linear(context).view(-1, 4, 4, 4)
+
+
+def test_conditional_normalizing_flow():
+    layers = [scatter(InvertibleConv2d(4, corners=c, diagonal="learned", bias=True)) for c in ("TL", "BR")]
+    base = nf.distributions.base.ConditionalDiagGaussian(SHAPE, Encoder())
+    model = nf.ConditionalNormalizingFlow(base, layers)
+    context = torch.randn(5, 3)
+    samples, log_prob = model.sample(5, context=context)
+    assert_close(model.log_prob(samples, context), log_prob, rtol=1e-4, atol=1e-4)
+    assert_close(model.forward_kld(samples, context), -log_prob.mean(), rtol=1e-4, atol=1e-4)
+    latents, log_det = model.inverse_and_log_det(samples, context)
+    restored, inverse_log_det = model.forward_and_log_det(latents, context)
+    assert_close(restored, samples, rtol=1e-4, atol=1e-4)
+    assert_close(inverse_log_det, -log_det)
+
+
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+def test_a_shift_in_place_after_the_layer_leaves_the_gradients_right(direction):
+    layer = scatter(InvertibleConv2d(4, diagonal="learned"))
+    shift = nf.transforms.Shift(0.7)
+    inputs = images(3).requires_grad_()
+
+    def gradients(copy):
+        outputs = copy(getattr(layer, direction)(inputs)[0])
+        shifted, _ = getattr(shift, direction)(outputs)
+        assert shifted is outputs
+        return torch.autograd.grad(shifted.pow(3).sum(), [inputs, *layer.parameters()])
+
+    for actual, expected in zip(gradients(lambda x: x), gradients(torch.clone), strict=True):
+        assert torch.equal(actual, expected)
+
+
+def test_states_move_between_the_libraries_with_identical_results():
+    arguments = {"kernel_size": (3, 2), "corners": ("TL", "BR"), "diagonal": "learned", "bias": True}
+    in_normflows = scatter(InvertibleConv2d(4, **arguments))
+    core = nflows_kconv.InvertibleConv2d(4, **arguments)
+    in_nflows = nflows_kconv.nflows.InvertibleConv2d(4, **arguments)
+    core.load_state_dict(in_normflows.state_dict())
+    in_nflows.load_state_dict(core.state_dict())
+    assert in_nflows.state_dict().keys() == in_normflows.state_dict().keys() == core.state_dict().keys()
+    inputs = images(3)
+    for convolve in (core, in_nflows, in_normflows.inverse):
+        for actual, expected in zip(convolve(inputs), core(inputs), strict=True):
+            assert torch.equal(actual, expected)
+    for solve in (core.inverse, in_nflows.inverse, in_normflows):
+        for actual, expected in zip(solve(inputs), core.inverse(inputs), strict=True):
+            assert torch.equal(actual, expected)
+
+
+def test_the_same_weights_give_the_same_density_in_both_libraries():
+    corners = ("TL", "BR")
+    flows = [
+        scatter(InvertibleConv2d(4, corners=corner, diagonal="learned", bias=True)) for corner in corners
+    ]
+    transforms = [
+        nflows_kconv.nflows.InvertibleConv2d(4, corners=corner, diagonal="learned", bias=True)
+        for corner in corners
+    ]
+    for transform, flow in zip(transforms, flows, strict=True):
+        transform.load_state_dict(flow.state_dict())
+    model = nf.NormalizingFlow(nf.distributions.DiagGaussian(SHAPE, trainable=False), flows[::-1])
+    other = nflows.flows.Flow(
+        nflows.transforms.CompositeTransform(transforms), nflows.distributions.StandardNormal(SHAPE)
+    )
+    inputs = images(5)
+    assert_close(model.log_prob(inputs), other.log_prob(inputs))
+
+
+@pytest.mark.parametrize("wrap", [lambda flow: flow, nf.flows.Reverse], ids=["convolution", "solution"])
+def test_training_lowers_the_loss_and_keeps_the_inverse(wrap):
+    layers = [InvertibleConv2d(4, corners=corner, diagonal="learned", bias=True) for corner in ("BR", "TL")]
+    base = nf.distributions.DiagGaussian(SHAPE, trainable=False)
+    model = nf.NormalizingFlow(base, [wrap(layer) for layer in layers])
+    data = images(64).cumsum(2) + 1
+    optimizer = torch.optim.Adam(model.parameters(), 0.02)
+    losses = []
+    for _ in range(30):
+        loss = model.forward_kld(data)
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 1
+    assert all(layer.raw_weight.grad.abs().max() > 0 for layer in layers)
+    assert_close(model.forward(model.inverse(data)), data, rtol=1e-4, atol=1e-4)
+
+
+def test_a_deep_copy_is_equal_and_independent(flow):
+    inputs = images(8)
+    expected = flow(inputs)
+    twin = copy.deepcopy(flow)
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter.add_(0.1)
+    for actual, value in zip(twin(inputs), expected, strict=True):
+        assert torch.equal(actual, value)
+    assert not torch.equal(flow(inputs)[0], expected[0])
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_a_saved_state_gives_the_same_results(name):
+    inputs = images(8)
+    flow, other = scatter(FLOWS[name]()), FLOWS[name]()
+    expected = flow(inputs)
+    file = io.BytesIO()
+    torch.save(flow.state_dict(), file)
+    file.seek(0)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    for actual, value in zip(other(inputs), expected, strict=True):
+        assert torch.equal(actual, value)
+
+
+def test_without_normflows_the_error_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "normflows", None)
+    monkeypatch.delitem(sys.modules, "nflows_kconv.normflows")
+    with pytest.raises(ImportError, match=re.escape("pip install nflows-kconv[normflows]")) as raised:
+        importlib.import_module("nflows_kconv.normflows")
+    assert isinstance(raised.value.__cause__, ImportError)
