@@ -142,9 +142,7 @@ def test_meets_the_contract_of_transforms(transform):
     size=st.tuples(st.integers(1, 2), st.integers(1, 4), st.integers(1, 4)),
     seed=st.integers(0, 999),
 )
-def test_any_layer_meets_the_contract_of_transforms(
-    corners, per_group, kernel_size, diagonal, bias, size, seed
-):
+def test_any_layer_meets_the_contract_of_transforms(corners, per_group, kernel_size, diagonal, bias, size, seed):
     torch.manual_seed(seed)
     channels = per_group * len(corners)
     layer = scatter(InvertibleConv2d(channels, kernel_size, corners=corners, diagonal=diagonal, bias=bias))

@@ -44,9 +44,7 @@ FLOWS = {
     "learned, bias": lambda: InvertibleConv2d(4, corners=("BR", "TL"), diagonal="learned", bias=True),
     "rectangular": lambda: InvertibleConv2d(4, (2, 5), corners=("TR",), diagonal="learned"),
     "Reverse": lambda: nf.flows.Reverse(InvertibleConv2d(4, diagonal="learned", bias=True)),
-    "Composite": lambda: nf.flows.Composite(
-        [InvertibleConv2d(4, corners=c, diagonal="learned") for c in ("TL", "BR")]
-    ),
+    "Composite": lambda: nf.flows.Composite([InvertibleConv2d(4, corners=c, diagonal="learned") for c in ("TL", "BR")]),
     "GlowBlock": lambda: GlowBlock(4, 8),
     "GlowBlock, all arguments": lambda: GlowBlock(
         *(4, 8, True, "exp", "channel_inv", 0.1, False, False, True),
@@ -256,12 +254,9 @@ def test_states_move_between_the_libraries_with_identical_results():
 
 def test_the_same_weights_give_the_same_density_in_both_libraries():
     corners = ("TL", "BR")
-    flows = [
-        scatter(InvertibleConv2d(4, corners=corner, diagonal="learned", bias=True)) for corner in corners
-    ]
+    flows = [scatter(InvertibleConv2d(4, corners=corner, diagonal="learned", bias=True)) for corner in corners]
     transforms = [
-        nflows_kconv.nflows.InvertibleConv2d(4, corners=corner, diagonal="learned", bias=True)
-        for corner in corners
+        nflows_kconv.nflows.InvertibleConv2d(4, corners=corner, diagonal="learned", bias=True) for corner in corners
     ]
     for transform, flow in zip(transforms, flows, strict=True):
         transform.load_state_dict(flow.state_dict())
