@@ -53,6 +53,21 @@ def _weight_like(input: Tensor, grad: Tensor, corners: list[int], kernel_size: l
     return input.new_empty(channels, channels // len(corners), *kernel_size)
 
 
+def _seen_by_outer_levels(rule: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Makes a function's jvp of a rule that takes the two saved tensors and their tangents.
+
+    PyTorch runs a jvp with forward mode off, which would hide its calls from the outer levels of nested torch.func
+    transforms. With it on, the saved tensors must shed the tangents of this level.
+    """
+
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        saved = [forward_ad.unpack_dual(tensor).primal for tensor in ctx.saved_tensors]
+        with forward_ad._set_fwd_grad_enabled(True):
+            return rule(ctx, *saved, *tangents[:2])
+
+    return jvp
+
+
 class _Conv(_SingleLevelFunction):
     @staticmethod
     def forward(input: Tensor, weight: Tensor, corners: list[int], transpose: bool) -> Tensor:
@@ -75,8 +90,8 @@ class _Conv(_SingleLevelFunction):
         return d_input, d_weight, None, None
 
     @staticmethod
-    def jvp(ctx: Any, d_input: Tensor | None, d_weight: Tensor | None, *_: None) -> Tensor:
-        input, weight = ctx.saved_tensors
+    @_seen_by_outer_levels
+    def jvp(ctx: Any, input: Tensor, weight: Tensor, d_input: Tensor | None, d_weight: Tensor | None) -> Tensor:
         return _sum(
             None if d_input is None else conv(d_input, weight, ctx.corners, ctx.transpose),
             None if d_weight is None else conv(input, d_weight, ctx.corners, ctx.transpose),
@@ -102,8 +117,8 @@ class _Solve(_SingleLevelFunction):
         return d_input, d_weight, None, None
 
     @staticmethod
-    def jvp(ctx: Any, d_input: Tensor | None, d_weight: Tensor | None, *_: None) -> Tensor:
-        output, weight = ctx.saved_tensors
+    @_seen_by_outer_levels
+    def jvp(ctx: Any, output: Tensor, weight: Tensor, d_input: Tensor | None, d_weight: Tensor | None) -> Tensor:
         rhs = _sum(d_input, None if d_weight is None else -conv(output, d_weight, ctx.corners, ctx.transpose))
         return solve(rhs, weight, ctx.corners, ctx.transpose)
 
@@ -127,8 +142,8 @@ class _WeightGradient(_SingleLevelFunction):
         return d_input, d_grad, None, None
 
     @staticmethod
-    def jvp(ctx: Any, d_input: Tensor | None, d_grad: Tensor | None, *_: None) -> Tensor:
-        input, grad = ctx.saved_tensors
+    @_seen_by_outer_levels
+    def jvp(ctx: Any, input: Tensor, grad: Tensor, d_input: Tensor | None, d_grad: Tensor | None) -> Tensor:
         return _sum(
             None if d_input is None else weight_gradient(d_input, grad, ctx.corners, ctx.kernel_size),
             None if d_grad is None else weight_gradient(input, d_grad, ctx.corners, ctx.kernel_size),

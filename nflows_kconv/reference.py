@@ -103,7 +103,8 @@ def weight_gradient(input: Tensor, grad: Tensor, corners: Sequence[int], kernel_
             for x, g, corner in groups
         ]
     masked = geometry.masked_entries(shape, corners, input.device)
-    return torch.cat(gradients).masked_fill_(masked, 0).to(input.dtype)
+    gradient = torch.cat(gradients).masked_fill_(masked, 0)
+    return gradient.to(input.dtype, memory_format=torch.contiguous_format)
 
 
 def _operator(weight: Tensor, corners: Sequence[int], transpose: bool) -> tuple[Tensor, Sequence[int], bool]:

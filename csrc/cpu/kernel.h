@@ -71,9 +71,9 @@ inline void transpose(Vector<T>* rows) {
 
 // ---- The inner kernel ----------------------------------------------------------------------------------------------
 //
-// The floor is one multiply-add a cycle and core with 512 bits (two with 256): 220 GFLOP/s on two cores of the AMD EPYC of
-// benchmarks/results. Measured there: 210 GFLOP/s with 128 channels a group, 140 to 160 with 6 to 12, where moving the
-// pixels and the lanes that 100 images leave empty cost a fifth.
+// The floor is one multiply-add a cycle and core with 512 bits (two with 256): 220 GFLOP/s on two cores of the AMD EPYC
+// of benchmarks/results. Measured there: 210 GFLOP/s with 128 channels a group, 140 to 160 with 6 to 12, where moving
+// the pixels and the lanes that 100 images leave empty cost a fifth.
 
 // Computes O output channels of one position for V vectors of lanes, in place. `offsets` name the `count` inputs that
 // are known, `weights` holds O for each of them and then the O x O triangle of the pivot.
