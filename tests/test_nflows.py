@@ -1,13 +1,10 @@
 """The adapter for nflows: what nflows asks of a transform, and work inside its containers and flows."""
 
-import copy
-import importlib
-import io
 import re
-import sys
 
 import pytest
 import torch
+from adapters import check_deep_copy, check_missing_library, check_saved_state, check_training, scatter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nflows.distributions import StandardNormal
@@ -45,16 +42,6 @@ class ContextNet(nn.Module):
     def forward(self, inputs, context=None):
         outputs = self.conv(inputs).tanh()
         return outputs if context is None else outputs + self.linear(context)[:, :, None, None]
-
-
-def scatter(module):
-    """Moves a module's k x k convolutions away from the identity, where a wrong sign or a lost tap shows."""
-    with torch.no_grad():
-        for part in module.modules():
-            if isinstance(part, InvertibleConv2d):
-                for parameter in part.parameters():
-                    parameter.normal_(std=0.2)
-    return module
 
 
 def composite():
@@ -175,49 +162,19 @@ def test_training_lowers_the_loss_and_keeps_the_inverse(wrap):
     layers = [InvertibleConv2d(4, corners=corner, diagonal="learned", bias=True) for corner in ("TL", "BR")]
     flow = Flow(CompositeTransform([wrap(layer) for layer in layers]), StandardNormal(SHAPE))
     data = images(64).cumsum(2) + 1
-    optimizer = torch.optim.Adam(flow.parameters(), 0.02)
-    losses = []
-    for _ in range(30):
-        loss = -flow.log_prob(data).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        assert all(parameter.grad.isfinite().all() for parameter in flow.parameters())
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0] - 1
-    assert all(layer.raw_weight.grad.abs().max() > 0 for layer in layers)
+    check_training(flow, lambda: -flow.log_prob(data).mean())
     noise = flow.transform_to_noise(data)
     assert_close(flow._transform.inverse(noise)[0], data, rtol=1e-4, atol=1e-4)
 
 
 def test_a_deep_copy_is_equal_and_independent(transform):
-    inputs = images(8)
-    expected = transform(inputs)
-    twin = copy.deepcopy(transform)
-    with torch.no_grad():
-        for parameter in transform.parameters():
-            parameter.add_(0.1)
-    for actual, value in zip(twin(inputs), expected, strict=True):
-        assert torch.equal(actual, value)
-    assert not torch.equal(transform(inputs)[0], expected[0])
+    check_deep_copy(transform, images(8))
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_a_saved_state_gives_the_same_results(name):
-    inputs = images(8)
-    transform, other = scatter(TRANSFORMS[name]()), TRANSFORMS[name]()
-    expected = transform(inputs)
-    file = io.BytesIO()
-    torch.save(transform.state_dict(), file)
-    file.seek(0)
-    other.load_state_dict(torch.load(file, weights_only=True))
-    for actual, value in zip(other(inputs), expected, strict=True):
-        assert torch.equal(actual, value)
+    check_saved_state(TRANSFORMS[name], images(8))
 
 
 def test_without_nflows_the_error_names_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "nflows.transforms.base", None)
-    monkeypatch.delitem(sys.modules, "nflows_kconv.nflows")
-    with pytest.raises(ImportError, match=re.escape("pip install nflows-kconv[nflows]")) as raised:
-        importlib.import_module("nflows_kconv.nflows")
-    assert isinstance(raised.value.__cause__, ImportError)
+    check_missing_library(monkeypatch, "nflows", "nflows.transforms.base")

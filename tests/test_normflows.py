@@ -1,11 +1,7 @@
 """The adapter for normflows: its own test of a flow, work inside its models, and exchange with nflows."""
 
-import copy
-import importlib
 import inspect
-import io
 import re
-import sys
 
 import nflows.distributions
 import nflows.flows
@@ -13,6 +9,7 @@ import nflows.transforms
 import normflows as nf
 import pytest
 import torch
+from adapters import check_deep_copy, check_missing_library, check_saved_state, check_training, scatter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from normflows.flows import flow_test
@@ -26,16 +23,6 @@ from nflows_kconv.normflows import GlowBlock, InvertibleConv2d
 pytestmark = pytest.mark.filterwarnings("ignore:torch.lu is deprecated")  # normflows' 1x1 convolution
 
 SHAPE = (4, 4, 2)  # of an image
-
-
-def scatter(module):
-    """Moves convolutions away from the identity, where a wrong sign or a lost tap shows."""
-    with torch.no_grad():
-        for part in module.modules():
-            if isinstance(part, InvertibleConv2d | nn.Conv2d):
-                for parameter in part.parameters():
-                    parameter.normal_(std=0.2)
-    return module
 
 
 FLOWS = {
@@ -274,48 +261,18 @@ def test_training_lowers_the_loss_and_keeps_the_inverse(wrap):
     base = nf.distributions.DiagGaussian(SHAPE, trainable=False)
     model = nf.NormalizingFlow(base, [wrap(layer) for layer in layers])
     data = images(64).cumsum(2) + 1
-    optimizer = torch.optim.Adam(model.parameters(), 0.02)
-    losses = []
-    for _ in range(30):
-        loss = model.forward_kld(data)
-        optimizer.zero_grad()
-        loss.backward()
-        assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0] - 1
-    assert all(layer.raw_weight.grad.abs().max() > 0 for layer in layers)
+    check_training(model, lambda: model.forward_kld(data))
     assert_close(model.forward(model.inverse(data)), data, rtol=1e-4, atol=1e-4)
 
 
 def test_a_deep_copy_is_equal_and_independent(flow):
-    inputs = images(8)
-    expected = flow(inputs)
-    twin = copy.deepcopy(flow)
-    with torch.no_grad():
-        for parameter in flow.parameters():
-            parameter.add_(0.1)
-    for actual, value in zip(twin(inputs), expected, strict=True):
-        assert torch.equal(actual, value)
-    assert not torch.equal(flow(inputs)[0], expected[0])
+    check_deep_copy(flow, images(8))
 
 
 @pytest.mark.parametrize("name", FLOWS)
 def test_a_saved_state_gives_the_same_results(name):
-    inputs = images(8)
-    flow, other = scatter(FLOWS[name]()), FLOWS[name]()
-    expected = flow(inputs)
-    file = io.BytesIO()
-    torch.save(flow.state_dict(), file)
-    file.seek(0)
-    other.load_state_dict(torch.load(file, weights_only=True))
-    for actual, value in zip(other(inputs), expected, strict=True):
-        assert torch.equal(actual, value)
+    check_saved_state(FLOWS[name], images(8))
 
 
 def test_without_normflows_the_error_names_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "normflows", None)
-    monkeypatch.delitem(sys.modules, "nflows_kconv.normflows")
-    with pytest.raises(ImportError, match=re.escape("pip install nflows-kconv[normflows]")) as raised:
-        importlib.import_module("nflows_kconv.normflows")
-    assert isinstance(raised.value.__cause__, ImportError)
+    check_missing_library(monkeypatch, "normflows", "normflows")
