@@ -1,6 +1,6 @@
 """Trains two multiscale flows on scikit-learn's digits: Glow with invertible 3x3 convolutions, and Glow as it is.
 
-    python examples/train_digits.py [--library nflows|normflows] [--steps 1500] [--seed 0] [--output demo]
+    python examples/train_digits.py [--library nflows|normflows] [--steps 2000] [--seed 0] [--output demo]
 
 A step of the first model is [3x3 from the top left -> 3x3 from the bottom right -> ActNorm -> 1x1 -> affine coupling];
 the second, the baseline, lacks the 3x3s. Elsewhere both start from the same parameters, and both see the same batches
@@ -19,12 +19,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import nflows.distributions
-import nflows.flows
-import nflows.transforms
 import normflows as nf
 import torch
 from matplotlib.figure import Figure
+from nflows import transforms
+from nflows.distributions import StandardNormal
+from nflows.flows import Flow
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -107,27 +107,24 @@ class CouplingNet(nn.Sequential):
 
 def nflows_model(corners: Sequence[str]) -> Model:
     """nflows lists transforms from data to noise."""
-    levels = nflows.transforms.MultiscaleCompositeTransform(LEVELS)
+    levels = transforms.MultiscaleCompositeTransform(LEVELS)
     channels, size = 1, SIZE
     for _ in range(LEVELS):
         channels, size = 4 * channels, size // 2
-        level = [nflows.transforms.SqueezeTransform()]
+        level = [transforms.SqueezeTransform()]
         mask = [index % 2 for index in range(channels)]
         for _ in range(STEPS):
             level += convolutions(nflows_kconv.nflows.InvertibleConv2d, channels, corners)
             level += [
-                nflows.transforms.ActNorm(channels),
-                nflows.transforms.OneByOneConvolution(channels),
-                nflows.transforms.AffineCouplingTransform(mask, CouplingNet),
+                transforms.ActNorm(channels),
+                transforms.OneByOneConvolution(channels),
+                transforms.AffineCouplingTransform(mask, CouplingNet),
             ]
-        levels.add_transform(nflows.transforms.CompositeTransform(level), (channels, size, size))
+        levels.add_transform(transforms.CompositeTransform(level), (channels, size, size))
         channels //= 2  # one half leaves here, the other goes on
-    logit = [
-        nflows.transforms.PointwiseAffineTransform(LOGIT_MARGIN, 1 - 2 * LOGIT_MARGIN),
-        nflows.transforms.Logit(),
-    ]
-    transform = nflows.transforms.CompositeTransform([*logit, levels])
-    flow = nflows.flows.Flow(transform, nflows.distributions.StandardNormal([DIMENSIONS]))
+    margin = transforms.PointwiseAffineTransform(LOGIT_MARGIN, 1 - 2 * LOGIT_MARGIN)
+    transform = transforms.CompositeTransform([margin, transforms.Logit(), levels])
+    flow = Flow(transform, StandardNormal([DIMENSIONS]))
     return Model(flow, flow.log_prob, flow.sample, lambda x: transform(x)[0], lambda z: transform.inverse(z)[0])
 
 
@@ -202,11 +199,12 @@ def sampling_time(model: Model) -> float:
     return statistics.median(times)
 
 
-def plot_samples(rows: dict[str, Tensor], path: Path) -> None:
-    """Draws 60 images of each kind side by side."""
-    figure = Figure(figsize=(4 * len(rows), 3), layout="constrained")
-    for axes, (name, images) in zip(figure.subplots(1, len(rows)), rows.items(), strict=True):
-        grid = images[:60].reshape(6, 10, SIZE, SIZE).transpose(1, 2).reshape(6 * SIZE, 10 * SIZE)
+def plot_samples(kinds: dict[str, Tensor], path: Path) -> None:
+    """Draws 60 images of each kind, the kinds side by side."""
+    figure = Figure(figsize=(4 * len(kinds), 3), layout="constrained")
+    for axes, (name, images) in zip(figure.subplots(1, len(kinds)), kinds.items(), strict=True):
+        tiles = F.pad(images[:60, 0], (1, 1, 1, 1)).unflatten(0, (6, 10))
+        grid = tiles.transpose(1, 2).reshape(6 * tiles.shape[-1], -1)
         axes.imshow(grid, cmap="gray_r", vmin=0, vmax=GRAY_LEVELS - 1)
         axes.set(title=name, xticks=[], yticks=[])
     figure.savefig(path, dpi=120)
@@ -227,7 +225,7 @@ def main() -> None:
     """Trains, compares and draws."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--library", choices=LIBRARIES, default="nflows")
-    parser.add_argument("--steps", type=int, default=1500, help="of training, for each model")
+    parser.add_argument("--steps", type=int, default=2000, help="of training, for each model")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("demo"), help="folder for the pictures")
     arguments = parser.parse_args()

@@ -50,23 +50,26 @@ def jacobian_log_abs_det(function, input: torch.Tensor) -> torch.Tensor:
 
 
 def check(layer: InvertibleConv2d) -> None:
-    """Asserts that the layer is what its weight says, and that the weight is what its parameters say."""
-    weight, corners = layer.weight.detach().cpu().double(), layer.corners
-    assert not weight[oracles.masked(weight.shape, corners)].any()
-    log_diagonal = torch.zeros(layer.num_channels) if layer.log_diagonal is None else layer.log_diagonal.detach()
-    assert_close(oracles.diagonal(layer.weight.detach(), corners), log_diagonal.exp())
+    """Asserts that weight, outputs and log-determinants are those of the parameters, with gradients on and off."""
+    parameters = {name: parameter.detach().cpu() for name, parameter in layer.named_parameters()}
+    log_diagonal = parameters.get("log_diagonal", torch.zeros(layer.num_channels))
+    weight = oracles.effective(parameters["raw_weight"], layer.corners)
+    oracles.set_diagonal(weight, layer.corners, log_diagonal.double().exp())
+    bias = parameters.get("bias", torch.zeros(layer.num_channels))[:, None, None]
 
     input = images(layer)
-    output, log_det = layer(input)
-    bias = 0 if layer.bias is None else layer.bias.detach().cpu().double()[:, None, None]
-    assert_close(output, oracles.conv(input, weight, corners) + bias)
-    restored, inverse_log_det = layer.inverse(output)
-    if layer.raw_weight.dtype not in oracles.HALF_PRECISION:
+    expected = oracles.conv(input, weight, layer.corners) + bias
+    expected_log_det = oracles.log_abs_det(weight, layer.corners, *input.shape[-2:]).expand(len(input))
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            output, log_det = layer(input)
+            restored, inverse_log_det = layer.inverse(output)
+            assert_close(layer.weight, weight)
+        assert_close(output, expected)
         assert_close(restored, input, factor=4)
-    assert log_det.shape == inverse_log_det.shape == (len(input),)
-    expected = oracles.log_abs_det(weight, corners, *input.shape[-2:])
-    assert_close(log_det, expected.expand(len(input)), factor=4)
-    assert torch.equal(inverse_log_det, -log_det)
+        assert log_det.shape == inverse_log_det.shape == (len(input),)
+        assert_close(log_det, expected_log_det, factor=4)
+        assert torch.equal(inverse_log_det, -log_det)
 
 
 @every_option
@@ -154,7 +157,13 @@ def _steps(optimizer_class, **options):
 def _in_place(layer: InvertibleConv2d) -> InvertibleConv2d:
     for parameter in layer.parameters():
         parameter += 0.1 * torch.randn_like(parameter) / parameter[0].numel() ** 0.5
-        parameter.data *= 0.9  # changes the values but not the version of the tensor
+    return layer
+
+
+def _in_place_unseen(layer: InvertibleConv2d) -> InvertibleConv2d:
+    """Changes the values, but neither the address nor the version of the tensors."""
+    for parameter in layer.parameters():
+        parameter.data *= 0.9
     return layer
 
 
@@ -210,6 +219,7 @@ EVENTS = {
     "AdamW": _steps(torch.optim.AdamW, lr=0.02, weight_decay=0.5),
     "SGD with weight decay": _steps(torch.optim.SGD, lr=0.01, weight_decay=1.0, momentum=0.5),
     "in-place steps": _in_place,
+    "in-place steps on the data": _in_place_unseen,
     "load_state_dict": _load_state_dict,
     "load_state_dict, assigned": _load_assigned,
     "torch.save and load": _save_and_load,
