@@ -25,10 +25,7 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
-from nflows_kconv import (
-    native,  # noqa: F401  its import registers the CPU's kernels
-    reference,
-)
+from nflows_kconv import native, reference  # noqa: F401  importing native registers the CPU's kernels
 
 _library = torch.library.Library("nflows_kconv", "DEF")
 _library.define("conv(Tensor input, Tensor weight, int[] corners, bool transpose) -> Tensor")
@@ -41,7 +38,6 @@ _library.impl("conv_by_conv2d", reference.conv, "CompositeExplicitAutograd")
 conv = torch.ops.nflows_kconv.conv.default
 solve = torch.ops.nflows_kconv.solve.default
 weight_gradient = torch.ops.nflows_kconv.weight_gradient.default
-OPERATORS = (conv, solve, weight_gradient)
 
 
 def _same_as_input(input: Tensor, weight: Tensor, corners: list[int], transpose: bool) -> Tensor:
