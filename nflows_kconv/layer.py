@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Literal
 
 import torch
@@ -62,7 +63,7 @@ class InvertibleConv2d(nn.Module):
     ) -> None:
         super().__init__()
         groups = geometry.parse_corners(corners)
-        self.num_channels = _positive("num_channels", num_channels)
+        self.num_channels = num_channels = _positive("num_channels", num_channels)
         self.kernel_size = _pair(kernel_size)
         self.corners = (corners,) if isinstance(corners, str) else tuple(corners)
         if num_channels % len(groups):
@@ -117,8 +118,9 @@ class InvertibleConv2d(nn.Module):
 
         Raises:
             TypeError: See `functional.conv2d`.
-            ValueError: See `functional.conv2d`.
+            ValueError: See `functional.conv2d`; and, on the CPU, if exp(log_diagonal) is zero or not finite.
         """
+        self._check_diagonal()
         output = functional.conv2d(input, self.weight, self.corners, self.bias)
         return output, self._log_abs_det(input)
 
@@ -135,15 +137,19 @@ class InvertibleConv2d(nn.Module):
             TypeError: See `functional.conv2d_inverse`.
             ValueError: See `functional.conv2d_inverse`.
         """
+        self._check_diagonal()
         output = functional.conv2d_inverse(input, self.weight, self.corners, self.bias)
         return output, -self._log_abs_det(input)
+
+    def _check_diagonal(self) -> None:
+        if self.log_diagonal is not None:
+            functional.check_diagonal(self.log_diagonal.exp())
 
     def _log_abs_det(self, input: Tensor) -> Tensor:
         dtype = torch.promote_types(self.raw_weight.dtype, torch.float32)
         batch, _, height, width = input.shape
         if self.log_diagonal is None:
             return self.raw_weight.new_zeros(batch, dtype=dtype)
-        functional.check_diagonal(self.log_diagonal.exp())
         return (height * width * self.log_diagonal.to(dtype).sum()).repeat(batch)
 
     def extra_repr(self) -> str:
@@ -155,11 +161,11 @@ class InvertibleConv2d(nn.Module):
 
 
 def _positive(name: str, value: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
+    if not isinstance(value, Integral) or isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
-    return value
+    return int(value)
 
 
 def _pair(kernel_size: int | tuple[int, int]) -> tuple[int, int]:
