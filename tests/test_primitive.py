@@ -61,7 +61,7 @@ def test_weight_gradient_is_conv2ds(case: Case, backend: str, device: str):
     gradient = ops.weight_gradient(input, grad, geometry.parse_corners(case.corners), case.kernel_size)
     expected = oracles.weight_gradient(input, grad, case.weight(), case.corners)
     assert gradient.shape == expected.shape
-    assert_close(gradient, expected)
+    assert_close(gradient, expected, factor=4)  # F.conv2d's own weight gradient sums all pixels of the batch in float32
 
 
 @over_cases()
