@@ -15,10 +15,10 @@ from nflows_kconv import layer
 
 
 def scatter(module: nn.Module) -> nn.Module:
-    """Moves a module's k x k convolutions away from the identity, where a wrong sign or a lost tap shows."""
+    """Moves convolutions away from the identity and from zero, where a wrong sign or a lost tap shows."""
     with torch.no_grad():
         for part in module.modules():
-            if isinstance(part, layer.InvertibleConv2d):
+            if isinstance(part, layer.InvertibleConv2d | nn.Conv2d):
                 for parameter in part.parameters():
                     parameter.normal_(std=0.2)
     return module

@@ -21,6 +21,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "transposed": lambda t: t.mT.contiguous().mT,
     "batch_last": lambda t: t.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
     "strided": lambda t: t.repeat_interleave(2, 0).repeat_interleave(2, 1).repeat_interleave(2, 3)[::2, ::2, :, ::2],
+    "cropped": lambda t: torch.nn.functional.pad(t, (1, 2, 2, 1))[:, :, 2:-1, 1:-2],
     "offset": lambda t: torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape),
     "expanded": lambda t: t[:1].expand(t.shape) if len(t) else t,
 }

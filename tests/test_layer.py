@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 
+import numpy as np
 import oracles
 import pytest
 import torch
@@ -284,6 +285,7 @@ def test_constructor_arguments_are_kept_and_shown():
         "InvertibleConv2d(6, kernel_size=(2, 3), corners=('BR', 'TL'), diagonal='learned', bias=True)"
     )
     assert InvertibleConv2d(4, 2).kernel_size == (2, 2)
+    assert repr(InvertibleConv2d(np.int64(8), np.int32(2))) == repr(InvertibleConv2d(8, 2))
     assert InvertibleConv2d(4, corners="TL").corners == ("TL",)
     assert InvertibleConv2d(4).corners == CORNERS
 
