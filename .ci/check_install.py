@@ -32,7 +32,8 @@ else:
     raise AssertionError("the nflows adapter imports without nflows")
 
 installed = [str(path) for path in files("nflows-kconv") or []]
-assert "nflows_kconv/csrc/torch_ops.cpp" in installed, installed
+for source in ("torch_ops.cpp", "cuda/arguments.cuh", "cuda/solve_rows.cu"):
+    assert f"nflows_kconv/csrc/{source}" in installed, installed
 assert not [path for path in installed if path.startswith(("tests", "build_backend", "examples"))], installed
 assert ("nflows_kconv/_native.abi3.so" in installed) == (expected == "native"), installed
 print(f"the installed package works on the {expected} backend")

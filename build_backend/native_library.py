@@ -55,8 +55,8 @@ def build(library: Path) -> Outcome:
     library.with_name(RECORD).write_text(json.dumps(asdict(outcome), indent=4) + "\n")
     if not outcome.built:
         print(
-            f"nflows-kconv: the native CPU library was not built: {outcome.reason}. "
-            "The package works without it, on its slower reference implementation.",
+            f"nflows-kconv: the native library was not built: {outcome.reason}. "
+            "The package works without it, on a slower implementation for the CPU and with slower launches for CUDA.",
             file=sys.stderr,
         )
     return outcome
@@ -71,7 +71,7 @@ def _build(library: Path) -> Outcome:
         wanted, found = ".".join(map(str, MINIMUM_TORCH)), torch.version if torch else "none"
         return Outcome(False, f"torch >= {wanted} must be there at build time, found {found}")
     compiler = find_compiler()
-    sources = [SOURCES / "torch_ops.cpp", *sorted((SOURCES / "cpu").glob("*.cpp"))]
+    sources = [*sorted(SOURCES.glob("*.cpp")), *sorted((SOURCES / "cpu").glob("*.cpp"))]
     try:
         compile_library(compiler, torch, sources, library)
         version = _run([*compiler, "--version"]).partition("\n")[0]

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cpu/problem.h"
+#include "export.h"
 
 namespace {
 
@@ -85,7 +86,7 @@ Tensor conv(const Tensor& input, const Tensor& weight, std::vector<int64_t> corn
   }
   std::array<StableIValue, 4> stack{torch::stable::detail::from(input), torch::stable::detail::from(weight),
                                     torch::stable::detail::from(corners), torch::stable::detail::from(transpose)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("nflows_kconv::conv_by_conv2d", "", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("nflows_kconv::conv_reference", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
@@ -100,9 +101,7 @@ STABLE_TORCH_LIBRARY_IMPL(nflows_kconv, CPU, library) {
   library.impl("solve", TORCH_BOX(&solve));
 }
 
-// For Python's ctypes: which instruction set is in use, and how tests and benchmarks select one.
-#define KCONV_EXPORT extern "C" __attribute__((visibility("default")))
-
+// Which instruction set is in use, and how tests and benchmarks select one.
 KCONV_EXPORT const char* nflows_kconv_instruction_set() { return kconv::instruction_set(); }
 
 KCONV_EXPORT int nflows_kconv_select_instruction_set(const char* name) {

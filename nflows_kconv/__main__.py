@@ -6,6 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from nflows_kconv.backends import backends, selected_backends
+from nflows_kconv.cuda import cache
 
 
 def _version(distribution: str) -> str:
@@ -18,13 +19,15 @@ def _version(distribution: str) -> str:
 def main() -> None:
     """Prints the report."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    facts = {name: _version(name) for name in ("nflows-kconv", "torch", "nflows", "normflows")}
+    facts = {name: _version(name) for name in ("nflows-kconv", "torch", "cuda-bindings", "nflows", "normflows")}
+    facts["torch"] = torch.__version__  # says for which device it was built
     facts["Python"] = platform.python_version()
     facts["system"] = platform.platform()
     facts["CPU"] = torch.backends.cpu.get_cpu_capability()
     facts["accelerator"] = "none" if accelerator is None else accelerator.type
+    facts["kernel cache"] = str(cache.directory() or "none")
     for name, value in facts.items():
-        print(f"{name + ':':<14}{value}")
+        print(f"{name + ':':<15}{value}")
     print("\nbackends")
     for backend in backends().values():
         print(f"  {backend}")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from nflows_kconv import native
+from nflows_kconv.cuda import compiler, driver, runtime
 
 _INSTRUCTION_SET_NAMES = {"baseline": "baseline instructions", "avx2": "AVX2", "avx512": "AVX-512"}
 
@@ -50,7 +51,8 @@ def selected_backends() -> dict[str, str]:
     selected = {"cpu": "native" if native.available else "reference"}
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is not None:
-        selected[accelerator.type] = "reference"
+        kernels = accelerator.type == "cuda" and runtime.why_not() is None
+        selected[accelerator.type] = "cuda" if kernels else "reference"
     return selected
 
 
@@ -63,8 +65,13 @@ def _native() -> Backend:
 
 
 def _cuda() -> Backend:
-    reason = "this version has no CUDA kernel; CUDA tensors run on the reference implementation"
-    return Backend("cuda", "cuda", False, False, reason)
+    reason = runtime.why_not()
+    if reason is not None:
+        return Backend("cuda", "cuda", False, False, reason)
+    names = ", ".join(dict.fromkeys(driver.device_names()))
+    launcher = "C++" if native.available else f"Python, slower, since the native library is missing: {native.reason}"
+    runs_with = "{}, compiled at run time by NVRTC {}.{}, launched from {}".format(names, *compiler.version(), launcher)
+    return Backend("cuda", "cuda", True, True, runs_with)
 
 
 def _reference() -> Backend:

@@ -37,8 +37,8 @@ def conv2d(input: Tensor, weight: Tensor, corners: str | Sequence[str], bias: Te
         ValueError: If shapes, devices or corners do not fit.
     """
     groups = _check_arguments(input, weight, corners, bias)
-    output = ops.conv(input, weight, groups, False)
-    return output if bias is None else output + bias[:, None, None]
+    output = ops.call(ops.conv, input, weight, groups)
+    return output if bias is None else output + bias.view(-1, 1, 1)
 
 
 def conv2d_inverse(input: Tensor, weight: Tensor, corners: str | Sequence[str], bias: Tensor | None = None) -> Tensor:
@@ -63,8 +63,8 @@ def conv2d_inverse(input: Tensor, weight: Tensor, corners: str | Sequence[str], 
             Elsewhere that look would wait for the device: infinities and NaNs come out.
     """
     groups = _check_arguments(input, weight, corners, bias)
-    shifted = input if bias is None else input - bias[:, None, None]
-    return ops.solve(shifted, weight, groups, False)
+    shifted = input if bias is None else input - bias.view(-1, 1, 1)
+    return ops.call(ops.solve, shifted, weight, groups)
 
 
 def log_abs_det(weight: Tensor, corners: str | Sequence[str], height: int, width: int) -> Tensor:
@@ -107,16 +107,15 @@ def check_diagonal(diagonal: Tensor) -> None:
         geometry.check_diagonal(diagonal)
 
 
+# These run at every call, so that a tensor's shape, which costs as much as the rest of a check, is asked for once.
 def _check_arguments(input: Tensor, weight: Tensor, corners: str | Sequence[str], bias: Tensor | None) -> list[int]:
     _check_tensor("input", input)
     groups = _check_weight(weight, corners)
-    if input.dim() != 4:
-        raise ValueError(f"input must have the 4 dimensions [B, C, H, W], got shape {tuple(input.shape)}")
-    channels = weight.shape[0]
-    if input.shape[1] != channels:
-        raise ValueError(
-            f"input must have the weight's {channels} channels, got {input.shape[1]} in shape {tuple(input.shape)}"
-        )
+    shape, channels = input.shape, weight.size(0)
+    if len(shape) != 4:
+        raise ValueError(f"input must have the 4 dimensions [B, C, H, W], got shape {tuple(shape)}")
+    if shape[1] != channels:
+        raise ValueError(f"input must have the weight's {channels} channels, got {shape[1]} in shape {tuple(shape)}")
     _check_match("weight", weight, input)
     if bias is not None:
         _check_tensor("bias", bias)
@@ -129,15 +128,13 @@ def _check_arguments(input: Tensor, weight: Tensor, corners: str | Sequence[str]
 def _check_weight(weight: Tensor, corners: str | Sequence[str]) -> list[int]:
     _check_tensor("weight", weight)
     groups = geometry.parse_corners(corners)
-    if weight.dim() != 4 or 0 in weight.shape:
+    shape = weight.shape
+    if len(shape) != 4 or 0 in shape:
         raise ValueError(
-            f"weight must have the 4 dimensions [C, C/G, kh, kw], none of them 0, got shape {tuple(weight.shape)}"
+            f"weight must have the 4 dimensions [C, C/G, kh, kw], none of them 0, got shape {tuple(shape)}"
         )
-    channels, per_group = weight.shape[:2]
-    if channels != per_group * len(groups):
-        raise ValueError(
-            f"weight must have shape [C, C/G, kh, kw] with G = {len(groups)} corners, got {tuple(weight.shape)}"
-        )
+    if shape[0] != shape[1] * len(groups):
+        raise ValueError(f"weight must have shape [C, C/G, kh, kw] with G = {len(groups)} corners, got {tuple(shape)}")
     return groups
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 CORNERS = ("TL", "TR", "BL", "BR")
+_NUMBERS = {name: number for number, name in enumerate(CORNERS)}
 
 
 def parse_corners(corners: str | Sequence[str]) -> list[int]:
@@ -26,12 +27,12 @@ def parse_corners(corners: str | Sequence[str]) -> list[int]:
         ValueError: If there is no corner or an unknown one.
     """
     names = (corners,) if isinstance(corners, str) else corners
-    if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+    if not isinstance(names, (tuple, list, Sequence)) or not all([isinstance(name, str) for name in names]):
         raise TypeError(f"corners must be a string or a sequence of strings out of {CORNERS}, got {corners!r}")
-    unknown = [name for name in names if name not in CORNERS]
-    if unknown or not names:
+    groups = [_NUMBERS.get(name, -1) for name in names]
+    if -1 in groups or not groups:
         raise ValueError(f"corners must name at least one corner, each out of {CORNERS}, got {corners!r}")
-    return [CORNERS.index(name) for name in names]
+    return groups
 
 
 def opposite(corner: int) -> int:

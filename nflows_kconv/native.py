@@ -1,4 +1,4 @@
-"""The native CPU library: loads it where there is one, and knows why where there is none."""
+"""The native library: loads it where there is one, and knows why where there is none."""
 
 from __future__ import annotations
 
@@ -35,13 +35,24 @@ _library, reason = _load(Path(__file__).parent)
 available = _library is not None
 
 
+def loaded() -> ctypes.CDLL:
+    """The native library.
+
+    Raises:
+        RuntimeError: If it is not available.
+    """
+    if _library is None:
+        raise RuntimeError(f"the native library is not available: {reason}")
+    return _library
+
+
 def instruction_set() -> str:
     """The instruction set in use, one of `INSTRUCTION_SETS`.
 
     Raises:
         RuntimeError: If the native library is not available.
     """
-    return _loaded().nflows_kconv_instruction_set().decode()
+    return loaded().nflows_kconv_instruction_set().decode()
 
 
 def instruction_sets() -> tuple[str, ...]:
@@ -68,10 +79,4 @@ def select_instruction_set(name: str) -> None:
 
 
 def _select(name: str) -> bool:
-    return _loaded().nflows_kconv_select_instruction_set(name.encode()) == 0
-
-
-def _loaded() -> ctypes.CDLL:
-    if _library is None:
-        raise RuntimeError(f"the native CPU library is not available: {reason}")
-    return _library
+    return loaded().nflows_kconv_select_instruction_set(name.encode()) == 0

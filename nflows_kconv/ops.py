@@ -21,19 +21,28 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
 from nflows_kconv import native, reference  # noqa: F401  importing native registers the CPU's kernels
+from nflows_kconv.cuda import operators as cuda_operators
 
 _library = torch.library.Library("nflows_kconv", "DEF")
-_library.define("conv(Tensor input, Tensor weight, int[] corners, bool transpose) -> Tensor")
-_library.define("solve(Tensor input, Tensor weight, int[] corners, bool transpose) -> Tensor")
-_library.define("weight_gradient(Tensor input, Tensor grad, int[] corners, int[] kernel_size) -> Tensor")
-# What the native kernel of conv hands over where F.conv2d is the faster one.
-_library.define("conv_by_conv2d(Tensor input, Tensor weight, int[] corners, bool transpose) -> Tensor")
-_library.impl("conv_by_conv2d", reference.conv, "CompositeExplicitAutograd")
+_REFERENCES: dict[str, Callable[..., Tensor]] = {
+    "conv": reference.conv,
+    "solve": reference.solve,
+    "weight_gradient": reference.weight_gradient,
+}
+# `name_reference` is for the native library, where it has no kernel that can run or none that is the faster one.
+for _suffix in ("", "_reference"):
+    _library.define(f"conv{_suffix}(Tensor input, Tensor weight, int[] corners, bool transpose) -> Tensor")
+    _library.define(f"solve{_suffix}(Tensor input, Tensor weight, int[] corners, bool transpose) -> Tensor")
+    _library.define(f"weight_gradient{_suffix}(Tensor input, Tensor grad, int[] corners, int[] kernel_size) -> Tensor")
+    for _name, _reference in _REFERENCES.items():
+        _library.impl(f"{_name}{_suffix}", _reference, "CompositeExplicitAutograd")
+cuda_operators.register(_library, _REFERENCES)
 
 conv = torch.ops.nflows_kconv.conv.default
 solve = torch.ops.nflows_kconv.solve.default
@@ -157,6 +166,21 @@ def _sum(*terms: Tensor | None) -> Tensor:
     return present[0] if len(present) == 1 else present[0] + present[1]
 
 
+def call(operator: Callable[..., Tensor], input: Tensor, weight: Tensor, corners: list[int]) -> Tensor:
+    """`conv` or `solve`, on a shorter way where nothing is to be recorded.
+
+    The operator's Autograd kernel is Python, which costs more than all the rest of a small call.
+    """
+    if torch.compiler.is_compiling() or peek_interpreter_stack() is not None or _is_recorded(input, weight):
+        return operator(input, weight, corners, False)
+    return _below_autograd(operator, input, weight, corners, False)
+
+
+def _is_recorded(first: Tensor, second: Tensor) -> bool:
+    recorded = torch.is_grad_enabled() and (first.requires_grad or second.requires_grad)
+    return recorded or forward_ad._current_level >= 0
+
+
 def _below_autograd(operator: Callable[..., Tensor], *args: Any) -> Tensor:
     with torch._C._AutoDispatchBelowAutograd():
         return operator(*args)
@@ -177,8 +201,7 @@ def _differentiable(operator: Callable[..., Tensor], function: Any) -> Callable[
     """
 
     def kernel(*args: Any) -> Tensor:
-        recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in args[:2])
-        if not recorded and forward_ad._current_level < 0:
+        if not _is_recorded(args[0], args[1]):
             return _below_autograd(operator, *args)
         with enable_single_level_autograd_function():
             output = function.apply(*args)
@@ -223,13 +246,12 @@ def _into_channels(images: Tensor) -> Tensor:
     return images.transpose(0, 1).flatten(1, 2)
 
 
-for _operator, _implementation, _fake, _function, _vmap in (
-    (conv, reference.conv, _same_as_input, _Conv, _batched_operator(conv)),
-    (solve, reference.solve, _same_as_input, _Solve, _batched_operator(solve)),
-    (weight_gradient, reference.weight_gradient, _weight_like, _WeightGradient, _batched_weight_gradient),
+for _operator, _fake, _function, _vmap in (
+    (conv, _same_as_input, _Conv, _batched_operator(conv)),
+    (solve, _same_as_input, _Solve, _batched_operator(solve)),
+    (weight_gradient, _weight_like, _WeightGradient, _batched_weight_gradient),
 ):
     _name = _operator.name()
-    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
     _library.impl(_name, _differentiable(_operator, _function), "Autograd")
     torch.library.register_fake(_name, _fake, lib=_library)
     torch.library.register_vmap(_name, _vmap, lib=_library)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from nflows_kconv import native, reference
+from nflows_kconv import backends, native, reference
 
 settings.register_profile("default", max_examples=30, deadline=None)
 settings.register_profile("ci", settings.get_profile("default"), derandomize=True, print_blob=True)
@@ -29,9 +29,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" in metafunc.fixturenames:
-        kernels = [f"native-{name}" for name in native.instruction_sets()]
-        names = ["reference", *(kernels if metafunc.config.getoption("device") == "cpu" else [])]
-        metafunc.parametrize("backend", names, indirect=True, scope="session")
+        if metafunc.config.getoption("device") == "cpu":
+            kernels = [f"native-{name}" for name in native.instruction_sets()]
+        else:
+            kernels = ["cuda"] if backends()["cuda"].available else []
+        metafunc.parametrize("backend", ["reference", *kernels], indirect=True, scope="session")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -55,6 +57,8 @@ def backend(request: pytest.FixtureRequest, device: str) -> Iterator[str]:
             for name, implementation in OPERATORS.items():
                 library.impl(name, implementation, device.upper(), allow_override=True)
             yield request.param
+    elif request.param == "cuda":
+        yield request.param
     else:
         best = native.instruction_set()
         native.select_instruction_set(request.param.removeprefix("native-"))

@@ -12,6 +12,7 @@ import torch
 
 from nflows_kconv import native
 from nflows_kconv.backends import Backend, backends, selected_backends
+from nflows_kconv.cuda import cache, compiler, driver, runtime
 
 needs_native = pytest.mark.skipif(not native.available, reason=f"no native library: {native.reason}")
 
@@ -47,10 +48,36 @@ def test_selected_are_those_that_present_devices_run_on():
     assert {name for name, backend in backends().items() if backend.selected} == set(selected_backends().values())
 
 
-def test_cuda_says_that_there_is_no_kernel():
-    cuda = backends()["cuda"]
-    assert not cuda.available
-    assert str(cuda).startswith("cuda (cuda): not available, this version has no CUDA kernel; ")
+@pytest.fixture
+def gpu(monkeypatch):
+    """A machine with a GPU, as far as the report can see."""
+    monkeypatch.setattr(runtime, "why_not", lambda: None)
+    monkeypatch.setattr(driver, "device_names", lambda: ["NVIDIA H100 80GB HBM3"] * 2)
+    monkeypatch.setattr(compiler, "version", lambda: (13, 0))
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
+
+
+@needs_native
+def test_cuda_tells_what_it_runs_with(gpu):
+    assert str(backends()["cuda"]) == (
+        "cuda (cuda): selected, NVIDIA H100 80GB HBM3, compiled at run time by NVRTC 13.0, launched from C++"
+    )
+    assert selected_backends() == {"cpu": "native", "cuda": "cuda"}
+    assert not backends()["reference"].selected
+
+
+def test_without_the_library_cuda_is_launched_from_python(gpu, library_missing):
+    assert backends()["cuda"].reason.endswith(
+        "launched from Python, slower, since the native library is missing: it was not built: because"
+    )
+    assert selected_backends() == {"cpu": "reference", "cuda": "cuda"}
+
+
+def test_cuda_tells_why_it_cannot_run(gpu, monkeypatch):
+    monkeypatch.setattr(runtime, "why_not", lambda: "this torch is built for ROCm")
+    assert backends()["cuda"] == Backend("cuda", "cuda", False, False, "this torch is built for ROCm")
+    assert selected_backends()["cuda"] == "reference"
+    assert "cuda" in backends()["reference"].reason
 
 
 @needs_native
@@ -142,8 +169,9 @@ def test_report_on_the_command_line():
         [sys.executable, "-m", "nflows_kconv"], capture_output=True, text=True, timeout=120, check=True
     )
     lines = [line.strip() for line in done.stdout.splitlines()]
-    assert f"torch:        {torch.__version__}" in lines
-    assert f"Python:       {platform.python_version()}" in lines
+    assert f"torch:         {torch.__version__}" in lines
+    assert f"Python:        {platform.python_version()}" in lines
+    assert f"kernel cache:  {cache.directory()}" in lines
     for name, backend in backends().items():
         assert any(line.startswith(f"{name} ({backend.device}): ") for line in lines)
     for device, name in selected_backends().items():

@@ -216,7 +216,7 @@ class TestBuild:
         assert self.record(library)["reason"] == "the compiler failed: a.h:1: error: no"
         shown = capsys.readouterr().err
         assert "In file included from a.h" in shown
-        assert "the native CPU library was not built: the compiler failed: a.h:1: error: no." in shown
+        assert "the native library was not built: the compiler failed: a.h:1: error: no." in shown
 
     def test_compiler_failing_in_silence(self, buildable, compiler, library):
         install_torch(buildable, "2.13.0")

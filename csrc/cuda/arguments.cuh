@@ -1,0 +1,98 @@
+// What every kernel is given, and the operator as the kernels see it: one corner, one triangle, one direction.
+//
+// A kernel only knows the *canonical* operator: corner TL, lower triangular pivot. Row 0, column 0 is the pixel that
+// depends on no other; lag (a, b) reads a rows above and b columns to the left; lag (0, 0) is the pivot:
+//
+//     y[o, r, s] = sum_{i, a, b} W(o, i, a, b) x[i, r - a, s - b],   W(o, i, 0, 0) = 0 for i > o
+//
+// Every corner and the transpose are this operator behind strides of either sign: a corner reverses rows or columns,
+// the transpose has the opposite corner, the same lags, exchanged channels of the weight and a reversed channel order,
+// which makes its upper triangle a lower one. So there are no flips, no copies and no second code path.
+//
+// The host compiles each source for the problem at hand; these constants are its own:
+//   SCALAR        type of the tensors: float, double, Half or BFloat16
+//   CHANNELS      channels of a group, C/G
+//   KERNEL_H, KERNEL_W   size of the kernel, clipped to the image (later taps read padding only)
+//   TRANSPOSE     1 for A^T, 0 for A
+//   CORNER_WORDS  32-bit words that hold the corners, two bits each
+#pragma once
+
+#include "scalar.cuh"
+
+struct Arguments {
+  const void* first;   // x or y, [B, C, H, W]
+  const void* second;  // the weight [C, C/G, kh, kw], or the gradient [B, C, H, W]
+  void* output;
+  char* scratch;               // 256-byte aligned
+  long long first_strides[4];  // all strides in elements
+  long long second_strides[4];
+  long long output_strides[4];
+  int batch, height, width, groups;
+  int kernel_h, kernel_w;  // of the weight in memory, before clipping
+  int parameters[8];       // of this launch; each source names its own
+  long long offsets[4];    // of regions in the scratch, bytes; each source names its own
+  unsigned corners[CORNER_WORDS];
+};
+
+__device__ inline int corner_of(const Arguments& arguments, int group) {
+  return arguments.corners[group / 16] >> (group % 16 * 2) & 3;
+}
+
+// One image of one group: element (c, r, s) lies at data[c * channel + r * row + s * column].
+template <typename T>
+struct ImageView {
+  T* data;
+  long long channel, row, column;
+};
+
+template <typename T>
+__device__ inline ImageView<T> image_view(T* data, const long long (&strides)[4], const Arguments& arguments, int image,
+                                          int group) {
+  const int corner = corner_of(arguments, group) ^ (TRANSPOSE ? 3 : 0);
+  ImageView<T> view{data, strides[1], strides[2], strides[3]};
+  view.data += image * strides[0] + (long long)group * CHANNELS * strides[1];
+  if (TRANSPOSE) {
+    view.data += (CHANNELS - 1) * strides[1];
+    view.channel = -view.channel;
+  }
+  if (corner & 2) {
+    view.data += (arguments.height - 1) * strides[2];
+    view.row = -view.row;
+  }
+  if (corner & 1) {
+    view.data += (arguments.width - 1) * strides[3];
+    view.column = -view.column;
+  }
+  return view;
+}
+
+// W(o, i, a, b) of one group lies at data[o * out + i * in + a * row + b * column]; the mask is the reader's.
+template <typename T>
+struct WeightView {
+  T* data;
+  long long out, in, row, column;
+};
+
+template <typename T>
+__device__ inline WeightView<T> weight_view(T* data, const long long (&strides)[4], const Arguments& arguments,
+                                            int group) {
+  const int corner = corner_of(arguments, group);
+  WeightView<T> view{data, strides[0], strides[1], -strides[2], -strides[3]};
+  view.data += (long long)group * CHANNELS * strides[0];
+  if (corner & 2) {
+    view.row = strides[2];
+  } else {
+    view.data += (arguments.kernel_h - 1) * strides[2];
+  }
+  if (corner & 1) {
+    view.column = strides[3];
+  } else {
+    view.data += (arguments.kernel_w - 1) * strides[3];
+  }
+  if (TRANSPOSE) {
+    view.data += (CHANNELS - 1) * (strides[0] + strides[1]);
+    view.out = -strides[1];
+    view.in = -strides[0];
+  }
+  return view;
+}

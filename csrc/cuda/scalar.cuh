@@ -1,0 +1,39 @@
+// The element types of tensors and the type each is computed in. Half precision computes in float32.
+#pragma once
+
+#include <ptx.cuh>  // by the include path: tests put their own in its place
+
+struct Half {
+  unsigned short bits;
+};
+struct BFloat16 {
+  unsigned short bits;
+};
+
+template <typename T>
+struct AccumulatorOf {
+  using Type = float;
+};
+template <>
+struct AccumulatorOf<double> {
+  using Type = double;
+};
+using Accumulator = AccumulatorOf<SCALAR>::Type;
+
+__device__ inline float load(const float* address) { return *address; }
+__device__ inline double load(const double* address) { return *address; }
+__device__ inline float load(const Half* address) { return half_to_float(address->bits); }
+__device__ inline float load(const BFloat16* address) { return bfloat16_to_float(address->bits); }
+
+__device__ inline void store(float* address, float value) { *address = value; }
+__device__ inline void store(double* address, double value) { *address = value; }
+__device__ inline void store(Half* address, float value) { address->bits = float_to_half(value); }
+__device__ inline void store(BFloat16* address, float value) { address->bits = float_to_bfloat16(value); }
+
+// Several consecutive values that are read and written at once.
+template <int COUNT>
+struct alignas(COUNT * sizeof(Accumulator)) Vector {
+  Accumulator values[COUNT];
+};
+
+__device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }

@@ -1,0 +1,59 @@
+// Tiles of images in shared memory, in the type that the kernels compute in and zero where the image ends.
+#pragma once
+
+#include "arguments.cuh"
+
+__device__ constexpr int clamp(int value, int least, int most) {
+  return value < least ? least : value > most ? most : value;
+}
+
+// Loads consecutive values; COUNT is a multiple of WIDTH, to whose size the address is aligned.
+template <int WIDTH, int COUNT>
+__device__ inline void load_vectors(Accumulator (&values)[COUNT], const Accumulator* shared) {
+  static_assert(COUNT % WIDTH == 0, "whole vectors only");
+#pragma unroll
+  for (int first = 0; first < COUNT; first += WIDTH) {
+    const Vector<WIDTH> vector = *reinterpret_cast<const Vector<WIDTH>*>(shared + first);
+#pragma unroll
+    for (int j = 0; j < WIDTH; ++j) values[first + j] = vector.values[j];
+  }
+}
+
+// In the background where no conversion is needed: wait_for_copies() and a barrier before anyone reads it.
+template <typename T>
+__device__ inline void copy_to_shared(T* shared, const T* global) {
+  copy_async(shared, global);
+}
+__device__ inline void copy_to_shared(float* shared, const Half* global) { *shared = load(global); }
+__device__ inline void copy_to_shared(float* shared, const BFloat16* global) { *shared = load(global); }
+
+// Copies channels x images x rows x columns of one group, starting anywhere, into tile[channel * CHANNEL_PITCH +
+// (image * ROW_COUNT + row) * ROW_PITCH + column]. A thread keeps its pixel and walks the channels, so that an address
+// is computed once a pixel; neighbouring threads take neighbouring columns.
+template <int THREADS, int CHANNEL_COUNT, int IMAGE_COUNT, int ROW_COUNT, int COLUMN_COUNT, int ROW_PITCH,
+          int CHANNEL_PITCH>
+__device__ inline void copy_tile(Accumulator* tile, const ImageView<const SCALAR>& first_image, long long image_stride,
+                                 const Arguments& arguments, int channel, int image, int row, int column) {
+  constexpr int kPixels = IMAGE_COUNT * ROW_COUNT * COLUMN_COUNT;
+  constexpr int kChannelsAtOnce = kPixels < THREADS ? THREADS / kPixels : 1;
+  const int first_channel = threadIdx.x / kPixels;
+  if (first_channel >= kChannelsAtOnce) return;
+  for (int pixel = threadIdx.x % kPixels; pixel < kPixels; pixel += THREADS) {
+    const int n = pixel / (ROW_COUNT * COLUMN_COUNT), r = pixel / COLUMN_COUNT % ROW_COUNT, s = pixel % COLUMN_COUNT;
+    const bool inside = image + n < arguments.batch && (unsigned)(row + r) < (unsigned)arguments.height &&
+                        (unsigned)(column + s) < (unsigned)arguments.width;
+    const SCALAR* source = first_image.data + (image + n) * image_stride + (row + r) * first_image.row +
+                           (column + s) * first_image.column + (channel + first_channel) * first_image.channel;
+    Accumulator* target = tile + (n * ROW_COUNT + r) * ROW_PITCH + s + first_channel * CHANNEL_PITCH;
+#pragma unroll 4
+    for (int c = first_channel; c < CHANNEL_COUNT; c += kChannelsAtOnce) {
+      if (inside && channel + c < CHANNELS) {
+        copy_to_shared(target, source);
+      } else {
+        *target = 0;
+      }
+      source += kChannelsAtOnce * first_image.channel;
+      target += kChannelsAtOnce * CHANNEL_PITCH;
+    }
+  }
+}

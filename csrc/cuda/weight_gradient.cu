@@ -1,0 +1,211 @@
+// dW[o, i, a, b] = sum_{n, r, s} g[n, o, r, s] x[n, i, r - a, s - b], without patches, the same bits each time.
+//
+// A matrix product of g and the shifted x, summed over the pixels of the batch. The pixels are cut into chunks; a block
+// of weight_gradient_parts sums one chunk for a tile of outputs, inputs and taps, weight_gradient adds the chunks up.
+// Both add in a fixed order, without atomics, and the many short sums keep rounding errors small.
+//
+// Tiles of x and g are copied to shared memory, the next while the one before is summed. A thread keeps the sums of
+// OUTPUTS x INPUTS channels and TAPS_H x TAPS_W taps in registers and takes four pixels of a row at a time: for a 3 x 3
+// kernel and 8 outputs 288 multiply-adds for 14 loads of four values each. Where channels are few, SPLITS threads share
+// the pixels of one such register tile and add up at the end of the block.
+//
+// Floors on an H100, computed, not measured: B C C/G H W kh kw multiply-adds (at 30 T/s: 0.3 us for (100, 12, 16, 16)
+// in four groups, 503 us for (100, 256, 16, 16) in one) and reading x and g. Beyond some 16 channels the multiply-adds
+// are the bound; the prediction is 60 % of their peak. At few channels two launches, two trips to memory and the sums
+// over the splits remain; the prediction is 6 us for both.
+//
+// parameters[0] is the number of chunks. The scratch holds the sums [chunk][group][o][a][b][i]. The host's constants:
+// OUTPUTS, INPUTS, TAPS_H, TAPS_W, OUTPUT_SLOTS, INPUT_SLOTS, SPLITS, IMAGES, ROWS, COLUMNS, ROW_TILES, COLUMN_TILES,
+// WIDTH_REMAINDER, ROUND_OUTPUTS, PARTS, REDUCTION_THREADS.
+#include "tile.cuh"
+
+constexpr int kPixels = 4;                          // of a row, that a thread takes at a time
+constexpr int kVector = 16 / sizeof(Accumulator);   // values of one load
+constexpr int kTerms = INPUTS * TAPS_H * TAPS_W;    // sums of a thread for each of its outputs
+constexpr int kUnits = OUTPUT_SLOTS * INPUT_SLOTS;  // threads that share no sum
+constexpr int kThreads = kUnits * SPLITS;
+// Of a multiprocessor at least, so that one block adds while another waits: 128 registers a thread for float32.
+constexpr int kResidentBlocks = clamp((sizeof(Accumulator) == 4 ? 512 : 256) / kThreads, 1, 8);
+constexpr int kTileOutputs = OUTPUTS * OUTPUT_SLOTS, kTileInputs = INPUTS * INPUT_SLOTS;
+
+// An odd number of vectors a channel: neighbouring threads read neighbouring channels, in different banks.
+__device__ constexpr int channel_pitch(int values) { return (values / kVector | 1) * kVector; }
+
+constexpr int kHalo = ceil_div(TAPS_W - 1, kPixels) * kPixels;  // columns left of the tile, in whole vectors
+constexpr int kPitch = kHalo + COLUMNS, kTileRows = ROWS + TAPS_H - 1;
+constexpr int kInputPitch = channel_pitch(IMAGES * kTileRows * kPitch);
+constexpr int kOutputPitch = channel_pitch(IMAGES * ROWS * COLUMNS);
+constexpr int kStageSize = kTileInputs * kInputPitch + kTileOutputs * kOutputPitch;
+
+constexpr int kOutputTiles = ceil_div(CHANNELS, kTileOutputs), kInputTiles = ceil_div(CHANNELS, kTileInputs);
+constexpr int kTapRows = ceil_div(KERNEL_H, TAPS_H), kTapColumns = ceil_div(KERNEL_W, TAPS_W);
+
+using Sums = Accumulator[OUTPUTS][INPUTS][TAPS_H][TAPS_W];
+
+// The first of a block.
+struct Place {
+  int tap_column, tap_row, input, output;
+};
+
+// Adds one tile. `x` and `g` are the thread's first channels; rows and columns are left in the image.
+__device__ inline void add_tile(Sums& sums, const Accumulator* x, const Accumulator* g, int split, int rows,
+                                int columns) {
+  constexpr int kSegments = IMAGES * ROWS * (COLUMNS / kPixels);
+#pragma unroll 1
+  for (int segment = split; segment < kSegments; segment += SPLITS) {
+    const int column = segment % (COLUMNS / kPixels) * kPixels, line = segment / (COLUMNS / kPixels);
+    const int image = line / ROWS, row = line % ROWS;
+    // What lies outside the image is left out, not multiplied by zero: x may be infinite.
+    if (row >= rows || column >= columns) continue;
+    Accumulator gradient[OUTPUTS][kPixels];
+#pragma unroll
+    for (int o = 0; o < OUTPUTS; ++o) {
+      load_vectors<kVector>(gradient[o], g + o * OUTPUT_SLOTS * kOutputPitch + line * COLUMNS + column);
+    }
+    const Accumulator* const last_row = x + (image * kTileRows + row + TAPS_H - 1) * kPitch + column;
+#pragma unroll
+    for (int i = 0; i < INPUTS; ++i) {
+#pragma unroll
+      for (int a = 0; a < TAPS_H; ++a) {
+        Accumulator window[kHalo + kPixels];
+        load_vectors<kVector>(window, last_row + i * INPUT_SLOTS * kInputPitch - a * kPitch);
+#pragma unroll
+        for (int p = 0; p < kPixels; ++p) {
+          if (WIDTH_REMAINDER && column + p >= columns) continue;
+#pragma unroll
+          for (int b = 0; b < TAPS_W; ++b) {
+#pragma unroll
+            for (int o = 0; o < OUTPUTS; ++o) sums[o][i][a][b] += gradient[o][p] * window[kHalo + p - b];
+          }
+        }
+      }
+    }
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads, kResidentBlocks)
+    weight_gradient_parts(const __grid_constant__ Arguments arguments) {
+  extern __shared__ __align__(16) char shared_memory[];
+  Accumulator* const shared = reinterpret_cast<Accumulator*>(shared_memory);
+
+  constexpr int kBlocks = kTapColumns * kTapRows * kInputTiles * kOutputTiles;  // of one group and chunk
+  const int block = blockIdx.x % kBlocks, group = blockIdx.x / kBlocks % arguments.groups;
+  const int chunk = blockIdx.x / kBlocks / arguments.groups, chunks = arguments.parameters[0];
+  const Place place{block % kTapColumns * TAPS_W, block / kTapColumns % kTapRows * TAPS_H,
+                    block / (kTapColumns * kTapRows) % kInputTiles * kTileInputs,
+                    block / (kTapColumns * kTapRows * kInputTiles) * kTileOutputs};
+  const auto x = image_view(static_cast<const SCALAR*>(arguments.first), arguments.first_strides, arguments, 0, group);
+  const auto g =
+      image_view(static_cast<const SCALAR*>(arguments.second), arguments.second_strides, arguments, 0, group);
+
+  const int unit = SPLITS == 1 ? threadIdx.x : threadIdx.x % kUnits, split = SPLITS == 1 ? 0 : threadIdx.x / kUnits;
+  const int input_slot = unit % INPUT_SLOTS, output_slot = unit / INPUT_SLOTS;
+
+  const long long tiles = (long long)ceil_div(arguments.batch, IMAGES) * ROW_TILES * COLUMN_TILES;
+  const long long first_tile = tiles * chunk / chunks, last_tile = tiles * (chunk + 1) / chunks;
+  const auto copy_stage = [&](long long tile) {
+    const int column = tile % COLUMN_TILES * COLUMNS, row = tile / COLUMN_TILES % ROW_TILES * ROWS;
+    const int image = tile / (COLUMN_TILES * ROW_TILES) * IMAGES;
+    Accumulator* const target = shared + (tile - first_tile) % 2 * kStageSize;
+    copy_tile<kThreads, kTileInputs, IMAGES, kTileRows, COLUMNS + TAPS_W - 1, kPitch, kInputPitch>(
+        target + kHalo - (TAPS_W - 1), x, arguments.first_strides[0], arguments, place.input, image,
+        row - place.tap_row - (TAPS_H - 1), column - place.tap_column - (TAPS_W - 1));
+    copy_tile<kThreads, kTileOutputs, IMAGES, ROWS, COLUMNS, COLUMNS, kOutputPitch>(
+        target + kTileInputs * kInputPitch, g, arguments.second_strides[0], arguments, place.output, image, row,
+        column);
+  };
+
+  Sums sums = {};
+  copy_stage(first_tile);
+#pragma unroll 1
+  for (long long tile = first_tile; tile < last_tile; ++tile) {
+    wait_for_copies();
+    __syncthreads();
+    if (tile + 1 < last_tile) copy_stage(tile + 1);
+    const Accumulator* const current = shared + (tile - first_tile) % 2 * kStageSize;
+    add_tile(sums, current + input_slot * kInputPitch, current + kTileInputs * kInputPitch + output_slot * kOutputPitch,
+             split, arguments.height - int(tile / COLUMN_TILES % ROW_TILES) * ROWS,
+             arguments.width - int(tile % COLUMN_TILES) * COLUMNS);
+  }
+
+  Accumulator* const parts = reinterpret_cast<Accumulator*>(arguments.scratch);
+  const auto store_part = [&](int o, int term, Accumulator sum) {
+    const int b = place.tap_column + term % TAPS_W, a = place.tap_row + term / TAPS_W % TAPS_H;
+    const int input = place.input + input_slot + term / (TAPS_W * TAPS_H) * INPUT_SLOTS;
+    const int output = place.output + output_slot + o * OUTPUT_SLOTS;
+    if (b < KERNEL_W && a < KERNEL_H && input < CHANNELS && output < CHANNELS) {
+      const long long row = ((long long)chunk * arguments.groups + group) * CHANNELS + output;
+      parts[((row * KERNEL_H + a) * KERNEL_W + b) * CHANNELS + input] = sum;
+    }
+  };
+#pragma unroll
+  for (int first_output = 0; first_output < OUTPUTS; first_output += ROUND_OUTPUTS) {
+    constexpr int kTaps = TAPS_H * TAPS_W;
+    if constexpr (SPLITS > 1) __syncthreads();
+#pragma unroll
+    for (int o = first_output; o < first_output + ROUND_OUTPUTS && o < OUTPUTS; ++o) {
+#pragma unroll
+      for (int term = 0; term < kTerms; ++term) {
+        const Accumulator sum = sums[o][term / kTaps][term / TAPS_W % TAPS_H][term % TAPS_W];
+        if constexpr (SPLITS == 1) {
+          store_part(o, term, sum);
+        } else {
+          shared[((o - first_output) * kTerms + term) * kThreads + threadIdx.x] = sum;
+        }
+      }
+    }
+    if constexpr (SPLITS > 1) {
+      __syncthreads();
+      const int outputs = OUTPUTS - first_output < ROUND_OUTPUTS ? OUTPUTS - first_output : ROUND_OUTPUTS;
+      for (int index = split; index < outputs * kTerms; index += SPLITS) {
+        Accumulator sum = 0;
+#pragma unroll 8
+        for (int s = 0; s < SPLITS; ++s) sum += shared[index * kThreads + s * kUnits + unit];
+        store_part(first_output + index / kTerms, index % kTerms, sum);
+      }
+    }
+  }
+}
+
+// Adds the chunks of one entry a thread, or a share of them where there are many: then PARTS threads have it.
+extern "C" __global__ void __launch_bounds__(REDUCTION_THREADS)
+    weight_gradient(const __grid_constant__ Arguments arguments) {
+  extern __shared__ __align__(16) char shared_memory[];
+  Accumulator* const shared = reinterpret_cast<Accumulator*>(shared_memory);
+
+  constexpr int kEntries = REDUCTION_THREADS / PARTS;
+  const int part = threadIdx.x / kEntries;
+  long long entry = (long long)blockIdx.x * kEntries + threadIdx.x % kEntries;
+  const int input = entry % CHANNELS;
+  entry /= CHANNELS;
+  const int b = entry % arguments.kernel_w;
+  entry /= arguments.kernel_w;
+  const int a = entry % arguments.kernel_h;
+  entry /= arguments.kernel_h;
+  const int output = entry % CHANNELS, group = entry / CHANNELS;
+
+  const bool masked = input > output && a == 0 && b == 0;
+  const bool present = group < arguments.groups && a < KERNEL_H && b < KERNEL_W && !masked;
+  Accumulator sum = 0;
+  if (present) {
+    constexpr long long kGroup = (long long)CHANNELS * KERNEL_H * KERNEL_W * CHANNELS;
+    const Accumulator* const first = reinterpret_cast<const Accumulator*>(arguments.scratch) + group * kGroup +
+                                     (((long long)output * KERNEL_H + a) * KERNEL_W + b) * CHANNELS + input;
+#pragma unroll 8
+    for (int chunk = part; chunk < arguments.parameters[0]; chunk += PARTS) {
+      sum += first[(long long)chunk * arguments.groups * kGroup];
+    }
+  }
+  if constexpr (PARTS > 1) {
+    shared[threadIdx.x] = sum;
+    __syncthreads();
+    sum = 0;
+#pragma unroll
+    for (int p = 0; p < PARTS; ++p) sum += shared[p * kEntries + threadIdx.x % kEntries];
+  }
+  if (part == 0 && group < arguments.groups) {
+    const auto gradient =
+        weight_view(static_cast<SCALAR*>(arguments.output), arguments.output_strides, arguments, group);
+    store(gradient.data + output * gradient.out + input * gradient.in + a * gradient.row + b * gradient.column, sum);
+  }
+}

@@ -1,0 +1,334 @@
+#include "cuda_launcher.h"
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <shared_mutex>
+#include <stdexcept>
+#include <string>
+#include <unordered_map>
+
+#include "export.h"
+
+// Of torch 2.13; null in older ones.
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
+
+namespace kconv::cuda {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+struct Launch {
+  void* function;
+  std::array<unsigned, 3> grid;
+  unsigned block, shared;
+  std::vector<char> arguments;  // its first four pointers are those of the call
+};
+
+struct Plan {
+  std::vector<Launch> launches;
+  void* context = nullptr;
+  int64_t scratch = 0, zeroed = 0;  // bytes
+  int64_t output_strides[4];
+  bool by_reference = false;  // no kernel can run here
+  std::string error;
+};
+
+namespace {
+
+constexpr size_t kPointers = 4 * sizeof(void*);
+constexpr size_t kMaxArguments = 4096;  // of a kernel, in bytes
+constexpr size_t kMaxPlans = 4096;
+
+using Key = std::vector<int64_t>;
+
+struct Hash {
+  size_t operator()(const Key& key) const {
+    uint64_t hash = key.size();
+    for (int64_t word : key) {
+      hash = (hash ^ uint64_t(word)) * 0x9e3779b97f4a7c15u;
+      hash ^= hash >> 32;
+    }
+    return hash;
+  }
+};
+
+// All state of the process. Nothing here is held while Python runs.
+Driver driver;
+Planner planner;
+std::shared_mutex mutex;
+std::unordered_map<Key, std::shared_ptr<const Plan>, Hash> plans;
+
+void check(int error, const char* function) {
+  if (error == 0) return;
+  const char* name = nullptr;
+  driver.get_error_name(error, &name);
+  throw std::runtime_error(std::string(function) + " failed: " + (name ? name : std::to_string(error)));
+}
+
+void check_torch(int error, const char* what) {
+  if (error == 0) return;
+  const bool told = torch_exception_get_what_without_backtrace != nullptr;
+  throw std::runtime_error(told ? torch_exception_get_what_without_backtrace()
+                                : std::string("torch could not ") + what + "; its reason is printed above");
+}
+
+class ContextGuard {
+ public:
+  // A thread that has not used CUDA yet has no context, and another device may be the current one.
+  explicit ContextGuard(void* context) {
+    void* current = nullptr;
+    check(driver.get_context(&current), "cuCtxGetCurrent");
+    if (current == context) return;
+    check(driver.push_context(context), "cuCtxPushCurrent");
+    pushed_ = true;
+  }
+  ~ContextGuard() {
+    void* popped;
+    if (pushed_) driver.pop_context(&popped);
+  }
+  ContextGuard(const ContextGuard&) = delete;
+  ContextGuard& operator=(const ContextGuard&) = delete;
+
+ private:
+  bool pushed_ = false;
+};
+
+struct View {  // what launching needs to know of a tensor of 4 dimensions
+  int32_t dtype, device_type, device;
+  int64_t *sizes, *strides;
+};
+
+View view(const Tensor& tensor) {
+  View view;
+  check_torch(aoti_torch_get_dtype(tensor.get(), &view.dtype), "tell a dtype");
+  check_torch(aoti_torch_get_device_type(tensor.get(), &view.device_type), "tell a device");
+  check_torch(aoti_torch_get_device_index(tensor.get(), &view.device), "tell a device");
+  check_torch(aoti_torch_get_sizes(tensor.get(), &view.sizes), "tell sizes");
+  check_torch(aoti_torch_get_strides(tensor.get(), &view.strides), "tell strides");
+  return view;
+}
+
+int64_t dtype_number(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return 0;
+    case ScalarType::Double:
+      return 1;
+    case ScalarType::Half:
+      return 2;
+    case ScalarType::BFloat16:
+      return 3;
+    default:
+      STD_TORCH_CHECK(false, "dtype must be a floating point of 16 to 64 bits");
+  }
+}
+
+Tensor allocate(int64_t dimensions, const int64_t* sizes, const int64_t* strides, int32_t dtype, const View& like) {
+  AtenTensorHandle handle;
+  check_torch(aoti_torch_empty_strided(dimensions, sizes, strides, dtype, like.device_type, like.device, &handle),
+              "allocate memory");
+  return Tensor(handle);
+}
+
+std::shared_ptr<const Plan> find(const Key& key) {
+  const std::shared_lock lock(mutex);
+  const auto found = plans.find(key);
+  return found == plans.end() ? nullptr : found->second;
+}
+
+std::shared_ptr<const Plan> make(const Key& key, const Problem& problem) {
+  const auto plan = std::make_shared<Plan>();
+  std::copy_n(problem.output_strides, 4, plan->output_strides);
+  STD_TORCH_CHECK(planner != nullptr, "nflows_kconv must be imported");
+  planner(&problem, plan.get());
+  if (!plan->error.empty()) throw std::runtime_error(plan->error);
+  const std::unique_lock lock(mutex);
+  // Dropping all at once is enough: planning again takes microseconds, what was compiled stays with Python.
+  if (plans.size() >= kMaxPlans) plans.clear();
+  plans[key] = plan;
+  return plan;
+}
+
+void launch(const Plan& plan, const Tensor& first, const Tensor& second, const Tensor& output, const View& like) {
+  Tensor memory = output;  // stands for none
+  const void* pointers[4] = {first.const_data_ptr(), second.const_data_ptr(), output.mutable_data_ptr(), nullptr};
+  void* stream;
+  check_torch(driver.get_stream(like.device, &stream), "tell the current stream");
+  if (plan.scratch > 0) {
+    const int64_t stride = 1;
+    memory = allocate(1, &plan.scratch, &stride, aoti_torch_dtype_uint8(), like);
+    pointers[3] = memory.mutable_data_ptr();
+  }
+  const ContextGuard guard(plan.context);
+  if (plan.zeroed > 0) {
+    check(driver.set_bytes(reinterpret_cast<uintptr_t>(pointers[3]), 0, size_t(plan.zeroed), stream),
+          "cuMemsetD8Async");
+  }
+  for (const Launch& launch : plan.launches) {
+    alignas(16) char arguments[kMaxArguments];
+    std::memcpy(arguments, launch.arguments.data(), launch.arguments.size());
+    std::memcpy(arguments, pointers, kPointers);
+    void* parameters[] = {arguments};
+    check(driver.launch_kernel(launch.function, launch.grid[0], launch.grid[1], launch.grid[2], launch.block, 1, 1,
+                               launch.shared, stream, parameters, nullptr),
+          "cuLaunchKernel");
+  }
+}
+
+// `last` is the fourth argument of the operator.
+template <typename Last>
+Tensor by_reference(const char* name, const Tensor& first, const Tensor& second, const std::vector<int64_t>& corners,
+                    const Last& last) {
+  std::array<StableIValue, 4> stack{torch::stable::detail::from(first), torch::stable::detail::from(second),
+                                    torch::stable::detail::from(corners), torch::stable::detail::from(last)};
+  check_torch(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION), "run the reference implementation");
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// What differs between the operators; `Last` is the type of their fourth argument.
+template <typename Last>
+struct Operator {
+  int64_t number;
+  const char* reference;
+  bool transpose;
+  const int64_t* kernel_size;
+  const int64_t* output_sizes;
+  const Last& last;
+};
+
+template <typename Last>
+Tensor run(const Operator<Last>& op, const Tensor& first, const Tensor& second, const std::vector<int64_t>& corners) {
+  const View a = view(first), b = view(second);
+  STD_TORCH_CHECK(a.dtype == b.dtype, "both tensors must have one dtype");
+  STD_TORCH_CHECK(a.device_type == b.device_type && a.device == b.device, "both tensors must be on one device");
+  for (int64_t corner : corners) STD_TORCH_CHECK(corner >= 0 && corner < 4, "corners must be 0, 1, 2 or 3");
+  const bool images = op.output_sizes == a.sizes;
+  if (first.numel() == 0) {
+    return images ? torch::stable::empty_like(first)
+                  : torch::stable::new_zeros(first, torch::headeronly::IntHeaderOnlyArrayRef(op.output_sizes, 4));
+  }
+
+  thread_local Key key;
+  key.assign({op.number, a.dtype, a.device_type, a.device, op.transpose, op.kernel_size[0], op.kernel_size[1]});
+  key.insert(key.end(), a.sizes, a.sizes + 4);
+  key.insert(key.end(), a.strides, a.strides + 4);
+  key.insert(key.end(), b.strides, b.strides + 4);
+  key.insert(key.end(), corners.begin(), corners.end());
+  std::shared_ptr<const Plan> plan = find(key);
+  if (plan == nullptr) {
+    Problem problem{op.number, dtype_number(first),     a.device,      op.transpose, {}, {}, {}, {},
+                    {},        int64_t(corners.size()), corners.data()};
+    std::copy_n(a.sizes, 4, problem.shape);
+    std::copy_n(op.kernel_size, 2, problem.kernel_size);
+    std::copy_n(a.strides, 4, problem.first_strides);
+    std::copy_n(b.strides, 4, problem.second_strides);
+    if (images) {
+      std::copy_n(view(torch::stable::empty_like(first)).strides, 4, problem.output_strides);
+    } else {
+      for (int64_t i = 3, stride = 1; i >= 0; stride *= op.output_sizes[i--]) problem.output_strides[i] = stride;
+    }
+    plan = make(Key(key), problem);
+  }
+  if (plan->by_reference) return by_reference(op.reference, first, second, corners, op.last);
+  const Tensor output = allocate(4, op.output_sizes, plan->output_strides, a.dtype, a);
+  launch(*plan, first, second, output, a);
+  return output;
+}
+
+Tensor run_on_images(int64_t number, const char* reference, const Tensor& input, const Tensor& weight,
+                     const std::vector<int64_t>& corners, bool transpose) {
+  const int64_t groups = int64_t(corners.size());
+  STD_TORCH_CHECK(input.dim() == 4 && weight.dim() == 4, "input and weight must have 4 dimensions");
+  const View images = view(input), taps = view(weight);
+  STD_TORCH_CHECK(groups > 0 && taps.sizes[0] == images.sizes[1] && taps.sizes[1] * groups == images.sizes[1] &&
+                      taps.sizes[2] > 0 && taps.sizes[3] > 0,
+                  "weight must have shape [C, C/G, kh, kw] for an input of C channels and G corners");
+  return run<bool>({number, reference, transpose, taps.sizes + 2, images.sizes, transpose}, input, weight, corners);
+}
+
+}  // namespace
+
+Tensor conv(const Tensor& input, const Tensor& weight, std::vector<int64_t> corners, bool transpose) {
+  return run_on_images(0, "nflows_kconv::conv_reference", input, weight, corners, transpose);
+}
+
+Tensor solve(const Tensor& input, const Tensor& weight, std::vector<int64_t> corners, bool transpose) {
+  return run_on_images(1, "nflows_kconv::solve_reference", input, weight, corners, transpose);
+}
+
+Tensor weight_gradient(const Tensor& input, const Tensor& grad, std::vector<int64_t> corners,
+                       std::vector<int64_t> kernel_size) {
+  const int64_t groups = int64_t(corners.size());
+  STD_TORCH_CHECK(input.dim() == 4 && grad.dim() == 4, "input and grad must have 4 dimensions");
+  const View images = view(input);
+  STD_TORCH_CHECK(std::equal(images.sizes, images.sizes + 4, view(grad).sizes), "grad must have the input's shape");
+  STD_TORCH_CHECK(groups > 0 && images.sizes[1] % groups == 0, "channels must be a multiple of the number of corners");
+  STD_TORCH_CHECK(kernel_size.size() == 2 && kernel_size[0] > 0 && kernel_size[1] > 0,
+                  "kernel_size must be two positive numbers");
+  const int64_t sizes[] = {images.sizes[1], images.sizes[1] / groups, kernel_size[0], kernel_size[1]};
+  return run<std::vector<int64_t>>(
+      {2, "nflows_kconv::weight_gradient_reference", false, kernel_size.data(), sizes, kernel_size}, input, grad,
+      corners);
+}
+
+}  // namespace kconv::cuda
+
+using namespace kconv::cuda;
+
+STABLE_TORCH_LIBRARY_IMPL(nflows_kconv, CUDA, library) {
+  library.impl("conv", TORCH_BOX(&conv));
+  library.impl("solve", TORCH_BOX(&solve));
+  library.impl("weight_gradient", TORCH_BOX(&weight_gradient));
+}
+
+// Tests register these for tensors of the CPU.
+KCONV_EXPORT void nflows_kconv_launch_conv(StableIValue* stack, uint64_t inputs, uint64_t outputs) {
+  TORCH_BOX (&conv)(stack, inputs, outputs);
+}
+
+KCONV_EXPORT void nflows_kconv_launch_solve(StableIValue* stack, uint64_t inputs, uint64_t outputs) {
+  TORCH_BOX (&solve)(stack, inputs, outputs);
+}
+
+KCONV_EXPORT void nflows_kconv_launch_weight_gradient(StableIValue* stack, uint64_t inputs, uint64_t outputs) {
+  TORCH_BOX (&weight_gradient)(stack, inputs, outputs);
+}
+
+// Forgets all plans; called before the first one is made, and by tests.
+KCONV_EXPORT void nflows_kconv_set_planner(Planner value) {
+  const std::unique_lock lock(mutex);
+  plans.clear();
+  planner = value;
+}
+
+// The rest is called by the planner.
+KCONV_EXPORT void nflows_kconv_set_driver(const Driver* value) { driver = *value; }
+
+KCONV_EXPORT void nflows_kconv_add_launch(Plan* plan, void* function, const unsigned* grid, unsigned block,
+                                          unsigned shared, const char* arguments, uint64_t size) {
+  if (size < kPointers || size > kMaxArguments) {
+    plan->error = "the arguments of a kernel must have " + std::to_string(kPointers) + " to " +
+                  std::to_string(kMaxArguments) + " bytes, got " + std::to_string(size);
+    return;
+  }
+  plan->launches.push_back({function, {grid[0], grid[1], grid[2]}, block, shared, {arguments, arguments + size}});
+}
+
+KCONV_EXPORT void nflows_kconv_finish_plan(Plan* plan, void* context, int64_t scratch, int64_t zeroed) {
+  plan->context = context;
+  plan->scratch = scratch;
+  plan->zeroed = zeroed;
+}
+
+KCONV_EXPORT void nflows_kconv_plan_reference(Plan* plan) { plan->by_reference = true; }
+
+KCONV_EXPORT void nflows_kconv_plan_error(Plan* plan, const char* error) { plan->error = error; }

@@ -1,0 +1,138 @@
+"""Compiles the kernels under csrc/cuda for the GPU and the constants at hand, with NVRTC.
+
+NVRTC is the run-time compiler that every CUDA build of torch on PyPI installs; `cuda.bindings` is its Python interface.
+Both are first imported when something is compiled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nflows_kconv.cuda.plan import Kernel
+
+
+def source_directory() -> Path:
+    """Where the kernels' sources lie: inside an installed package, beside it in a checkout."""
+    package = Path(__file__).resolve().parent.parent
+    installed = package / "csrc" / "cuda"
+    return installed if installed.exists() else package.parent / "csrc" / "cuda"
+
+
+def version() -> tuple[int, int]:
+    """Major and minor version of NVRTC.
+
+    Raises:
+        ImportError: If `cuda.bindings` is not installed.
+        RuntimeError: If NVRTC is not installed or does not load.
+    """
+    nvrtc = _nvrtc()
+    major, minor = _call(nvrtc.nvrtcVersion)
+    return major, minor
+
+
+def digest(kernel: Kernel, capability: tuple[int, int]) -> str:
+    """Names the code that `compile` returns: equal digests, equal code.
+
+    Raises:
+        ImportError: If `cuda.bindings` is not installed.
+        RuntimeError: If NVRTC does not load, or only compiles for newer GPUs.
+    """
+    program = _program(kernel, capability)
+    parts = [
+        repr(version()).encode(),
+        program.source,
+        *(option.encode() for option in program.options),
+        *(part for name, text in program.headers.items() for part in (name.encode(), text)),
+    ]
+    lengths = repr([len(part) for part in parts]).encode()
+    return hashlib.sha256(b"".join([lengths, *parts])).hexdigest()
+
+
+def compile(kernel: Kernel, capability: tuple[int, int]) -> bytes:
+    """Compiles a kernel to what the driver loads: a cubin, or PTX where NVRTC does not know the GPU yet.
+
+    Args:
+        kernel: What to compile.
+        capability: Compute capability of the GPU, (9, 0) for an H100.
+
+    Raises:
+        ImportError: If `cuda.bindings` is not installed.
+        RuntimeError: If the kernel does not compile, with the compiler's log; if NVRTC does not load, or only compiles
+            for newer GPUs.
+    """
+    nvrtc = _nvrtc()
+    program = _program(kernel, capability)
+    names = [name.encode() for name in program.headers]
+    texts = list(program.headers.values())
+    options = [option.encode() for option in program.options]
+    (handle,) = _call(nvrtc.nvrtcCreateProgram, program.source, kernel.source.encode(), len(names), texts, names)
+    try:
+        (error,) = nvrtc.nvrtcCompileProgram(handle, len(options), options)
+        if error != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            log = _output(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, handle)
+            raise RuntimeError(
+                "NVRTC {}.{} could not compile {} with {}:\n{}".format(
+                    *version(), kernel.source, " ".join(program.options), log.rstrip(b"\0\n").decode(errors="replace")
+                )
+            )
+        if program.virtual:
+            return _output(nvrtc.nvrtcGetPTXSize, nvrtc.nvrtcGetPTX, handle)
+        return _output(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, handle)
+    finally:
+        nvrtc.nvrtcDestroyProgram(handle)
+
+
+@dataclass(frozen=True)
+class _Program:
+    """What NVRTC is given: a source, all that it may include by name, and options; for a virtual architecture?"""
+
+    source: bytes
+    headers: dict[str, bytes]
+    options: tuple[str, ...]
+    virtual: bool
+
+
+def _program(kernel: Kernel, capability: tuple[int, int]) -> _Program:
+    directory = source_directory()
+    headers = {path.name: path.read_bytes() for path in sorted(directory.glob("*.cuh"))}
+    architecture, virtual = _architecture(capability)
+    target = f"--gpu-architecture={'compute' if virtual else 'sm'}_{architecture}"
+    definitions = (f"-D{name}={value}" for name, value in kernel.constants)
+    source = (directory / kernel.source).read_bytes()
+    return _Program(source, headers, ("--std=c++17", target, *definitions), virtual)
+
+
+def _architecture(capability: tuple[int, int]) -> tuple[int, bool]:
+    """The architecture to compile for, and whether it is a virtual one, which the driver assembles for a newer GPU."""
+    (known,) = _call(_nvrtc().nvrtcGetSupportedArchs)
+    wanted = 10 * capability[0] + capability[1]
+    if wanted < min(known):
+        raise RuntimeError(
+            "the GPU must have compute capability {}.{} at least for NVRTC {}.{}, it has {}.{}".format(
+                *divmod(min(known), 10), *version(), *capability
+            )
+        )
+    return max(architecture for architecture in known if architecture <= wanted), wanted not in known
+
+
+def _nvrtc() -> Any:
+    from cuda.bindings import nvrtc
+
+    return nvrtc
+
+
+def _call(function: Callable[..., Any], *args: Any) -> list[Any]:
+    error, *values = function(*args)
+    if error != type(error).NVRTC_SUCCESS:
+        raise RuntimeError(f"{function.__name__} failed: {error.name}")
+    return values
+
+
+def _output(size: Callable[..., Any], get: Callable[..., Any], handle: Any) -> bytes:
+    buffer = bytearray(_call(size, handle)[0])
+    _call(get, handle, buffer)
+    return bytes(buffer)

@@ -1,0 +1,178 @@
+"""What a call of the primitive is on a GPU: a problem, and the plan of kernel launches that solves it.
+
+Nothing here touches a GPU: plans are made, packed and tested anywhere.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+Strides = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class Device:
+    """What plans depend on of a GPU.
+
+    Attributes:
+        capability: Compute capability, (9, 0) for an H100.
+        multiprocessors: How many it has.
+        shared_memory: Bytes of shared memory that one thread block may have at most.
+    """
+
+    capability: tuple[int, int]
+    multiprocessors: int
+    shared_memory: int
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call of the primitive, as far as its kernels depend on it. No size is zero.
+
+    Attributes:
+        operation: "conv", "solve" or "weight_gradient".
+        dtype: Of all tensors: float32, float64, float16 or bfloat16.
+        shape: (B, C, H, W) of the images.
+        kernel_size: (kh, kw).
+        corners: One a channel group.
+        transpose: Whether A^T stands for A; False for weight gradients.
+        first_strides: Of the input, in elements.
+        second_strides: Of the weight, or of the gradient.
+        output_strides: Of the output.
+    """
+
+    operation: str
+    dtype: torch.dtype
+    shape: tuple[int, int, int, int]
+    kernel_size: tuple[int, int]
+    corners: tuple[int, ...]
+    transpose: bool
+    first_strides: Strides
+    second_strides: Strides
+    output_strides: Strides
+
+    @property
+    def channels(self) -> int:
+        """Channels of a group."""
+        return self.shape[1] // len(self.corners)
+
+    @property
+    def taps(self) -> tuple[int, int]:
+        """(kh, kw) without the taps that read padding at every pixel."""
+        return min(self.kernel_size[0], self.shape[2]), min(self.kernel_size[1], self.shape[3])
+
+    @property
+    def accumulator_bytes(self) -> int:
+        """Size of the type that the kernels compute in."""
+        return 8 if self.dtype == torch.float64 else 4
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel compiled for some constants; equal ones are compiled once.
+
+    Attributes:
+        source: File under csrc/cuda.
+        name: The `extern "C"` function in it.
+        constants: Preprocessor definitions, sorted by name.
+    """
+
+    source: str
+    name: str
+    constants: tuple[tuple[str, int | str], ...]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a kernel.
+
+    Attributes:
+        kernel: What to launch.
+        grid: Thread blocks.
+        block: Threads a block.
+        shared: Bytes of dynamic shared memory.
+        arguments: `struct Arguments` of arguments.cuh as bytes; its four pointers, the first 32 bytes, are zero.
+    """
+
+    kernel: Kernel
+    grid: tuple[int, int, int]
+    block: int
+    shared: int
+    arguments: bytes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The launches of a problem, in order on one stream.
+
+    Attributes:
+        launches: What to launch.
+        scratch: Bytes of scratch memory they share.
+        zeroed: How many of these, from the start, must be zero before the first launch.
+    """
+
+    launches: tuple[Launch, ...]
+    scratch: int = 0
+    zeroed: int = 0
+
+
+def ceil_div(dividend: int, divisor: int) -> int:
+    """The quotient rounded up."""
+    return -(-dividend // divisor)
+
+
+def aligned(offset: int) -> int:
+    """The next offset at which a region of the scratch may begin."""
+    return 256 * ceil_div(offset, 256)
+
+
+_SCALARS = {
+    torch.float32: "float",
+    torch.float64: "double",
+    torch.float16: "Half",
+    torch.bfloat16: "BFloat16",
+}
+
+
+def kernel(problem: Problem, source: str, name: str, **constants: int | str) -> Kernel:
+    """The kernel for this problem; `constants` are the ones beside those that arguments.cuh documents."""
+    constants |= {
+        "SCALAR": _SCALARS[problem.dtype],
+        "CHANNELS": problem.channels,
+        "KERNEL_H": problem.taps[0],
+        "KERNEL_W": problem.taps[1],
+        "TRANSPOSE": int(problem.transpose),
+        "CORNER_WORDS": _corner_words(problem),
+    }
+    return Kernel(source, name, tuple(sorted(constants.items())))
+
+
+def _corner_words(problem: Problem) -> int:
+    return ceil_div(len(problem.corners), 16)
+
+
+def arguments(problem: Problem, parameters: Sequence[int] = (), offsets: Sequence[int] = ()) -> bytes:
+    """`struct Arguments` of arguments.cuh as bytes, its four pointers zero."""
+    batch, _, height, width = problem.shape
+    words = [0] * _corner_words(problem)
+    for group, corner in enumerate(problem.corners):
+        words[group // 16] |= corner << group % 16 * 2
+    packed = struct.pack(
+        f"=4q 12q 4i 2i 8i 4q {len(words)}I",
+        *(0, 0, 0, 0),
+        *problem.first_strides,
+        *problem.second_strides,
+        *problem.output_strides,
+        *(batch, height, width, len(problem.corners)),
+        *problem.kernel_size,
+        *parameters,
+        *[0] * (8 - len(parameters)),
+        *offsets,
+        *[0] * (4 - len(offsets)),
+        *words,
+    )
+    return packed + b"\0" * (-len(packed) % 8)

@@ -1,0 +1,34 @@
+"""From a problem to its plan: which kernels run it."""
+
+from __future__ import annotations
+
+from nflows_kconv.cuda import products, wavefront
+from nflows_kconv.cuda.convolution import plan_convolution
+from nflows_kconv.cuda.plan import Device, Plan, Problem
+from nflows_kconv.cuda.weight_gradient import plan_weight_gradient
+
+# Channels of a group from which on the convolution is a matrix product.
+_MANY_CHANNELS = 64
+
+
+def plan(problem: Problem, device: Device) -> Plan:
+    """The launches that solve a problem on this GPU.
+
+    The convolution and the weight gradient have one kernel for few channels and one for many. The solution has three:
+
+    - `wavefront.plan_rows`, up to 16 channels a group, as long as a thread can hold the weights of an output channel;
+    - `wavefront.plan_channels`, as long as a thread block can hold all weights of a group in registers, about 64
+      channels at 3 x 3;
+    - `products.plan_solve`, everything else.
+    """
+    if problem.operation == "solve":
+        return (
+            wavefront.plan_rows(problem, device)
+            or wavefront.plan_channels(problem, device)
+            or products.plan_solve(problem, device)
+        )
+    if problem.operation == "conv":
+        if problem.channels > _MANY_CHANNELS:
+            return products.plan_convolution(problem, device)
+        return plan_convolution(problem, device)
+    return plan_weight_gradient(problem, device)

@@ -1,0 +1,236 @@
+"""How csrc/cuda/weight_gradient.cu is cut into thread blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from nflows_kconv.cuda.plan import Device, Launch, Plan, Problem, arguments, ceil_div, kernel
+from nflows_kconv.cuda.tiling import MAX_THREADS, SHARED_MEMORY, evenly
+
+_SCRATCH = 32 * 2**20
+_PIXELS = 4  # that a thread takes at a time
+_SUMS = 75  # of a thread, in 32-bit registers: with their operands, 512 threads share a multiprocessor
+_CHANNELS = 64  # of x, and of g, in a block: that leaves room for pixels in shared memory
+_UNITS = 128  # threads of a block that share no sum
+_REDUCTION_THREADS = 256
+
+# Rough costs in cycles, to compare plans with each other; estimates, not measured.
+_TRIP = 800  # to memory
+_BARRIER = 50
+_COPY = 15  # instructions to copy one value to shared memory
+_SCRATCH_BYTES = 1000  # written or read
+
+
+def plan_weight_gradient(problem: Problem, device: Device) -> Plan:
+    """The launches for the weight gradient: sums over chunks of the pixels, then over the chunks.
+
+    Each thread has as many sums as its registers hold. Of the ways to share the pixels among threads, blocks and tiles
+    that fit, it is the one that should take least time.
+    """
+    tiles = min(_candidates(_Sums(problem), device), key=lambda tiles: tiles.cycles(device))
+    return Plan(tiles.launches(), tiles.chunks * tiles.sums.bytes)
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """Which sums a thread and a block have."""
+
+    problem: Problem
+
+    @cached_property
+    def taps(self) -> tuple[int, int]:
+        """Rows and columns of the kernel that one thread has."""
+        rows, columns = self.problem.taps
+        return evenly(rows, 5), evenly(columns, 5)
+
+    @cached_property
+    def outputs(self) -> int:
+        """Output channels that one thread has; one load of x serves all of them."""
+        most = self._most_sums // (self.taps[0] * self.taps[1])
+        return evenly(self.problem.channels, max(1, min(8, most)))
+
+    @cached_property
+    def inputs(self) -> int:
+        """Input channels that one thread has: several where the kernel is small."""
+        most = self._most_sums // (self.outputs * self.taps[0] * self.taps[1])
+        return next(inputs for inputs in (4, 2, 1) if inputs <= max(1, most) and self.problem.channels % inputs == 0)
+
+    @property
+    def _most_sums(self) -> int:
+        return _SUMS * 4 // self.problem.accumulator_bytes
+
+    @cached_property
+    def input_slots(self) -> int:
+        """Threads beside each other along the input channels."""
+        most = min(16, _CHANNELS // self.inputs)
+        return evenly(ceil_div(self.problem.channels, self.inputs), most)
+
+    @cached_property
+    def output_slots(self) -> int:
+        """Threads beside each other along the output channels."""
+        most = min(_UNITS // self.input_slots, _CHANNELS // self.outputs)
+        return evenly(ceil_div(self.problem.channels, self.outputs), most)
+
+    @cached_property
+    def units(self) -> int:
+        """Threads of a block that share no sum."""
+        return self.input_slots * self.output_slots
+
+    @cached_property
+    def blocks(self) -> int:
+        """That share no sum."""
+        channels, (rows, columns) = self.problem.channels, self.problem.taps
+        channel_tiles = ceil_div(channels, self.inputs * self.input_slots) * ceil_div(
+            channels, self.outputs * self.output_slots
+        )
+        tap_tiles = ceil_div(rows, self.taps[0]) * ceil_div(columns, self.taps[1])
+        return len(self.problem.corners) * channel_tiles * tap_tiles
+
+    @cached_property
+    def terms(self) -> int:
+        """Sums that a thread has of each of its outputs."""
+        return self.inputs * self.taps[0] * self.taps[1]
+
+    @cached_property
+    def bytes(self) -> int:
+        """Of all sums of one chunk."""
+        channels, (rows, columns) = self.problem.channels, self.problem.taps
+        return len(self.problem.corners) * channels**2 * rows * columns * self.problem.accumulator_bytes
+
+
+@dataclass(frozen=True)
+class _Tiles:
+    """One way to share the pixels: among chunks, the tiles of a chunk and the threads that split a tile."""
+
+    sums: _Sums
+    splits: int
+    images: int
+    rows: int
+    columns: int
+    chunks: int
+
+    @cached_property
+    def threads(self) -> int:
+        """Of a block."""
+        return self.sums.units * self.splits
+
+    @cached_property
+    def grid(self) -> tuple[int, int]:
+        """Tiles down and across an image."""
+        _, _, height, width = self.sums.problem.shape
+        return ceil_div(height, self.rows), ceil_div(width, self.columns)
+
+    @cached_property
+    def count(self) -> int:
+        """Tiles of the batch."""
+        return ceil_div(self.sums.problem.shape[0], self.images) * self.grid[0] * self.grid[1]
+
+    @cached_property
+    def values(self) -> int:
+        """In shared memory, for one tile."""
+        vector = 16 // self.sums.problem.accumulator_bytes
+        rows, columns = self.sums.taps
+        pitch = ceil_div(columns - 1, _PIXELS) * _PIXELS + self.columns
+        x = (self.images * (self.rows + rows - 1) * pitch // vector | 1) * vector
+        g = (self.images * self.rows * self.columns // vector | 1) * vector
+        return self.sums.inputs * self.sums.input_slots * x + self.sums.outputs * self.sums.output_slots * g
+
+    @cached_property
+    def shared(self) -> int:
+        """Bytes of shared memory for a tile and the next one."""
+        return 2 * self.values * self.sums.problem.accumulator_bytes
+
+    @cached_property
+    def round_outputs(self) -> int:
+        """Outputs whose sums the splits add up at a time; 0 where not even one fits."""
+        return min(self.sums.outputs, SHARED_MEMORY // self._round_bytes) if self.splits > 1 else self.sums.outputs
+
+    @property
+    def _round_bytes(self) -> int:
+        return self.threads * self.sums.terms * self.sums.problem.accumulator_bytes
+
+    def cycles(self, device: Device) -> float:
+        """The estimated time: of a block alone on a multiprocessor, and of all that a multiprocessor must do.
+
+        A multiprocessor issues four instructions a cycle, each 32 lanes wide for float32, half as wide for float64.
+        """
+        sums = self.sums.outputs * self.sums.terms * self.sums.problem.accumulator_bytes // 4
+        segments = ceil_div(self.images * self.rows * self.columns // _PIXELS, self.splits)
+        tile = segments * sums * _PIXELS + self.values * _COPY / self.threads + _BARRIER
+        thread = ceil_div(self.count, self.chunks) * tile + sums
+        if self.splits > 1:
+            thread += max(sums, self.splits) + 2 * _BARRIER * ceil_div(self.sums.outputs, self.round_outputs)
+        blocks = ceil_div(self.sums.blocks * self.chunks, device.multiprocessors)
+        scratch = 2 * self.chunks * self.sums.bytes / _SCRATCH_BYTES
+        return _TRIP + thread + blocks * ceil_div(self.threads, 32) / 4 * thread + scratch
+
+    def launches(self) -> tuple[Launch, ...]:
+        """The sums over each chunk, and over the chunks."""
+        problem, sums = self.sums.problem, self.sums
+        split_bytes = self.round_outputs * self._round_bytes if self.splits > 1 else 0
+        parts = 8 if self.chunks >= 16 else 1
+        constants = {
+            "OUTPUTS": sums.outputs,
+            "INPUTS": sums.inputs,
+            "TAPS_H": sums.taps[0],
+            "TAPS_W": sums.taps[1],
+            "OUTPUT_SLOTS": sums.output_slots,
+            "INPUT_SLOTS": sums.input_slots,
+            "SPLITS": self.splits,
+            "IMAGES": self.images,
+            "ROWS": self.rows,
+            "COLUMNS": self.columns,
+            "ROW_TILES": self.grid[0],
+            "COLUMN_TILES": self.grid[1],
+            "WIDTH_REMAINDER": problem.shape[3] % _PIXELS,
+            "ROUND_OUTPUTS": self.round_outputs,
+            "PARTS": parts,
+            "REDUCTION_THREADS": _REDUCTION_THREADS,
+        }
+        packed = arguments(problem, [self.chunks])
+        entries = problem.shape[1] * problem.channels * problem.kernel_size[0] * problem.kernel_size[1]
+        return (
+            Launch(
+                kernel(problem, "weight_gradient.cu", "weight_gradient_parts", **constants),
+                (sums.blocks * self.chunks, 1, 1),
+                self.threads,
+                max(self.shared, split_bytes),
+                packed,
+            ),
+            Launch(
+                kernel(problem, "weight_gradient.cu", "weight_gradient", **constants),
+                (ceil_div(entries * parts, _REDUCTION_THREADS), 1, 1),
+                _REDUCTION_THREADS,
+                _REDUCTION_THREADS * problem.accumulator_bytes,
+                packed,
+            ),
+        )
+
+
+def _candidates(sums: _Sums, device: Device) -> Iterator[_Tiles]:
+    # As many blocks as the device has multiprocessors, once or several times, or not enough.
+    waves = (0, 1 / 4, 1 / 2, 1, 2, 3, 4, 6, 8, 12, 16)
+    most = max(1, _SCRATCH // sums.bytes)
+    all_chunks = sorted({max(1, min(int(wave * device.multiprocessors / sums.blocks), most)) for wave in waves})
+    for splits in (1, 2, 4, 8, 16, 32, 64, 128, 256):
+        if splits > 1 and splits * sums.units > MAX_THREADS:
+            break
+        for images, rows, columns in _pixel_tiles(sums.problem):
+            for chunks in all_chunks:
+                tiles = _Tiles(sums, splits, images, rows, columns, chunks)
+                if chunks > tiles.count or tiles.shared > SHARED_MEMORY or not tiles.round_outputs:
+                    break
+                yield tiles
+
+
+def _pixel_tiles(problem: Problem) -> set[tuple[int, int, int]]:
+    """Images, rows and columns of tiles: a part of one image, or whole ones."""
+    batch, _, height, width = problem.shape
+    sizes = (1, 2, 4, 8, 16, 32)
+    all_columns = {_PIXELS * evenly(ceil_div(width, _PIXELS), size) for size in sizes[:4]}
+    lines = {(1, evenly(height, size)) for size in sizes}
+    if height <= sizes[-1]:
+        lines |= {(min(batch, size), height) for size in sizes}
+    return {(images, rows, columns) for images, rows in lines for columns in all_columns}

@@ -1,0 +1,401 @@
+"""The compiler, its cache on disk, the driver's interface, and the runtime that keeps what was loaded."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from cuda_double import DriverDouble
+from cuda_emulator import H100
+
+from nflows_kconv.cuda import cache, compiler, driver, planning, runtime
+from nflows_kconv.cuda.plan import Kernel, Problem
+from nflows_kconv.cuda.runtime import Runtime, why_not
+
+
+def _why_no_compiler() -> str:
+    try:
+        compiler.version()
+    except (ImportError, RuntimeError) as error:
+        return str(error)
+    return ""
+
+
+needs_nvrtc = pytest.mark.skipif(bool(_why_no_compiler()), reason=f"no NVRTC: {_why_no_compiler()}")
+PROBLEM = Problem(
+    "solve", torch.float32, (2, 4, 5, 6), (3, 3), (0, 1), False, (120, 30, 6, 1), (18, 9, 3, 1), (120, 30, 6, 1)
+)
+KERNEL = Kernel("made_up.cu", "made_up", (("CHANNELS", 3), ("SCALAR", "float")))
+SOURCE = b'extern "C" __global__ void made_up(SCALAR* x) { x[threadIdx.x] = CHANNELS; }'
+
+
+@pytest.fixture
+def directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Where kernels are kept in this test; nothing is there yet."""
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "kernels"))
+    return tmp_path / "kernels"
+
+
+@pytest.fixture
+def sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A directory of sources with the one of `KERNEL`."""
+    monkeypatch.setattr(compiler, "source_directory", lambda: tmp_path)
+    (tmp_path / KERNEL.source).write_bytes(SOURCE)
+    (tmp_path / "empty.cuh").write_bytes(b"")
+    return tmp_path
+
+
+# Compiling
+
+
+def test_sources_are_found():
+    assert (compiler.source_directory() / "arguments.cuh").exists()
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (12, 0)], ids=str)
+def test_every_kernel_of_a_plan_compiles(capability: tuple[int, int]):
+    for launch in planning.plan(PROBLEM, H100).launches:
+        code = compiler.compile(launch.kernel, capability)
+        assert code.startswith(b"\x7fELF")
+        assert launch.kernel.name.encode() in code
+
+
+@needs_nvrtc
+def test_a_gpu_newer_than_the_compiler_gets_ptx(sources: Path):
+    code = compiler.compile(KERNEL, (99, 0))
+    assert b".visible .entry made_up(" in code
+    assert code.endswith(b"\0")
+
+
+@needs_nvrtc
+def test_a_gpu_older_than_the_compiler_is_an_error(sources: Path):
+    with pytest.raises(RuntimeError, match=r"the GPU must have compute capability [\d.]+ at least .*, it has 2\.0"):
+        compiler.compile(KERNEL, (2, 0))
+
+
+@needs_nvrtc
+def test_a_failed_compilation_says_what_and_why(sources: Path):
+    (sources / KERNEL.source).write_text('#include <broken.cuh>\nextern "C" __global__ void made_up() {}')
+    (sources / "broken.cuh").write_text("__device__ int x = y;")
+    match = r"NVRTC [\d.]+ could not compile made_up\.cu with .*sm_90 -DCHANNELS=3 .*:\nbroken\.cuh\(1\): .*\"y\""
+    with pytest.raises(RuntimeError, match=match):
+        compiler.compile(KERNEL, (9, 0))
+
+
+@needs_nvrtc
+def test_a_missing_source_is_an_error(sources: Path):
+    with pytest.raises(OSError, match=r"missing\.cu"):
+        compiler.compile(Kernel("missing.cu", "missing", ()), (9, 0))
+
+
+@needs_nvrtc
+def test_digests_differ_where_code_may(sources: Path, monkeypatch: pytest.MonkeyPatch):
+    digests = [compiler.digest(KERNEL, (9, 0)), compiler.digest(KERNEL, (8, 0))]
+    digests.append(compiler.digest(Kernel("made_up.cu", "made_up", (("CHANNELS", 4), ("SCALAR", "float"))), (9, 0)))
+    (sources / "empty.cuh").write_bytes(b"int x;")
+    digests.append(compiler.digest(KERNEL, (9, 0)))
+    (sources / KERNEL.source).write_bytes(SOURCE + b"\n")
+    digests.append(compiler.digest(KERNEL, (9, 0)))
+    with monkeypatch.context() as other:
+        other.setattr(compiler, "version", lambda: (1, 2))
+        digests.append(compiler.digest(KERNEL, (9, 0)))
+    assert len(set(digests)) == len(digests)
+    assert compiler.digest(KERNEL, (9, 0)) == digests[4]
+
+
+# The cache on disk
+
+
+def test_what_is_stored_is_loaded(directory: Path):
+    assert cache.load("a") is None
+    cache.store("a", b"code")
+    cache.store("b", b"other")
+    cache.store("a", b"code again")
+    assert (cache.load("a"), cache.load("b"), cache.load("c")) == (b"code again", b"other", None)
+    assert sorted(path.name for path in directory.iterdir()) == ["a", "b"]
+
+
+@pytest.mark.parametrize("damage", [lambda e: e[:-1], lambda e: b"", lambda e: e[:-1] + b"!", lambda e: b"x" + e[1:]])
+def test_damaged_entries_are_not_loaded(directory: Path, damage):
+    cache.store("a", b"code")
+    (directory / "a").write_bytes(damage((directory / "a").read_bytes()))
+    assert cache.load("a") is None
+    cache.store("a", b"code")
+    assert cache.load("a") == b"code"
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "directory is an entry"])
+def test_without_a_usable_directory_nothing_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, place: str):
+    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "directory is an entry" / "a").mkdir(parents=True)
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path / place))
+    cache.store("a", b"code")
+    assert cache.load("a") is None
+    assert not [path for path in tmp_path.rglob("*") if path.name.startswith(".")]
+
+
+def test_a_directory_that_cannot_be_written_is_read(directory: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    cache.store("a", b"code")
+    monkeypatch.setattr(cache.tempfile, "mkstemp", refuse)
+    cache.store("b", b"code")
+    assert (cache.load("a"), cache.load("b")) == (b"code", None)
+
+
+def test_the_directory_is_the_users(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv(cache.VARIABLE, raising=False)
+    monkeypatch.setenv("HOME", "/home/user")
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert cache.directory() == Path("/home/user/.cache/nflows_kconv")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
+    assert cache.directory() == Path("/cache/nflows_kconv")
+    monkeypatch.setenv(cache.VARIABLE, "/kernels")
+    assert cache.directory() == Path("/kernels")
+    monkeypatch.delenv(cache.VARIABLE)
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(cache.os.path, "expanduser", lambda path: path)
+    assert cache.directory() is None
+    assert cache.load("a") is None
+    cache.store("a", b"code")
+
+
+def test_processes_share_the_directory(directory: Path):
+    """Each writes the same entries many times over; whoever reads finds none or a whole one."""
+    script = """
+from nflows_kconv.cuda import cache
+for index in range(200):
+    name = str(index % 5)
+    code = cache.load(name)
+    assert code in (None, name.encode() * 100_000), name
+    cache.store(name, name.encode() * 100_000)
+"""
+    processes = [subprocess.Popen([sys.executable, "-c", script]) for _ in range(3)]
+    assert [process.wait() for process in processes] == [0, 0, 0]
+    assert sorted(path.name for path in directory.iterdir()) == list("01234")
+
+
+# The runtime
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Kernel]:
+    """What was compiled, by a compiler that is not there."""
+    compiled: list[Kernel] = []
+
+    def compile(kernel: Kernel, capability: tuple[int, int]) -> bytes:
+        compiled.append(kernel)
+        return repr((kernel, capability)).encode()
+
+    monkeypatch.setattr(compiler, "digest", lambda kernel, capability: f"{hash((kernel.constants, capability)):x}")
+    monkeypatch.setattr(compiler, "compile", compile)
+    return compiled
+
+
+class CodeDriver(DriverDouble):
+    """Loads any code."""
+
+    def function(self, module: int, name: str, index: int) -> int:
+        return 100 * (1 + index) + module
+
+
+def test_a_kernel_is_compiled_once(directory: Path, compiled: list[Kernel]):
+    for process in range(2):
+        driver = CodeDriver()
+        running = Runtime(driver)
+        functions = [running.load(PROBLEM, device).functions for device in (0, 0, 1)]
+        assert functions[0] == functions[1] != functions[2]
+        assert len(driver.loaded) == 2, process  # one for each device
+        assert len(compiled) == 1
+    for entry in directory.iterdir():
+        entry.write_bytes(b"damaged")
+    Runtime(CodeDriver()).load(PROBLEM, 0)
+    assert len(compiled) == 2
+
+
+def test_without_a_directory_kernels_are_kept_in_memory(compiled: list[Kernel], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(cache.VARIABLE, os.devnull)
+    running = Runtime(CodeDriver())
+    assert running.load(PROBLEM, 0) == running.load(PROBLEM, 0)
+    assert len(compiled) == 1
+
+
+def test_a_failed_compilation_can_be_repeated(directory: Path, compiled: list[Kernel], monkeypatch: pytest.MonkeyPatch):
+    def fail(kernel: Kernel, capability: tuple[int, int]) -> bytes:
+        raise RuntimeError("it does not compile")
+
+    running = Runtime(CodeDriver())
+    with monkeypatch.context() as broken:
+        broken.setattr(compiler, "compile", fail)
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="it does not compile"):
+                running.load(PROBLEM, 0)
+    running.load(PROBLEM, 0)
+    assert len(compiled) == 1
+
+
+def test_threads_compile_a_kernel_once(directory: Path, compiled: list[Kernel]):
+    running, results = Runtime(CodeDriver()), []
+    threads = [threading.Thread(target=lambda: results.append(running.load(PROBLEM, 0))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 8
+    assert len(compiled) == len(set(results)) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_fork_does_not_wait_for_its_parents_lock(directory: Path, compiled: list[Kernel]):
+    with runtime.runtime._lock:
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if runtime.runtime._lock.acquire(timeout=5) else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_forked_workers_run_layers_on_the_cpu():
+    script = """
+import torch, nflows_kconv
+
+class Images(torch.utils.data.Dataset):
+    layer = nflows_kconv.InvertibleConv2d(4)
+    def __len__(self):
+        return 8
+    def __getitem__(self, index):
+        with torch.no_grad():
+            return self.layer.inverse(torch.full((1, 4, 3, 3), float(index)))[0][0]
+
+images = Images()
+loader = torch.utils.data.DataLoader(images, batch_size=4, num_workers=2, multiprocessing_context="fork")
+expected = torch.stack([images[index] for index in range(8)])
+torch.testing.assert_close(torch.cat(list(loader)), expected)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=100)
+
+
+# Why kernels cannot run
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A machine where all is well, as far as the runtime can see."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(compiler, "version", lambda: (13, 0))
+    monkeypatch.setattr(driver, "device_names", lambda: ["NVIDIA H100 80GB HBM3"])
+    runtime.by_reference.cache_clear()
+    yield
+    runtime.by_reference.cache_clear()
+
+
+def test_nothing_is_wrong_on_a_gpu(gpu: None):
+    assert why_not() is None
+    assert not runtime.by_reference()
+
+
+def test_reasons(gpu: None, monkeypatch: pytest.MonkeyPatch):
+    def fail(*args):
+        raise OSError("libcuda.so.1 is broken")
+
+    for place, name, value, reason in (
+        (driver, "device_names", fail, "NVRTC or the CUDA driver does not work: libcuda.so.1 is broken"),
+        (compiler, "version", fail, "NVRTC or the CUDA driver does not work: libcuda.so.1 is broken"),
+        (torch.cuda, "is_available", lambda: False, "torch finds no CUDA device"),
+        (torch.version, "cuda", None, "this torch is built without CUDA"),
+        (torch.version, "hip", "7.0", "this torch is built for ROCm"),
+    ):
+        monkeypatch.setattr(place, name, value)
+        assert why_not() == reason
+
+
+def test_without_cuda_bindings(gpu: None, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    assert why_not().startswith("the package cuda-bindings, which CUDA builds of torch install, is missing: ")
+
+
+def test_running_on_the_reference_is_told_once(gpu: None, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    with pytest.warns(RuntimeWarning, match="CUDA tensors run on the slow reference implementation: this torch is bui"):
+        assert runtime.by_reference()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert runtime.by_reference()
+
+
+def test_importing_imports_nothing_of_cuda():
+    script = """
+import sys, torch
+before = set(sys.modules)
+import nflows_kconv
+assert not [name for name in set(sys.modules) - before if name.partition(".")[0] == "cuda"]
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+# The driver's interface
+
+
+@pytest.mark.skipif(importlib.util.find_spec("cuda") is None, reason="needs cuda-bindings")
+@pytest.mark.skipif(sys.platform != "linux" or shutil.which("cc") is None, reason="needs Linux and a C compiler")
+def test_calls_of_the_driver(tmp_path: Path):
+    """`cuda.bindings` calls a driver that tells what it is asked for."""
+    stub = tmp_path / "libcuda.so.1"
+    source = Path(__file__).with_name("cuda_driver_stub.c")
+    subprocess.run(["cc", "-shared", "-fPIC", str(source), "-o", str(stub), "-ldl"], check=True)
+    script = """
+from nflows_kconv.cuda import driver
+print(driver.device_names(), driver.describe(0), driver.context(0), flush=True)
+function = driver.function(driver.load(b"code\\0", 0), "kernel", 0)
+driver.zero(0, 0x1000, 77, 0x57)
+driver.launch(0, function, (3, 2, 1), 64, 1000, b"argument bytes\\0\\1", 0x57)
+for call in (lambda: driver.load(b"bad\\0", 0), lambda: driver.describe(1), driver.function_addresses):
+    try:
+        print(len(call()), "addresses", flush=True)
+    except RuntimeError as error:
+        print(error, flush=True)
+"""
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert not done.stderr, done.stderr
+    *lines, addresses = done.stdout.splitlines()
+    assert lines == [
+        "['Stub 0'] Device(capability=(9, 0), multiprocessors=132, shared_memory=232448) 192",
+        "push 0xc0",
+        "load code",
+        "pop",
+        "push 0xc0",
+        "function 0xa0 kernel",
+        "attribute 0xf0 8 232448",
+        "pop",
+        "push 0xc0",
+        "set 1000 0 77 0x57",
+        "pop",
+        "push 0xc0",
+        "launch 0xf0 3 2 1 64 1 1 1000 0x57 argument bytes",
+        "pop",
+        "push 0xc0",
+        "load bad",
+        "pop",
+        "cuModuleLoadData failed: CUDA_ERROR_INVALID_IMAGE",
+        "cuDeviceGet failed: CUDA_ERROR_INVALID_DEVICE",
+    ]
+    missing = "a function that launches kernels is missing: libtorch_cuda.so"
+    assert addresses == "7 addresses" if torch.version.cuda else addresses.startswith(missing)

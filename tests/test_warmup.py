@@ -1,0 +1,118 @@
+"""Warming up: which layers and inputs it sees, and that it leaves no trace."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nflows_kconv import InvertibleConv2d, ops, warmup
+from nflows_kconv.warmup import _differentiate, visit_layers
+
+
+class Squeeze(nn.Module):
+    """Two levels, of which the second one sees another shape; the second layer of the first is run backwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.ModuleList(InvertibleConv2d(4, corners=("TL", "BR")) for _ in range(3))
+        self.second = InvertibleConv2d(16, diagonal="learned", bias=True)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, input: Tensor, repeat: int = 1) -> Tensor:
+        self.calls += 1
+        for _ in range(repeat):
+            input, _ = self.first[0](input)
+            input, _ = self.first[1].inverse(input)
+        input, _ = self.first[2](input)
+        return self.second(nn.functional.pixel_unshuffle(input, 2))[0] + torch.rand(())
+
+
+def visited(module: nn.Module, input_shape: tuple[int, ...], **arguments) -> list[tuple]:
+    found = []
+
+    def visit(layer: InvertibleConv2d, input: Tensor) -> None:
+        assert not layer.training
+        assert not torch.is_grad_enabled()
+        found.append((layer.num_channels, tuple(input.shape)))
+
+    visit_layers(module, input_shape, visit, **arguments)
+    return found
+
+
+def test_every_kind_of_layer_and_every_shape_is_seen_once():
+    assert visited(Squeeze(), (5, 4, 6, 8), repeat=3) == [(4, (5, 4, 6, 8)), (16, (5, 16, 3, 4))]
+
+
+def test_a_layer_alone_is_a_module():
+    assert visited(InvertibleConv2d(8), (3, 8, 4, 5)) == [(8, (3, 8, 4, 5))]
+
+
+def test_nothing_changes():
+    module = Squeeze()
+    module(torch.randn(2, 4, 4, 4)).sum().backward()
+    before, gradients = copy.deepcopy(module.state_dict()), [p.grad.clone() for p in module.parameters()]
+    generator = torch.get_rng_state()
+    visited(module, (2, 4, 4, 4))
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert module.training
+    assert all(map(torch.equal, module.state_dict().values(), before.values()))
+    assert all(torch.equal(p.grad, grad) for p, grad in zip(module.parameters(), gradients, strict=True))
+    assert "forward" not in vars(module.second)
+
+
+def test_flows_of_nflows_are_called_by_their_density():
+    pytest.importorskip("nflows")
+    from nflows.distributions import StandardNormal
+    from nflows.flows import Flow
+    from nflows.transforms import ActNorm, CompositeTransform, InverseTransform
+
+    from nflows_kconv.nflows import InvertibleConv2d
+
+    steps = [InvertibleConv2d(4), ActNorm(4), InverseTransform(InvertibleConv2d(4, 2))]
+    flow = Flow(CompositeTransform(steps), StandardNormal((4, 3, 5)))
+    assert [shape for _, shape in visited(flow, (2, 4, 3, 5))] == [(2, 4, 3, 5)] * 2
+    assert not flow._transform._transforms[1].initialized
+
+
+def test_flows_of_normflows_are_called_by_their_density():
+    normflows = pytest.importorskip("normflows")
+    from nflows_kconv.normflows import GlowBlock
+
+    flow = normflows.NormalizingFlow(normflows.distributions.DiagGaussian((4, 3, 5)), [GlowBlock(4, 8)])
+    assert visited(flow, (2, 4, 3, 5)) == [(4, (2, 4, 3, 5))]
+    assert not any(part.data_dep_init_done for part in flow.modules() if isinstance(part, normflows.flows.ActNorm))
+
+
+def test_both_directions_and_their_gradients_run(monkeypatch: pytest.MonkeyPatch):
+    ran = []
+    for name in ("conv", "solve"):
+        operator = getattr(ops, name)
+
+        def recording(input, weight, corners, transpose, name=name, operator=operator):
+            ran.append((name, transpose))
+            return operator(input, weight, corners, transpose)
+
+        monkeypatch.setattr(ops, name, recording)
+    visit_layers(InvertibleConv2d(4), (2, 4, 3, 3), _differentiate)
+    assert {("conv", False), ("conv", True), ("solve", False), ("solve", True)} <= set(ran)
+
+
+def test_on_the_cpu_nothing_happens():
+    warmup(Squeeze(), (2, 4, 4, 4))
+    warmup(Squeeze(), (1, 2, 3))  # not even a look at the shape
+
+
+def test_wrong_arguments():
+    with pytest.raises(TypeError, match=r"module must be a torch\.nn\.Module, got function"):
+        warmup(lambda x: x, (1, 4, 4, 4))
+    with pytest.raises(ValueError, match="module must contain an InvertibleConv2d, got a Conv2d without one"):
+        warmup(nn.Conv2d(4, 4, 3), (1, 4, 4, 4))
+
+
+def test_a_failing_call_says_which():
+    match = r"calling Squeeze with an input of shape \(2, 6, 4, 4\) failed: input must have the weight's 4 channels"
+    with pytest.raises(RuntimeError, match=match):
+        visited(Squeeze(), (2, 6, 4, 4))
