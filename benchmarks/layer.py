@@ -1,10 +1,15 @@
 """Times the layer against its own forward written with F.conv2d, as ratios in one run.
 
-    python benchmarks/layer.py                      prints the tables
+    python benchmarks/layer.py                      prints the tables of the CPU
     python benchmarks/layer.py --output FILE.json   and writes them, with machine, versions and date
+    python benchmarks/layer.py --device cuda        prints the tables of the GPU, with floors and targets, and writes
+                                                    benchmarks/results/cuda-<GPU>.json with its plot, or FILE.json
+    python benchmarks/plots.py FILE.json            draws the plot again
 
 The yardstick is what one would write without this package: for each group F.pad and F.conv2d, then torch.cat. Every
 row's contestants take turns, so that whatever else the machine does slows all of them; the table shows their medians.
+On the GPU the yardstick has its best: TF32 off as in the layer, but cuDNN's fastest algorithm, by cudnn.benchmark.
+Results are written after each table, so that an interrupted run keeps what it has measured.
 """
 
 from __future__ import annotations
@@ -12,129 +17,23 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
+from typing import Any
 
+import cpu_tables
+import cuda_tables
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+import workloads
+from torch.utils import collect_env
 
 import nflows_kconv
-from nflows_kconv import InvertibleConv2d, functional
 
-FOUR = ("TL", "TR", "BL", "BR")
-# (left, right, top, bottom), for a 3 x 3 kernel
-PADDING = {"TL": (2, 0, 2, 0), "TR": (0, 2, 2, 0), "BL": (2, 0, 0, 2), "BR": (0, 2, 0, 2)}
-PAPER_SHAPES = [(12, 16, 16), (24, 8, 8), (48, 4, 4), (12, 32, 32), (24, 16, 16), (48, 8, 8)]
-WIDE_SHAPES = [(128, 16, 16), (64, 32, 32)]
-SIDES = [8, 16, 32, 64, 128, 256, 512]
-BATCHES = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
+RESULTS = Path(__file__).parent / "results"
 
 
-def pad_conv_cat(x: Tensor, weight: Tensor, corners: Sequence[str]) -> Tensor:
-    """The layer's forward without this package."""
-    groups = zip(x.chunk(len(corners), 1), weight.chunk(len(corners)), corners, strict=True)
-    return torch.cat([F.conv2d(F.pad(group, PADDING[corner]), w) for group, w, corner in groups], 1)
-
-
-def medians(contestants: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
-    """Median time of each in microseconds, taking turns for about this long."""
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    for run in contestants.values():
-        run()
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(next(iter(times.values()))) < 5:
-        for name, run in contestants.items():
-            start = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - start)
-    return {name: 1e6 * sorted(taken)[len(taken) // 2] for name, taken in times.items()}
-
-
-def measure(batch: int, shape: tuple[int, int, int], corners: Sequence[str], seconds: float) -> dict[str, object]:
-    """One row of the tables."""
-    layer = InvertibleConv2d(shape[0], corners=corners)
-    weight = layer.weight.detach()
-    x = torch.randn(batch, *shape)
-    leaf_x, leaf_weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
-
-    def without_grad(function: Callable[..., Tensor]) -> Callable[[], Tensor]:
-        def run() -> Tensor:
-            with torch.no_grad():
-                return function(x, weight, corners)
-
-        return run
-
-    def with_grad(function: Callable[..., Tensor]) -> Callable[[], object]:
-        return lambda: torch.autograd.grad(function(leaf_x, leaf_weight, corners), (leaf_x, leaf_weight), x)
-
-    times = medians(
-        {
-            "conv2d": without_grad(pad_conv_cat),
-            "inverse": without_grad(functional.conv2d_inverse),
-            "forward": without_grad(functional.conv2d),
-            "conv2d_backward": with_grad(pad_conv_cat),
-            "inverse_backward": with_grad(functional.conv2d_inverse),
-            "forward_backward": with_grad(functional.conv2d),
-        },
-        seconds,
-    )
-    return {"batch": batch, "shape": shape, "corners": corners, "microseconds": times}
-
-
-def print_row(row: dict) -> None:
-    """Prints a row with its ratios to the yardstick."""
-    t = row["microseconds"]
-    print(
-        f"{row['batch']:5d}  {row['shape']!s:15s} {len(row['corners'])} group{'s' if len(row['corners']) > 1 else ' '}"
-        f" {t['conv2d']:10.0f} us {t['inverse']:10.0f} us"
-        f"  {t['inverse'] / t['conv2d']:6.2f}x {t['forward'] / t['conv2d']:6.2f}x"
-        f" {t['inverse_backward'] / t['conv2d_backward']:13.2f}x {t['forward_backward'] / t['conv2d_backward']:13.2f}x",
-        flush=True,
-    )
-
-
-def table(title: str, rows: list[tuple[int, tuple[int, int, int], Sequence[str]]], seconds: float) -> list[dict]:
-    """Measures and prints rows."""
-    print(f"\n{title}\n")
-    print("batch  (C, H, W)                  F.conv2d       inverse  inverse  forward  inverse+backw.  forward+backw.")
-    measured = []
-    for batch, shape, corners in rows:
-        row = measure(batch, shape, corners, seconds)
-        print_row(row)
-        measured.append(row)
-    return measured
-
-
-def scaling(title: str, rows: list[tuple[int, tuple[int, int, int]]], seconds: float) -> list[dict]:
-    """The time of a pixel, which is constant where the cost is linear."""
-    print(f"\n{title}\n")
-    print("batch  (C, H, W)           inverse       a pixel   F.conv2d")
-    measured = []
-    for batch, shape in rows:
-        layer = InvertibleConv2d(shape[0])
-        weight, x = layer.weight.detach(), torch.randn(batch, *shape)
-        with torch.no_grad():
-            times = medians(
-                {
-                    "conv2d": lambda x=x, w=weight: pad_conv_cat(x, w, FOUR),
-                    "inverse": lambda x=x, w=weight: functional.conv2d_inverse(x, w, FOUR),
-                },
-                seconds,
-            )
-        pixels = batch * shape[1] * shape[2]
-        print(
-            f"{batch:5d}  {shape!s:15s} {times['inverse']:10.0f} us {1e3 * times['inverse'] / pixels:9.1f} ns"
-            f" {1e3 * times['conv2d'] / pixels:7.1f} ns",
-            flush=True,
-        )
-        measured.append({"batch": batch, "shape": shape, "corners": FOUR, "microseconds": times})
-    return measured
-
-
-def machine() -> dict[str, object]:
+def machine() -> dict[str, Any]:
     """Where and with what this was measured."""
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
@@ -151,29 +50,99 @@ def machine() -> dict[str, object]:
     }
 
 
+def gpu_machine() -> dict[str, Any]:
+    """The same for a GPU, with its CPU; also how torch was set while this was measured."""
+    on_cpu = machine()
+    return {
+        **on_cpu,
+        "device": torch.cuda.get_device_name(),
+        "cpu": on_cpu["device"],
+        "multiprocessors": torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "driver": collect_env.get_nvidia_driver_version(collect_env.run),
+        "tf32": torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32,
+        "cudnn_benchmark": torch.backends.cudnn.benchmark,
+    }
+
+
+def header(measured_on: dict[str, Any], workload: workloads.Workload) -> dict[str, Any]:
+    """What results begin with; those of tiny sizes say so."""
+    return {"machine": measured_on, **({"tiny": True} if workload.tiny else {})}
+
+
+def default_output(device_name: str) -> Path:
+    """Where the results of a GPU go: "NVIDIA H100 80GB HBM3" to results/cuda-h100-80gb-hbm3.json."""
+    words = device_name.lower().replace("nvidia", "").replace("/", " ").split()
+    return RESULTS / f"cuda-{'-'.join(words)}.json"
+
+
+def run(results: dict[str, Any], sections: Iterator[tuple[str, Any]], output: Path | None) -> None:
+    """Takes the measurements, and writes them after each section."""
+    for key, value in results["machine"].items():
+        print(f"{key}: {value}")
+    for name, measured in sections:
+        results[name] = measured
+        if output:
+            output.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def on_cpu(workload: workloads.Workload, seconds: float, output: Path | None) -> None:
+    """Prints the tables of the CPU."""
+    run(header(machine(), workload), cpu_tables.sections(workload, seconds), output)
+    if output:
+        print(f"\nwritten to {output}")
+
+
+def on_cuda(workload: workloads.Workload, seconds: float, output: Path | None) -> None:
+    """Prints the tables of the current GPU, and draws the plot."""
+    # A graph cannot be captured on the default stream, and where all work is on one stream none waits for another.
+    torch.cuda.set_stream(torch.cuda.Stream())
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = True
+    results = header(gpu_machine(), workload)
+    name = results["machine"]["device"]
+    run(results, cuda_tables.sections(workload, seconds, "cuda", name), output)
+    cuda_tables.print_summary(results)
+    if output:
+        print(f"\nwritten to {output}")
+        draw(results, output.with_suffix(".png"))
+
+
+def draw(results: dict[str, Any], picture: Path) -> None:
+    """Draws the plot, where matplotlib is installed."""
+    try:
+        import plots
+    except ModuleNotFoundError as error:
+        print(f"no plot, since {error}; benchmarks/plots.py draws it from the results")
+        return
+    plots.write(results, picture)
+    print(f"written to {picture}")
+
+
 def main() -> None:
     """Parses the arguments and prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what to measure")
     parser.add_argument("--seconds", type=float, default=2.0, help="of measurement for each row")
     parser.add_argument("--output", type=Path, help="a JSON file to write")
+    parser.add_argument("--tiny", action="store_true", help="tiny sizes: shows that this works, tells nothing of speed")
     arguments = parser.parse_args()
+    workload = {"cpu": workloads.CPU, "cuda": workloads.CUDA}[arguments.device]
+    if arguments.tiny:
+        workload = workloads.tiny(workload)
     torch.manual_seed(0)
-    results: dict[str, object] = {"machine": machine()}
-    for key, value in machine().items():
-        print(f"{key}: {value}")
-    for name, corners in (("four groups", FOUR), ("one group", ("TL",))):
-        results[name] = table(
-            f"{name}, k = 3, float32; the ratios are to F.conv2d (with its backward where there is one)",
-            [(100, shape, corners) for shape in PAPER_SHAPES]
-            + [(32, shape, corners) for shape in WIDE_SHAPES]
-            + [(1, shape, corners) for shape in PAPER_SHAPES + WIDE_SHAPES],
-            arguments.seconds,
-        )
-    results["image side"] = scaling("one image, growing", [(1, (12, s, s)) for s in SIDES], arguments.seconds)
-    results["batch"] = scaling("16 x 16, growing batch", [(b, (12, 16, 16)) for b in BATCHES], arguments.seconds)
-    if arguments.output:
-        arguments.output.write_text(json.dumps(results, indent=1) + "\n")
-        print(f"\nwritten to {arguments.output}")
+    if arguments.device == "cpu":
+        on_cpu(workload, arguments.seconds, arguments.output)
+        return
+    backend = nflows_kconv.backends()["cuda"]
+    if not backend.selected:
+        parser.error(f"--device cuda needs a GPU on which the CUDA kernels run, got: {backend}")
+    output = arguments.output
+    if output is None and not arguments.tiny:
+        output = default_output(torch.cuda.get_device_name())
+    on_cuda(workload, arguments.seconds, output)
 
 
 if __name__ == "__main__":

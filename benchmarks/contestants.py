@@ -1,0 +1,70 @@
+"""What is compared: the layer, and its forward as one would write it without this package."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from workloads import Case
+
+from nflows_kconv import InvertibleConv2d, functional
+
+Contestants = dict[str, Callable[[], object]]
+
+# (left, right, top, bottom), for a 3 x 3 kernel
+PADDING = {"TL": (2, 0, 2, 0), "TR": (0, 2, 2, 0), "BL": (2, 0, 0, 2), "BR": (0, 2, 0, 2)}
+
+
+def pad_conv_cat(x: Tensor, weight: Tensor, corners: Sequence[str]) -> Tensor:
+    """The layer's forward without this package: F.pad and F.conv2d for each group, then torch.cat."""
+    if len(corners) == 1:
+        return F.conv2d(F.pad(x, PADDING[corners[0]]), weight)
+    groups = zip(x.chunk(len(corners), 1), weight.chunk(len(corners)), corners, strict=True)
+    return torch.cat([F.conv2d(F.pad(group, PADDING[corner]), w) for group, w, corner in groups], 1)
+
+
+def for_curve(case: Case, device: str) -> tuple[Contestants, Tensor, Tensor]:
+    """F.conv2d and the inverse, their images [B, C, H, W] and their weight [C, C/G, 3, 3]."""
+    weight = InvertibleConv2d(case.shape[0], corners=case.corners).to(device).weight.detach()
+    x = torch.randn(case.batch, *case.shape, device=device)
+    contestants: Contestants = {
+        "conv2d": lambda: pad_conv_cat(x, weight, case.corners),
+        "inverse": lambda: functional.conv2d_inverse(x, weight, case.corners),
+    }
+    return contestants, x, weight
+
+
+def for_table(case: Case, device: str) -> Contestants:
+    """All contestants of a table's row: F.conv2d, the inverse, the forward, and each with its backward.
+
+    "With its backward" are the function and its gradients in input and weight.
+    """
+    contestants, x, weight = for_curve(case, device)
+    leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
+
+    def with_backward(function: Callable[..., Tensor]) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(function(*leaves, case.corners), leaves, x)
+
+    return contestants | {
+        "forward": lambda: functional.conv2d(x, weight, case.corners),
+        "conv2d_backward": with_backward(pad_conv_cat),
+        "inverse_backward": with_backward(functional.conv2d_inverse),
+        "forward_backward": with_backward(functional.conv2d),
+    }
+
+
+def for_host(case: Case, device: str) -> Contestants:
+    """torch.add into a given output, and calls of the layer, as a function and as a module."""
+    layer = InvertibleConv2d(case.shape[0], corners=case.corners).to(device)
+    weight = layer.weight.detach()
+    x = torch.randn(case.batch, *case.shape, device=device)
+    output = torch.empty_like(x)
+    return {
+        "torch.add": lambda: torch.add(x, x, out=output),
+        "forward": lambda: functional.conv2d(x, weight, case.corners),
+        "inverse": lambda: functional.conv2d_inverse(x, weight, case.corners),
+        "module_forward": lambda: layer(x),
+        "module_inverse": lambda: layer.inverse(x),
+    }

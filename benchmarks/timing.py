@@ -1,0 +1,100 @@
+"""Clocks: each gives the median time of one call of each contestant, in microseconds.
+
+The contestants take turns, so that whatever else the machine does slows all of them.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import torch
+from contestants import Contestants
+
+WARM_UP = 3  # calls: the first one compiles kernels and lets cuDNN choose its algorithm
+CALLS = 20  # of a contestant between two events, or in one graph
+HOST_CALLS = 100  # so few that their launches never fill the queue, where the host would wait for the device
+LEAST_SAMPLES = 5
+
+
+def take_turns(samples: Mapping[str, Callable[[], float]], seconds: float) -> dict[str, float]:
+    """The median of what each function returns, called in turn for about this long."""
+    values: dict[str, list[float]] = {name: [] for name in samples}
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(next(iter(values.values()))) < LEAST_SAMPLES:
+        for name, sample in samples.items():
+            values[name].append(sample())
+    return {name: statistics.median(sampled) for name, sampled in values.items()}
+
+
+def wall(contestants: Contestants, seconds: float) -> dict[str, float]:
+    """On the CPU: from the beginning to the end of one call."""
+    for run in contestants.values():
+        run()
+    return take_turns({name: partial(_wall_time, run, 1) for name, run in contestants.items()}, seconds)
+
+
+def eager(contestants: Contestants, seconds: float) -> dict[str, float]:
+    """On the GPU: calls queued back to back between two events, as long as the slower of host and device takes."""
+    for run in contestants.values():
+        _warm_up(run)
+    samples = {name: partial(_time_between_events, partial(_repeat, run)) for name, run in contestants.items()}
+    return take_turns(samples, seconds)
+
+
+def graph(contestants: Contestants, seconds: float) -> dict[str, float]:
+    """On the GPU: calls captured into one CUDA graph, between two events."""
+    replays = {name: _captured(run) for name, run in contestants.items()}
+    for replay in replays.values():
+        _warm_up(replay)
+    return take_turns({name: partial(_time_between_events, replay) for name, replay in replays.items()}, seconds)
+
+
+def host(contestants: Contestants, seconds: float) -> dict[str, float]:
+    """On the host alone: until calls have returned, whether or not the GPU has done what they ask for."""
+    for run in contestants.values():
+        _warm_up(run)
+
+    def sample(run: Callable[[], object]) -> float:
+        torch.cuda.synchronize()
+        return _wall_time(run, HOST_CALLS)
+
+    return take_turns({name: partial(sample, run) for name, run in contestants.items()}, seconds)
+
+
+def _wall_time(run: Callable[[], object], calls: int) -> float:
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+    return 1e6 * (time.perf_counter() - start) / calls
+
+
+def _time_between_events(run: Callable[[], object]) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return 1e3 * start.elapsed_time(end) / CALLS
+
+
+def _repeat(run: Callable[[], object]) -> None:
+    for _ in range(CALLS):
+        run()
+
+
+def _warm_up(run: Callable[[], object]) -> None:
+    for _ in range(WARM_UP):
+        run()
+    torch.cuda.synchronize()
+
+
+def _captured(run: Callable[[], object]) -> Callable[[], None]:
+    _warm_up(run)
+    captured = torch.cuda.CUDAGraph()
+    # On the stream of the warm-up: autograd lets streams wait for each other, which a capture does not allow.
+    with torch.cuda.graph(captured, stream=torch.cuda.current_stream()):
+        _repeat(run)
+    return captured.replay
