@@ -1,6 +1,7 @@
 """The emulator finds the mistakes that it is there to find."""
 
 import inspect
+import re
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,9 @@ import cuda_emulator as emulator
 import pytest
 import torch
 from cuda_emulator import DECREASING, INCREASING, ORDERS, EmulatorError
+from cuda_emulator.library import CACHE
 
+from nflows_kconv.cuda import compiler
 from nflows_kconv.cuda.plan import Launch, Plan, Problem, arguments, kernel
 
 pytestmark = emulator.needs_compiler
@@ -27,19 +30,20 @@ extern "C" __global__ void __launch_bounds__(64) snippet(const __grid_constant__
 """
 
 
-def written(code: str, config: pytest.Config) -> Path:
+def written(code: str) -> Path:
     """A file with this code, the same one in every run, as is what comes of compiling it."""
-    path = config.cache.mkdir("cuda_snippets") / f"{zlib.crc32(code.encode()):08x}.cu"
+    path = CACHE / f"{zlib.crc32(code.encode()):08x}.cu"
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(code)
     return path
 
 
 @pytest.fixture
-def run(pytestconfig: pytest.Config):
+def run():
     """Runs the body of a kernel under an order; x counts from 0, shared memory has room for one float a thread."""
 
     def run(body: str, seed: int, blocks: int = 1, x: torch.Tensor | None = None) -> torch.Tensor:
-        source = written(HEAD + inspect.cleandoc(body) + "\n}\n", pytestconfig)
+        source = written(HEAD + inspect.cleandoc(body) + "\n}\n")
         x = torch.arange(64.0 * blocks) if x is None else x
         x = x.view(1, 1, 1, -1)
         problem = Problem("conv", x.dtype, x.shape, (1, 1), (0,), False, x.stride(), (1, 1, 1, 1), x.stride())
@@ -114,6 +118,7 @@ def test_blocks_wait_for_each_other(run, seed):
         ("if (t == 0 && blockIdx.x > 0) while (load_acquire(counters + blockIdx.x - 1) == 0);\n", ""),
         ("== 0);\n    __syncthreads();", "== 0);"),
         ("    __syncthreads();\n    if (t == 0) store", "    if (t == 0) store"),
+        ("while (load_acquire", "if (load_acquire"),
         ("load_acquire(counters + blockIdx.x - 1)", "counters[blockIdx.x] + 1"),
         ("- 1) == 0", ") != 0"),
         ("store_release(counters + blockIdx.x, 1)", "atomicAdd(counters + blockIdx.x, 1)"),
@@ -126,6 +131,26 @@ def test_a_missing_wait_for_another_block_is_an_error(run, old, new, seed):
 
 
 @pytest.mark.parametrize("seed", ORDERS)
+def test_waiting_for_too_little_is_an_error(run, seed):
+    body = """
+        if (blockIdx.x == 0) {
+          for (int step = 1; step <= 3; step++) {
+            if (t / 16 == step) y[t] = step;
+            __syncthreads();
+            if (t == 0) store_release(counters, step);
+          }
+        } else {
+          if (t == 0) while (load_acquire(counters) < NEEDED);
+          __syncthreads();
+          y[i] = t < 16 ? 0 : y[t < 48 ? t : 16];
+        }
+    """
+    assert run(body.replace("NEEDED", "2"), seed, blocks=2)[64:].tolist() == [0] * 16 + [1] * 16 + [2] * 16 + [1] * 16
+    with pytest.raises(EmulatorError, match=NO_ORDER):
+        run(body.replace("NEEDED", "1"), seed, blocks=2)
+
+
+@pytest.mark.parametrize("seed", ORDERS)
 def test_two_blocks_that_write_the_same_are_an_error(run, seed):
     with pytest.raises(EmulatorError, match=NO_ORDER):
         run("y[i] = 0; y[t] = 0;", seed, blocks=2)
@@ -133,7 +158,7 @@ def test_two_blocks_that_write_the_same_are_an_error(run, seed):
 
 @pytest.mark.parametrize("seed", ORDERS)
 def test_atomic_additions_need_no_order(run, seed):
-    body = "if (t == 0) counters[blockIdx.x + 1] = atomicAdd(counters, 2); __syncthreads(); y[i] = counters[blockIdx.x + 1];"
+    body = "if (t == 0) shared[0] = atomicAdd(counters, 2); __syncthreads(); y[i] = shared[0];"
     assert torch.equal(run(body, seed, blocks=9)[::64].sort().values, torch.arange(0.0, 18, 2))
 
 
@@ -229,11 +254,18 @@ def test_half_precision_is_that_of_torch(run, name, dtype):
     assert torch.equal(y.nan_to_num(7), x.to(dtype).float().nan_to_num(7))
 
 
-def test_kernels_are_compiled_with_their_constants(pytestconfig):
+def test_the_instructions_are_those_of_the_kernels():
+    def functions(header: Path) -> dict[str, str]:
+        return dict(re.findall(r"inline \S+ (\w+)(\(.*?\)) {", header.read_text()))
+
+    assert functions(Path(emulator.__file__).with_name("ptx.cuh")) == functions(compiler.source_directory() / "ptx.cuh")
+
+
+def test_kernels_are_compiled_with_their_constants():
     x = torch.zeros(1, 6, 1, 64)
     problem = Problem("conv", x.dtype, x.shape, (3, 99), (0, 3), True, x.stride(), (1, 1, 1, 1), x.stride())
     body = "y[t] = CHANNELS == 3 && KERNEL_H == 1 && KERNEL_W == 64 && TRANSPOSE && corner_of(arguments, 1) == MORE; }"
-    constants = kernel(problem, str(written(HEAD + body, pytestconfig)), "snippet", MORE=3)
+    constants = kernel(problem, str(written(HEAD + body)), "snippet", MORE=3)
     y = torch.zeros(64)
     emulator.run(Plan((Launch(constants, (1, 1, 1), 64, 0, arguments(problem)),)), x, torch.ones(1, 1, 1, 1), y)
     assert y.all()
@@ -249,10 +281,10 @@ def test_kernels_are_compiled_with_their_constants(pytestconfig):
         (dict(arguments=b"\0" * 300), "300 bytes"),
     ],
 )
-def test_launches_that_no_gpu_takes(pytestconfig, change, what):
+def test_launches_that_no_gpu_takes(change, what):
     x = torch.zeros(1, 1, 1, 64)
     problem = Problem("conv", x.dtype, x.shape, (1, 1), (0,), False, x.stride(), (1, 1, 1, 1), x.stride())
-    snippet = kernel(problem, str(written(HEAD + "}", pytestconfig)), "snippet")
+    snippet = kernel(problem, str(written(HEAD + "}")), "snippet")
     launch = replace(Launch(snippet, (1, 1, 1), 64, 0, arguments(problem)), **change)
     with pytest.raises(AssertionError, match=what):
         emulator.run(Plan((launch,)), x, torch.ones(1, 1, 1, 1), torch.empty_like(x))

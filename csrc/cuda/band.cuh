@@ -160,9 +160,9 @@ struct Band {
 
   // Moves the last times of x to where the next chunk looks for them.
   __device__ void keep_history() const {
-    for (int i = threadIdx.x; i < (kHalo + ROWS) * kHistory * kPitch; i += THREADS) {
-      const int row = i / (kHistory * kPitch), rest = i % (kHistory * kPitch);
-      solved[row * kRowSize + rest] = solved[row * kRowSize + STEPS * kPitch + rest];
+    for (int i = threadIdx.x; i < (kHalo + ROWS) * kPitch; i += THREADS) {
+      Accumulator* values = solved + i / kPitch * kRowSize + i % kPitch;
+      for (int time = 0; time < kHistory; ++time) values[time * kPitch] = values[(STEPS + time) * kPitch];
     }
   }
 

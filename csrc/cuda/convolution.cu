@@ -22,7 +22,8 @@ constexpr int kRowSlots = ROWS / PIXELS, kOutputSlots = TILE_OUTPUTS / OUTPUTS;
 constexpr int kTiles = IMAGES * kRowSlots * COLUMNS * kOutputSlots;  // register tiles of a block
 constexpr int kThreads = kTiles * SPLITS;
 // Of a multiprocessor at least, so that one block adds while another waits: 128 registers a thread for float32.
-constexpr int kResidentBlocks = clamp((sizeof(Accumulator) == 4 ? 512 : 256) / kThreads, 1, 8);
+constexpr int kLanes = ceil_div(kThreads, 32) * 32;  // registers are given to whole warps
+constexpr int kResidentBlocks = clamp((sizeof(Accumulator) == 4 ? 512 : 256) / kLanes, 1, 8);
 
 constexpr int kTileRows = ROWS + TAPS_H - 1, kPlane = IMAGES * kTileRows * PITCH;
 // A thread's weights for one tap lie together, as whole vectors of at most 16 bytes. An odd number of vectors a tap

@@ -10,7 +10,7 @@ from nflows_kconv.cuda.plan import Device, Launch, Plan, Problem, aligned, argum
 # 65536; with more weights, sums and addresses spill to memory.
 _ROW_WEIGHTS = 112
 _CHANNEL_WEIGHTS = 144
-_OTHER_REGISTERS = 56
+_OTHER_REGISTERS = 36  # and 20 words of the type of the sums
 _REGISTERS = 65536
 
 # Steps whose y is copied into shared memory at a time, the best first: all, or chunks that leave room for other blocks.
@@ -35,7 +35,7 @@ def plan_rows(problem: Problem, device: Device) -> Plan | None:
     parts = min(parts, problem.channels)
     outputs = ceil_div(problem.channels, parts)
     parts = ceil_div(problem.channels, outputs)
-    most_threads = _most_threads(column * outputs)
+    most_threads = _most_threads(column * outputs, problem)
     rows = _narrowed(min(problem.shape[2], most_threads // parts), problem, device)
     band = _fitted_band(problem, device, rows, _premultiplied_bytes(problem))
     if band is None:
@@ -62,7 +62,7 @@ def plan_channels(problem: Problem, device: Device) -> Plan | None:
     for slices in (4, 8, 16, 32):
         each = ceil_div(reads, slices)
         threads = 32 * ceil_div(slices * padded // 4, 32)
-        if 16 * each > _CHANNEL_WEIGHTS or threads > _most_threads(16 * each):
+        if 16 * each > _CHANNEL_WEIGHTS or threads > _most_threads(16 * each, problem):
             continue
         # Instructions of a replica for one pixel: multiply-adds, reads, shuffles with their additions, the rest.
         cost = threads * (16 * each + each + 2 * slices.bit_length() + 10)
@@ -74,7 +74,7 @@ def plan_channels(problem: Problem, device: Device) -> Plan | None:
     if band is None or problem.channels**2 * problem.accumulator_bytes > device.shared_memory:
         return None
     # Replicas in blocks of their own do as much, and leave no multiprocessor waiting for the last blocks.
-    replicas = min(_most_threads(16 * each) // threads, band.rows)
+    replicas = min(_most_threads(16 * each, problem) // threads, band.rows)
     blocks = min(ceil_div(band.count, device.multiprocessors), band.most_resident(device), replicas)
     replicas //= blocks
     offset = aligned(band.scratch)
@@ -190,9 +190,10 @@ def _narrowed(rows: int, problem: Problem, device: Device) -> int:
     return rows
 
 
-def _most_threads(weight_registers: int) -> int:
+def _most_threads(weight_registers: int, problem: Problem) -> int:
     """Threads a block may have with this many registers of weights each, a multiple of 128 as registers are given."""
-    return min(1024, _REGISTERS // (weight_registers + _OTHER_REGISTERS) // 128 * 128)
+    registers = weight_registers + _OTHER_REGISTERS + 20 * problem.accumulator_bytes // 4
+    return min(1024, _REGISTERS // registers // 128 * 128)
 
 
 def _premultiplied_bytes(problem: Problem) -> int:

@@ -2,7 +2,8 @@
 //
 // What CUDA leaves open is decided so as to show mistakes. By the seed the order of threads is increasing (-1),
 // decreasing (-2) or random; with the last two, several blocks are under way at a time and later ones may start first.
-// Shared memory starts as NaN. Asynchronous copies land at once or as late as they may.
+// Shared memory starts as NaN. Asynchronous copies land at once or as late as they may. Counters that others release
+// are seen as late as they may be.
 //
 // What CUDA forbids is an error: accesses to the same memory in no certain order, barriers that some threads never
 // reach, shuffles from lanes that take no part, accesses outside of shared memory. Stricter than CUDA: no thread may
@@ -30,8 +31,8 @@ constexpr size_t kStack = 1 << 18;
 constexpr size_t kSharedMemory = 1 << 18, kMargin = 1 << 12;
 constexpr unsigned char kUnwritten = 0xff;  // NaN in every type
 constexpr size_t kBlocksAtATime = 3;
-constexpr int kIdleRounds = 20;       // after which other blocks run
-constexpr size_t kFruitless = 10000;  // turns of blocks in a row after which none is expected to go on
+constexpr int kIdleRounds = 20;      // after which other blocks run
+constexpr size_t kFruitless = 1000;  // turns of blocks in a row after which none is expected to go on
 
 }  // namespace
 
@@ -79,11 +80,18 @@ struct Block {
   unsigned number;  // in the order of the grid
   std::vector<char> shared;
   Memory shared_accesses;
-  Knowledge knowledge;  // of all its threads
+  Knowledge knowledge;                // of all its threads
+  std::map<const int*, size_t> seen;  // the next of a counter's releases to see
   std::vector<int> ready, polling;
   int at_barrier, done;
   int barriers;     // that all threads have passed
   int idle_rounds;  // in a row, in which threads did nothing but look at memory
+};
+
+// What was written to a counter, and what is known to who reads it.
+struct Release {
+  int value;
+  Knowledge knowledge;
 };
 
 struct Run {
@@ -91,7 +99,7 @@ struct Run {
   const Launch& launch;
   std::mt19937 random;
   Memory output, scratch;
-  std::map<const void*, Knowledge> released;  // what is known to who reads a counter
+  std::map<const int*, std::vector<Release>> releases;  // the first one stands for the value before
   jmp_buf scheduler{};
   Block* block = nullptr;  // whose shared memory is in place
   Fiber* fiber = nullptr;  // that runs
@@ -292,6 +300,7 @@ void start(Block& block, unsigned number) {
   block.shared.assign(run->launch.shared, (char)kUnwritten);
   block.shared_accesses = Memory(shared_memory, run->launch.shared, 4);
   block.knowledge.clear();
+  block.seen.clear();
 }
 
 void put_in_place(Block& block) {
@@ -448,17 +457,27 @@ void poll() {
 
 void progress() { run->block->idle_rounds = 0; }
 
-void acquire(const int* address) {
+int acquire(const int* address) {
   poll();
-  const auto found = run->released.find(address);
-  if (found != run->released.end()) learn(run->fiber->knowledge, found->second);
+  const std::vector<Release>& releases = run->releases[address];
+  if (releases.empty()) return *address;
+  // The oldest value that a GPU may still see, with no more knowledge than that brings.
+  size_t& seen = run->block->seen[address];
+  const Release& release = releases[seen];
+  if (seen + 1 < releases.size()) seen++;
+  learn(run->fiber->knowledge, release.knowledge);
+  return release.value;
 }
 
-void release(const int* address) {
+void release(int* address, int value) {
   progress();
-  Knowledge& knowledge = run->released[address] = run->fiber->knowledge;
+  std::vector<Release>& releases = run->releases[address];
+  if (releases.empty()) releases.push_back({*address, {}});
+  Knowledge knowledge = run->fiber->knowledge;
   learn(knowledge, run->block->knowledge);
   knowledge[run->block->number] = run->block->barriers;
+  releases.push_back({value, knowledge});
+  *address = value;
 }
 
 void copy_later(void* target, const void* source, int size) {

@@ -36,12 +36,13 @@ struct Exchange {
 Exchange meet(Meeting meeting, unsigned mask, int detail, uint64_t value, int line);
 // Waits for all threads of the block; returns how many brought true.
 int wait(Barrier barrier, bool predicate, int line);
-// Lets other threads run before a look at memory that they may change; `acquire` learns what its last release tells.
+// Lets other threads run before a look at memory that they may change.
 void poll();
-void acquire(const int* address);
-// Tells that memory which others may wait for has changed; `release` is for who acquires it.
+// Tells that memory which others may wait for has changed.
 void progress();
-void release(const int* address);
+// Of counters by which blocks wait for each other.
+int acquire(const int* address);
+void release(int* address, int value);
 // Copies now or at complete_copies, as the hardware may.
 void copy_later(void* target, const void* source, int size);
 void complete_copies();

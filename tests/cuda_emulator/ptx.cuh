@@ -35,12 +35,6 @@ inline void copy_async(T* shared, const T* global) {
 
 inline void wait_for_copies() { emulator::complete_copies(); }
 
-EMULATOR_UNCHECKED inline int load_acquire(const int* address) {
-  emulator::acquire(address);
-  return *address;
-}
+inline int load_acquire(const int* address) { return emulator::acquire(address); }
 
-EMULATOR_UNCHECKED inline void store_release(int* address, int value) {
-  *address = value;
-  emulator::release(address);
-}
+inline void store_release(int* address, int value) { emulator::release(address, value); }

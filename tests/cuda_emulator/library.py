@@ -1,0 +1,110 @@
+"""Kernels as shared libraries of the CPU: their sources, compiled as C++ and linked with the emulator's."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import re
+import subprocess
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from nflows_kconv.cuda import compiler
+from nflows_kconv.cuda.plan import Kernel
+
+COMPILER = "g++"  # others instrument accesses to memory in other ways
+CACHE = Path(__file__).parents[2] / ".pytest_cache" / "cuda_emulator"
+
+_HERE = Path(__file__).parent
+_SOURCES = compiler.source_directory()
+_FLAGS = ("-std=c++17", "-O2", "-march=native", "-fPIC", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas")
+_KERNEL_FLAGS = (
+    *("-g1", "-gdwarf-4"),  # lines, as addr2line reads them
+    "-fsanitize=thread",  # calls of emulator.cpp at every access to memory
+    "-fsanitize=alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero,bool,null,float-cast-overflow",
+    "-fsanitize-undefined-trap-on-error",
+)
+
+
+class Launch(ctypes.Structure):
+    """`struct Launch` of emulator.h."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint),
+        ("shared", ctypes.c_int),
+        ("output_element", ctypes.c_int),
+        ("output", ctypes.c_void_p),
+        ("output_size", ctypes.c_longlong),
+        ("scratch", ctypes.c_void_p),
+        ("scratch_size", ctypes.c_longlong),
+        ("arguments", ctypes.c_char_p),
+        ("seed", ctypes.c_longlong),
+        ("error", ctypes.c_void_p),
+        ("error_size", ctypes.c_longlong),
+    )
+
+
+def with_lines(message: str, library: ctypes.CDLL) -> str:
+    """A message of the emulator, with the lines of the sources in the place of <offsets> in the library."""
+    return re.sub("<([0-9a-f]+)>", lambda offset: _line(library, offset[1]) or offset[0], message)
+
+
+def _line(library: ctypes.CDLL, offset: str) -> str:
+    command = ["addr2line", "-i", "-e", library._name, offset]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().replace("\n", " in ")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+@functools.cache
+def library(kernel: Kernel) -> ctypes.CDLL:
+    """Compiles a kernel, or finds what came of it before: `run` takes a `Launch`, constants tell what fits it."""
+    source = _SOURCES / kernel.source
+    constants = "\n".join(f"#define {name} {value}" for name, value in kernel.constants)
+    bound = re.search(rf"__launch_bounds__\((\w+)(?:, \w+)?\)\s+{kernel.name}\(", source.read_text())
+    assert bound, f"{kernel.source} must define {kernel.name} with __launch_bounds__(THREADS)"
+    code = f"""
+        #include "emulator.h"
+        {constants}
+        #include "{source}"
+        extern "C" const int arguments_size = sizeof(Arguments), launch_bound = {bound[1]};
+        extern "C" bool run(const emulator::Launch& launch) {{
+          return emulator::execute([](const void* a) {{ {kernel.name}(*static_cast<const Arguments*>(a)); }}, launch);
+        }}
+    """
+    runtime = _compiled((_HERE / "emulator.cpp").read_text(), (), [_HERE / "emulator.h", _HERE / "races.h"])
+    files = [source, *sorted(_SOURCES.glob("*.cuh")), _HERE / "emulator.h", _HERE / "ptx.cuh"]
+    program = _compiled(code, _KERNEL_FLAGS, files)
+    library = program.with_name(f"{program.stem}-{runtime.stem}.so")
+    _make(library, ["-shared", str(program), str(runtime)])
+    loaded = ctypes.CDLL(str(library))
+    loaded.run.restype = ctypes.c_bool
+    return loaded
+
+
+def _compiled(code: str, flags: Sequence[str], files: Sequence[Path]) -> Path:
+    """Compiles C++ that includes files to an object file whose name is as unique as these."""
+    command = [*_FLAGS, *flags, f"-I{_HERE}", f"-I{_SOURCES}", "-c"]
+    parts = [COMPILER, *command, code, *(file.read_text() for file in files)]
+    path = CACHE / f"{hashlib.sha256(repr(parts).encode()).hexdigest()[:32]}.o"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    source = path.with_suffix(".cpp")
+    source.write_text(code)
+    _make(path, [*command, str(source)])
+    return path
+
+
+def _make(path: Path, arguments: Sequence[str]) -> None:
+    """Runs the compiler for a file, unless it is there."""
+    if path.exists():
+        return
+    unfinished = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
+    done = subprocess.run([COMPILER, *arguments, "-o", str(unfinished)], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{COMPILER} {' '.join(arguments)} failed:\n{done.stderr}")
+    unfinished.replace(path)

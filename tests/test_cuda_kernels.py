@@ -1,0 +1,210 @@
+"""The CUDA kernels against the formula, on the CPU: every thread a fiber of the emulator.
+
+What a kernel is compiled for, its shapes, comes from the table here, as compiling takes longer than running; hypothesis
+draws the rest. The profile "thorough" adds the table of `cases`.
+"""
+
+import re
+from collections import defaultdict
+from dataclasses import replace
+from typing import Any
+
+import cuda_emulator as emulator
+import oracles
+import pytest
+import torch
+from cases import BL, BR, CASES, CORNERS, LAYOUTS, MAX_UNKNOWNS, TL, TR, Case
+from cuda_emulator import DECREASING, H100, INCREASING
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracles import assert_close
+from torch import Tensor
+
+from nflows_kconv import geometry, reference
+from nflows_kconv.cuda import compiler, planning
+from nflows_kconv.cuda.plan import Device
+
+pytestmark = emulator.needs_compiler
+
+BOTH = (False, True)
+# So small that plans need several bands, chunks and tiles for images that the emulator gets through.
+SMALL = Device((8, 0), multiprocessors=2, shared_memory=48 * 1024)
+
+TABLE = (
+    (Case(), H100),
+    # Several output channels, or parts of them, a thread
+    (Case((TL,), per_group=12, batch=3, height=9, width=7), H100),
+    (Case((BR, TL, TR), per_group=6, kernel_size=(2, 2), batch=9, height=4, width=4), H100),
+    # Bands and chunks
+    (Case((BR, TL), per_group=3, kernel_size=(2, 3), height=70, width=5), H100),
+    (Case((TL, BL), per_group=2, kernel_size=(3, 2), height=1, width=70, dtype=torch.float16), H100),
+    (Case((TR,), per_group=4, batch=1, height=33, width=34, dtype=torch.float64), SMALL),
+    # Clipped kernels, and kernels of many taps
+    (Case((BL, TR), per_group=3, kernel_size=(9, 4), height=3, width=2, dtype=torch.bfloat16), H100),
+    (Case((BR,), per_group=1, kernel_size=(5, 11), batch=2, height=17, width=33, dtype=torch.float64), H100),
+    # The least there is
+    (Case((TR,), per_group=1, kernel_size=(1, 1), batch=1, height=1, width=1), H100),
+    (Case((TL, BR) * 9, per_group=1, batch=3, height=3, width=3), H100),
+    (Case((BL,), per_group=5, kernel_size=(1, 1), batch=33, height=2, width=3), H100),
+    # Many channels
+    (Case((TL,), per_group=48, batch=2, height=6, width=5), H100),
+    (Case((TR, BL), per_group=18, batch=2, height=19, width=22, dtype=torch.float64), SMALL),
+    (Case((BR, TL), per_group=24, kernel_size=(5, 7), batch=2, height=5, width=6, dtype=torch.float64), H100),
+    (Case((BL,), per_group=68, kernel_size=(2, 1), batch=2, height=3, width=5, dtype=torch.bfloat16), H100),
+    (Case((TR,), per_group=66, kernel_size=(1, 2), batch=9, height=5, width=7), SMALL),
+)
+thorough = settings.default.max_examples > 100
+if thorough:
+    # What the emulator gets through in minutes
+    TABLE += tuple(
+        (case, device)
+        for case in CASES
+        if 0 not in case.input_shape and case.per_group <= 128
+        for device in (H100, SMALL)
+    )
+
+over_table = pytest.mark.parametrize(
+    ("case", "device"),
+    TABLE,
+    ids=lambda value: "small" if value is SMALL else "H100" if value is H100 else "x".join(map(str, value.input_shape)),
+)
+
+
+@st.composite
+def variants(draw: st.DrawFn, case: Case) -> Case:
+    """The case with other corners, strides and values: the kernels stay the same."""
+    count = len(case.corners)
+    return replace(
+        case,
+        corners=tuple(draw(st.lists(st.sampled_from(CORNERS), min_size=count, max_size=count))),
+        layout=draw(st.sampled_from(tuple(LAYOUTS))),
+        seed=draw(st.integers(0, 10**6)),
+    )
+
+
+orders = st.sampled_from((DECREASING, *range(10)))
+few_examples = settings(max_examples=10 if thorough else 3)
+
+
+def call(
+    operation: str, case: Case, device: Device, first: Tensor, second: Tensor, *, seed: int = INCREASING, **options: Any
+) -> Tensor:
+    corners = geometry.parse_corners(case.corners)
+    return emulator.call(operation, first, second, corners, device=device, seed=seed, **options)
+
+
+def expected(operation: str, case: Case, transpose: bool) -> Tensor:
+    """By dense linear algebra, or where the matrices are too large by the reference in float64."""
+    input, weight = case.input(), case.weight()
+    if case.per_group * case.height * case.width <= MAX_UNKNOWNS:
+        oracle = oracles.solve if operation == "solve" else oracles.multiply
+        return oracle(input, weight, case.corners, transpose)
+    operator = reference.solve if operation == "solve" else reference.conv
+    return operator(input.double(), weight.double(), geometry.parse_corners(case.corners), transpose)
+
+
+@pytest.mark.parametrize("transpose", BOTH, ids=["plain", "transposed"])
+@pytest.mark.parametrize("operation", ["solve", "conv"])
+@over_table
+@given(data=st.data())
+@few_examples
+def test_operators(case: Case, device: Device, operation: str, transpose: bool, data: st.DataObject):
+    case, order = data.draw(variants(case)), data.draw(orders)
+    input, weight = case.input(), case.weight()
+    output = call(operation, case, device, input, weight, transpose=transpose)
+    assert_close(output, expected(operation, case, transpose))
+    again = call(operation, case, device, input, weight, transpose=transpose, seed=order)
+    assert torch.equal(again, output)
+    assert again.stride() == torch.empty_like(input).stride()
+
+
+@over_table
+@given(data=st.data())
+@few_examples
+def test_weight_gradient(case: Case, device: Device, data: st.DataObject):
+    case, order = data.draw(variants(case)), data.draw(orders)
+    input, grad = case.input(), case.input(seed=2)
+    gradient = call("weight_gradient", case, device, input, grad, kernel_size=case.kernel_size)
+    assert_close(gradient, oracles.weight_gradient(input, grad, case.weight(), case.corners), factor=4)
+    again = call("weight_gradient", case, device, input, grad, kernel_size=case.kernel_size, seed=order)
+    assert torch.equal(again, gradient)
+
+
+@pytest.mark.parametrize("operation", ["solve", "conv"])
+@over_table
+def test_a_non_finite_pixel_changes_only_its_quadrant(case: Case, device: Device, operation: str):
+    """And only in its own image."""
+    input, weight = case.input(), case.weight()
+    changed, (image, row, column) = input.clone(), (size // 2 for size in (case.batch, case.height, case.width))
+    changed[image, :, row, column] = -float("inf")
+    for transpose in BOTH:
+        before, after = (
+            call(operation, case, device, first, weight, transpose=transpose, seed=DECREASING)
+            for first in (input, changed)
+        )
+        differs = before != after
+        assert not differs[:image].any()
+        assert not differs[image + 1 :].any()
+        for group, corner in zip(differs[image].chunk(len(case.corners)), case.corners, strict=True):
+            # Read by the pixels on the far side from the corner; the transposed operator has the opposite one.
+            down, right = ("B" in corner) == transpose, ("R" in corner) == transpose
+            assert not group[:, : row if down else None][:, 0 if down else row + 1 :].any()
+            assert not group[:, :, : column if right else None][:, :, 0 if right else column + 1 :].any()
+            assert group[:, row, column].any()
+
+
+@pytest.mark.parametrize("which", ["input", "grad"])
+@over_table
+def test_non_finite_values_stay_in_their_weights(case: Case, device: Device, which: str):
+    tensors = {"input": case.input(), "grad": case.input(seed=2)}
+    channel = case.channels // 2
+    tensors[which][0, channel] = float("inf")
+    gradient = call("weight_gradient", case, device, *tensors.values(), kernel_size=case.kernel_size)
+    finite = gradient.isfinite().flatten(2).all(2)
+    own = torch.zeros_like(finite)
+    if which == "grad":
+        own[channel] = True
+    else:
+        group, index = divmod(channel, case.per_group)
+        own.unflatten(0, (-1, case.per_group))[group, :, index] = True
+    assert finite[~own].all()
+    assert not finite[own].all()
+
+
+@over_table
+def test_masked_entries_are_never_read(case: Case, device: Device):
+    input, weight = case.input(), case.weight()
+    broken = weight.masked_fill(oracles.masked(case.weight_shape, case.corners), float("nan"))
+    for operation in ("solve", "conv"):
+        for transpose in BOTH:
+            right = call(operation, case, device, input, weight, transpose=transpose)
+            assert torch.equal(call(operation, case, device, input, broken, transpose=transpose), right)
+
+
+# Constants of a kernel that decide between branches of it.
+BRANCHES = {
+    "solve_rows": ("BANDED", "CHUNKED", "PARTS", "TRANSPOSE"),
+    "solve_channels": ("BANDED", "CHUNKED", "REPLICAS"),
+    "convolution": ("IMAGES", "SPLITS", "PIXELS", "OUTPUTS"),
+    "weight_gradient": ("PARTS", "SPLITS", "WIDTH_REMAINDER"),
+    "products": ("BLOCK_M", "BLOCK_N"),
+}
+
+
+def test_the_table_reaches_every_kernel_and_branch():
+    launched: dict[str, dict[str, set[int | str]]] = defaultdict(lambda: defaultdict(set))
+    for case, device in TABLE:
+        input, weight, corners = case.input(), case.weight(), geometry.parse_corners(case.corners)
+        problems = [
+            emulator.problem("weight_gradient", input, input, corners, kernel_size=case.kernel_size),
+            *(emulator.problem(operation, input, weight, corners, t) for operation in ("solve", "conv") for t in BOTH),
+        ]
+        for problem in problems:
+            for launch in planning.plan(problem, device).launches:
+                for name, value in launch.kernel.constants:
+                    launched[launch.kernel.name][name].add(value)
+    sources = "".join(path.read_text() for path in compiler.source_directory().glob("*.cu"))
+    assert set(launched) == set(re.findall(r'extern "C" __global__ void __launch_bounds__\(.*\)\s+(\w+)\(', sources))
+    for kernel, constants in BRANCHES.items():
+        for constant in constants:
+            assert len(launched[kernel][constant]) > 1, (kernel, constant, launched[kernel][constant])

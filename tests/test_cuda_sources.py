@@ -1,0 +1,162 @@
+"""The CUDA sources through the compilers, which need no GPU: no warning, nothing spilled, nothing too large to launch.
+
+By default the kernels for float32 on an H100 are compiled, and a few of the others; all of them under the profile
+"thorough".
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import re
+import shutil
+import subprocess
+from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from itertools import product, repeat
+from pathlib import Path
+from typing import Any
+
+import cuda_emulator as emulator
+import pytest
+import torch
+from cases import DTYPES
+from cuda_emulator import H100
+from hypothesis import settings
+
+from nflows_kconv.cuda import compiler, planning
+from nflows_kconv.cuda.plan import Device, Kernel, Launch, Problem
+
+A100 = Device((8, 0), multiprocessors=108, shared_memory=166912)
+B200 = Device((10, 0), multiprocessors=148, shared_memory=232448)
+DEVICES = (A100, H100, B200)
+
+SIDES = (1, 2, 3, 5)
+CHANNELS = (1, 3, 6, 12, 16, 48, 128)
+IMAGES = ((100, 16, 16), (1, 300, 500), (7, 4, 3))
+
+SOURCES = sorted(compiler.source_directory().glob("*.cu*"))
+REGISTERS_OF_MULTIPROCESSOR = 65536
+
+
+thorough = settings.default.max_examples > 100
+
+
+def problems(channels: int, side: int, image: tuple[int, int, int], dtype: torch.dtype) -> Iterator[Problem]:
+    corners = (0, 1, 2, 3) if channels <= 6 else (0,)
+    batch, height, width = image
+    total = channels * len(corners)
+    input = torch.empty(batch, total, height, width, dtype=dtype, device="meta")
+    weight = torch.empty(total, channels, side, side, dtype=dtype, device="meta")
+    for transpose in (False, True):
+        yield emulator.problem("solve", input, weight, corners, transpose)
+        yield emulator.problem("conv", input, weight, corners, transpose)
+    yield emulator.problem("weight_gradient", input, input, corners, kernel_size=(side, side))
+
+
+def launches(device: Device) -> Iterator[Launch]:
+    for number, (channels, side, image, dtype) in enumerate(product(CHANNELS, SIDES, IMAGES, DTYPES)):
+        common = device is H100 and dtype == torch.float32 and image == IMAGES[0]
+        if thorough or common or number % 26 == 5 * DEVICES.index(device):
+            for problem in problems(channels, side, image, dtype):
+                if thorough or not problem.transpose or number % 3 == 0:
+                    yield from planning.plan(problem, device).launches
+
+
+class Verbose:
+    """NVRTC as the package calls it, but told to report what kernels take."""
+
+    def __init__(self, nvrtc: Any) -> None:
+        self._nvrtc = nvrtc
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._nvrtc, name)
+
+    def nvrtcCompileProgram(self, program: Any, count: int, options: list[bytes]) -> Any:
+        result = self._nvrtc.nvrtcCompileProgram(program, count + 1, [*options, b"--ptxas-options=-v"])
+        log = bytearray(self._nvrtc.nvrtcGetProgramLogSize(program)[1])
+        self._nvrtc.nvrtcGetProgramLog(program, log)
+        self.log = log.decode()
+        return result
+
+
+def compiler_log(kernel: Kernel, capability: tuple[int, int]) -> str:
+    """What the compiler says about a kernel, and others of its source, compiled as at run time."""
+    nvrtc = compiler._nvrtc
+    verbose = Verbose(nvrtc())
+    compiler._nvrtc = lambda: verbose
+    try:
+        compiler.compile(kernel, capability)
+    except RuntimeError as error:
+        return str(error)
+    finally:
+        compiler._nvrtc = nvrtc
+    return verbose.log
+
+
+def complaints(launch: Launch, device: Device, log: str) -> Iterator[str]:
+    """What is wrong with a launch, from the compiler's log."""
+    yield from re.findall(r".*(?:warning|error)[ :].*", log)
+    found = re.search(rf"Function properties for {launch.kernel.name}\n(.*)\n.*Used (\d+) registers(.*)", log)
+    if found is None:
+        yield f"nothing about the kernel in the log {log!r}"
+        return
+    memory, registers, others = found.groups()
+    if not memory.endswith(" 0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"):
+        yield memory.strip()
+    warps = -(-launch.block // 32)
+    if warps * 32 * -(-int(registers) // 8) * 8 > REGISTERS_OF_MULTIPROCESSOR:
+        yield f"{registers} registers for each of {launch.block} threads"
+    if " smem" in others:
+        yield f"static shared memory: {others}"
+    if launch.shared > device.shared_memory:
+        yield f"{launch.shared} bytes of shared memory"
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=lambda device: "sm_{}{}".format(*device.capability))
+def test_kernels_compile_without_warnings_and_spills(device: Device):
+    pytest.importorskip("cuda.bindings.nvrtc", reason="cuda.bindings and NVRTC compile the kernels")
+    programs: dict[str, list[Launch]] = defaultdict(list)  # kernels of one source and of equal constants are one
+    for launch in dict.fromkeys(launches(device)):
+        programs[compiler.digest(launch.kernel, device.capability)].append(launch)
+    kernels = [same[0].kernel for same in programs.values()]
+    wrong: dict[str, list[Launch]] = defaultdict(list)
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        logs = pool.map(compiler_log, kernels, repeat(device.capability), chunksize=4)
+        for same, log in zip(programs.values(), logs, strict=True):
+            for launch in same:
+                for complaint in complaints(launch, device, log):
+                    wrong[f"{launch.kernel.name}: {complaint}"].append(launch)
+    if wrong:
+        pytest.fail(
+            "\n".join(f"{what}\n    {len(found)}, one is {described(found[0])}" for what, found in wrong.items())
+        )
+
+
+def described(launch: Launch) -> str:
+    constants = " ".join(f"{name}={value}" for name, value in launch.kernel.constants)
+    return f"{constants}, {launch.block} threads with {launch.shared} bytes"
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize("path", [path for path in SOURCES if path.suffix == ".cu"], ids=lambda path: path.name)
+def test_nvcc_has_no_warnings(path: Path, tmp_path: Path):
+    images = [problem for channels in CHANNELS for problem in problems(channels, 3, IMAGES[0], torch.float32)]
+    plans = (planning.plan(problem, H100) for problem in images)
+    kernel = next(launch.kernel for plan in plans for launch in plan.launches if launch.kernel.source == path.name)
+    definitions = [f"-D{name}={value}" for name, value in kernel.constants]
+    command = ["nvcc", "-std=c++17", "-arch=sm_90", "-Werror", "all-warnings", f"-I{path.parent}", *definitions]
+    done = subprocess.run([*command, "-cubin", "-o", tmp_path / "cubin", path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_sources_stand_alone(path: Path):
+    """The compiler at run time has no system headers, and the emulator of the tests no assembly."""
+    text = path.read_text()
+    own = {path.name for path in SOURCES}
+    assert set(re.findall(r'#include [<"](.*)[>"]', text)) <= own
+    assert path.name == "ptx.cuh" or not re.search(r"\basm\b", text)
+    assert not re.search(
+        r"^\s*(static )?__shared__", text, re.MULTILINE
+    )  # all of it is dynamic, and counted in the plan
