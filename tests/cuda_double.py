@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import struct
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -23,7 +22,7 @@ _pointer, _unsigned, _int = ctypes.c_void_p, ctypes.c_uint, ctypes.c_int
 
 def emulate(launch: Launch) -> None:
     """Runs a launch, whose arguments begin with the pointers of a call, in the emulator."""
-    cuda_emulator._run(launch, struct.unpack("=4q", launch.arguments[:32]), cuda_emulator.INCREASING)
+    cuda_emulator.run_launch(launch)
 
 
 class DriverDouble:
