@@ -1,17 +1,24 @@
-"""The layer as a transform of nflows, whose forward direction is data -> noise: the convolution."""
+"""The layer and the image flow in nflows, whose forward direction is data -> noise: the convolution."""
 
 from __future__ import annotations
 
-from torch import Tensor
+import math
+from collections.abc import Sequence
+from typing import Literal
 
-from nflows_kconv import layer
+from torch import Tensor, nn
+
+from nflows_kconv import geometry, image_flow, layer
 
 try:
+    from nflows.distributions import ConditionalDiagonalNormal, StandardNormal
+    from nflows.flows import Flow
+    from nflows.transforms import CompositeTransform, MultiscaleCompositeTransform, SqueezeTransform
     from nflows.transforms.base import Transform
 except ImportError as error:
     raise ImportError("nflows_kconv.nflows needs nflows, which comes with pip install nflows-kconv[nflows]") from error
 
-__all__ = ["InvertibleConv2d"]
+__all__ = ["InvertibleConv2d", "Step", "finc_flow"]
 
 
 class InvertibleConv2d(layer.InvertibleConv2d, Transform):
@@ -59,3 +66,93 @@ class InvertibleConv2d(layer.InvertibleConv2d, Transform):
             ValueError: See `nflows_kconv.functional.conv2d_inverse`.
         """
         return super().inverse(inputs)
+
+
+class Step(Transform):
+    """A module of `nflows_kconv.step` as an `nflows.transforms.Transform`.
+
+    Args:
+        step: Has `forward` from data to noise and `inverse`, both with a log-determinant [B].
+    """
+
+    def __init__(self, step: nn.Module) -> None:
+        super().__init__()
+        self.step = step
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """From data to noise; the context is ignored."""
+        return self.step(inputs)
+
+    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """From noise to data; the context is ignored."""
+        return self.step.inverse(inputs)  # type: ignore[operator]
+
+
+def finc_flow(
+    image_shape: Sequence[int],
+    levels: int,
+    steps: int,
+    *,
+    hidden_channels: int = 512,
+    kernel_size: int | tuple[int, int] | None = 3,
+    corners: image_flow.Corners = geometry.CORNERS,
+    diagonal: Literal["unit", "learned"] = "unit",
+    direction: Literal["forward", "inverse"] = "forward",
+    num_classes: int | None = None,
+) -> Flow:
+    """A multiscale flow of images in nflows.
+
+    That of FInC Flow (Kallappa, Nagar, Varma 2023, arXiv 2301.09266, section 4). Each of the L levels squeezes 2 x 2
+    pixels into channels, takes K steps [k x k convolution -> ActNorm -> invertible 1 x 1 convolution -> affine
+    coupling], and, but for the last one, gives half of the channels to the latent variable, by a learned prior.
+    Dequantisation and its log-determinant are inside: `log_prob` takes images
+    with values 0..255, and `sample` returns such images.
+    With the same seed and weights it is the same density as that of `nflows_kconv.normflows.finc_flow`.
+
+    Args:
+        image_shape: (C, H, W); H and W multiples of 2^L.
+        levels: L.
+        steps: K, in each level.
+        hidden_channels: Width of the couplings' networks.
+        kernel_size: See `InvertibleConv2d`; None leaves the convolution out, which makes the flow Glow.
+        corners: See `InvertibleConv2d`; or several of these, one convolution each: (("TL",), ("BR",)) is a pair of full
+            convolutions in opposite corners.
+        diagonal: See `InvertibleConv2d`.
+        direction: "forward" convolves from data to latent, and solves to sample; "inverse" the other way round, as in
+            Inverse-Flow (Nagar, Varma 2025, arXiv 2410.14634).
+        num_classes: If given, the latent variable has a mean and a scale for each class; the labels, [B] whole
+            numbers, are the flow's context.
+
+    Returns:
+        An `nflows.flows.Flow` with a `MultiscaleCompositeTransform`.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument has a wrong value, or the image does not divide into the levels.
+
+    Example:
+        >>> flow = finc_flow((3, 32, 32), levels=3, steps=32)  # 44 million parameters
+    """
+    image_flow.check_classes(num_classes)
+    built = image_flow.build_levels(
+        image_shape,
+        levels,
+        steps,
+        hidden_channels=hidden_channels,
+        kernel_size=kernel_size,
+        corners=corners,
+        diagonal=diagonal,
+        direction=direction,
+    )
+    multiscale = MultiscaleCompositeTransform(num_transforms=levels)
+    for level in built:
+        transforms = [SqueezeTransform(), *map(Step, level.steps)]
+        multiscale.add_transform(CompositeTransform(transforms), level.shape)
+    dimensions = math.prod(image_shape)
+    if num_classes is None:
+        base = StandardNormal([dimensions])
+    else:
+        parameters = nn.Embedding(num_classes, 2 * dimensions)  # means, then the logarithms of scales
+        nn.init.zeros_(parameters.weight)
+        base = ConditionalDiagonalNormal([dimensions], parameters)
+    return Flow(CompositeTransform([Step(image_flow.Preprocessing(image_shape)), multiscale]), base)

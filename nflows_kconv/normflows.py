@@ -1,22 +1,23 @@
-"""The layer as a flow of normflows, whose forward direction is latent -> data: the convolution's inverse."""
+"""The layer and the image flow in normflows, whose forward direction is latent -> data: the convolution's inverse."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from nflows_kconv import geometry, layer
+from nflows_kconv import geometry, image_flow, layer
 
 try:
-    from normflows import flows
+    from normflows import MultiscaleFlow, flows
+    from normflows.distributions import ClassCondDiagGaussian, DiagGaussian
 except ImportError as error:
     raise ImportError(
         "nflows_kconv.normflows needs normflows, which comes with pip install nflows-kconv[normflows]"
     ) from error
 
-__all__ = ["GlowBlock", "InvertibleConv2d"]
+__all__ = ["GlowBlock", "ImageFlow", "InvertibleConv2d", "Step", "finc_flow"]
 
 
 class InvertibleConv2d(layer.InvertibleConv2d, flows.Flow):
@@ -114,3 +115,114 @@ class GlowBlock(flows.GlowBlock):
         )
         # `flows` runs from latent to data and ends with ActNorm.
         self.flows.insert(len(self.flows) - 1, convolution)
+
+
+class Step(flows.Flow):
+    """A module of `nflows_kconv.step` as a `normflows.flows.Flow`.
+
+    Args:
+        step: Has `forward` from data to latent and `inverse`, both with a log-determinant [B].
+    """
+
+    def __init__(self, step: nn.Module) -> None:
+        super().__init__()
+        self.step = step
+
+    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """From latent to data; the context is ignored."""
+        return self.step.inverse(z)  # type: ignore[operator]
+
+    def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """From data to latent; the context is ignored."""
+        return self.step(x)
+
+
+class ImageFlow(MultiscaleFlow):
+    """A `normflows.MultiscaleFlow` whose `log_prob` needs no classes where the flow has none."""
+
+    def log_prob(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """The log-density of images, [B].
+
+        Args:
+            x: [B, C, H, W].
+            y: Classes, [B] whole numbers or [B, num_classes] one-hot, if the flow has classes.
+
+        Raises:
+            ValueError: If the flow has classes, and none are given.
+        """
+        if self.class_cond and y is None:
+            raise ValueError("y must give the classes of the images, as the flow has classes, got None")
+        return super().log_prob(x, y)
+
+
+def finc_flow(
+    image_shape: Sequence[int],
+    levels: int,
+    steps: int,
+    *,
+    hidden_channels: int = 512,
+    kernel_size: int | tuple[int, int] | None = 3,
+    corners: image_flow.Corners = geometry.CORNERS,
+    diagonal: Literal["unit", "learned"] = "unit",
+    direction: Literal["forward", "inverse"] = "forward",
+    num_classes: int | None = None,
+) -> ImageFlow:
+    """A multiscale flow of images in normflows.
+
+    That of FInC Flow (Kallappa, Nagar, Varma 2023, arXiv 2301.09266, section 4). Each of the L levels squeezes 2 x 2
+    pixels into channels, takes K steps [k x k convolution -> ActNorm -> invertible 1 x 1 convolution -> affine
+    coupling], and, but for the last one, gives half of the channels to the latent variable, by a learned prior.
+    Dequantisation and its log-determinant are inside: `log_prob` takes images
+    with values 0..255, and `sample` returns such images and their log-density.
+    With the same seed and weights it is the same density as that of `nflows_kconv.nflows.finc_flow`.
+
+    Args:
+        image_shape: (C, H, W); H and W multiples of 2^L.
+        levels: L.
+        steps: K, in each level.
+        hidden_channels: Width of the couplings' networks.
+        kernel_size: See `InvertibleConv2d`; None leaves the convolution out, which makes the flow Glow.
+        corners: See `InvertibleConv2d`; or several of these, one convolution each: (("TL",), ("BR",)) is a pair of full
+            convolutions in opposite corners.
+        diagonal: See `InvertibleConv2d`.
+        direction: "forward" convolves from data to latent, and solves to sample; "inverse" the other way round, as in
+            Inverse-Flow (Nagar, Varma 2025, arXiv 2410.14634).
+        num_classes: If given, the latent variable has a mean and a scale for each class; `log_prob`
+            and `sample` take the classes y.
+
+    Returns:
+        A `normflows.MultiscaleFlow`.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument has a wrong value, or the image does not divide into the levels.
+
+    Example:
+        >>> flow = finc_flow((3, 32, 32), levels=3, steps=32)  # 44 million parameters
+    """
+    image_flow.check_classes(num_classes)
+    built = image_flow.build_levels(
+        image_shape,
+        levels,
+        steps,
+        hidden_channels=hidden_channels,
+        kernel_size=kernel_size,
+        corners=corners,
+        diagonal=diagonal,
+        direction=direction,
+    )
+    bases: list[nn.Module] = []
+    latent_to_data, merges = [], []
+    for level in reversed(built):
+        channels, height, width = level.shape
+        last = not bases
+        latent_shape = (channels if last else channels // 2, height, width)
+        if num_classes is None:
+            bases.append(DiagGaussian(latent_shape, trainable=False))
+        else:
+            bases.append(ClassCondDiagGaussian(latent_shape, num_classes))
+        latent_to_data.append([*map(Step, reversed(level.steps)), flows.Squeeze()])
+        if not last:
+            merges.append(flows.Merge("channel_inv"))  # the first half of the channels leaves, as in nflows
+    preprocessing = Step(image_flow.Preprocessing(image_shape))
+    return ImageFlow(bases, latent_to_data, merges, preprocessing, class_cond=num_classes is not None)

@@ -1,0 +1,320 @@
+"""Times sampling and training of the FInC flow against Glow of the same size: `finc_flow` with and without its layer.
+
+    python benchmarks/sampling.py                 prints the tables of the CPU, of a small model
+    python benchmarks/sampling.py --device cuda   prints those of the GPU, of the CIFAR-10 model with 44 million
+                                                  parameters, and writes benchmarks/results/sampling-cuda-<GPU>.json
+    --output FILE.json                            writes there
+
+Times are medians of one call from its beginning until the device has done it; the contestants of a row take turns.
+"flow" is the library's own `sample` in evaluation mode, without gradients; "sampler" is `GraphSampler`, which replays a
+CUDA graph on a GPU. A training step is the negative log-likelihood of a batch and its gradients.
+
+TF32 is as PyTorch sets it (on in convolutions), and cuDNN chooses its fastest algorithm. The variants change one thing
+each. What they cost in exactness is the share of pixel values that images have lost after a round trip, to latent
+variables and back; for it, the last convolutions of the couplings, which start at zero, are drawn from N(0, 0.001).
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import layer
+import timing
+import torch
+from targets import Target, describe
+from torch import Tensor, nn
+
+import nflows_kconv.nflows
+import nflows_kconv.normflows
+from nflows_kconv.sampling import GraphSampler
+from nflows_kconv.step import AffineCoupling, Sequence
+
+SAMPLING = Target(1.05, aim=1.02)
+SAMPLER_AGAINST_LIBRARY = Target(0.45)
+ONE_IMAGE = Target(9000, "us")
+TRAINING = Target(1.08, aim=1.03)
+
+
+class Size(NamedTuple):
+    """Of the model and its batch."""
+
+    image_shape: tuple[int, int, int]
+    levels: int
+    steps: int
+    hidden_channels: int
+    batch: int
+
+
+SIZES = {"cpu": Size((1, 16, 16), 2, 4, 32, 16), "cuda": Size((3, 32, 32), 3, 32, 512, 100)}
+TINY = Size((1, 8, 8), 2, 1, 4, 2)
+
+LIBRARIES = {"nflows": nflows_kconv.nflows, "normflows": nflows_kconv.normflows}
+MODELS: dict[str, dict[str, Any]] = {
+    "FInC": {},
+    "Glow": {"kernel_size": None},
+    "pair of full layers": {"corners": (("TL",), ("BR",))},
+    "inverse direction": {"direction": "inverse"},
+}
+
+COMPARED = ("FInC", "Glow")
+
+
+class Variant(NamedTuple):
+    """Another way to run the same model.
+
+    Attributes:
+        prepare: What changes the flow, on its device.
+        context: What calls of it run in, on its device.
+    """
+
+    prepare: tuple[Callable[[nn.Module, str], None], ...] = ()
+    context: Callable[[str], AbstractContextManager] = lambda device: nullcontext()
+
+
+def channels_last(flow: nn.Module, device: str) -> None:
+    """Stores weights, and so the couplings' images, with channels last."""
+    flow.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def bfloat16_couplings(flow: nn.Module, device: str) -> None:
+    """Runs the couplings' networks, and nothing else, under autocast."""
+    for module in flow.modules():
+        if isinstance(module, AffineCoupling):
+            module.network.forward = torch.autocast(device, torch.bfloat16)(module.network.forward)
+
+
+def compiled(flow: nn.Module, device: str) -> None:
+    """Compiles each step of the flow, in both directions."""
+    for module in flow.modules():
+        if type(module) is Sequence:
+            module.forward, module.inverse = torch.compile(module.forward), torch.compile(module.inverse)
+
+
+def bfloat16(device: str) -> AbstractContextManager:
+    """Autocast around the whole flow."""
+    return torch.autocast(device, torch.bfloat16)
+
+
+def without_tf32(device: str) -> AbstractContextManager:
+    """Convolutions in float32."""
+    return torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False)
+
+
+VARIANTS = {
+    "as it is": Variant(),
+    "without TF32": Variant(context=without_tf32),
+    "channels_last": Variant((channels_last,)),
+    "bfloat16 couplings": Variant((bfloat16_couplings,)),
+    "bfloat16": Variant(context=bfloat16),
+    "compiled": Variant((compiled,)),
+    "channels_last, bfloat16 couplings": Variant((channels_last, bfloat16_couplings)),
+    "the same, compiled": Variant((channels_last, bfloat16_couplings, compiled)),
+}
+
+
+def prepared(model: str, variant: Variant, size: Size, device: str) -> nn.Module:
+    """The model in normflows, for a variant."""
+    flow = build("normflows", model, size, device)
+    for change in variant.prepare:
+        change(flow, device)
+    return flow
+
+
+def build(library: str, model: str, size: Size, device: str) -> nn.Module:
+    """A flow whose ActNorms have seen a batch and whose couplings couple."""
+    torch.manual_seed(0)
+    flow = (
+        LIBRARIES[library]
+        .finc_flow(size.image_shape, size.levels, size.steps, hidden_channels=size.hidden_channels, **MODELS[model])
+        .to(device)
+    )
+    with torch.no_grad():
+        for module in flow.modules():
+            if isinstance(module, AffineCoupling) and isinstance(module.network, nn.Sequential):
+                module.network[-1].weight.normal_(0, 1e-3)
+        flow.log_prob(images(size, device))
+    return flow
+
+
+def images(size: Size, device: str) -> Tensor:
+    """A batch of noise, [B, C, H, W], values 0..255."""
+    return torch.randint(256, (size.batch, *size.image_shape), device=device).float()
+
+
+def finishing(call: Callable[[], object], device: str) -> Callable[[], None]:
+    """The call, until the device has done it."""
+
+    def run() -> None:
+        call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return run
+
+
+def clock(calls: dict[str, Callable[[], object]], seconds: float, device: str) -> dict[str, float]:
+    """Median microseconds of each call."""
+    return timing.wall({name: finishing(call, device) for name, call in calls.items()}, seconds)
+
+
+def draw(flow: nn.Module, number: int) -> None:
+    """The library's own `sample`."""
+    with torch.no_grad():
+        flow.sample(number)  # type: ignore[operator]
+
+
+def sampling_table(size: Size, device: str, seconds: float, device_name: str) -> list[dict]:
+    """Both libraries, a batch and a single image, the flow's own sample and the sampler."""
+    print("\nsampling\n")
+    print("library    images  model                           flow       sampler")
+    rows = []
+    for library in LIBRARIES:
+        flows = {model: build(library, model, size, device).eval() for model in MODELS}
+        for number in (size.batch, 1):
+            calls: dict[str, Callable[[], object]] = {}
+            for model, flow in flows.items():
+                calls[f"{model}, flow"] = partial(draw, flow, number)
+                calls[f"{model}, sampler"] = GraphSampler(flow, number)
+            times = clock(calls, seconds, device)
+            for model in MODELS:
+                own, ours = (1e-3 * times[f"{model}, {mode}"] for mode in ("flow", "sampler"))
+                print(f"{library:9s} {number:7d}  {model:22s} {own:10.2f} ms {ours:10.2f} ms", flush=True)
+            records = judge_sampling(times, number, size, device_name)
+            print_records(records)
+            rows.append({"library": library, "images": number, "microseconds": times, "targets": records})
+    return rows
+
+
+def judge_sampling(times: dict[str, float], number: int, size: Size, device_name: str) -> list[dict]:
+    """The records of a row of `sampling_table`; only the big model has targets."""
+    if size != SIZES["cuda"]:
+        return []
+    if number == 1:
+        judged = ONE_IMAGE.judge("FInC, one image", "sampler", times["FInC, sampler"])
+        return [judged] if "H100" in device_name else []
+    records = [
+        SAMPLING.judge("FInC / Glow", mode, times[f"FInC, {mode}"] / times[f"Glow, {mode}"])
+        for mode in ("flow", "sampler")
+    ]
+    ratio = times["FInC, sampler"] / times["Glow, flow"]
+    return [*records, SAMPLER_AGAINST_LIBRARY.judge("FInC, sampler / Glow, flow", "sampler", ratio)]
+
+
+def variants_table(size: Size, device: str, seconds: float) -> list[dict]:
+    """What other ways to run the models bring, and what they lose."""
+    print("\nvariants, in normflows\n")
+    print(
+        "variant                              images    FInC sampler  Glow sampler     ratio  pixel values lost: FInC"
+    )
+    rows = []
+    for name, variant in VARIANTS.items():
+        with variant.context(device):
+            flows = {model: prepared(model, variant, size, device).eval() for model in COMPARED}
+            lost = {model: values_lost(flow, images(size, device)) for model, flow in flows.items()}
+            for number in (size.batch, 1):
+                times = clock({model: GraphSampler(flow, number) for model, flow in flows.items()}, seconds, device)
+                ours, glow = 1e-3 * times["FInC"], 1e-3 * times["Glow"]
+                print(
+                    f"{name:36s} {number:6d} {ours:12.2f} ms {glow:10.2f} ms {ours / glow:8.3f}x  {lost['FInC']:.1e}",
+                    flush=True,
+                )
+                rows.append({"variant": name, "images": number, "microseconds": times, "values_lost": lost})
+    return rows
+
+
+@torch.no_grad()
+def values_lost(flow: Any, batch: Tensor) -> float:
+    """The share of pixel values that a round trip changes."""
+    latents, _ = flow.inverse_and_log_det(batch)
+    return (flow.forward_and_log_det(latents)[0] != batch).double().mean().item()
+
+
+def training_table(size: Size, device: str, seconds: float) -> list[dict]:
+    """Negative log-likelihood and gradients of a batch."""
+    print("\ntraining step, in normflows\n")
+    print("variant                                  FInC           Glow     ratio  target")
+    rows = []
+    batch = images(size, device)
+    for name, variant in VARIANTS.items():
+        flows = {model: prepared(model, variant, size, device) for model in COMPARED}
+        steps = {model: partial(train, flow, batch, variant, device) for model, flow in flows.items()}
+        times = clock(steps, seconds, device)
+        ratio = times["FInC"] / times["Glow"]
+        records = [TRAINING.judge("FInC / Glow", name, ratio)] if size == SIZES["cuda"] else []
+        verdict = describe(records[0]) if records else ""
+        print(
+            f"{name:36s} {1e-3 * times['FInC']:8.2f} ms {1e-3 * times['Glow']:11.2f} ms"
+            f" {ratio:8.3f}x  {verdict}".rstrip(),
+            flush=True,
+        )
+        rows.append({"variant": name, "images": size.batch, "microseconds": times, "targets": records})
+    return rows
+
+
+def train(flow: Any, batch: Tensor, variant: Variant, device: str) -> None:
+    """One step, without the optimiser's."""
+    flow.zero_grad()
+    with variant.context(device):
+        loss = -flow.log_prob(batch).mean()
+    loss.backward()
+
+
+def print_records(records: list[dict]) -> None:
+    """What was to be reached, and whether it was."""
+    for record in records:
+        print(
+            f"    {record['quantity']}, {record['mode']}: {record['value']:.3g} {record['unit']}, {describe(record)}",
+            flush=True,
+        )
+
+
+def sections(size: Size, device: str, seconds: float, device_name: str) -> Iterator[tuple[str, Any]]:
+    """Measures and prints; the name of each section and what there is to store of it."""
+    parameters = {
+        model: sum(parameter.numel() for parameter in build("normflows", model, size, device).parameters())
+        for model in MODELS
+    }
+    print("parameters: " + ", ".join(f"{model} {number}" for model, number in parameters.items()))
+    yield "model", {**size._asdict(), "parameters": parameters}
+    yield "sampling", sampling_table(size, device, seconds, device_name)
+    yield "variants", variants_table(size, device, seconds)
+    yield "training", training_table(size, device, seconds)
+
+
+def main() -> None:
+    """Parses the arguments and prints the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=SIZES, default="cpu", help="what to measure")
+    parser.add_argument("--seconds", type=float, default=5.0, help="of measurement for each row")
+    parser.add_argument("--output", type=Path, help="a JSON file to write")
+    parser.add_argument("--tiny", action="store_true", help="tiny sizes: shows that this works, tells nothing of speed")
+    arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda needs a GPU, and torch finds none")
+    torch.backends.cudnn.benchmark = True
+    size = TINY if arguments.tiny else SIZES[arguments.device]
+    output = arguments.output
+    if arguments.device == "cuda":
+        machine = layer.gpu_machine()
+        if output is None and not arguments.tiny:
+            path = layer.default_output(machine["device"])
+            output = path.with_name(f"sampling-{path.name}")
+    else:
+        machine = layer.machine()
+    results = {"machine": machine, **({"tiny": True} if arguments.tiny else {})}
+    measured = sections(size, arguments.device, arguments.seconds, machine["device"])
+    with ExitStack() as stack:
+        if arguments.tiny:  # nothing that takes minutes
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        layer.run(results, measured, output)
+    if output:
+        print(f"\nwritten to {output}")
+
+
+if __name__ == "__main__":
+    main()

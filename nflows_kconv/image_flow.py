@@ -1,0 +1,132 @@
+"""The multiscale image flow of FInC Flow as modules that belong to no library; the adapters combine them.
+
+Each of the L levels squeezes 2 x 2 pixels into channels, then takes K steps
+
+    k x k convolution -> ActNorm -> invertible 1 x 1 convolution -> affine coupling
+
+and, but for the last level, gives half of the channels, by a prior learned from the other half, to the latent variable
+(FInC Flow, Kallappa, Nagar, Varma 2023, arXiv 2301.09266, section 4; without the convolution it is Glow, Kingma,
+Dhariwal 2018, arXiv 1807.03039).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+from torch import Tensor, nn
+
+from nflows_kconv import images, step
+from nflows_kconv.layer import InvertibleConv2d
+
+Corners = str | Sequence[str] | Sequence[Sequence[str]]
+
+
+class Level(NamedTuple):
+    """What happens after a squeeze.
+
+    Attributes:
+        shape: (C, H, W) of what the steps work on.
+        steps: The steps from data to latent, the learned prior of the split included.
+    """
+
+    shape: tuple[int, int, int]
+    steps: list[nn.Module]
+
+
+class Preprocessing(step.Sequence):
+    """Images with values 0..255 -> the real numbers: uniform dequantisation, then the logit with alpha = 1e-6.
+
+    Args:
+        image_shape: (C, H, W).
+    """
+
+    def __init__(self, image_shape: Sequence[int]) -> None:
+        super().__init__([images.UniformDequantization(), images.Logit()])
+        self.image_shape = tuple(image_shape)
+
+    def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """From images to numbers.
+
+        Raises:
+            ValueError: If the images have another shape, or values outside 0..255.
+        """
+        if input.dim() != 4 or tuple(input.shape[1:]) != self.image_shape:
+            expected = ", ".join(map(str, self.image_shape))
+            raise ValueError(f"images must have shape [B, {expected}], got {tuple(input.shape)}")
+        return super().forward(input)
+
+
+def check_classes(num_classes: int | None) -> None:
+    """Raises an error unless it is None or a positive integer."""
+    if num_classes is not None:
+        _check_positive("num_classes", num_classes)
+
+
+def build_levels(
+    image_shape: Sequence[int],
+    levels: int,
+    steps: int,
+    *,
+    hidden_channels: int,
+    kernel_size: int | tuple[int, int] | None,
+    corners: Corners,
+    diagonal: Literal["unit", "learned"],
+    direction: Literal["forward", "inverse"],
+) -> list[Level]:
+    """The levels of the flow, the one next to the data first; see `finc_flow` of the adapters.
+
+    Raises:
+        TypeError: If a number is no integer.
+        ValueError: If a number is too small, the image does not divide into the levels, or a word is unknown.
+    """
+    if len(image_shape) != 3:
+        raise ValueError(f"image_shape must be (C, H, W), got {tuple(image_shape)}")
+    numbers = {"levels": levels, "steps": steps, "hidden_channels": hidden_channels}
+    for name, number in [*zip(("channels", "height", "width"), image_shape, strict=True), *numbers.items()]:
+        _check_positive(name, number)
+    channels, height, width = image_shape
+    if height % 2**levels or width % 2**levels:
+        raise ValueError(
+            f"height and width must be multiples of 2^levels = {2**levels} for {levels} levels, got {height} x {width}"
+        )
+    if direction not in ("forward", "inverse"):
+        raise ValueError(f'direction must be "forward" or "inverse", got {direction!r}')
+
+    built = []
+    for level in range(1, levels + 1):
+        channels, height, width = 4 * channels, height // 2, width // 2
+        modules: list[nn.Module] = []
+        for _ in range(steps):
+            convolutions = [] if kernel_size is None else _convolutions(channels, kernel_size, corners, diagonal)
+            modules.append(
+                step.Sequence(
+                    [
+                        *(step.Inverse(layer) if direction == "inverse" else layer for layer in convolutions),
+                        step.ActNorm(channels),
+                        step.InvertibleConv1x1(channels),
+                        step.AffineCoupling(step.coupling_network(channels, hidden_channels)),
+                    ]
+                )
+            )
+        shape = (channels, height, width)
+        if level < levels:
+            modules.append(step.learned_prior(channels))
+            channels //= 2
+        built.append(Level(shape, modules))
+    return built
+
+
+def _convolutions(
+    channels: int, kernel_size: int | tuple[int, int], corners: Corners, diagonal: Literal["unit", "learned"]
+) -> list[nn.Module]:
+    several = not isinstance(corners, str) and len(corners) > 0 and not isinstance(corners[0], str)
+    layers = corners if several else (corners,)
+    return [InvertibleConv2d(channels, kernel_size, corners=each, diagonal=diagonal) for each in layers]  # type: ignore
+
+
+def _check_positive(name: str, number: int) -> None:
+    if not isinstance(number, int) or isinstance(number, bool):
+        raise TypeError(f"{name} must be an integer, got {number!r}")
+    if number < 1:
+        raise ValueError(f"{name} must be at least 1, got {number}")

@@ -1,0 +1,39 @@
+"""What the functions on images ask of their arguments."""
+
+from __future__ import annotations
+
+from numbers import Integral
+
+import torch
+from torch import Tensor
+
+
+def check_images(input: Tensor) -> None:
+    """Raises an error unless it is a tensor [B, C, H, W] of real numbers."""
+    if not isinstance(input, Tensor):
+        raise TypeError(f"images must be a tensor, got {type(input).__name__}")
+    if input.is_complex():
+        raise TypeError(f"images must be of real numbers, got {input.dtype}")
+    if input.dim() != 4:
+        raise ValueError(f"images must have the 4 dimensions [B, C, H, W], got shape {tuple(input.shape)}")
+
+
+def check_positive(name: str, number: int) -> None:
+    """Raises an error unless it is an integer of 1 or more."""
+    if not isinstance(number, Integral) or isinstance(number, bool):
+        raise TypeError(f"{name} must be an integer, got {number!r}")
+    if number < 1:
+        raise ValueError(f"{name} must be at least 1, got {number}")
+
+
+def at_least_float32(input: Tensor) -> Tensor:
+    """Half precision as float32, integers in torch's default dtype, float32 and float64 as they are."""
+    if not input.is_floating_point():
+        return input.to(torch.get_default_dtype())
+    return input.to(torch.promote_types(input.dtype, torch.float32))
+
+
+def for_each_image(input: Tensor, of_each_number: float) -> Tensor:
+    """The sum over an image of a constant, [B], in float32 at least."""
+    dtype = torch.promote_types(input.dtype, torch.float32)
+    return input.new_full(input.shape[:1], input.shape[1:].numel() * of_each_number, dtype=dtype)

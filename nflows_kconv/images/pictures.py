@@ -1,0 +1,41 @@
+"""Images for the eye."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nflows_kconv.images.arguments import at_least_float32, check_images, check_positive
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Real numbers of any shape and dtype, clamped to 0..255 and rounded; NaN becomes 0."""
+    return at_least_float32(images).nan_to_num(0).clamp(0, 255).round().to(torch.uint8)
+
+
+def grid(images: Tensor, columns: int) -> Tensor:
+    """The images row by row in one picture, two black pixels around each.
+
+    Args:
+        images: [B, C, H, W], at least one, values 0..255 (see `to_uint8`).
+        columns: Number of images in a row; the last row may have fewer.
+
+    Returns:
+        [C, rows (H + 2) + 2, columns (W + 2) + 2], uint8.
+
+    Raises:
+        TypeError: If `images` is no tensor of real numbers, or `columns` no integer.
+        ValueError: If `images` has another number of dimensions, or none is in it, or `columns` is below 1.
+    """
+    check_images(images)
+    check_positive("columns", columns)
+    if not len(images):
+        raise ValueError(f"images must hold at least one image, got shape {tuple(images.shape)}")
+    rows = math.ceil(len(images) / columns)
+    tiles = F.pad(to_uint8(images), (2, 0, 2, 0))
+    blank = tiles.new_zeros(rows * columns - len(tiles), *tiles.shape[1:])
+    tiles = torch.cat([tiles, blank]).unflatten(0, (rows, columns))
+    return F.pad(tiles.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2), (0, 2, 0, 2))

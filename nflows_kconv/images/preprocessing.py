@@ -1,0 +1,100 @@
+"""From [0, 1] to the numbers that a flow takes."""
+
+from __future__ import annotations
+
+import math
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nflows_kconv.images.arguments import at_least_float32, for_each_image
+
+
+class Logit(nn.Module):
+    """y = logit(p) with p = alpha + (1 - 2 alpha) x, which takes [0, 1] to the real numbers.
+
+        log |det dy/dx| = sum log(1 - 2 alpha) - log p - log(1 - p)
+
+    (Dinh, Sohl-Dickstein, Bengio 2017, Real NVP, arXiv 1605.08803, section 4.1).
+
+    Args:
+        alpha: Distance that p keeps from 0 and 1, at least 0 and below 1/2. With 0, x = 0 and 1 become infinite.
+
+    Raises:
+        ValueError: If `alpha` is out of its range.
+    """
+
+    def __init__(self, alpha: float = 1e-6) -> None:
+        super().__init__()
+        if not 0 <= alpha < 0.5:
+            raise ValueError(f"alpha must be at least 0 and below 1/2, got {alpha}")
+        self.alpha = alpha
+
+    def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """From [0, 1] to the real numbers.
+
+        Args:
+            input: x, [B, ...], floating point; NaN comes out where p is outside [0, 1].
+
+        Returns:
+            y in the shape and dtype of x, and log |det dy/dx|, [B]; both are computed in float32 at least.
+        """
+        values = at_least_float32(input)
+        # From 1 - x, which is exact near x = 1: p has lost the digits there that 1 - p would need.
+        log_p, log_1_minus_p = ((self.alpha + (1 - 2 * self.alpha) * part).log() for part in (values, 1 - values))
+        return (log_p - log_1_minus_p).to(input.dtype), self._log_abs_det(log_p, log_1_minus_p)
+
+    def inverse(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """Undoes `forward`.
+
+        Args:
+            input: y, [B, ...], floating point.
+
+        Returns:
+            x in the shape and dtype of y, at most alpha / (1 - 2 alpha) outside [0, 1], and log |det dx/dy|, [B].
+        """
+        values = at_least_float32(input)
+        output = (values.sigmoid() - self.alpha) / (1 - 2 * self.alpha)
+        return output.to(input.dtype), -self._log_abs_det(F.logsigmoid(values), F.logsigmoid(-values))
+
+    def _log_abs_det(self, log_p: Tensor, log_1_minus_p: Tensor) -> Tensor:
+        return (math.log1p(-2 * self.alpha) - log_p - log_1_minus_p).flatten(1).sum(1)
+
+    def extra_repr(self) -> str:
+        """The constructor's argument."""
+        return f"alpha={self.alpha}"
+
+
+class Affine(nn.Module):
+    """y = scale x + shift, log |det dy/dx| = D log |scale| with D numbers in an image.
+
+    The default centres [0, 1], as Glow does (Kingma, Dhariwal 2018, arXiv 1807.03039).
+
+    Args:
+        scale: A finite number other than 0.
+        shift: A finite number.
+
+    Raises:
+        ValueError: If `scale` is 0, or a number is not finite.
+    """
+
+    def __init__(self, scale: float = 1.0, shift: float = -0.5) -> None:
+        super().__init__()
+        if scale == 0 or not (math.isfinite(scale) and math.isfinite(shift)):
+            raise ValueError(f"scale and shift must be finite and scale not 0, got scale {scale} and shift {shift}")
+        self.scale, self.shift = scale, shift
+
+    def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """Scales and shifts x, [B, ...]."""
+        return input * self.scale + self.shift, self._log_abs_det(input)
+
+    def inverse(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """Undoes `forward`."""
+        return (input - self.shift) / self.scale, -self._log_abs_det(input)
+
+    def _log_abs_det(self, input: Tensor) -> Tensor:
+        return for_each_image(input, math.log(abs(self.scale)))
+
+    def extra_repr(self) -> str:
+        """The constructor's arguments."""
+        return f"scale={self.scale}, shift={self.shift}"

@@ -1,0 +1,381 @@
+"""Images from a flow of either library, on a GPU by replaying a CUDA graph."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import traceback
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import chain
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.overrides import TorchFunctionMode
+
+from nflows_kconv.step import InvertibleConv1x1
+
+_GRAPH_DEVICE = "cuda"
+_WARM_UP = 2  # draws before the one that is watched: they compile kernels and let cuDNN choose its algorithms
+
+
+class GraphSampler:
+    """Draws images from a flow, as its own `sample` does; on a GPU as one CUDA graph.
+
+    To sample launches thousands of small kernels, which takes the CPU longer than it takes the GPU to run them. The
+    first call on a GPU captures them in a graph, and every call replays it. On other devices each call runs the flow.
+    Either way all matrices of a size among the flow's `step.InvertibleConv1x1` are inverted in one batch.
+
+    Any flow that has the `sample` of nflows or normflows will do. On a GPU no layer may wait for it, to look at a value
+    or to copy from the CPU, since a graph cannot: those of nflows_kconv do not, but normflows' ActNorm and
+    the 1x1 convolutions of both libraries do. Such a flow is refused by an error that says where it waits.
+
+    - Noise is fresh at each call. It comes from torch's default generator for the device: after `torch.manual_seed` the
+      same calls give the same images, and one for `num_samples` images gives those of the flow's `sample`.
+    - Weights are read, and matrices inverted, at each call, so that a training step or `load_state_dict` shows at once.
+      Where parameters or buffers have moved (`.to`, `load_state_dict(assign=True)`), the next call captures again; also
+      where the labels are of another kind, and under another autocast. All else, such as the modules that the
+      flow is made of and the settings in `torch.backends`, stays as captured: after changing it, make a new sampler.
+    - The flow samples in evaluation mode, without gradients, and is in the modes it was in afterwards.
+    - Only one thread at a time may use a sampler and its flow.
+
+    Args:
+        flow: A flow, with all its parameters and buffers on one device.
+        num_samples: How many images a graph draws at once. Fewer take as long; more take several replays.
+
+    Raises:
+        TypeError: If `flow` is no module with a method `sample`, or `num_samples` no integer.
+        ValueError: If `num_samples` is not positive.
+
+    Example:
+        >>> sampler = GraphSampler(flow.cuda(), 100)
+        >>> images = sampler(temperature=0.7)
+    """
+
+    def __init__(self, flow: nn.Module, num_samples: int) -> None:
+        if not isinstance(flow, nn.Module) or not callable(getattr(flow, "sample", None)):
+            raise TypeError(
+                "flow must be a torch.nn.Module with a method sample, as the flows of nflows and normflows are, "
+                f"got {type(flow).__name__}"
+            )
+        self._flow = flow
+        self._num_samples = _positive("num_samples", num_samples)
+        self._graph: _Graph | None = None
+
+    # Buffers made in inference mode could not be written outside it, at a later call.
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def __call__(self, n: int | None = None, *, labels: Tensor | None = None, temperature: float = 1.0) -> Tensor:
+        """Draws images.
+
+        Args:
+            n: How many; as many as labels by default, and `num_samples` without labels.
+            labels: What the flow is conditioned on, [n, ...], on any device: the `context` of nflows, or the `y` or
+                `context` of normflows, one row an image.
+            temperature: What each standard normal number that the flow draws (with `torch.randn` or
+                `torch.randn_like`) is multiplied with. 0 gives the image of the base distribution's mean.
+
+        Returns:
+            Images, [n, C, H, W], or of whatever shape the flow's samples have.
+
+        Raises:
+            TypeError: If an argument has the wrong type.
+            ValueError: If an argument has a wrong value; if the flow takes no labels, but there are some; if it draws
+                no normal numbers, but the temperature is not 1.
+            RuntimeError: If the flow is on several devices, or cannot be captured.
+        """
+        n = self._check_number(n, labels)
+        _check_temperature(temperature)
+        draw = self._drawer(labels)
+        parts = []
+        for start in range(0, n, self._num_samples):
+            number = min(self._num_samples, n - start)
+            part = draw(number, None if labels is None else labels[start : start + number], temperature)
+            parts.append(part)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _check_number(self, n: int | None, labels: Tensor | None) -> int:
+        if labels is None:
+            return self._num_samples if n is None else _positive("n", n)
+        if not isinstance(labels, Tensor):
+            raise TypeError(f"labels must be a tensor, got {type(labels).__name__}")
+        if labels.dim() == 0 or len(labels) == 0:
+            raise ValueError(f"labels must have one row for each image, got shape {tuple(labels.shape)}")
+        if n is not None and _positive("n", n) != len(labels):
+            raise ValueError(f"labels must have one row for each of the {n} images, got {len(labels)} rows")
+        _label_name(self._flow)
+        return len(labels)
+
+    def _drawer(self, labels: Tensor | None) -> Callable[[int, Tensor | None, float], Tensor]:
+        if self._graph is None or not self._graph.is_current(labels):
+            self._graph = None  # its memory goes to the next one
+            device = _device(self._flow)
+            if device.type != _GRAPH_DEVICE:
+                return partial(self._draw_plainly, device)
+            self._graph = _Graph(self._flow, self._num_samples, labels, device)
+        return self._graph.draw
+
+    def _draw_plainly(self, device: torch.device, number: int, labels: Tensor | None, temperature: float) -> Tensor:
+        drawn = _sample(self._flow, number, None if labels is None else labels.to(device), temperature)
+        drawn.check_temperature(temperature)
+        return drawn.images
+
+
+class _Drawn(NamedTuple):
+    """Images, and whether normal numbers went into them."""
+
+    images: Tensor
+    normal: bool
+
+    def check_temperature(self, temperature: float) -> None:
+        if temperature != 1 and not self.normal:
+            raise ValueError(f"temperature must be 1, as the flow draws no normal numbers, got {temperature}")
+
+
+class _Graph:
+    """A capture, with the tensors through which numbers get into it."""
+
+    def __init__(self, flow: nn.Module, num_samples: int, labels: Tensor | None, device: torch.device) -> None:
+        self._key = _key(labels)
+        self._slots = [
+            (table, name)
+            for module in flow.modules()
+            for table in (module._parameters, module._buffers)
+            for name, tensor in table.items()
+            if tensor is not None
+        ]
+        # Kept alive, so that an address that is still the same is that of the same memory.
+        self._weights = [table[name].detach() for table, name in self._slots]  # type: ignore[union-attr]
+        self._addresses = self._current_addresses()
+        self._temperature = torch.ones((), dtype=torch.float64, device=device)
+        self._labels = None
+        if labels is not None:  # rows that no image needs must hold something valid
+            self._labels = labels[:1].to(device).expand(num_samples, *labels.shape[1:]).clone()
+        self._drawn, self._replay = _capture(
+            flow, lambda: _sample(flow, num_samples, self._labels, self._temperature), device
+        )
+
+    def is_current(self, labels: Tensor | None) -> bool:
+        """Whether a replay does what the flow would do."""
+        return self._current_addresses() == self._addresses and _key(labels) == self._key
+
+    def _current_addresses(self) -> list[int | None]:
+        tensors = [table.get(name) for table, name in self._slots]
+        return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+    def draw(self, number: int, labels: Tensor | None, temperature: float) -> Tensor:
+        """Replays."""
+        self._drawn.check_temperature(temperature)
+        self._temperature.fill_(temperature)
+        if self._labels is not None:
+            self._labels[:number] = labels  # type: ignore[assignment]
+        self._replay()
+        return self._drawn.images[:number].clone()
+
+
+def _key(labels: Tensor | None) -> tuple[Any, ...]:
+    kind = None if labels is None else (labels.dtype, labels.shape[1:])
+    return kind, torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+
+
+def _capture(flow: nn.Module, draw: Callable[[], _Drawn], device: torch.device) -> tuple[_Drawn, Callable[[], None]]:
+    """Captures a draw: what it returns, and how to do it again.
+
+    Raises:
+        RuntimeError: If that is impossible.
+    """
+    if any(getattr(module, "using_cache", False) for module in flow.modules()):
+        raise RuntimeError(
+            f"{type(flow).__name__} cannot be captured in a CUDA graph, which would go on using the matrices that its "
+            "layers have cached: call use_cache(False) on those"
+        )
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.device(device), torch.cuda.stream(stream):
+        with torch.random.fork_rng([device]):
+            for _ in range(_WARM_UP):
+                draw()
+        # What would fail is found here, since after a failed capture torch's generator may be unusable.
+        with torch.random.fork_rng([device]), _synchronization_forbidden():
+            try:
+                draw()
+            except Exception as error:
+                raise _refusal(flow, error) from error
+        failure = None
+        # What autocast keeps of one draw, weights in half precision, must neither get into the graph nor out of it.
+        torch.clear_autocast_cache()
+        try:
+            # Other threads, such as those that load data, may go on with what a capture forbids.
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                try:
+                    drawn = draw()
+                except Exception as error:
+                    failure = error  # ending the capture may raise an error that tells less
+                    raise
+        except Exception as error:
+            raise _refusal(flow, failure or error) from failure or error
+        finally:
+            torch.clear_autocast_cache()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    return drawn, graph.replay
+
+
+def _refusal(flow: nn.Module, error: Exception) -> RuntimeError:
+    """The error that says why, and at which line of the flow: the innermost that is not torch's."""
+    torch_folder = str(Path(torch.__file__).parent)
+    frames = [
+        frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(torch_folder)
+    ]
+    place = f"; {frames[-1].filename}, line {frames[-1].lineno}: {frames[-1].line}"
+    return RuntimeError(f"{type(flow).__name__} cannot be captured in a CUDA graph: {error}{place}")
+
+
+@contextmanager
+def _synchronization_forbidden() -> Iterator[None]:
+    mode = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that this mode does not see everything
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+
+
+def _sample(flow: nn.Module, number: int, labels: Tensor | None, temperature: float | Tensor) -> _Drawn:
+    with _evaluating(flow), _inverted_together(flow), _NormalNumbers(temperature) as noise:
+        images = _library_sample(flow, number, labels)
+    return _Drawn(images, noise.drawn)
+
+
+def _library_sample(flow: Any, number: int, labels: Tensor | None) -> Tensor:
+    if hasattr(flow, "q0"):  # normflows: one row of the condition for each image; with the log-density
+        arguments = {} if labels is None else {_label_name(flow): labels}
+        return flow.sample(number, **arguments)[0]
+    if labels is None:
+        return flow.sample(number)
+    return flow.sample(1, context=labels)[:, 0]  # nflows: as many images for each row
+
+
+def _label_name(flow: Any) -> str:
+    """What `sample` calls its condition.
+
+    Raises:
+        ValueError: If it takes none.
+    """
+    parameters = inspect.signature(flow.sample).parameters
+    for name in ("y", "context"):
+        if name in parameters and getattr(flow, "class_cond", True):
+            return name
+    raise ValueError(f"labels must be None, as {type(flow).__name__} is not conditional")
+
+
+class _NormalNumbers(TorchFunctionMode):
+    """Multiplies standard normal numbers with the temperature as they are drawn.
+
+    That is what normflows does with a Gaussian base, and what nflows cannot do. A tensor can change between replays.
+    """
+
+    def __init__(self, temperature: float | Tensor) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.drawn = False
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        output = function(*args, **(kwargs or {}))
+        if function not in (torch.randn, torch.randn_like):
+            return output
+        self.drawn = True
+        return output * self.temperature
+
+
+@contextmanager
+def _evaluating(flow: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in flow.modules()}
+    if not any(modes.values()):
+        yield
+        return
+    flow.eval()
+    try:
+        yield
+    finally:
+        flow.train()  # by the method, where layers of nflows drop what they cached
+        for module, training in modes.items():
+            if not training:
+                module.training = False
+
+
+@contextmanager
+def _inverted_together(flow: nn.Module) -> Iterator[None]:
+    """Gives every `InvertibleConv1x1` its inverse weight, computed for all of a size in one batch."""
+    sizes = defaultdict(list)
+    for module in flow.modules():
+        if isinstance(module, InvertibleConv1x1):
+            sizes[module.lower.shape, module.lower.dtype].append(module)
+    try:
+        for layers in sizes.values():
+            for layer, weight in zip(layers, inverse_weights(layers), strict=True):
+                layer.inverse_weight = lambda weight=weight: weight  # type: ignore[method-assign, misc]
+        yield
+    finally:
+        for layer in chain.from_iterable(sizes.values()):
+            vars(layer).pop("inverse_weight", None)
+
+
+def inverse_weights(layers: list[InvertibleConv1x1]) -> Tensor:
+    """The inverse weight of each layer, [N, C, C]: what `inverse_weight` gives, in one batch.
+
+    Args:
+        layers: N layers of equal size.
+    """
+    function = _InverseWeight(layers[0])
+    states = [dict(chain(layer.named_parameters(), layer.named_buffers())) for layer in layers]
+    stacked = {f"layer.{name}": torch.stack([state[name] for state in states]) for name in states[0]}
+    return vmap(lambda state: functional_call(function, state, ()))(stacked)
+
+
+class _InverseWeight(nn.Module):
+    def __init__(self, layer: InvertibleConv1x1) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self) -> Tensor:
+        return self.layer.inverse_weight()
+
+
+def _device(flow: nn.Module) -> torch.device:
+    """Where the flow is.
+
+    Raises:
+        RuntimeError: If it is on several devices.
+    """
+    names = {tensor.device: name for name, tensor in chain(flow.named_parameters(), flow.named_buffers())}
+    if len(names) > 1:
+        found = ", ".join(f"{name} on {device}" for device, name in names.items())
+        raise RuntimeError(f"{type(flow).__name__} must be on one device, got {found}")
+    return next(iter(names), torch.device("cpu"))
+
+
+def _positive(name: str, value: int) -> int:
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return int(value)
+
+
+def _check_temperature(temperature: float) -> None:
+    if not isinstance(temperature, Real) or isinstance(temperature, bool):
+        raise TypeError(f"temperature must be a number, got {temperature!r}")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be finite and not negative, got {temperature}")

@@ -1,0 +1,245 @@
+"""The steps of the FInC image flow as modules that belong to no library.
+
+Each has `forward(x) -> (y, log_abs_det)` from data to latent and `inverse(y) -> (x, log_abs_det)`, log-determinants [B]
+in float32 at least, like `InvertibleConv2d`. The adapters give them their library's directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+
+class Sequence(nn.Module):
+    """Several steps one after the other, the first one next to the data.
+
+    Args:
+        steps: Modules with `forward` and `inverse`.
+    """
+
+    def __init__(self, steps: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.steps = nn.ModuleList(steps)
+
+    def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """From data to latent."""
+        return _chain(input, [step.forward for step in self.steps])
+
+    def inverse(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """From latent to data."""
+        return _chain(input, [step.inverse for step in reversed(self.steps)])
+
+
+class Inverse(nn.Module):
+    """A step the other way round: Inverse-Flow (Nagar, Varma 2025, arXiv 2410.14634) has its convolutions so.
+
+    Args:
+        step: The module whose directions to exchange.
+    """
+
+    def __init__(self, step: nn.Module) -> None:
+        super().__init__()
+        self.step = step
+
+    def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """The step's inverse."""
+        return self.step.inverse(input)  # type: ignore[operator]
+
+    def inverse(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """The step's forward direction."""
+        return self.step(input)
+
+
+class ActNorm(nn.Module):
+    """y = exp(log_scale) (x + shift), channel by channel (Glow, Kingma, Dhariwal 2018, arXiv 1807.03039, section 3.1).
+
+    The first batch that passes forward in training mode sets both so that its outputs have mean 0 and variance 1 in
+    every channel; all processes of a distributed training together, so that they agree.
+
+    Args:
+        channels: C.
+
+    Attributes:
+        log_scale: Parameter, [C].
+        shift: Parameter, [C].
+        initialized: Buffer, whether that batch has passed.
+    """
+
+    initialized: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.zeros(channels))
+        self.shift = nn.Parameter(torch.zeros(channels))
+        self.register_buffer("initialized", torch.tensor(False))
+        # What the buffer says, without waiting for the device to tell, and constant under torch.compile.
+        self._is_initialized = False
+
+    def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalises, [B, C, H, W]."""
+        if self.training and not self._is_initialized and input.numel():
+            self._initialize(input)
+        scale, shift = self.log_scale.exp()[:, None, None], self.shift[:, None, None]
+        return (input + shift) * scale, _per_image(self.log_scale, input)
+
+    def inverse(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """Undoes `forward`."""
+        scale, shift = self.log_scale.neg().exp()[:, None, None], self.shift[:, None, None]
+        return input * scale - shift, -_per_image(self.log_scale, input)
+
+    @torch.no_grad()
+    def _initialize(self, input: Tensor) -> None:
+        values = input.double()
+        count = values.new_tensor(values.numel() / values.shape[1])
+        sums = torch.stack([count.expand(values.shape[1]), values.sum((0, 2, 3)), values.square().sum((0, 2, 3))])
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.all_reduce(sums)
+        mean = sums[1] / sums[0]
+        variance = sums[2] / sums[0] - mean.square()
+        self.shift.copy_(-mean)
+        self.log_scale.copy_(-0.5 * (variance.clamp_min(0) + 1e-12).log())
+        self.initialized.fill_(True)
+        self._is_initialized = True
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._is_initialized = bool(self.initialized)
+
+
+class InvertibleConv1x1(nn.Module):
+    """y = W x at every pixel, W = P L (U + diag(s)) (Glow, arXiv 1807.03039, section 3.2).
+
+    P is a fixed permutation, L unit lower and U strictly upper triangular, so that log |det W| = sum log |s|. It starts
+    as a random rotation. Under autocast it stays in the dtype of its parameters.
+
+    Args:
+        channels: C.
+
+    Attributes:
+        lower: Parameter, [C, C], whose strict lower triangle is that of L.
+        upper: Parameter, [C, C], whose strict upper triangle is U.
+        log_scale: Parameter, [C], log |s|.
+    """
+
+    permutation: Tensor
+    sign: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        rotation = torch.linalg.qr(torch.randn(channels, channels, dtype=torch.float64))[0]
+        permutation, lower, upper = torch.linalg.lu(rotation)
+        dtype = torch.get_default_dtype()
+        self.register_buffer("permutation", permutation.argmax(1))  # row of the product L U that row i of W is
+        self.register_buffer("sign", upper.diagonal().sign().to(dtype))
+        self.lower = nn.Parameter(lower.tril(-1).to(dtype))
+        self.upper = nn.Parameter(upper.triu(1).to(dtype))
+        self.log_scale = nn.Parameter(upper.diagonal().abs().log().to(dtype))
+
+    def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """Mixes the channels, [B, C, H, W]."""
+        with torch.autocast(input.device.type, enabled=False):
+            lower, upper = self._factors()
+            output = _mixed((lower @ upper)[self.permutation], input)
+        return output, _per_image(self.log_scale, input)
+
+    def inverse(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """Undoes `forward`."""
+        with torch.autocast(input.device.type, enabled=False):
+            output = _mixed(self.inverse_weight(), input)
+        return output, -_per_image(self.log_scale, input)
+
+    def inverse_weight(self) -> Tensor:
+        """The inverse of W, [C, C]."""
+        # Half precision has no triangular solver.
+        dtype = torch.promote_types(self.lower.dtype, torch.float32)
+        lower, upper = (factor.to(dtype) for factor in self._factors())
+        permuted = torch.eye(len(lower), dtype=dtype, device=lower.device)[:, self.permutation]
+        half_solved = torch.linalg.solve_triangular(lower, permuted, upper=False, unitriangular=True)
+        return torch.linalg.solve_triangular(upper, half_solved, upper=True).to(self.lower.dtype)
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        identity = torch.eye(len(self.lower), dtype=self.lower.dtype, device=self.lower.device)
+        scale = self.sign * self.log_scale.exp()
+        return self.lower.tril(-1) + identity, self.upper.triu(1) + torch.diag(scale)
+
+
+def _mixed(weight: Tensor, input: Tensor) -> Tensor:
+    # Not F.conv2d, which a GPU computes in TF32 by default: the inverse has to undo this to rounding.
+    return (weight @ input.to(weight.dtype).flatten(2)).view(input.shape)
+
+
+class AffineCoupling(nn.Module):
+    """y1 = s(x2) x1 + t(x2), y2 = x2, with log s = 2 tanh(h / 2) and (h, t) = network(x2).
+
+    The coupling of FInC Flow (Kallappa, Nagar, Varma 2023, arXiv 2301.09266), whose scale stays between e^-2 and e^2.
+    Run back it divides by the same scale, so that only the network's rounding, TF32 on a GPU for instance, can make a
+    round trip err.
+
+    Args:
+        network: Takes the second half of the channels, [B, C/2, H, W], gives [B, C, H, W]: h, then t.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """Transforms the first half of the channels, [B, C, H, W]."""
+        changed, kept = input.chunk(2, 1)
+        log_scale, shift = self._scale_and_shift(kept)
+        return torch.cat([changed * log_scale.exp() + shift, kept], 1), _sum(log_scale)
+
+    def inverse(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """Undoes `forward`."""
+        changed, kept = input.chunk(2, 1)
+        log_scale, shift = self._scale_and_shift(kept)
+        return torch.cat([(changed - shift) * log_scale.neg().exp(), kept], 1), -_sum(log_scale)
+
+    def _scale_and_shift(self, kept: Tensor) -> tuple[Tensor, Tensor]:
+        raw, shift = self.network(kept).to(kept.dtype).chunk(2, 1)
+        return 2 * torch.tanh(raw / 2), shift
+
+
+def coupling_network(channels: int, hidden_channels: int) -> nn.Sequential:
+    """3x3 -> ReLU -> 1x1 -> ReLU -> 3x3 that starts at zero: the paper's network for a coupling of C channels."""
+    return nn.Sequential(
+        nn.Conv2d(channels // 2, hidden_channels, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(hidden_channels, hidden_channels, 1),
+        nn.ReLU(),
+        _zero(nn.Conv2d(hidden_channels, channels, 3, padding=1)),
+    )
+
+
+def learned_prior(channels: int) -> AffineCoupling:
+    """The learned prior of a split: the last step before the first half of the C channels leaves as standard normal."""
+    return AffineCoupling(_zero(nn.Conv2d(channels // 2, channels, 3, padding=1)))
+
+
+def _zero(convolution: nn.Conv2d) -> nn.Conv2d:
+    nn.init.zeros_(convolution.weight)
+    if convolution.bias is not None:
+        nn.init.zeros_(convolution.bias)
+    return convolution
+
+
+def _chain(input: Tensor, functions: Iterable[Any]) -> tuple[Tensor, Tensor]:
+    total = None
+    for function in functions:
+        input, log_abs_det = function(input)
+        total = log_abs_det if total is None else total + log_abs_det
+    return input, torch.zeros(len(input), device=input.device) if total is None else total
+
+
+def _per_image(log_scale: Tensor, input: Tensor) -> Tensor:
+    """log |det| of scaling the channels of every pixel, [B]."""
+    dtype = torch.promote_types(log_scale.dtype, torch.float32)
+    batch, _, height, width = input.shape
+    return (height * width * log_scale.to(dtype).sum()).repeat(batch)
+
+
+def _sum(log_scale: Tensor) -> Tensor:
+    return log_scale.to(torch.promote_types(log_scale.dtype, torch.float32)).sum((1, 2, 3))

@@ -1,0 +1,602 @@
+"""Images as numbers of a density: dequantisation, preprocessing, bits per dimension; and back as pictures."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import scipy.special
+import scipy.stats
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.autograd.functional import jacobian
+
+from nflows_kconv.images import (
+    Affine,
+    Logit,
+    UniformDequantization,
+    VariationalDequantization,
+    bits_per_dim,
+    grid,
+    importance_weighted_bound,
+    to_uint8,
+)
+
+LEVELS = (2, 3, 10, 17, 49, 100, 200, 255, 256, 257, 1000, 65535, 65536)
+REAL_DTYPES = (torch.uint8, torch.int16, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64)
+PREPROCESSING = {
+    "logit": Logit(),
+    "logit, large alpha": Logit(0.05),
+    "logit, alpha 0": Logit(0),
+    "centre": Affine(),
+    "affine": Affine(-2.5, 3.0),
+}
+DEQUANTIZATIONS = {
+    "uniform": lambda channels, levels: UniformDequantization(levels),
+    "variational": lambda channels, levels: randomized(
+        VariationalDequantization(channels, levels=levels, hidden_channels=8)
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", params=DEQUANTIZATIONS.values(), ids=DEQUANTIZATIONS)
+def dequantization(request):
+    return request.param
+
+
+@pytest.fixture(scope="session", params=PREPROCESSING.values(), ids=PREPROCESSING)
+def preprocessing(request):
+    return request.param
+
+
+def randomized(module: nn.Module, std: float = 0.3) -> nn.Module:
+    """With parameters as after training: at the start the couplings do nothing."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(std=std)
+    return module
+
+
+def random_images(*shape: int, levels: int = 256, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randint(levels, shape).to(dtype)
+
+
+def as_numpy(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().cpu().double().numpy()
+
+
+class TestDequantization:
+    """What holds for both."""
+
+    @given(
+        levels=st.sampled_from(LEVELS),
+        batch=st.integers(0, 3),
+        size=st.tuples(st.integers(1, 3), st.integers(1, 6), st.integers(1, 6)),
+        dtype=st.sampled_from([torch.float32, torch.float64]),
+    )
+    def test_round_trip(self, dequantization, levels, batch, size, dtype, device):
+        x = random_images(batch, *size, levels=levels, dtype=dtype).to(device)
+        module = dequantization(size[0], levels).to(device, dtype)
+        y, log_abs_det = module(x)
+        restored, inverse_log_abs_det = module.inverse(y)
+        assert y.dtype == restored.dtype == log_abs_det.dtype == dtype
+        assert y.shape == x.shape and log_abs_det.shape == inverse_log_abs_det.shape == (batch,)
+        assert torch.equal(restored, x)
+        if dtype == torch.float64:
+            torch.testing.assert_close(log_abs_det, -inverse_log_abs_det, rtol=1e-7, atol=1e-5)
+
+    @pytest.mark.parametrize("draw", [0.0, 1 - 2**-24])
+    @pytest.mark.parametrize("levels", LEVELS)
+    def test_extreme_noise_stays_in_its_cell(self, dequantization, levels, draw, monkeypatch):
+        x = torch.arange(levels).view(1, 1, 1, -1).float()
+        module = dequantization(1, levels)
+        monkeypatch.setattr(torch, "rand_like", lambda input: torch.full_like(input, draw))
+        y, _ = module(x)
+        assert 0 < y.min() and y.max() < 1
+        exact = y.double() * levels
+        assert (exact > x.double()).all() and (exact < x.double() + 1).all()
+        assert torch.equal(module.inverse(y)[0], x)
+
+    @pytest.mark.parametrize("dtype", REAL_DTYPES, ids=str)
+    def test_dtypes(self, dequantization, dtype):
+        x = random_images(2, 3, 4, 4, levels=100, dtype=dtype)
+        y, log_abs_det = dequantization(3, 100)(x)
+        assert y.dtype == log_abs_det.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert torch.equal((100 * y).floor(), x.to(y.dtype))
+
+    def test_booleans_are_two_levels(self):
+        x = torch.tensor([True, False]).view(1, 1, 1, 2)
+        y, _ = UniformDequantization(2)(x)
+        assert torch.equal(y >= 0.5, x)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+    def test_parameters_of_another_dtype(self, dtype):
+        """The noise keeps its precision."""
+        y, log_abs_det = DEQUANTIZATIONS["variational"](3, 256).to(dtype)(random_images(2, 3, 4, 4))
+        assert y.dtype == log_abs_det.dtype == torch.float32
+
+    def test_autocast(self):
+        module, x = DEQUANTIZATIONS["variational"](3, 256), random_images(2, 3, 4, 4)
+        with torch.autocast("cpu", torch.bfloat16):
+            y, log_abs_det = module(x)
+            assert torch.equal(module.inverse(y)[0], x)
+        assert y.dtype == log_abs_det.dtype == torch.float32
+
+    def test_inverse_clamps(self, dequantization):
+        y = torch.tensor([-1e9, -1e-3, 0, 0.1, 0.999, 1, 2, math.inf, -math.inf, math.nan]).view(1, 1, 1, -1)
+        x, log_abs_det = dequantization(1, 10).inverse(y[..., :-1])
+        assert log_abs_det.isfinite().all()
+        assert x.flatten().tolist() == [0, 0, 0, 1, 9, 9, 9, 9, 0]
+        assert dequantization(1, 10).inverse(y)[0].flatten()[-1].isnan()
+
+    def test_compiles_and_maps(self, dequantization):
+        module, x = dequantization(3, 256), random_images(4, 3, 6, 6)
+        compiled = torch.compile(module, backend="eager", fullgraph=True)
+        torch.manual_seed(1)
+        expected = module(x)
+        torch.manual_seed(1)
+        torch.testing.assert_close(compiled(x), expected)
+
+        def loss(image):
+            y, log_abs_det = module(image[None])
+            return y.sum() + log_abs_det.sum()
+
+        assert torch.vmap(loss, randomness="different")(x).shape == (4,)
+        gradients = torch.vmap(torch.func.grad(loss), randomness="different")(x)
+        assert gradients.shape == x.shape
+
+    def test_meta(self, dequantization):
+        y, log_abs_det = dequantization(3, 256).to("meta")(torch.empty(2, 3, 4, 6, device="meta"))
+        assert y.device.type == log_abs_det.device.type == "meta"
+        assert y.shape == (2, 3, 4, 6) and log_abs_det.shape == (2,)
+
+    def test_new_noise_at_each_call(self, dequantization):
+        module, x = dequantization(3, 256), random_images(2, 3, 4, 4)
+        assert not torch.equal(module(x)[0], module(x)[0])
+
+    @pytest.mark.parametrize("value", [-1.0, 256.0, 1e9, 0.5, 254.5, math.nan, math.inf])
+    def test_values(self, dequantization, value):
+        x = torch.zeros(2, 1, 3, 3)
+        x[1, 0, 2, 0] = value
+        with pytest.raises(ValueError, match=rf"whole numbers in 0\.\.255, got {value}"):
+            dequantization(1, 256)(x)
+        with pytest.raises(ValueError, match=r"whole numbers in 0\.\.9, got 10"):
+            dequantization(1, 10)(torch.full((1, 1, 1, 1), 10))
+
+    def test_arguments(self, dequantization):
+        module = dequantization(3, 256)
+        for function in (module, module.inverse):
+            with pytest.raises(ValueError, match=r"4 dimensions \[B, C, H, W\], got shape \(3, 4, 4\)"):
+                function(torch.zeros(3, 4, 4))
+            with pytest.raises(TypeError, match="must be a tensor, got ndarray"):
+                function(np.zeros((1, 3, 4, 4)))
+            with pytest.raises(TypeError, match=r"real numbers, got torch\.complex64"):
+                function(torch.zeros(1, 3, 4, 4, dtype=torch.complex64))
+        with pytest.raises(TypeError, match=r"floating-point numbers, got torch\.uint8"):
+            module.inverse(torch.zeros(1, 3, 4, 4, dtype=torch.uint8))
+
+    @pytest.mark.parametrize(
+        ("arguments", "error", "match"),
+        [
+            (dict(levels=1), ValueError, "levels must be between 2 and 65536, got 1"),
+            (dict(levels=0), ValueError, "levels must be at least 1, got 0"),
+            (dict(levels=65537), ValueError, "levels must be between 2 and 65536, got 65537"),
+            (dict(levels=256.0), TypeError, r"levels must be an integer, got 256\.0"),
+            (dict(levels=True), TypeError, "levels must be an integer, got True"),
+            (dict(channels=0), ValueError, "channels must be at least 1, got 0"),
+            (dict(hidden_channels=0), ValueError, "hidden_channels must be at least 1, got 0"),
+        ],
+    )
+    def test_constructors(self, arguments, error, match):
+        if "levels" in arguments:
+            with pytest.raises(error, match=match):
+                UniformDequantization(**arguments)
+        with pytest.raises(error, match=match):
+            VariationalDequantization(**{"channels": 3, **arguments})
+
+    def test_levels_of_numpy(self):
+        y, _ = UniformDequantization(np.int64(256))(random_images(1, 1, 2, 2))
+        assert y.max() < 1
+
+
+class TestUniformDequantization:
+    def test_noise_is_uniform(self, device):
+        x = torch.tensor([0.0, 1.0, 128.0, 255.0], device=device).view(1, 4, 1, 1).expand(5000, 4, 2, 1)
+        y, _ = UniformDequantization()(x)
+        noise = as_numpy(256 * y - x)
+        for channel in range(4):
+            assert scipy.stats.kstest(noise[:, channel].ravel(), "uniform").pvalue > 1e-3
+        correlations = np.corrcoef(noise.reshape(5000, -1), rowvar=False) - np.eye(8)
+        assert np.abs(correlations).max() < 5 / 5000**0.5
+
+    def test_log_abs_det(self):
+        x = random_images(2, 1, 2, 3, levels=17, dtype=torch.float64)
+        module = UniformDequantization(17)
+        matrix = jacobian(lambda x: module(x)[0], x).reshape(2, 6, 2, 6)
+        expected = torch.stack([matrix[n, :, n].slogdet().logabsdet for n in range(2)])
+        torch.testing.assert_close(module(x)[1], expected)
+        torch.testing.assert_close(module.inverse(x / 17)[1], -expected)
+
+    def test_nothing_to_save(self):
+        assert not UniformDequantization().state_dict()
+
+
+class TestVariationalDequantization:
+    def test_starts_close_to_uniform(self):
+        x, module = random_images(3, 3, 5, 7, dtype=torch.float64), VariationalDequantization(3).double()
+        torch.manual_seed(1)
+        y, log_abs_det = module(x)
+        torch.manual_seed(1)
+        uniform_y, uniform_log_abs_det = UniformDequantization()(x)
+        torch.testing.assert_close(y, uniform_y, rtol=0, atol=0.02 / 256)
+        torch.testing.assert_close(log_abs_det, uniform_log_abs_det, rtol=0.02, atol=0)
+
+    def test_noise_cannot_shrink_to_a_point(self, monkeypatch):
+        """Where the couplings are driven as far as they go: the density stays below e^8, and the noise in its cell."""
+        module = VariationalDequantization(1)
+        x = torch.arange(256.0).view(4, 1, 8, 8)
+        log_densities = []
+        for draw, scale, shift in itertools.product((0.0, 0.1, 0.5, 0.9, 1 - 2**-24), (-100.0, 100.0), (-100.0, 100.0)):
+            monkeypatch.setattr(torch, "rand_like", lambda input, draw=draw: torch.full_like(input, draw))
+            with torch.no_grad():
+                for coupling in module.couplings:
+                    coupling.last.bias.copy_(torch.tensor([scale, shift]))
+                y, log_abs_det = module(x)
+            assert torch.equal(module.inverse(y)[0], x)
+            log_densities.append(-log_abs_det / 64 - math.log(256))
+        largest = torch.cat(log_densities).max()
+        assert 5 < largest < 8.001
+
+    @pytest.mark.parametrize("size", [(1, 1, 1), (1, 1, 2), (2, 1, 1)], ids=str)
+    def test_density_integrates_to_one(self, size):
+        """Of u given x, by the midpoint rule over the cells of all x; q is exp(inverse's log_abs_det) / levels^D."""
+        module = DEQUANTIZATIONS["variational"](size[0], 3).double()
+        dimensions = math.prod(size)
+        points = 3000 if dimensions == 1 else 120
+        u = (torch.arange(points, dtype=torch.float64) + 0.5) / points
+        u = torch.cartesian_prod(*[u] * dimensions).view(-1, *size)
+        densities = []
+        for values in itertools.product(range(3), repeat=dimensions):
+            x = torch.tensor(values, dtype=torch.float64).view(size)
+            _, log_abs_det = module.inverse((x + u) / 3)
+            densities.append((log_abs_det - dimensions * math.log(3)).exp())
+            assert densities[-1].mean().item() == pytest.approx(1, abs=1e-3)
+        assert (densities[0] - densities[-1]).abs().max() > 0.1, "q does not depend on x"
+
+    def test_noise_is_drawn_from_the_density(self):
+        """The distribution function of the drawn u against the integral of what `inverse` says."""
+        module = randomized(VariationalDequantization(1, levels=4, hidden_channels=8)).double()
+        x = torch.full((20000, 1, 1, 1), 2.0, dtype=torch.float64)
+        u = 4 * module(x)[0] - x
+        assert scipy.stats.kstest(as_numpy(u).ravel(), "uniform").pvalue < 1e-3, "the case is too easy"
+        edges = torch.linspace(0, 1, 4001, dtype=torch.float64)
+        middles = (edges[1:] + edges[:-1]) / 2
+        _, log_abs_det = module.inverse((2 + middles.view(-1, 1, 1, 1)) / 4)
+        density = (log_abs_det - math.log(4)).exp()
+        cumulative = np.concatenate([[0], np.cumsum(as_numpy(density))]) / 4000
+        result = scipy.stats.kstest(as_numpy(u).ravel(), lambda t: np.interp(t, as_numpy(edges), cumulative))
+        assert result.pvalue > 1e-3
+
+    def test_log_abs_det_is_of_the_noise_drawn(self):
+        """Log q(u | x) of the draw, against the change of variables with an autograd Jacobian, v being uniform."""
+        module = randomized(VariationalDequantization(2, hidden_channels=8)).double()
+        x = random_images(3, 2, 3, 3, dtype=torch.float64)
+        v = 0.02 + 0.96 * torch.rand_like(x)
+
+        def y_of_noise(noise, image):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("nflows_kconv.images.dequantization._uniform_noise", lambda values, levels: noise[None])
+                return module(image[None])
+
+        for noise, image in zip(v, x, strict=True):
+            matrix = jacobian(lambda noise, image=image: y_of_noise(noise, image)[0], noise).reshape(18, 18)
+            torch.testing.assert_close(y_of_noise(noise, image)[1], matrix.slogdet().logabsdet[None])
+
+    def test_noise_depends_on_the_neighbours(self, monkeypatch):
+        """On their values, and on their noise."""
+        module = randomized(VariationalDequantization(1, hidden_channels=8)).double()
+        x, v = random_images(1, 1, 6, 6, dtype=torch.float64), torch.rand(1, 1, 6, 6, dtype=torch.float64)
+        other_x, other_v = x.clone(), v.clone()
+        other_x[0, 0, 3, 3], other_v[0, 0, 3, 3] = 255 - x[0, 0, 3, 3], 1 - v[0, 0, 3, 3]
+
+        def noise(x, v):
+            monkeypatch.setattr(torch, "rand_like", lambda input: v)
+            return (256 * module(x)[0] - x)[0, 0]
+
+        for other in (noise(other_x, v), noise(x, other_v)):
+            assert ((other - noise(x, v)).abs() > 1e-6)[1:6, 1:6].all()
+
+    def test_training_tightens_the_bound(self):
+        """For p(y) = 2 y with two levels; uniform noise loses 1 - log 2 nats where x = 0 and little where x = 1."""
+        x = torch.tensor([0.0, 1.0]).repeat_interleave(256).view(-1, 1, 1, 1)
+        exact = torch.tensor([0.25, 0.75]).log().repeat_interleave(256)
+
+        def gap(module):
+            y, log_abs_det = module(x)
+            return (exact - (2 * y).log().flatten() - log_abs_det).mean()
+
+        with torch.no_grad():
+            uniform = gap(UniformDequantization(2))
+        module = VariationalDequantization(1, levels=2, hidden_channels=8)
+        optimizer = torch.optim.Adam(module.parameters(), 0.02)
+        for _ in range(100):
+            optimizer.zero_grad()
+            gap(module).backward()
+            optimizer.step()
+        with torch.no_grad():
+            trained = torch.stack([gap(module) for _ in range(20)]).mean()
+        assert uniform > 0.1
+        assert 0 < trained < 0.3 * uniform
+
+    def test_state_dict(self):
+        module = DEQUANTIZATIONS["variational"](3, 256)
+        other = VariationalDequantization(3, hidden_channels=8)
+        other.load_state_dict(module.state_dict())
+        x = random_images(2, 3, 4, 4)
+        outputs = []
+        for each in (module, other):
+            torch.manual_seed(1)
+            outputs.append(each(x))
+        torch.testing.assert_close(outputs[0], outputs[1], rtol=0, atol=0)
+        with pytest.raises(RuntimeError, match="size mismatch"):
+            VariationalDequantization(1, hidden_channels=8).load_state_dict(module.state_dict())
+
+    def test_channels(self):
+        module = VariationalDequantization(3)
+        for function in (module, module.inverse):
+            with pytest.raises(ValueError, match=r"must have 3 channels, got shape \(1, 1, 4, 4\)"):
+                function(torch.zeros(1, 1, 4, 4))
+
+
+class TestPreprocessing:
+    @given(
+        batch=st.integers(0, 3),
+        size=st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4)),
+        dtype=st.sampled_from([torch.float32, torch.float64]),
+    )
+    def test_round_trip(self, preprocessing, batch, size, dtype, device):
+        x = torch.rand(batch, *size, dtype=dtype, device=device).clamp(1e-6, 1 - 1e-6)
+        y, log_abs_det = preprocessing(x)
+        restored, inverse_log_abs_det = preprocessing.inverse(y)
+        assert y.dtype == restored.dtype == log_abs_det.dtype == dtype
+        assert log_abs_det.shape == inverse_log_abs_det.shape == (batch,)
+        tolerance = 16 * torch.finfo(dtype).eps
+        torch.testing.assert_close(restored, x, rtol=0, atol=tolerance)
+        torch.testing.assert_close(inverse_log_abs_det, -log_abs_det, rtol=tolerance, atol=1e6 * tolerance)
+
+    def test_log_abs_det(self, preprocessing):
+        x = torch.rand(2, 1, 2, 3, dtype=torch.float64)
+        y, log_abs_det = preprocessing(x)
+        for function, input, actual in (
+            (preprocessing, x, log_abs_det),
+            (preprocessing.inverse, y, preprocessing.inverse(y)[1]),
+        ):
+            matrix = jacobian(lambda input, function=function: function(input)[0], input).reshape(2, 6, 2, 6)
+            expected = torch.stack([matrix[n, :, n].slogdet().logabsdet for n in range(2)])
+            torch.testing.assert_close(actual, expected)
+
+    @pytest.mark.parametrize("alpha", [1e-6, 0.05])
+    def test_logit_near_the_ends(self, alpha):
+        """In float32 as in float64, at 0, at 1 and as near as float32 comes."""
+        x = torch.tensor([0, 1e-45, 2**-24, 1e-6, 1e-3, 0.5, 0.999, 1 - 1e-6, 1 - 2**-24, 1.0])[:, None]
+        y, log_abs_det = Logit(alpha)(x)
+        exact = x.double()
+        expected, expected_log_abs_det = Logit(alpha)(exact)
+        scipy_logit = scipy.special.logit(alpha + (1 - 2 * alpha) * as_numpy(x))
+        np.testing.assert_allclose(as_numpy(expected), scipy_logit, rtol=1e-9, atol=1e-15)
+        torch.testing.assert_close(y.double(), expected, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(log_abs_det.double(), expected_log_abs_det, rtol=1e-6, atol=1e-6)
+        restored, inverse_log_abs_det = Logit(alpha).inverse(y)
+        torch.testing.assert_close(restored, x, rtol=0, atol=2e-7)
+        torch.testing.assert_close(inverse_log_abs_det, -log_abs_det, rtol=1e-6, atol=1e-6)
+
+    def test_logit_of_any_latent(self):
+        """Samples may be anywhere on the real line."""
+        y = torch.tensor([[-1e6, -200.0, 0.0, 200.0, 1e6]]).T.requires_grad_()
+        x, log_abs_det = Logit().inverse(y)
+        torch.testing.assert_close(x.detach(), torch.tensor([[0.0, 0, 0.5, 1, 1]]).T, rtol=0, atol=2e-6)
+        torch.testing.assert_close(log_abs_det.detach(), -y.detach().abs()[:, 0], rtol=1e-3, atol=1.5)
+        (x.sum() + log_abs_det.sum()).backward()
+        assert y.grad.isfinite().all()
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+    def test_half_precision(self, preprocessing, dtype):
+        """Computed in float32, rounded once."""
+        x = (torch.randint(1, 128, (2, 1, 200, 100)) / 128).to(dtype)
+        for function, input in ((preprocessing, x), (preprocessing.inverse, preprocessing(x)[0])):
+            output, log_abs_det = function(input)
+            expected, expected_log_abs_det = function(input.float())
+            assert output.dtype == dtype and log_abs_det.dtype == torch.float32
+            torch.testing.assert_close(output, expected.to(dtype))
+            torch.testing.assert_close(log_abs_det, expected_log_abs_det)
+
+    def test_arguments(self):
+        for alpha in (-1e-9, 0.5, 1.0, math.nan):
+            with pytest.raises(ValueError, match=f"alpha must be at least 0 and below 1/2, got {alpha}"):
+                Logit(alpha)
+        for scale, shift in ((0, 0), (math.inf, 0), (math.nan, 0), (1, math.nan), (1, -math.inf)):
+            with pytest.raises(ValueError, match=f"scale not 0, got scale {scale} and shift {shift}"):
+                Affine(scale, shift)
+
+
+class Categorical:
+    """Independent pixels with known probabilities, as the density of y that is constant on each cell.
+
+    Attributes:
+        probabilities: [levels, C, H, W].
+    """
+
+    def __init__(self, levels, *size):
+        logits = torch.randn(levels, *size, dtype=torch.float64)
+        self.levels, self.size, self.probabilities = levels, size, logits.softmax(0)
+
+    def log_prob(self, x):
+        """Of whole numbers, [B]."""
+        return self.probabilities.gather(0, x.long()).log().flatten(1).sum(1)
+
+    def log_density(self, y):
+        """Of numbers in [0, 1), [B]."""
+        return self.log_prob((self.levels * y).floor()) + y[0].numel() * math.log(self.levels)
+
+    def entropy(self):
+        """In bits for each number."""
+        return scipy.stats.entropy(self.probabilities.numpy(), base=2, axis=0).mean()
+
+    def images(self):
+        """All of them."""
+        values = itertools.product(range(self.levels), repeat=math.prod(self.size))
+        return torch.tensor(list(values), dtype=torch.float64).view(-1, *self.size)
+
+
+class TestBitsPerDim:
+    @pytest.mark.parametrize("steps", [(), ("logit",), ("affine", "logit, large alpha", "centre")], ids=str)
+    def test_known_entropy(self, steps):
+        """The expectation over all images is the entropy, through any preprocessing."""
+        model = Categorical(4, 2, 1, 2)
+        dequantization = UniformDequantization(4)
+        # In these the ends of [0, 1] stay inside.
+        preprocessing = [PREPROCESSING[name] if name != "affine" else Affine(0.9, 0.05) for name in steps]
+
+        def log_density_of_latent(z):
+            # The density of the latent by itself: what is known about y, times |dy/dz| by autograd.
+            z = z.detach().requires_grad_()
+            y = z
+            for module in reversed(preprocessing):
+                y, _ = module.inverse(y)
+            derivative = torch.autograd.grad(y.sum(), z)[0] if preprocessing else torch.ones_like(z)
+            return model.log_density(y.detach()) + derivative.log().flatten(1).sum(1)
+
+        x = model.images()
+        z, log_prob = dequantization(x)
+        for module in preprocessing:
+            z, log_abs_det = module(z)
+            log_prob = log_prob + log_abs_det
+        log_prob = log_prob + log_density_of_latent(z)
+        torch.testing.assert_close(log_prob, model.log_prob(x))
+        bits = bits_per_dim(log_prob, model.size)
+        assert (bits * model.log_prob(x).exp()).sum().item() == pytest.approx(model.entropy())
+
+    @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float64], ids=str)
+    def test_guessing_takes_eight_bits(self, dtype):
+        """The density 1 on [0, 1)."""
+        _, log_prob = UniformDequantization()(random_images(5, 3, 32, 32, dtype=dtype))
+        torch.testing.assert_close(bits_per_dim(log_prob, (3, 32, 32)), torch.full_like(log_prob, 8.0))
+
+    def test_arguments(self):
+        log_prob = torch.zeros(2)
+        with pytest.raises(ValueError, match=r"\(C, H, W\), got \(2, 3, 4, 4\)"):
+            bits_per_dim(log_prob, (2, 3, 4, 4))
+        with pytest.raises(ValueError, match="height must be at least 1, got 0"):
+            bits_per_dim(log_prob, torch.Size([3, 0, 4]))
+        with pytest.raises(TypeError, match=r"channels must be an integer, got 3\.0"):
+            bits_per_dim(log_prob, (3.0, 4, 4))
+
+
+class TestImportanceWeightedBound:
+    """For p(y) = 2 y with two levels, where P(0) = 1/4 and P(1) = 3/4."""
+
+    EXACT = torch.tensor([0.25, 0.75]).log().double()
+
+    @staticmethod
+    def log_prob(x):
+        y, log_abs_det = UniformDequantization(2)(x)
+        return (2 * y).log().flatten() + log_abs_det
+
+    def bound(self, num_samples, repeats):
+        """Its mean and the standard error of that, over repeats."""
+        x = torch.tensor([0.0, 1.0]).double().repeat_interleave(repeats).view(-1, 1, 1, 1)
+        values = importance_weighted_bound(self.log_prob, x, num_samples).view(2, repeats)
+        return values.mean(1), values.std(1) / repeats**0.5
+
+    def test_converges_from_below(self):
+        previous = torch.full((2,), -math.inf).double()
+        for num_samples in (1, 2, 10, 100):
+            mean, error = self.bound(num_samples, 4000)
+            assert (mean > previous).all()
+            assert (mean < self.EXACT + 4 * error).all()
+            previous = mean
+        torch.testing.assert_close(mean, self.EXACT, rtol=0, atol=0.01)
+
+    def test_one_sample_is_the_plain_bound(self):
+        """E log(2 y) over the cell of 0 is -1, by hand, and log_abs_det is -log 2."""
+        mean, error = self.bound(1, 20000)
+        assert abs(mean[0] + 1 + math.log(2)) < 4 * error[0]
+
+    def test_mean_of_probabilities(self):
+        """Where the probabilities themselves are below the smallest float."""
+        samples = torch.tensor([-1e5, 3.0, -math.inf]) + 10 * torch.randn(7, 3)
+        calls = iter(samples)
+        actual = importance_weighted_bound(lambda images: next(calls), torch.zeros(3, 1, 1, 1), 7)
+        expected = scipy.special.logsumexp(as_numpy(samples), axis=0) - math.log(7)
+        np.testing.assert_allclose(as_numpy(actual), expected, rtol=1e-6)
+
+    def test_no_gradient(self):
+        seen = []
+
+        def log_prob(images):
+            seen.append(torch.is_grad_enabled())
+            return images.flatten(1).sum(1)
+
+        x = torch.zeros(2, 1, 2, 2, requires_grad=True)
+        assert not importance_weighted_bound(log_prob, x, 3).requires_grad
+        assert seen == [False] * 3
+
+    def test_arguments(self):
+        x = torch.zeros(2, 1, 2, 2)
+        with pytest.raises(ValueError, match="num_samples must be at least 1, got 0"):
+            importance_weighted_bound(self.log_prob, x, 0)
+        with pytest.raises(TypeError, match=r"num_samples must be an integer, got 2\.0"):
+            importance_weighted_bound(self.log_prob, x, 2.0)
+        with pytest.raises(ValueError, match=r"one number an image, \[2\], got \(\)"):
+            importance_weighted_bound(lambda images: images.mean(), x, 1)
+        with pytest.raises(ValueError, match=r"\[B, C, H, W\], got shape \(1, 2, 2\)"):
+            importance_weighted_bound(self.log_prob, x[0], 1)
+
+
+class TestPictures:
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+    def test_rounds_and_clamps(self, dtype):
+        values = torch.tensor(
+            [-math.inf, -3, -0.2, 0.4, 0.6, 127.3, 254.6, 255.2, 300, math.inf, math.nan], dtype=dtype
+        )
+        exact = values.double()
+        expected = [round(min(max(value, 0), 255)) if value == value else 0 for value in exact.tolist()]
+        assert to_uint8(values).dtype == torch.uint8
+        assert to_uint8(values).tolist() == expected
+
+    def test_integers(self):
+        assert to_uint8(torch.tensor([-5, 7, 300])).tolist() == [0, 7, 255]
+        every = torch.arange(256, dtype=torch.uint8)
+        assert torch.equal(to_uint8(every), every)
+
+    @given(
+        count=st.integers(1, 7),
+        columns=st.integers(1, 8),
+        size=st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 5)),
+    )
+    def test_grid(self, count, columns, size):
+        images = random_images(count, *size) + 0.3
+        channels, height, width = size
+        rows = -(-count // columns)
+        expected = np.zeros((channels, rows * (height + 2) + 2, columns * (width + 2) + 2), np.uint8)
+        for index in range(count):
+            top, left = 2 + index // columns * (height + 2), 2 + index % columns * (width + 2)
+            expected[:, top : top + height, left : left + width] = images[index].numpy().astype(np.uint8)
+        picture = grid(images, columns)
+        assert picture.dtype == torch.uint8
+        np.testing.assert_array_equal(picture.numpy(), expected)
+
+    def test_arguments(self):
+        with pytest.raises(ValueError, match=r"at least one image, got shape \(0, 1, 2, 2\)"):
+            grid(torch.zeros(0, 1, 2, 2), 3)
+        with pytest.raises(ValueError, match="columns must be at least 1, got 0"):
+            grid(torch.zeros(1, 1, 2, 2), 0)
+        with pytest.raises(ValueError, match=r"\[B, C, H, W\], got shape \(1, 2, 2\)"):
+            grid(torch.zeros(1, 2, 2), 1)

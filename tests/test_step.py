@@ -1,0 +1,137 @@
+"""The neutral steps: log-determinants, round trips, initialisation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nflows_kconv import InvertibleConv2d, step
+
+STEPS = {
+    "actnorm": lambda: step.ActNorm(4),
+    "1x1": lambda: step.InvertibleConv1x1(4),
+    "coupling": lambda: step.AffineCoupling(step.coupling_network(4, 6)),
+    "prior": lambda: step.learned_prior(4),
+    "sequence": lambda: step.Sequence([InvertibleConv2d(4), step.ActNorm(4), step.InvertibleConv1x1(4)]),
+    "inverse": lambda: step.Inverse(InvertibleConv2d(4, diagonal="learned", corners="TL")),
+    "nothing": lambda: step.Sequence([]),
+}
+every_step = pytest.mark.parametrize("name", STEPS)
+
+
+def build(name: str) -> nn.Module:
+    """In float64, in evaluation mode, all parameters off their initial values."""
+    torch.manual_seed(3)
+    module = STEPS[name]().double().eval()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    return module
+
+
+@every_step
+def test_the_log_determinant_is_that_of_the_jacobian(name):
+    module, x = build(name), torch.randn(1, 4, 3, 2, dtype=torch.float64)
+    _, log_abs_det = module(x)
+    jacobian = torch.autograd.functional.jacobian(lambda x: module(x)[0], x).reshape(24, 24)
+    assert log_abs_det.shape == (1,)
+    torch.testing.assert_close(log_abs_det[0].double(), torch.linalg.slogdet(jacobian).logabsdet)
+
+
+@every_step
+def test_the_inverse_undoes_it(name):
+    module, x = build(name), torch.randn(5, 4, 3, 2, dtype=torch.float64)
+    y, there = module(x)
+    restored, back = module.inverse(y)
+    torch.testing.assert_close(restored, x)
+    torch.testing.assert_close(back, -there)
+    assert there.shape == back.shape == (5,)
+
+
+@every_step
+def test_log_determinants_may_be_added_up_in_place(name):
+    _, log_abs_det = build(name)(torch.randn(3, 4, 2, 2, dtype=torch.float64))
+    log_abs_det = log_abs_det.detach()
+    log_abs_det += torch.arange(3.0)
+    assert log_abs_det.unique().numel() == 3
+
+
+@every_step
+def test_half_precision_has_float32_log_determinants(name):
+    module = build(name).to(torch.bfloat16)
+    y, log_abs_det = module(torch.randn(2, 4, 3, 3, dtype=torch.bfloat16))
+    assert (y.dtype, log_abs_det.dtype) == (torch.bfloat16, torch.float32)
+    x, log_abs_det = module.inverse(y)
+    assert (x.dtype, log_abs_det.dtype) == (torch.bfloat16, torch.float32)
+
+
+def test_the_first_batch_in_training_mode_sets_actnorm():
+    norm = step.ActNorm(3)
+    x = torch.randn(50, 3, 4, 5) * torch.tensor([0.1, 2.0, 30.0])[:, None, None] + 7
+    assert torch.equal(norm.eval()(x)[0], x)
+    y, _ = norm.train()(x)
+    torch.testing.assert_close(y.mean((0, 2, 3)), torch.zeros(3), atol=1e-4, rtol=0)
+    torch.testing.assert_close(y.std((0, 2, 3), correction=0), torch.ones(3))
+    again, _ = norm(2 * x)
+    torch.testing.assert_close(
+        again, 2 * y + norm.shift[:, None, None] * -norm.log_scale.exp()[:, None, None], rtol=1e-4, atol=1e-3
+    )
+
+
+def test_running_back_sets_nothing():
+    norm = step.ActNorm(3)
+    norm.inverse(torch.randn(4, 3, 2, 2))
+    assert not norm.initialized
+
+
+def test_actnorm_of_a_constant_channel_stays_finite():
+    norm = step.ActNorm(2)
+    y, log_abs_det = norm(torch.full((3, 2, 2, 2), 5.0))
+    assert y.isfinite().all()
+    assert log_abs_det.isfinite().all()
+
+
+def test_a_state_dict_carries_the_initialisation():
+    norm, loaded = step.ActNorm(2), step.ActNorm(2)
+    norm(torch.randn(9, 2, 3, 3) + 4)
+    loaded.load_state_dict(norm.state_dict())
+    x = torch.randn(5, 2, 3, 3)
+    assert torch.equal(loaded.train()(x)[0], norm(x)[0])
+
+
+def test_the_1x1_starts_as_a_rotation():
+    convolution = step.InvertibleConv1x1(6)
+    x = torch.randn(2, 6, 3, 4)
+    y, log_abs_det = convolution(x)
+    torch.testing.assert_close(y.square().sum(1), x.square().sum(1))
+    torch.testing.assert_close(log_abs_det, torch.zeros(2), atol=1e-5, rtol=0)
+    weight = convolution(torch.eye(6)[:, :, None, None])[0][:, :, 0, 0].T
+    torch.testing.assert_close(convolution.inverse_weight() @ weight, torch.eye(6), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("module", [step.learned_prior(4), step.AffineCoupling(step.coupling_network(4, 8))])
+def test_couplings_start_as_the_identity(module):
+    x = torch.randn(2, 4, 3, 3)
+    y, log_abs_det = module(x)
+    assert torch.equal(y, x)
+    assert torch.equal(log_abs_det, torch.zeros(2))
+
+
+def test_scales_of_couplings_are_bounded():
+    class Huge(nn.Module):
+        def forward(self, kept: Tensor) -> Tensor:
+            return torch.cat([kept.sign() * 1e6, torch.zeros_like(kept)], 1)
+
+    y, _ = step.AffineCoupling(Huge())(torch.ones(1, 4, 1, 1) * torch.tensor([1.0, 1, 1, -1])[:, None, None])
+    torch.testing.assert_close(y[0, :2, 0, 0].log(), torch.tensor([2.0, -2.0]))
+
+
+def test_only_networks_run_in_half_precision_under_autocast():
+    steps = step.Sequence([InvertibleConv2d(4), step.ActNorm(4), step.InvertibleConv1x1(4)]).eval()
+    x = torch.randn(3, 4, 5, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, _ = steps(x)
+        restored, _ = steps.inverse(y)
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(restored, x)
