@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nflows_kconv import geometry, ops
+from nflows_kconv import checks, geometry, ops
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -94,16 +94,8 @@ def log_abs_det(weight: Tensor, corners: str | Sequence[str], height: int, width
 
 
 def check_diagonal(diagonal: Tensor) -> None:
-    """Raises a ValueError unless the diagonal is finite and not zero, where looking at its values costs nothing.
-
-    That is on the CPU, outside torch.compile, vmap and fake tensors.
-    """
-    if (
-        diagonal.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and type(diagonal) in (Tensor, torch.nn.Parameter)
-        and not torch._C._functorch.is_batchedtensor(diagonal)
-    ):
+    """Raises a ValueError unless the diagonal is finite and not zero, where its values are at hand."""
+    if checks.values_are_at_hand(diagonal):
         geometry.check_diagonal(diagonal)
 
 

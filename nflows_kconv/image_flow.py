@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from nflows_kconv import images, step
+from nflows_kconv import checks, images, step
 from nflows_kconv.layer import InvertibleConv2d
 
 Corners = str | Sequence[str] | Sequence[Sequence[str]]
@@ -57,12 +57,6 @@ class Preprocessing(step.Sequence):
         return super().forward(input)
 
 
-def check_classes(num_classes: int | None) -> None:
-    """Raises an error unless it is None or a positive integer."""
-    if num_classes is not None:
-        _check_positive("num_classes", num_classes)
-
-
 def build_levels(
     image_shape: Sequence[int],
     levels: int,
@@ -84,7 +78,7 @@ def build_levels(
         raise ValueError(f"image_shape must be (C, H, W), got {tuple(image_shape)}")
     numbers = {"levels": levels, "steps": steps, "hidden_channels": hidden_channels}
     for name, number in [*zip(("channels", "height", "width"), image_shape, strict=True), *numbers.items()]:
-        _check_positive(name, number)
+        checks.positive(name, number)
     channels, height, width = image_shape
     if height % 2**levels or width % 2**levels:
         raise ValueError(
@@ -125,8 +119,6 @@ def _convolutions(
     return [InvertibleConv2d(channels, kernel_size, corners=each, diagonal=diagonal) for each in layers]  # type: ignore
 
 
-def _check_positive(name: str, number: int) -> None:
-    if not isinstance(number, int) or isinstance(number, bool):
-        raise TypeError(f"{name} must be an integer, got {number!r}")
-    if number < 1:
-        raise ValueError(f"{name} must be at least 1, got {number}")
+def as_parameters_are(images: Tensor, flow: nn.Module) -> Tensor:
+    """The images, of any dtype, in that of the flow's parameters."""
+    return images.to(next(flow.parameters()).dtype)

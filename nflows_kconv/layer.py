@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Integral
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from nflows_kconv import functional, geometry
+from nflows_kconv import checks, functional, geometry
 
 
 class InvertibleConv2d(nn.Module):
@@ -63,7 +62,7 @@ class InvertibleConv2d(nn.Module):
     ) -> None:
         super().__init__()
         groups = geometry.parse_corners(corners)
-        self.num_channels = num_channels = _positive("num_channels", num_channels)
+        self.num_channels = num_channels = checks.positive("num_channels", num_channels)
         self.kernel_size = _pair(kernel_size)
         self.corners = (corners,) if isinstance(corners, str) else tuple(corners)
         if num_channels % len(groups):
@@ -160,16 +159,8 @@ class InvertibleConv2d(nn.Module):
         )
 
 
-def _positive(name: str, value: int) -> int:
-    if not isinstance(value, Integral) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-    return int(value)
-
-
 def _pair(kernel_size: int | tuple[int, int]) -> tuple[int, int]:
     sizes = tuple(kernel_size) if isinstance(kernel_size, Sequence) else (kernel_size, kernel_size)
     if isinstance(kernel_size, str) or len(sizes) != 2:
         raise ValueError(f"kernel_size must be an integer or a pair (kh, kw), got {kernel_size!r}")
-    return _positive("kernel_size", sizes[0]), _positive("kernel_size", sizes[1])
+    return checks.positive("kernel_size", sizes[0]), checks.positive("kernel_size", sizes[1])

@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from nflows_kconv import geometry, image_flow, layer
+from nflows_kconv import checks, geometry, image_flow, layer
 
 try:
     from nflows.distributions import ConditionalDiagonalNormal, StandardNormal
@@ -18,7 +18,7 @@ try:
 except ImportError as error:
     raise ImportError("nflows_kconv.nflows needs nflows, which comes with pip install nflows-kconv[nflows]") from error
 
-__all__ = ["InvertibleConv2d", "Step", "finc_flow"]
+__all__ = ["ImageFlow", "InvertibleConv2d", "Step", "finc_flow"]
 
 
 class InvertibleConv2d(layer.InvertibleConv2d, Transform):
@@ -88,6 +88,22 @@ class Step(Transform):
         return self.step.inverse(inputs)  # type: ignore[operator]
 
 
+class ImageFlow(Flow):
+    """An `nflows.flows.Flow` of images, which may have any dtype, uint8 for instance."""
+
+    def log_prob(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
+        """The log-density of images, [B].
+
+        Args:
+            inputs: [B, C, H, W].
+            context: Labels, [B] whole numbers, if the flow has classes.
+
+        Raises:
+            ValueError: If the images have another shape than those of the flow, or values outside 0..255.
+        """
+        return super().log_prob(image_flow.as_parameters_are(inputs, self), context)
+
+
 def finc_flow(
     image_shape: Sequence[int],
     levels: int,
@@ -99,7 +115,7 @@ def finc_flow(
     diagonal: Literal["unit", "learned"] = "unit",
     direction: Literal["forward", "inverse"] = "forward",
     num_classes: int | None = None,
-) -> Flow:
+) -> ImageFlow:
     """A multiscale flow of images in nflows.
 
     That of FInC Flow (Kallappa, Nagar, Varma 2023, arXiv 2301.09266, section 4). Each of the L levels squeezes 2 x 2
@@ -133,7 +149,8 @@ def finc_flow(
     Example:
         >>> flow = finc_flow((3, 32, 32), levels=3, steps=32)  # 44 million parameters
     """
-    image_flow.check_classes(num_classes)
+    if num_classes is not None:
+        checks.positive("num_classes", num_classes)
     built = image_flow.build_levels(
         image_shape,
         levels,
@@ -155,4 +172,4 @@ def finc_flow(
         parameters = nn.Embedding(num_classes, 2 * dimensions)  # means, then the logarithms of scales
         nn.init.zeros_(parameters.weight)
         base = ConditionalDiagonalNormal([dimensions], parameters)
-    return Flow(CompositeTransform([Step(image_flow.Preprocessing(image_shape)), multiscale]), base)
+    return ImageFlow(CompositeTransform([Step(image_flow.Preprocessing(image_shape)), multiscale]), base)

@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from nflows_kconv import geometry, image_flow, layer
+from nflows_kconv import checks, geometry, image_flow, layer
 
 try:
     from normflows import MultiscaleFlow, flows
@@ -138,7 +138,7 @@ class Step(flows.Flow):
 
 
 class ImageFlow(MultiscaleFlow):
-    """A `normflows.MultiscaleFlow` whose `log_prob` needs no classes where the flow has none."""
+    """A `normflows.MultiscaleFlow` of images, of any dtype, whose `log_prob` needs no classes where it has none."""
 
     def log_prob(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """The log-density of images, [B].
@@ -152,7 +152,7 @@ class ImageFlow(MultiscaleFlow):
         """
         if self.class_cond and y is None:
             raise ValueError("y must give the classes of the images, as the flow has classes, got None")
-        return super().log_prob(x, y)
+        return super().log_prob(image_flow.as_parameters_are(x, self), y)
 
 
 def finc_flow(
@@ -200,7 +200,8 @@ def finc_flow(
     Example:
         >>> flow = finc_flow((3, 32, 32), levels=3, steps=32)  # 44 million parameters
     """
-    image_flow.check_classes(num_classes)
+    if num_classes is not None:
+        checks.positive("num_classes", num_classes)
     built = image_flow.build_levels(
         image_shape,
         levels,

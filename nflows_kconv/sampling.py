@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
-from numbers import Integral, Real
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.overrides import TorchFunctionMode
 
+from nflows_kconv import checks
 from nflows_kconv.step import InvertibleConv1x1
 
 _GRAPH_DEVICE = "cuda"
@@ -66,7 +67,7 @@ class GraphSampler:
                 f"got {type(flow).__name__}"
             )
         self._flow = flow
-        self._num_samples = _positive("num_samples", num_samples)
+        self._num_samples = checks.positive("num_samples", num_samples)
         self._graph: _Graph | None = None
 
     # Buffers made in inference mode could not be written outside it, at a later call.
@@ -103,12 +104,12 @@ class GraphSampler:
 
     def _check_number(self, n: int | None, labels: Tensor | None) -> int:
         if labels is None:
-            return self._num_samples if n is None else _positive("n", n)
+            return self._num_samples if n is None else checks.positive("n", n)
         if not isinstance(labels, Tensor):
             raise TypeError(f"labels must be a tensor, got {type(labels).__name__}")
         if labels.dim() == 0 or len(labels) == 0:
             raise ValueError(f"labels must have one row for each image, got shape {tuple(labels.shape)}")
-        if n is not None and _positive("n", n) != len(labels):
+        if n is not None and checks.positive("n", n) != len(labels):
             raise ValueError(f"labels must have one row for each of the {n} images, got {len(labels)} rows")
         _label_name(self._flow)
         return len(labels)
@@ -364,14 +365,6 @@ def _device(flow: nn.Module) -> torch.device:
         found = ", ".join(f"{name} on {device}" for device, name in names.items())
         raise RuntimeError(f"{type(flow).__name__} must be on one device, got {found}")
     return next(iter(names), torch.device("cpu"))
-
-
-def _positive(name: str, value: int) -> int:
-    if not isinstance(value, Integral) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-    return int(value)
 
 
 def _check_temperature(temperature: float) -> None:

@@ -35,16 +35,18 @@ TABLE = (
     # Several output channels, or parts of them, a thread
     (Case((TL,), per_group=12, batch=3, height=9, width=7), H100),
     (Case((BR, TL, TR), per_group=6, kernel_size=(2, 2), batch=9, height=4, width=4), H100),
+    (Case((BR, TL), per_group=7, batch=9, height=6, width=5), SMALL),
+    (Case((BL,), per_group=11, kernel_size=(5, 7), batch=9, height=9, width=7, dtype=torch.float64), SMALL),
     # Bands and chunks
     (Case((BR, TL), per_group=3, kernel_size=(2, 3), height=70, width=5), H100),
     (Case((TL, BL), per_group=2, kernel_size=(3, 2), height=1, width=70, dtype=torch.float16), H100),
     (Case((TR,), per_group=4, batch=1, height=33, width=34, dtype=torch.float64), SMALL),
     # Clipped kernels, and kernels of many taps
     (Case((BL, TR), per_group=3, kernel_size=(9, 4), height=3, width=2, dtype=torch.bfloat16), H100),
-    (Case((BR,), per_group=1, kernel_size=(5, 11), batch=2, height=17, width=33, dtype=torch.float64), H100),
+    (Case((BR,), per_group=1, kernel_size=(11, 9), batch=2, height=17, width=33, dtype=torch.float64), H100),
     # The least there is
     (Case((TR,), per_group=1, kernel_size=(1, 1), batch=1, height=1, width=1), H100),
-    (Case((TL, BR) * 9, per_group=1, batch=3, height=3, width=3), H100),
+    (Case((TL, BR) * 9, per_group=1, batch=13, height=3, width=3), H100),
     (Case((BL,), per_group=5, kernel_size=(1, 1), batch=33, height=2, width=3), H100),
     # Many channels
     (Case((TL,), per_group=48, batch=2, height=6, width=5), H100),
@@ -181,30 +183,40 @@ def test_masked_entries_are_never_read(case: Case, device: Device):
             assert torch.equal(call(operation, case, device, input, broken, transpose=transpose), right)
 
 
-# Constants of a kernel that decide between branches of it.
+# Constants that decide between branches of a kernel, and sizes that do not always divide others.
 BRANCHES = {
     "solve_rows": ("BANDED", "CHUNKED", "PARTS", "TRANSPOSE"),
     "solve_channels": ("BANDED", "CHUNKED", "REPLICAS"),
     "convolution": ("IMAGES", "SPLITS", "PIXELS", "OUTPUTS"),
-    "weight_gradient": ("PARTS", "SPLITS", "WIDTH_REMAINDER"),
+    "weight_gradient_parts": ("PARTS", "SPLITS", "WIDTH_REMAINDER"),
     "products": ("BLOCK_M", "BLOCK_N"),
 }
+PARTS = {
+    "convolution": ("IMAGES", "ROWS", "COLUMNS", "TAPS_H", "TAPS_W", "CHUNK", "TILE_OUTPUTS"),
+    "weight_gradient_parts": ("IMAGES", "ROWS", "COLUMNS", "TAPS_H", "TAPS_W"),
+}
+WHOLES = dict(IMAGES="BATCH", ROWS="HEIGHT", COLUMNS="WIDTH", TAPS_H="KERNEL_H", TAPS_W="KERNEL_W") | dict.fromkeys(
+    ("CHUNK", "TILE_OUTPUTS"), "CHANNELS"
+)
 
 
 def test_the_table_reaches_every_kernel_and_branch():
-    launched: dict[str, dict[str, set[int | str]]] = defaultdict(lambda: defaultdict(set))
+    launched: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for case, device in TABLE:
         input, weight, corners = case.input(), case.weight(), geometry.parse_corners(case.corners)
         problems = [
             emulator.problem("weight_gradient", input, input, corners, kernel_size=case.kernel_size),
             *(emulator.problem(operation, input, weight, corners, t) for operation in ("solve", "conv") for t in BOTH),
         ]
+        sizes = dict(BATCH=case.batch, HEIGHT=case.height, WIDTH=case.width)
         for problem in problems:
             for launch in planning.plan(problem, device).launches:
-                for name, value in launch.kernel.constants:
-                    launched[launch.kernel.name][name].add(value)
+                launched[launch.kernel.name].append(dict(launch.kernel.constants) | sizes)
     sources = "".join(path.read_text() for path in compiler.source_directory().glob("*.cu"))
     assert set(launched) == set(re.findall(r'extern "C" __global__ void __launch_bounds__\(.*\)\s+(\w+)\(', sources))
     for kernel, constants in BRANCHES.items():
         for constant in constants:
-            assert len(launched[kernel][constant]) > 1, (kernel, constant, launched[kernel][constant])
+            assert len({values[constant] for values in launched[kernel]}) > 1, (kernel, constant)
+    for kernel, parts in PARTS.items():
+        for part in parts:
+            assert any(values[WHOLES[part]] % values[part] for values in launched[kernel]), (kernel, part)

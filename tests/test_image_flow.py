@@ -127,7 +127,7 @@ def test_samples_are_images(library):
 
 def test_they_are_the_libraries_own_flows():
     flow = build("nflows")
-    assert type(flow) is nflows.flows.Flow
+    assert isinstance(flow, nflows.flows.Flow)
     assert any(isinstance(module, MultiscaleCompositeTransform) for module in flow.modules())
     assert isinstance(build("normflows"), normflows.MultiscaleFlow)
 
@@ -258,6 +258,15 @@ def test_images_must_fit(library):
         images[1, 2, 3, 4] = wrong
         with pytest.raises(ValueError, match="255"):
             flow.log_prob(images)
+
+
+@in_both
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float64])
+def test_images_may_have_any_dtype(library, dtype):
+    for flow in (build(library), build(library).float()):
+        density = log_prob(flow, random_images().to(dtype))
+        assert density.dtype == next(flow.parameters()).dtype
+        torch.testing.assert_close(density, log_prob(flow, random_images().to(density.dtype)))
 
 
 def test_a_flow_with_classes_needs_them():

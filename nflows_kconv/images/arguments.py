@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from numbers import Integral
-
 import torch
 from torch import Tensor
 
@@ -16,14 +14,6 @@ def check_images(input: Tensor) -> None:
         raise TypeError(f"images must be of real numbers, got {input.dtype}")
     if input.dim() != 4:
         raise ValueError(f"images must have the 4 dimensions [B, C, H, W], got shape {tuple(input.shape)}")
-
-
-def check_positive(name: str, number: int) -> None:
-    """Raises an error unless it is an integer of 1 or more."""
-    if not isinstance(number, Integral) or isinstance(number, bool):
-        raise TypeError(f"{name} must be an integer, got {number!r}")
-    if number < 1:
-        raise ValueError(f"{name} must be at least 1, got {number}")
 
 
 def at_least_float32(input: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from nflows_kconv.images.arguments import at_least_float32, check_images, check_positive, for_each_image
+from nflows_kconv import checks
+from nflows_kconv.images.arguments import at_least_float32, check_images, for_each_image
 from nflows_kconv.images.preprocessing import Logit
 
 
@@ -102,8 +103,8 @@ class VariationalDequantization(nn.Module):
 
     def __init__(self, channels: int, *, levels: int = 256, hidden_channels: int = 32) -> None:
         super().__init__()
-        check_positive("channels", channels)
-        check_positive("hidden_channels", hidden_channels)
+        checks.positive("channels", channels)
+        checks.positive("hidden_channels", hidden_channels)
         self.channels, self.levels = channels, _check_levels(levels)
         self.logit = Logit(alpha=0)
         self.couplings = nn.ModuleList(_ConditionalCoupling(channels, hidden_channels, index % 2) for index in range(4))
@@ -206,12 +207,7 @@ def _whole_numbers(input: Tensor, levels: int) -> Tensor:
     """The images as floating-point numbers, checked where looking at them costs nothing."""
     check_images(input)
     values = at_least_float32(input)
-    if (
-        values.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and type(values) in (Tensor, nn.Parameter)
-        and torch._C._functorch.peek_interpreter_stack() is None
-    ):
+    if checks.values_are_at_hand(values):
         wrong = values[~((values >= 0) & (values < levels) & (values == values.floor()))]
         if len(wrong):
             raise ValueError(f"images must hold whole numbers in 0..{levels - 1}, got {wrong[0].item()}")
@@ -244,7 +240,7 @@ def _log_levels(values: Tensor, levels: int) -> Tensor:
 
 
 def _check_levels(levels: int) -> int:
-    check_positive("levels", levels)
+    checks.positive("levels", levels)
     if not 2 <= levels <= 65536:
         raise ValueError(f"levels must be between 2 and 65536, got {levels}")
     return int(levels)

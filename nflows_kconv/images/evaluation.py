@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from nflows_kconv.images.arguments import at_least_float32, check_images, check_positive
+from nflows_kconv import checks
+from nflows_kconv.images.arguments import at_least_float32, check_images
 
 
 def bits_per_dim(log_prob: Tensor, image_shape: Sequence[int]) -> Tensor:
@@ -31,7 +32,7 @@ def bits_per_dim(log_prob: Tensor, image_shape: Sequence[int]) -> Tensor:
     if len(image_shape) != 3:
         raise ValueError(f"image_shape must be (C, H, W), got {tuple(image_shape)}")
     for name, size in zip(("channels", "height", "width"), image_shape, strict=True):
-        check_positive(name, size)
+        checks.positive(name, size)
     return -log_prob / (math.prod(image_shape) * math.log(2))
 
 
@@ -56,7 +57,7 @@ def importance_weighted_bound(log_prob: Callable[[Tensor], Tensor], images: Tens
             another shape.
     """
     check_images(images)
-    check_positive("num_samples", num_samples)
+    checks.positive("num_samples", num_samples)
 
     def draw() -> Tensor:
         sample = log_prob(images)

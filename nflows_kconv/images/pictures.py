@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nflows_kconv.images.arguments import at_least_float32, check_images, check_positive
+from nflows_kconv import checks
+from nflows_kconv.images.arguments import at_least_float32, check_images
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -31,7 +32,7 @@ def grid(images: Tensor, columns: int) -> Tensor:
         ValueError: If `images` has another number of dimensions, or none is in it, or `columns` is below 1.
     """
     check_images(images)
-    check_positive("columns", columns)
+    checks.positive("columns", columns)
     if not len(images):
         raise ValueError(f"images must hold at least one image, got shape {tuple(images.shape)}")
     rows = math.ceil(len(images) / columns)

@@ -1,0 +1,527 @@
+"""The training of image flows: the published formats of data, resuming, several processes, the evaluation."""
+
+from __future__ import annotations
+
+import math
+import os
+import pickle
+import re
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from itertools import chain, cycle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from sklearn.datasets import load_digits
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
+from torch.utils.data import default_collate
+
+from nflows_kconv import InvertibleConv2d
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+sys.path.insert(0, str(EXAMPLES))
+import image_data  # noqa: E402
+import image_flow_evaluation  # noqa: E402
+import train_image_flow  # noqa: E402
+
+sys.path.remove(str(EXAMPLES))
+
+SMALL = "--levels 1 --flow-steps 1 --hidden-channels 4 --warm-up 30 --validate-every 2 --accelerator cpu".split()
+random = np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True)
+def unchanged_generator() -> Iterator[None]:
+    with torch.random.fork_rng():
+        yield
+
+
+def train(output: Path, steps: int, *arguments: str) -> dict:
+    """Trains in this process; the checkpoint."""
+    train_image_flow.main(["--output", str(output), "--training-steps", str(steps), *SMALL, *arguments])
+    return torch.load(output / "last.ckpt")
+
+
+def refused(capsys: pytest.CaptureFixture, *arguments: str) -> str:
+    """The one line with which the command refuses the arguments."""
+    with pytest.raises(SystemExit) as stopped:
+        train_image_flow.main([*SMALL, *arguments])
+    assert stopped.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def scalars(run: Path, name: str) -> dict[int, float]:
+    """A curve that TensorBoard shows."""
+    events = EventAccumulator(str(run))
+    events.Reload()
+    return {event.step: event.value for event in events.Scalars(name)}
+
+
+def assert_identical(first: dict, second: dict) -> None:
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        if isinstance(value, dict):
+            assert_identical(value, second[name])
+        elif isinstance(value, Tensor):
+            assert torch.equal(value, second[name]), name
+        else:
+            assert value == second[name], name
+
+
+# Data sets: `write` makes a few images in the published format and returns them, [B, C, H, W], the test images last.
+
+
+def write_fashion_mnist(root: Path, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
+    """http://yann.lecun.com/exdb/mnist: two zero bytes, the type, the rank, the sizes, then the values."""
+    folder = root / "FashionMNIST" / "raw"
+    folder.mkdir(parents=True)
+    images = random.integers(256, size=(7, 28, 28), dtype=np.uint8)
+    for name, part in (("train", images[:5]), ("t10k", images[5:])):
+        header = struct.pack(">BBBBIII", 0, 0, 8, 3, *part.shape)
+        (folder / f"{name}-images-idx3-ubyte").write_bytes(header + part.tobytes())
+        header = struct.pack(">BBBBI", 0, 0, 8, 1, len(part))
+        (folder / f"{name}-labels-idx1-ubyte").write_bytes(header + bytes(range(len(part))))
+    return images[:, None]
+
+
+def write_cifar10(root: Path, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
+    """https://www.cs.toronto.edu/~kriz/cifar.html: pickled rows of 1024 red, 1024 green, 1024 blue values."""
+    published = image_data.datasets.CIFAR10
+    folder = root / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    images = random.integers(256, size=(12, 3, 32, 32), dtype=np.uint8)
+    names = [f"data_batch_{index}" for index in range(1, 6)] + ["test_batch"]
+    for index, name in enumerate(names):
+        rows = images[2 * index : 2 * index + 2].reshape(2, 3072)
+        (folder / name).write_bytes(pickle.dumps({"data": rows, "labels": [index, index + 1]}, protocol=2))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": ["airplane"] * 10}, protocol=2))
+    # torchvision knows the checksums of the real files.
+    monkeypatch.setattr(published, "train_list", [[name, None] for name in names[:5]])
+    monkeypatch.setattr(published, "test_list", [["test_batch", None]])
+    monkeypatch.setattr(published, "meta", published.meta | {"md5": None})
+    return images
+
+
+def write_imagenet(size: int, root: Path, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
+    """https://patrykchrabaszcz.github.io/Imagenet32: rows as in CIFAR-10, labels from 1 on, the mean image."""
+    folder = root / f"imagenet{size}"
+    folder.mkdir(parents=True)
+    images = random.integers(256, size=(11, 3, size, size), dtype=np.uint8)
+    rows = images.reshape(11, -1)
+    for index in range(10):
+        part = rows[index : index + 1]
+        np.savez(
+            folder / f"train_data_batch_{index + 1}.npz", data=part, labels=np.array([index + 1]), mean=part.mean(0)
+        )
+    np.savez(folder / "val_data.npz", data=rows[10:], labels=np.array([1000]))
+    return images
+
+
+def write_celeba(root: Path, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
+    """https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html: JPEGs of 178 x 218 pixels, and tables with spaces."""
+    published = image_data.datasets.CelebA
+    folder = root / "celeba"
+    (folder / "img_align_celeba").mkdir(parents=True)
+    names = [f"{index:06}.jpg" for index in range(1, 7)]
+    pictures = []
+    for name in names:
+        coarse = Image.fromarray(random.integers(256, size=(4, 3, 3), dtype=np.uint8))
+        coarse.resize((178, 218), Image.Resampling.BICUBIC).save(folder / "img_align_celeba" / name)
+        picture = Image.open(folder / "img_align_celeba" / name).crop((15, 35, 163, 183))
+        pictures.append(np.asarray(picture.resize((64, 64), Image.Resampling.BILINEAR)).transpose(2, 0, 1))
+    tables = {
+        "list_eval_partition.txt": [f"{name} {part}" for name, part in zip(names, (0, 0, 1, 1, 2, 2), strict=True)],
+        "identity_CelebA.txt": [f"{name} 7" for name in names],
+        "list_bbox_celeba.txt": ["6", "image_id x_1 y_1 width height", *(f"{name}  95  71 226 313" for name in names)],
+        "list_landmarks_align_celeba.txt": ["6", "lefteye_x lefteye_y", *(f"{name} 69  109" for name in names)],
+        "list_attr_celeba.txt": ["6", "Bald Smiling", *(f"{name} -1  1" for name in names)],
+    }
+    for name, lines in tables.items():
+        (folder / name).write_text("\n".join(lines) + "\n")
+    monkeypatch.setattr(published, "file_list", [("", None, name) for name in tables])
+    return np.stack([pictures[index] for index in (0, 1, 4, 5)])
+
+
+def write_directory(root: Path, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
+    images = random.integers(256, size=(6, 3, 4, 8), dtype=np.uint8)
+    for index, image in enumerate(images):
+        folder = root / ("train" if index < 4 else "test") / "ab"[index % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.transpose(1, 2, 0)).save(folder / f"{index}.png")
+    return images[[0, 2, 1, 3, 4, 5]]
+
+
+WRITERS: dict[str, Callable[[Path, pytest.MonkeyPatch], np.ndarray]] = {
+    "fashion-mnist": write_fashion_mnist,
+    "cifar10": write_cifar10,
+    "imagenet32": lambda root, monkeypatch: write_imagenet(32, root, monkeypatch),
+    "imagenet64": lambda root, monkeypatch: write_imagenet(64, root, monkeypatch),
+    "celeba": write_celeba,
+    "directory": write_directory,
+}
+CLASSES = {
+    "fashion-mnist": [0, 1, 2, 3, 4, 0, 1],
+    "cifar10": [0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6],
+    "imagenet32": [*range(10), 999],
+    "imagenet64": [*range(10), 999],
+    "celeba": [7, 7, 7, 7],
+    "directory": [0, 0, 1, 1, 0, 1],
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_data_sets_in_their_published_formats(name, tmp_path, monkeypatch):
+    expected = WRITERS[name](tmp_path, monkeypatch)
+    data = image_data.load(name, tmp_path)
+    read = [*(data.train[index] for index in range(len(data.train))), *(data.test[i] for i in range(len(data.test)))]
+    images, classes = default_collate(read)
+    assert images.dtype == torch.uint8
+    assert np.array_equal(images.numpy(), expected)
+    assert classes.tolist() == CLASSES[name]
+    assert data.image_shape == expected.shape[1:]
+    assert data.num_classes is None or max(CLASSES[name]) < data.num_classes
+    assert data.validation[0][0].shape == data.image_shape
+
+
+def test_digits_keep_their_levels(tmp_path):
+    data = image_data.load("digits", tmp_path)
+    images = torch.cat([data.train.tensors[0], data.test.tensors[0]])
+    assert images.shape == (1797, 1, 8, 8)
+    levels = torch.tensor(load_digits().images)[:, None]
+    assert torch.equal((images // 15).sum((0, 1)).double(), levels.sum((0, 1)))
+    noise = (images % 15).flatten().bincount()
+    assert len(noise) == 15
+    assert noise.float().std() < 0.05 * noise.float().mean()
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "address"),
+    [
+        ("fashion-mnist", "FashionMNIST/raw/t10k-labels-idx1-ubyte", "github.com/zalandoresearch/fashion-mnist"),
+        ("cifar10", "cifar-10-batches-py/data_batch_3", "www.cs.toronto.edu/~kriz"),
+        ("imagenet32", "imagenet32/train_data_batch_10.npz", "image-net.org"),
+        ("imagenet64", "imagenet64/val_data.npz", "image-net.org"),
+        ("celeba", "celeba/identity_CelebA.txt", "mmlab.ie.cuhk.edu.hk"),
+        ("celeba", "celeba/img_align_celeba/000005.jpg", "mmlab.ie.cuhk.edu.hk"),
+    ],
+)
+def test_a_missing_file_is_named(name, file, address, tmp_path, monkeypatch, capsys):
+    WRITERS[name](tmp_path, monkeypatch)
+    (tmp_path / file).unlink()
+    error = refused(capsys, "--data", name, "--data-root", str(tmp_path), "--output", str(tmp_path / "run"))
+    assert f"{name} needs {tmp_path / file}, which does not exist; get it from https://{address}" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_files_with_other_checksums_are_refused(tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        write_cifar10(tmp_path, patch)
+    error = refused(capsys, "--data", "cifar10", "--data-root", str(tmp_path), "--output", str(tmp_path / "run"))
+    assert f"the files in {tmp_path / 'cifar-10-batches-py'} are not those that were published" in error
+
+
+def test_images_of_a_directory_are_resized_on_request(tmp_path, monkeypatch):
+    write_directory(tmp_path, monkeypatch)
+    data = image_data.load("directory", tmp_path, 2)
+    assert data.image_shape == data.train[0][0].shape == (3, 2, 2)
+
+
+def save_image(path: Path, image: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image).save(path)
+
+
+def gray(height: int, width: int, dtype: type = np.uint8) -> np.ndarray:
+    return np.zeros((height, width), dtype)
+
+
+@pytest.mark.parametrize(
+    ("odd", "message"),
+    [
+        (gray(4, 4, np.uint16), "images must have the same channels: .* has mode L, .* I;16"),
+        (np.zeros((4, 4, 3), np.uint8), "images must have the same channels: .* has mode L, .* RGB"),
+        (gray(4, 6), r"images must have the same size, .* has \(4, 4\), .* \(6, 4\)"),
+    ],
+)
+def test_images_that_differ_are_refused(odd, message, tmp_path, capsys):
+    for path in ("train/a/0.png", "train/a/1.png", "test/a/0.png"):
+        save_image(tmp_path / path, gray(4, 4))
+    save_image(tmp_path / "test" / "a" / "1.png", odd)
+    output = tmp_path / "run"
+    assert re.search(
+        message, refused(capsys, "--data", "directory", "--data-root", str(tmp_path), "--output", str(output))
+    )
+    assert not output.exists()
+
+
+def test_images_with_other_values_or_sizes_are_refused(tmp_path, monkeypatch, capsys):
+    run = ("--data-root", str(tmp_path), "--output", str(tmp_path / "run"), "--data")
+    write_imagenet(32, tmp_path, monkeypatch)
+    batch = tmp_path / "imagenet32" / "train_data_batch_2.npz"
+    labels = np.array([1])
+    np.savez(batch, data=np.full((1, 3072), 256), labels=labels)
+    assert "must hold images with values 0..255 in uint8, got int64" in refused(capsys, *run, "imagenet32")
+    np.savez(batch, data=np.zeros((1, 1024), np.uint8), labels=labels)
+    assert "must hold images with 3 x 32 x 32 values each, got an array (1, 1024)" in refused(
+        capsys, *run, "imagenet32"
+    )
+    np.savez(batch, images=labels)
+    assert "must hold data and labels, got ['images']" in refused(capsys, *run, "imagenet32")
+    for split in ("train", "test"):
+        save_image(tmp_path / split / "a" / "0.png", gray(6, 4, np.uint16))
+    assert "must be gray or RGB with 8 bits a channel (mode L or RGB), got mode I;16" in refused(
+        capsys, *run, "directory"
+    )
+    for split in ("train", "test"):
+        save_image(tmp_path / split / "a" / "0.png", gray(6, 4))
+    error = refused(capsys, *run, "directory", "--levels", "2")
+    assert "height and width must be multiples of 2^levels = 4 for 2 levels, got 6 x 4" in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ("--batch-size", "9", "--devices", "2"),
+            "--batch-size must be a multiple of the number of devices, got 9 for 2",
+        ),
+        (("--training-steps", "0"), "--training-steps must be at least 1, got 0"),
+        (("--learning-rate", "0"), "--learning-rate must be positive, got 0.0"),
+        (("--ema-decay", "2"), "Invalid decay value 2.0"),
+        (("--image-size", "16"), "an image size goes with celeba and directory only, got 16 for digits"),
+        (("--download",), "torchvision cannot download digits"),
+        (("--resume",), "last.ckpt, which does not exist"),
+        (("--corners", "TL,TR,BL"), "num_channels must be a multiple of the number of corners"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(arguments, message, tmp_path, capsys):
+    assert message in refused(capsys, "--output", str(tmp_path / "run"), *arguments)
+    assert not (tmp_path / "run").exists()
+
+
+def test_classes_are_needed_for_a_conditional_flow(tmp_path, monkeypatch, capsys):
+    write_celeba(tmp_path, monkeypatch)
+    run = ("--data", "celeba", "--data-root", str(tmp_path), "--output", str(tmp_path / "run"))
+    assert "--conditional needs classes, and celeba has none" in refused(capsys, *run, "--conditional")
+
+
+# Training.
+
+
+@given(st.data())
+def test_batches_are_a_function_of_seed_and_step(draw):
+    """Each epoch has every image once, whatever the batch size; processes share a batch; any step can be the first."""
+    num_images, share, world_size = (draw.draw(st.integers(1, most)) for most in (9, 4, 3))
+    batch_size, first_step = share * world_size, draw.draw(st.integers(0, 2))
+
+    def taken(steps: int, **arguments) -> list[list[int]]:
+        batches = iter(train_image_flow.Batches(num_images, batch_size, seed=3, **arguments))
+        return [next(batches) for _ in range(steps)]
+
+    steps = 2 * num_images
+    whole = taken(steps)
+    stream = list(chain(*whole))
+    for start in range(0, len(stream) - num_images + 1, num_images):
+        assert sorted(stream[start : start + num_images]) == list(range(num_images))
+    shares = [taken(steps, rank=rank, world_size=world_size) for rank in range(world_size)]
+    assert [list(chain(*parts)) for parts in zip(*shares, strict=True)] == whole
+    assert taken(steps, first_step=first_step)[: steps - first_step] == whole[first_step:]
+
+
+def test_epochs_and_seeds_have_orders_of_their_own():
+    batches = iter(train_image_flow.Batches(100, 100, seed=0))
+    first, second = next(batches), next(batches)
+    assert first != second
+    assert next(iter(train_image_flow.Batches(100, 100, seed=1))) != first
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory) -> Path:
+    """A training of 10 steps without a break."""
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    train(run, 10, "--flip")
+    return run
+
+
+def test_a_resumed_training_is_the_same_bit_for_bit(whole_run, tmp_path):
+    run = tmp_path / "run"
+    train(run, 2, "--flip")
+    resumed, whole = train(run, 10, "--flip", "--resume"), torch.load(whole_run / "last.ckpt")
+    assert resumed["global_step"] == 10
+    for name in ("state_dict", "current_model_state", "averaging_state"):
+        assert_identical(resumed[name], whole[name])
+    assert_identical(resumed["optimizer_states"][0], whole["optimizer_states"][0])
+
+
+def test_weights_are_averaged_and_the_learning_rate_warms_up(tmp_path):
+    run = tmp_path / "run"
+    before = train(run, 2, "--ema-decay", "0.9")
+    after = train(run, 3, "--ema-decay", "0.9", "--resume")
+    for name, average in after["state_dict"].items():
+        current = after["current_model_state"][name]
+        if average.is_floating_point():
+            torch.testing.assert_close(average, 0.9 * before["state_dict"][name] + 0.1 * current)
+        else:
+            assert torch.equal(average, current)
+    rates = [checkpoint["optimizer_states"][0]["param_groups"][0]["lr"] for checkpoint in (before, after)]
+    assert rates == pytest.approx([1e-3 * 3 / 30, 1e-3 * 4 / 30])
+
+
+def test_gradients_are_clipped(tmp_path):
+    _, arguments = train_image_flow.parse_arguments(["--output", str(tmp_path), "--gradient-clip", "0.5"])
+    assert train_image_flow.build_trainer(arguments).gradient_clip_val == 0.5
+
+
+def test_tensorboard_has_the_curves(whole_run):
+    assert list(scalars(whole_run, "validation_bits_per_dim")) == [1, 3, 5, 7, 9]
+    assert 5 < scalars(whole_run, "train_bits_per_dim")[9] < 9
+
+
+def test_two_processes_train_as_one(whole_run, tmp_path):
+    """Five steps started by Lightning, and five by torchrun."""
+    run = tmp_path / "run"
+    script = str(EXAMPLES / "train_image_flow.py")
+    common = [script, *SMALL, "--flip", "--output", str(run)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    for command in (
+        [sys.executable, *common, "--training-steps", "5", "--devices", "2"],
+        [*torchrun, *common, "--training-steps", "10", "--resume"],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr
+        assert "distributed_backend=gloo" in done.stderr
+        assert done.stdout.count("test bits per dimension") == 1
+    for name in ("train_bits_per_dim", "validation_bits_per_dim"):
+        assert scalars(run, name)[9] == pytest.approx(scalars(whole_run, name)[9], abs=3e-5)
+
+
+def test_mixed_precision_leaves_the_layer_in_float32(tmp_path, monkeypatch):
+    seen: dict[type, set] = {InvertibleConv2d: set(), nn.Conv2d: set()}
+
+    def watch(kind: type) -> None:
+        forward = kind.forward
+
+        def watched(self, input: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+            output = forward(self, input)
+            if torch.is_autocast_enabled("cpu"):
+                seen[kind].add((output if isinstance(output, Tensor) else output[0]).dtype)
+            return output
+
+        monkeypatch.setattr(kind, "forward", watched)
+
+    for kind in seen:
+        watch(kind)
+    train(tmp_path / "run", 2, "--precision", "bf16-mixed", "--flow-steps", "2")
+    assert seen == {InvertibleConv2d: {torch.float32}, nn.Conv2d: {torch.bfloat16}}
+
+
+def test_nothing_is_overwritten(whole_run, tmp_path, capsys):
+    def state() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in whole_run.iterdir()}
+
+    before = state()
+    run = ("--output", str(whole_run), "--flip", "--training-steps", "10")
+    error = refused(capsys, *run)
+    assert f"--output must be a new folder, or come with --resume, and {whole_run} exists" in error
+    error = refused(capsys, *run, "--resume", "--seed", "7", "--kernel-size", "0")
+    assert f"{whole_run / 'last.ckpt'} is of another configuration: " in error
+    assert error.endswith("configuration: kernel_size is 3 there, 0 here; seed is 0 there, 7 here")
+    assert state() == before
+
+
+# Evaluation.
+
+
+@pytest.mark.parametrize("library", ["nflows", "normflows"])
+def test_codecs_give_the_latent_variables_of_the_library(library):
+    configuration = {
+        "seed": 0,
+        "library": library,
+        "image_shape": [1, 8, 8],
+        "levels": 3,
+        "flow_steps": 1,
+        "hidden_channels": 4,
+        "kernel_size": 3,
+        "corners": ["TL", "BR"],
+        "diagonal": "unit",
+        "direction": "forward",
+        "conditional": False,
+    }
+    flow = train_image_flow.build_flow(configuration).eval()
+    images = torch.randint(256, (4, 1, 8, 8)).float()
+    codec = image_flow_evaluation.CODECS[library](flow, 3)
+    with torch.no_grad():
+        torch.manual_seed(1)
+        numbers = codec.dequantize(images)
+        latents = codec.encode(numbers)
+        torch.manual_seed(1)
+        if library == "nflows":
+            expected = flow.transform_to_noise(images)
+        else:
+            expected = torch.cat([latent.flatten(1) for latent in reversed(flow.inverse_and_log_det(images)[0])], 1)
+        torch.testing.assert_close(torch.cat([latent.flatten(1) for latent in latents], 1), expected)
+        assert [latent[0].numel() for latent in latents] == [32, 16, 16]
+        torch.testing.assert_close(codec.decode(latents), numbers, rtol=1e-4, atol=1e-4)
+        assert torch.equal(codec.quantize(numbers), images)
+
+        # Pictures, without the rounding.
+        exact = codec._replace(dequantize=lambda images: images, quantize=lambda numbers: numbers)
+        samples = torch.randn(4, 1, 8, 8)
+        rows = image_flow_evaluation.resampled(exact, images, latents, samples).unflatten(0, (5, 4))
+        assert torch.equal(rows[0], images)
+        assert torch.equal(rows[-1], samples)
+        fresh = codec.encode(samples)
+        for level in range(3):
+            for index, latent in enumerate(codec.encode(rows[1 + level])):
+                expected = fresh if index == level else latents
+                torch.testing.assert_close(latent, expected[index], rtol=1e-3, atol=1e-3)
+        between = image_flow_evaluation.interpolated(exact, latents).unflatten(0, (4, 10))
+        torch.testing.assert_close(between[:, 0], numbers, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(between[:, -1], numbers.roll(-1, 0), rtol=1e-4, atol=1e-4)
+        middle = codec.encode(between[1, [3]])[0]
+        torch.testing.assert_close(middle, (2 * latents[0][[1]] + latents[0][[2]]) / 3, rtol=1e-3, atol=1e-3)
+
+
+class Known(nn.Module):
+    """2^-8 for each value, but half of it in images of an odd sum; three draws estimate it as 1/2, 1 and 3/2 of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parameter = nn.Parameter(torch.zeros(()))
+        self.factors = cycle([0.5, 1, 1.5])
+
+    def log_prob(self, images: Tensor, labels: None) -> Tensor:
+        dimensions = images[0].numel()
+        return math.log(next(self.factors)) - math.log(2) * dimensions * (8 + images.sum((1, 2, 3)) % 2)
+
+
+def test_bits_per_dim_of_a_known_distribution(tmp_path):
+    data = image_data.load("digits", tmp_path)
+    odd = data.test.tensors[0].long().sum((1, 2, 3)) % 2
+    values = image_flow_evaluation.bits_per_dim_of_test(Known(), data, False, 100, 3)
+    torch.testing.assert_close(values, 8 + odd.float(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("library", ["nflows", "normflows"])
+def test_what_a_run_prints_and_writes(library, tmp_path, capsys):
+    run = tmp_path / "run"
+    train(run, 1, "--library", library, "--conditional", "--corners", "TL", "BR", "--importance-samples", "2")
+    output = capsys.readouterr().out
+    mean, error = re.search(r"test bits per dimension (\S+) \+- (\S+) .* over 397 images, 2 draws", output).groups()
+    assert 6 < float(mean) < 9
+    assert 0 < float(error) < 0.1
+    assert float(re.search(r"round-trip error (\S+),", output)[1]) < 1e-3
+    assert float(re.search(r"100 samples in (\S+) ms", output)[1]) > 0
+    assert "log2 15 = 3.907" in output
+    for name, rows in (("samples", 10), ("temperatures", 6), ("interpolations", 10), ("levels", 3)):
+        with Image.open(run / f"{name}.png") as picture:
+            assert picture.size == (10 * 10 + 2, rows * 10 + 2)
