@@ -36,7 +36,7 @@ TABLE = (
     (Case((TL,), per_group=12, batch=3, height=9, width=7), H100),
     (Case((BR, TL, TR), per_group=6, kernel_size=(2, 2), batch=9, height=4, width=4), H100),
     (Case((BR, TL), per_group=7, batch=9, height=6, width=5), SMALL),
-    (Case((BL,), per_group=11, kernel_size=(5, 7), batch=9, height=9, width=7, dtype=torch.float64), SMALL),
+    (Case((BL, TR), per_group=11, kernel_size=(5, 7), batch=3, height=5, width=6, dtype=torch.float64), SMALL),
     # Bands and chunks
     (Case((BR, TL), per_group=3, kernel_size=(2, 3), height=70, width=5), H100),
     (Case((TL, BL), per_group=2, kernel_size=(3, 2), height=1, width=70, dtype=torch.float16), H100),

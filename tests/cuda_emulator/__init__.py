@@ -122,7 +122,7 @@ def run(plan: Plan, first: Tensor, second: Tensor, output: Tensor, *, seed: int 
     result, scratch = memories[2:]
     scratch.data[: plan.zeroed] = 0
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # what is compiled, all at once
-        list(pool.map(library.library, {launch.kernel for launch in plan.launches}))
+        list(pool.map(library.library, {replace(launch.kernel, name="") for launch in plan.launches}))
     addresses = struct.pack("=4q", *(memory.address for memory in memories))
     for launch in plan.launches:
         launch = replace(launch, arguments=addresses + launch.arguments[32:])
@@ -148,7 +148,7 @@ def run_launch(
         EmulatorError: As for `run`.
     """
     compiled = library.library(launch.kernel)
-    bound = ctypes.c_int.in_dll(compiled, "launch_bound").value
+    bound = ctypes.c_int.in_dll(compiled, f"launch_bound_{launch.kernel.name}").value
     assert 1 <= launch.block <= bound <= MAX_THREADS, f"{launch.block} threads of {bound} and of {MAX_THREADS}"
     assert 0 <= launch.shared <= MAX_SHARED, f"{launch.shared} bytes of shared memory, of {MAX_SHARED}"
     for blocks, most in zip(launch.grid, MAX_GRID, strict=True):
@@ -170,6 +170,6 @@ def run_launch(
         request.output, request.output_size, request.output_element = output.address, len(output.data), output.alignment
     if scratch is not None:
         request.scratch, request.scratch_size = scratch.address, len(scratch.data)
-    if not compiled.run(ctypes.byref(request)):
+    if not compiled[f"run_{launch.kernel.name}"](ctypes.byref(request)):
         message = library.with_lines(error.value.decode(), compiled)
         raise EmulatorError(f"{launch.kernel.name} in {launch.kernel.source}: {message}")

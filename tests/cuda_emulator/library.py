@@ -61,30 +61,44 @@ def _line(library: ctypes.CDLL, offset: str) -> str:
         return ""
 
 
-@functools.cache
 def library(kernel: Kernel) -> ctypes.CDLL:
-    """Compiles a kernel, or finds what came of it before: `run` takes a `Launch`, constants tell what fits it."""
-    source = _SOURCES / kernel.source
-    constants = "\n".join(f"#define {name} {value}" for name, value in kernel.constants)
-    bound = re.search(rf"__launch_bounds__\((\w+)(?:, \w+)?\)\s+{kernel.name}\(", source.read_text())
-    assert bound, f"{kernel.source} must define {kernel.name} with __launch_bounds__(THREADS)"
+    """Compiles a kernel with the others of its source, or finds what came of it before.
+
+    Returns:
+        For each kernel `run_NAME`, which takes a `Launch`, and `launch_bound_NAME`, its most threads; `arguments_size`.
+    """
+    return _library(kernel.source, kernel.constants)
+
+
+@functools.cache
+def _library(source: str, constants: tuple[tuple[str, int | str], ...]) -> ctypes.CDLL:
+    path = _SOURCES / source
+    definitions = "\n".join(f"#define {name} {value}" for name, value in constants)
+    kernels = re.findall(r"__launch_bounds__\((\w+)(?:, \w+)?\)\s+(\w+)\(", path.read_text())
+    exports = "".join(
+        f"""
+        const int launch_bound_{name} = {bound};
+        bool run_{name}(const emulator::Launch& launch) {{
+          return emulator::execute([](const void* a) {{ {name}(*static_cast<const Arguments*>(a)); }}, launch);
+        }}
+        """
+        for bound, name in kernels
+    )
     code = f"""
         #include "emulator.h"
-        {constants}
-        #include "{source}"
-        extern "C" const int arguments_size = sizeof(Arguments), launch_bound = {bound[1]};
-        extern "C" bool run(const emulator::Launch& launch) {{
-          return emulator::execute([](const void* a) {{ {kernel.name}(*static_cast<const Arguments*>(a)); }}, launch);
+        {definitions}
+        #include "{path}"
+        extern "C" {{
+        const int arguments_size = sizeof(Arguments);
+        {exports}
         }}
     """
     runtime = _compiled((_HERE / "emulator.cpp").read_text(), (), [_HERE / "emulator.h", _HERE / "races.h"])
-    files = [source, *sorted(_SOURCES.glob("*.cuh")), _HERE / "emulator.h", _HERE / "ptx.cuh"]
+    files = [path, *sorted(_SOURCES.glob("*.cuh")), _HERE / "emulator.h", _HERE / "ptx.cuh"]
     program = _compiled(code, _KERNEL_FLAGS, files)
     library = program.with_name(f"{program.stem}-{runtime.stem}.so")
     _make(library, ["-shared", str(program), str(runtime)])
-    loaded = ctypes.CDLL(str(library))
-    loaded.run.restype = ctypes.c_bool
-    return loaded
+    return ctypes.CDLL(str(library))
 
 
 def _compiled(code: str, flags: Sequence[str], files: Sequence[Path]) -> Path:
