@@ -148,6 +148,8 @@ def run_launch(
         EmulatorError: As for `run`.
     """
     compiled = library.library(launch.kernel)
+    kernel = compiled[f"run_{launch.kernel.name}"]
+    kernel.restype = ctypes.c_bool
     bound = ctypes.c_int.in_dll(compiled, f"launch_bound_{launch.kernel.name}").value
     assert 1 <= launch.block <= bound <= MAX_THREADS, f"{launch.block} threads of {bound} and of {MAX_THREADS}"
     assert 0 <= launch.shared <= MAX_SHARED, f"{launch.shared} bytes of shared memory, of {MAX_SHARED}"
@@ -170,6 +172,6 @@ def run_launch(
         request.output, request.output_size, request.output_element = output.address, len(output.data), output.alignment
     if scratch is not None:
         request.scratch, request.scratch_size = scratch.address, len(scratch.data)
-    if not compiled[f"run_{launch.kernel.name}"](ctypes.byref(request)):
+    if not kernel(ctypes.byref(request)):
         message = library.with_lines(error.value.decode(), compiled)
         raise EmulatorError(f"{launch.kernel.name} in {launch.kernel.source}: {message}")

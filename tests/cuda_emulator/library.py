@@ -77,7 +77,7 @@ def _library(source: str, constants: tuple[tuple[str, int | str], ...]) -> ctype
     kernels = re.findall(r"__launch_bounds__\((\w+)(?:, \w+)?\)\s+(\w+)\(", path.read_text())
     exports = "".join(
         f"""
-        const int launch_bound_{name} = {bound};
+        int launch_bound_{name} = {bound};
         bool run_{name}(const emulator::Launch& launch) {{
           return emulator::execute([](const void* a) {{ {name}(*static_cast<const Arguments*>(a)); }}, launch);
         }}
@@ -89,7 +89,7 @@ def _library(source: str, constants: tuple[tuple[str, int | str], ...]) -> ctype
         {definitions}
         #include "{path}"
         extern "C" {{
-        const int arguments_size = sizeof(Arguments);
+        int arguments_size = sizeof(Arguments);
         {exports}
         }}
     """
