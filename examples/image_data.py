@@ -1,6 +1,6 @@
 """Data sets of images for `train_image_flow.py`: uint8 tensors [C, H, W] with their classes.
 
-Nothing is downloaded unless `download` is called. Images of digits, Fashion-MNIST, CIFAR-10 and ImageNet are held in
+Nothing is downloaded unless `download` is called. Digits, photographs, Fashion-MNIST, CIFAR-10 and ImageNet are held in
 memory, which is 4 GB for ImageNet 32 and 16 GB for ImageNet 64 in each process; the others are read as they are needed.
 """
 
@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import skimage.data
 import torch
 from PIL import Image, ImageOps
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_digits, load_sample_image
 from torch import Tensor
 from torch.utils.data import Dataset, Subset, TensorDataset
 
@@ -31,6 +32,8 @@ except RuntimeError:
 
 VALIDATION_IMAGES = 2048  # that training looks at every now and then
 DIGITS_SPREAD = 15  # values of 0..255 for each of the 17 gray levels
+PATCH = 32  # side of a photograph's patches
+PATCH_STRIDE = 8  # between those to train on, which overlap
 CHANNELS = {"L": 1, "RGB": 3}  # of PIL's modes with 8 bits a channel
 
 
@@ -115,6 +118,24 @@ def _digits(root: Path, image_size: int | None) -> ImageData:
         f"{math.log2(DIGITS_SPREAD):.3f}, these are bits per dimension of the 17 levels"
     )
     return _in_memory((images[:1400], classes[:1400]), (images[1400:], classes[1400:]), 10, note)
+
+
+def _photographs(root: Path, image_size: int | None) -> ImageData:
+    """32x32 patches of the colour photographs in scikit-image and scikit-learn, those to test on of other ones."""
+    names = ("astronaut", "coffee", "rocket")
+    train = [*(getattr(skimage.data, name)() for name in names), skimage.data.stereo_motorcycle()[0]]
+    train.append(load_sample_image("china.jpg"))
+    test = [skimage.data.chelsea(), load_sample_image("flower.jpg")]
+    splits = (
+        torch.cat([_patches(photograph, stride) for photograph in photographs])
+        for photographs, stride in ((train, PATCH_STRIDE), (test, PATCH))
+    )
+    return _in_memory(*((patches, torch.zeros(len(patches), dtype=torch.int64)) for patches in splits), None)
+
+
+def _patches(photograph: np.ndarray, stride: int) -> Tensor:
+    patches = torch.from_numpy(np.array(photograph)).unfold(0, PATCH, stride).unfold(1, PATCH, stride)
+    return patches.flatten(0, 1).contiguous()
 
 
 def _fashion_mnist(root: Path, image_size: int | None) -> ImageData:
@@ -206,7 +227,7 @@ def _directory(root: Path, image_size: int | None) -> ImageData:
 
 
 def _in_memory(
-    train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], num_classes: int, note: str = ""
+    train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], num_classes: int | None, note: str = ""
 ) -> ImageData:
     test_set = TensorDataset(*test)
     return ImageData(TensorDataset(*train), _some_of(test_set), test_set, tuple(train[0].shape[1:]), num_classes, note)
@@ -234,6 +255,7 @@ def _verified(folder: Path, published: Callable[[], Any]) -> Any:
 _IMAGENET = "https://image-net.org/download-images (downsampled, npz format), unpacked into the folder imagenet"
 SOURCES = {
     "digits": Source(_digits, "scikit-learn, which they come with"),
+    "photographs": Source(_photographs, "scikit-image and scikit-learn, which they come with"),
     "fashion-mnist": Source(_fashion_mnist, "https://github.com/zalandoresearch/fashion-mnist", datasets.FashionMNIST),
     "cifar10": Source(_cifar10, datasets.CIFAR10.url, datasets.CIFAR10),
     "imagenet32": Source(partial(_imagenet, 32), f"{_IMAGENET}32"),

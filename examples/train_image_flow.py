@@ -69,9 +69,10 @@ class Architecture(NamedTuple):
     hidden_channels: int
 
 
-# Those of FInC Flow, or nearest to them; for the digits, one that a CPU trains in minutes.
+# Those of FInC Flow, or nearest to them; for digits and photographs, ones that a CPU trains in minutes.
 ARCHITECTURES = {
     "digits": Architecture(2, 4, 64),
+    "photographs": Architecture(3, 4, 64),
     "fashion-mnist": Architecture(2, 16, 512),
     "cifar10": Architecture(3, 32, 512),
     "imagenet32": Architecture(4, 48, 512),

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import skimage.data
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -200,6 +201,19 @@ def test_digits_keep_their_levels(tmp_path):
     noise = (images % 15).flatten().bincount()
     assert len(noise) == 15
     assert noise.float().std() < 0.05 * noise.float().mean()
+
+
+def test_photographs_to_test_on_are_others(tmp_path):
+    data = image_data.load("photographs", tmp_path)
+    train, test = data.train.tensors[0], data.test.tensors[0]
+    assert train.shape[1:] == test.shape[1:] == data.image_shape == (3, 32, 32)
+    assert train.dtype == test.dtype == torch.uint8
+    first = skimage.data.astronaut()
+    assert np.array_equal(train[0].permute(1, 2, 0), first[:32, :32])
+    assert np.array_equal(train[1].permute(1, 2, 0), first[:32, 8:40])
+    assert np.array_equal(test[0].permute(1, 2, 0), skimage.data.chelsea()[:32, :32])
+    assert not {patch.numpy().tobytes() for patch in test} & {patch.numpy().tobytes() for patch in train}
+    assert data.num_classes is None
 
 
 @pytest.mark.parametrize(

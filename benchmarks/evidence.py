@@ -1,0 +1,151 @@
+"""Does the layer help? Trains flows for equal times, with the layer and without it.
+
+    python benchmarks/evidence.py --data digits --seconds 60
+    python benchmarks/evidence.py --data fashion-mnist --data-root DATA --device cuda --seconds 520 --steps 8
+    python benchmarks/evidence.py --report benchmarks/results/evidence-digits-cpu
+
+The methods are Glow, whose steps lack the layer and are the same elsewhere; the FInC unit of four groups; a pair of
+full layers in opposite corners; and both of these in the inverse direction. They are compared at one size with several
+seeds, then with other kernels, widths and numbers of steps with the first seed. Glow also gets couplings so wide that
+it has as many parameters as the pair.
+
+The folder benchmarks/results/evidence-DATA-DEVICE gets runs.json after each run, and at the end report.md and pictures.
+The same command goes on with what is missing there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import evidence_report
+import evidence_training
+import torch
+from evidence_training import Configuration, image_data
+from layer import RESULTS, gpu_machine, machine
+from torchvision.transforms.functional import to_pil_image
+
+LEVELS = {"digits": 2, "fashion-mnist": 2, "photographs": 3}
+KERNELS = (2, 5)  # beside 3
+
+
+def configurations(
+    image_shape: tuple[int, int, int], levels: int, steps: Sequence[int], widths: Sequence[int], seeds: Sequence[int]
+) -> Iterator[Configuration]:
+    """All flows to train: at the first size with all seeds, then at the others.
+
+    Args:
+        image_shape: (C, H, W).
+        levels: L.
+        steps: Values of K, the main one first.
+        widths: Of the couplings' networks, the main one first.
+        seeds: The other sizes have the first.
+    """
+    seed, *_ = seeds
+    for each in seeds:
+        for method in evidence_training.METHODS:
+            yield Configuration(method, levels, steps[0], widths[0], 0 if method == "Glow" else 3, each)
+        yield as_large_as(Configuration("pair", levels, steps[0], widths[0], 3, each), image_shape)
+    for method in ("FInC unit", "pair"):
+        for kernel in KERNELS:
+            yield Configuration(method, levels, steps[0], widths[0], kernel, seed)
+    sizes = [(other, widths[0]) for other in steps[1:]] + [(steps[0], other) for other in widths[1:]]
+    for number, width in sizes:
+        for method, kernel in (("Glow", 0), ("FInC unit", 3), ("pair", 3)):
+            yield Configuration(method, levels, number, width, kernel, seed)
+
+
+def as_large_as(other: Configuration, image_shape: tuple[int, int, int]) -> Configuration:
+    """Glow with couplings so wide that it has at least as many parameters as another flow."""
+
+    def parameters(configuration: Configuration) -> int:
+        with torch.device("meta"):
+            return sum(parameter.numel() for parameter in configuration.build(image_shape).parameters())
+
+    wanted = parameters(other)
+    glow = other._replace(method="Glow", kernel=0)
+    while parameters(glow) < wanted:
+        glow = glow._replace(width=glow.width + 1)
+    return glow
+
+
+def main() -> None:
+    """Parses the arguments and trains."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", choices=LEVELS, default="digits")
+    parser.add_argument("--data-root", type=Path, default=Path("data"), help="folder that holds Fashion-MNIST")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--seconds", type=float, default=60, help="of training for each flow")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, nargs="+", default=[4, 8, 16], help="K, in each level; the main one first")
+    parser.add_argument(
+        "--widths", type=int, nargs="+", default=[64, 256, 512], help="of couplings, the main one first"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="flows that are trained at the same time")
+    parser.add_argument("--output", type=Path, help="the folder to write")
+    parser.add_argument("--report", type=Path, metavar="FOLDER", help="only write report.md and the pictures again")
+    options = parser.parse_args()
+    if options.report:
+        evidence_report.write(options.report)
+        return
+    output = options.output or RESULTS / f"evidence-{options.data}-{options.device}"
+    try:
+        data = image_data.load(options.data, options.data_root)
+    except FileNotFoundError as error:
+        parser.error(str(error))
+    settings = {"data": options.data, "device": options.device, "seconds": options.seconds}
+    results = _begun(output, settings) or {
+        "machine": machine() if options.device == "cpu" else gpu_machine(),
+        "settings": settings,
+        "note": data.note,
+        "runs": [],
+    }
+    wanted = configurations(data.image_shape, LEVELS[options.data], options.steps, options.widths, options.seeds)
+    done = {_configuration(run) for run in results["runs"]}
+    wanted = list(dict.fromkeys(wanted))
+    with_picture = wanted[: len(evidence_training.METHODS)]
+    missing = [configuration for configuration in wanted if configuration not in done]
+    with ProcessPoolExecutor(options.jobs, get_context("spawn")) as pool:
+        arguments = (options.data, options.data_root, options.seconds, options.device)
+        futures = {pool.submit(evidence_training.run, each, *arguments): each for each in missing}
+        for future in as_completed(futures):
+            _add(results, future.result(), output, with_picture=futures[future] in with_picture)
+    evidence_report.write(output)
+
+
+def _begun(output: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    path = output / "runs.json"
+    if not path.exists():
+        return None
+    results = json.loads(path.read_text())
+    if results["settings"] != settings:
+        raise SystemExit(f"{path} must be of the settings {settings}, or go elsewhere, got {results['settings']}")
+    return results
+
+
+def _configuration(run: dict[str, Any]) -> Configuration:
+    return Configuration(**{name: run[name] for name in Configuration._fields})
+
+
+def _add(results: dict[str, Any], run: dict[str, Any], output: Path, *, with_picture: bool) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    picture = to_pil_image(run.pop("samples"))
+    if with_picture:
+        picture.save(output / f"samples-{run['method'].lower().replace(', ', '-').replace(' ', '-')}.png")
+    results["runs"].append(run)
+    unfinished = output / "runs.json.part"
+    unfinished.write_text(json.dumps(results, indent=1) + "\n")
+    unfinished.replace(output / "runs.json")
+    print(
+        f"{_configuration(run)}: {run['bits_per_dim']:.4f} bits per dimension in {run['training_steps']} steps",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main()

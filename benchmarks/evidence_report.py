@@ -1,0 +1,200 @@
+"""The tables and plots of the evidence."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+Run = dict[str, Any]
+COLORS = {
+    "Glow": "#3a6ea5",
+    "FInC unit": "#e07b39",
+    "pair": "#b5342b",
+    "FInC unit, inverse": "#6f9e4c",
+    "pair, inverse": "#7a5195",
+}
+
+
+def write(folder: Path) -> None:
+    """Writes report.md, learning_curves.png and pareto.png beside runs.json."""
+    results = json.loads((folder / "runs.json").read_text())
+    (folder / "report.md").write_text(report(results))
+    for name, figure in (("learning_curves", draw_curves(results)), ("pareto", draw_pareto(results))):
+        figure.savefig(folder / f"{name}.png", metadata={"Software": None})
+    print(f"written to {folder}")
+
+
+def report(results: dict[str, Any]) -> str:
+    """All tables, in Markdown."""
+    machine, settings, runs = results["machine"], results["settings"], results["runs"]
+    sizes = _by_size(runs)
+    return "\n\n".join(
+        [
+            f"# {settings['data']}: bits per dimension after {settings['seconds']:g} s of training",
+            f"{machine['device']}, torch {machine['torch']}, {machine['date']}. "
+            + (
+                "All times are CPU time of one thread. "
+                if settings["device"] == "cpu"
+                else "All times are wall-clock time; flows that are trained at the same time slow each other. "
+            )
+            + "A size is L, K, width of the couplings, k. After ± stands the standard deviation over the seeds, or of "
+            "one seed the standard error over the test images."
+            + (f" Note: {results['note']}." if results["note"] else ""),
+            "## Equal training time",
+            _training_table(sizes),
+            "## Equal parameters",
+            "Glow with wider couplings, so that it has at least as many parameters as the pair.",
+            _training_table(_of_equal_parameters(sizes)),
+            "## Equal sampling time",
+            "Bits per dimension of Glow at the sampling time of the other method, on the line between the two sizes on "
+            "both sides on the front of Glow; the first seed of each.",
+            _sampling_table(runs),
+            "![bits per dimension against sampling time](pareto.png)",
+            "![bits per dimension while training](learning_curves.png)",
+            "",
+        ]
+    )
+
+
+def draw_curves(results: dict[str, Any]) -> Figure:
+    """Bits per dimension of the first test images, against time and against steps, at the main size."""
+    figure = Figure(figsize=(9, 3.6), dpi=150)
+    panels = figure.subplots(1, 2, sharey=True)
+    ends = []
+    for run in _main(results["runs"]):
+        label = None if run["seed"] != results["runs"][0]["seed"] else run["method"]
+        values = [point["bits_per_dim"] for point in run["curve"]]
+        ends.append(values[-1])
+        for panel, axis in zip(panels, ("seconds", "step"), strict=True):
+            positions = [point[axis] for point in run["curve"]]
+            panel.plot(positions, values, color=COLORS[run["method"]], linewidth=1, label=label)
+    panels[0].set_xlabel("training time, s")
+    panels[1].set_xlabel("training steps")
+    panels[0].set_ylabel("bits per dimension")
+    # The first values are far above the others, whose differences one would not see.
+    panels[0].set_ylim(min(ends) - 0.05, min(ends) + 0.6)
+    panels[0].legend(fontsize=8)
+    figure.tight_layout()
+    return figure
+
+
+def draw_pareto(results: dict[str, Any]) -> Figure:
+    """Bits per dimension against sampling time, all runs, with the front of each method."""
+    figure = Figure(figsize=(6, 4), dpi=150)
+    axes = figure.subplots()
+    for method, color in COLORS.items():
+        runs = [run for run in results["runs"] if run["method"] == method]
+        if runs:
+            axes.scatter(*_coordinates(runs), s=12, color=color, label=method)
+            axes.plot(*_coordinates(_front(runs)), color=color, linewidth=1)
+    axes.set_xscale("log")
+    axes.set_xlabel("time to sample 100 images, ms")
+    axes.set_ylabel("test bits per dimension")
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    return figure
+
+
+def _training_table(sizes: dict[tuple, list[Run]]) -> str:
+    rows = []
+    for (method, levels, steps, width, kernel), runs in sizes.items():
+        rows.append(
+            [
+                method,
+                f"{levels}, {steps}, {width}, {kernel or '-'}",
+                f"{runs[0]['parameters']:,}",
+                f"{len(runs)}",
+                f"{_mean(runs, 'bits_per_dim'):.3f} ± {_spread(runs):.3f}",
+                f"{_mean(runs, 'training_steps'):.0f}",
+                f"{_mean(runs, 'images_per_second'):.0f}",
+                f"{1e3 * _mean(runs, 'sampling_seconds'):.1f}",
+                f"{max(run['round_trip_error'] for run in runs):.0e}",
+            ]
+        )
+    head = (
+        "method",
+        "size",
+        "parameters",
+        "seeds",
+        "test bits per dimension",
+        "steps",
+        "images/s",
+        "100 samples, ms",
+        "round-trip error",
+    )
+    return _table(head, rows)
+
+
+def _sampling_table(runs: list[Run]) -> str:
+    first = [run for run in runs if run["seed"] == runs[0]["seed"]]
+    times, bits = _coordinates(_front([run for run in first if run["method"] == "Glow"]))
+    rows = []
+    for run in first:
+        (time,), (value,) = _coordinates([run])
+        if run["method"] != "Glow" and times and times[0] <= time:
+            beyond = " (the slowest size)" if time > times[-1] else ""
+            glow = float(np.interp(time, times, bits))
+            size = f"{run['levels']}, {run['steps']}, {run['width']}, {run['kernel']}"
+            rows.append(
+                [run["method"], size, f"{time:.1f}", f"{value:.3f}", f"{glow:.3f}{beyond}", f"{value - glow:+.3f}"]
+            )
+    head = ("method", "size", "100 samples, ms", "bits per dimension", "Glow at this time", "difference")
+    return _table(head, rows)
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _by_size(runs: Iterable[Run]) -> dict[tuple, list[Run]]:
+    sizes = defaultdict(list)
+    for run in runs:
+        sizes[tuple(run[name] for name in ("method", "levels", "steps", "width", "kernel"))].append(run)
+    return dict(sizes)
+
+
+def _of_equal_parameters(sizes: dict[tuple, list[Run]]) -> dict[tuple, list[Run]]:
+    """The pair at the main size, and the Glow that was made as large as it."""
+    pair = next((size for size in sizes if size[0] == "pair"), None)
+    if pair is None:
+        return {}
+    parameters = sizes[pair][0]["parameters"]
+    glow = [size for size in sizes if size[0] == "Glow" and sizes[size][0]["parameters"] >= parameters]
+    nearest = min(glow, key=lambda size: sizes[size][0]["parameters"], default=None)
+    return {size: sizes[size] for size in (nearest, pair) if size is not None}
+
+
+def _main(runs: list[Run]) -> list[Run]:
+    size: Callable[[Run], tuple] = lambda run: (run["levels"], run["steps"], run["width"])  # noqa: E731
+    return [run for run in runs if size(run) == size(runs[0]) and run["kernel"] in (0, 3)]
+
+
+def _front(runs: Iterable[Run]) -> list[Run]:
+    """Those runs that no faster one reaches in bits per dimension, the fastest first."""
+    front: list[Run] = []
+    for run in sorted(runs, key=lambda run: run["sampling_seconds"]):
+        if not front or run["bits_per_dim"] < front[-1]["bits_per_dim"]:
+            front.append(run)
+    return front
+
+
+def _coordinates(runs: Sequence[Run]) -> tuple[list[float], list[float]]:
+    return [1e3 * run["sampling_seconds"] for run in runs], [run["bits_per_dim"] for run in runs]
+
+
+def _mean(runs: Sequence[Run], name: str) -> float:
+    return statistics.mean(run[name] for run in runs)
+
+
+def _spread(runs: Sequence[Run]) -> float:
+    if len(runs) == 1:
+        return runs[0]["standard_error"]
+    return statistics.stdev(run["bits_per_dim"] for run in runs)

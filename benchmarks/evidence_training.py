@@ -1,0 +1,146 @@
+"""One run of the evidence: trains a flow for a given time and evaluates it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import default_collate
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+import image_data
+
+from nflows_kconv.geometry import CORNERS
+from nflows_kconv.images import bits_per_dim, grid
+from nflows_kconv.nflows import finc_flow
+from nflows_kconv.sampling import GraphSampler
+
+PAIR = (("TL",), ("BR",))
+# Arguments of finc_flow; the kernel size is that of the configuration.
+METHODS: dict[str, dict[str, Any]] = {
+    "Glow": {"kernel_size": None},
+    "FInC unit": {"corners": CORNERS},
+    "pair": {"corners": PAIR},
+    "FInC unit, inverse": {"corners": CORNERS, "direction": "inverse"},
+    "pair, inverse": {"corners": PAIR, "direction": "inverse"},
+}
+BATCH = 64
+LEARNING_RATE = 1e-3  # of Adam; grows over the first 2 % of the time and falls to zero over the last 30 %
+LARGEST_GRADIENT = 1.0  # norm, of bits per dimension
+POINTS = 12  # of a learning curve
+CURVE_IMAGES = 512  # of the test set
+SAMPLES = 100
+
+
+class Configuration(NamedTuple):
+    """A flow.
+
+    Attributes:
+        method: A key of `METHODS`.
+        levels: L.
+        steps: K, in each level.
+        width: Of the couplings' networks.
+        kernel: Side of the convolutions; 0 for Glow, which has none.
+        seed: Of weights, batches and noise.
+    """
+
+    method: str
+    levels: int
+    steps: int
+    width: int
+    kernel: int
+    seed: int
+
+    def build(self, image_shape: tuple[int, int, int]) -> nn.Module:
+        """The untrained flow."""
+        torch.manual_seed(self.seed)
+        options = {"kernel_size": self.kernel, **METHODS[self.method]}
+        return finc_flow(image_shape, self.levels, self.steps, hidden_channels=self.width, **options)
+
+
+def run(configuration: Configuration, data_name: str, data_root: Path, seconds: float, device: str) -> dict[str, Any]:
+    """Trains for so many seconds, without those of the evaluations between; what was measured.
+
+    On the CPU all times are those that the process had one core, so that other processes do not change them by much.
+    """
+    torch.set_num_threads(1)
+    clock = time.process_time if device == "cpu" else _gpu_clock
+    data = image_data.load(data_name, data_root)
+    train = data.train.tensors[0].to(device)  # type: ignore[attr-defined]
+    test = default_collate([image for image, _ in data.test]).to(device)
+    flow = configuration.build(data.image_shape).to(device)
+    optimizer = torch.optim.Adam(flow.parameters())
+    curve: list[dict[str, float]] = []
+    elapsed, step = 0.0, 0
+    while elapsed < seconds:
+        start = clock()
+        flow.train()
+        # The clock waits for a GPU, so that it is looked at every now and then only.
+        for _ in range(1 if device == "cpu" else 10):
+            for group in optimizer.param_groups:
+                group["lr"] = LEARNING_RATE * _schedule(elapsed / seconds)
+            images = train[torch.randint(len(train), (BATCH,), device=device)]
+            optimizer.zero_grad()
+            bits_per_dim(flow.log_prob(images), data.image_shape).mean().backward()
+            nn.utils.clip_grad_norm_(flow.parameters(), LARGEST_GRADIENT)
+            optimizer.step()
+            step += 1
+        elapsed += clock() - start
+        if elapsed >= seconds * (len(curve) + 1) / POINTS:
+            value = _test_bits(flow, test[:CURVE_IMAGES], data.image_shape).mean().item()
+            curve.append({"seconds": elapsed, "step": step, "bits_per_dim": value})
+    values = _test_bits(flow, test, data.image_shape)
+    sampler = GraphSampler(flow, SAMPLES)
+    torch.manual_seed(0)
+    samples = sampler()
+    return {
+        **configuration._asdict(),
+        "parameters": sum(parameter.numel() for parameter in flow.parameters()),
+        "training_steps": step,
+        "images_per_second": BATCH * step / elapsed,
+        "bits_per_dim": values.mean().item(),
+        "standard_error": (values.std() / len(values) ** 0.5).item(),
+        "round_trip_error": _round_trip_error(flow, test[:SAMPLES]),
+        "sampling_seconds": min(_time(sampler, clock) for _ in range(10)),
+        "curve": curve,
+        "samples": grid(samples, 10).cpu(),
+    }
+
+
+def _schedule(fraction: float) -> float:
+    return min(1.0, max(fraction, 1e-3) / 0.02, (1 - fraction) / 0.3)
+
+
+@torch.no_grad()
+def _test_bits(flow: nn.Module, images: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """Bits per dimension of each image, with the same noise at each call; the state of the noise is left as it was."""
+    flow.eval()
+    devices = [images.device] if images.is_cuda else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(0)
+        return torch.cat([bits_per_dim(flow.log_prob(batch), shape) for batch in images.split(256)])
+
+
+@torch.no_grad()
+def _round_trip_error(flow: nn.Module, images: Tensor) -> float:
+    """Largest error of latent variables that were decoded and encoded again."""
+    _, multiscale = flow._transform._transforms  # type: ignore[union-attr]
+    noise = flow.transform_to_noise(images.float())  # type: ignore[operator]
+    numbers, _ = multiscale.inverse(noise)
+    return (multiscale(numbers)[0] - noise).abs().max().item()
+
+
+def _time(function: Callable[[], object], clock: Callable[[], float]) -> float:
+    start = clock()
+    function()
+    return clock() - start
+
+
+def _gpu_clock() -> float:
+    torch.cuda.synchronize()
+    return time.perf_counter()
