@@ -64,20 +64,20 @@ def report(results: dict[str, Any]) -> str:
 
 
 def draw_curves(results: dict[str, Any]) -> Figure:
-    """Bits per dimension of the first test images, against time and against steps, at the main size."""
+    """Bits per dimension of the validation images, against time and against steps, at the main size."""
     figure = Figure(figsize=(9, 3.6), dpi=150)
     panels = figure.subplots(1, 2, sharey=True)
     ends = []
     for run in _main(results["runs"]):
         label = None if run["seed"] != results["runs"][0]["seed"] else run["method"]
         values = [point["bits_per_dim"] for point in run["curve"]]
-        ends.append(values[-1])
+        ends.append(min(values))
         for panel, axis in zip(panels, ("seconds", "step"), strict=True):
             positions = [point[axis] for point in run["curve"]]
             panel.plot(positions, values, color=COLORS[run["method"]], linewidth=1, label=label)
     panels[0].set_xlabel("training time, s")
     panels[1].set_xlabel("training steps")
-    panels[0].set_ylabel("bits per dimension")
+    panels[0].set_ylabel("validation bits per dimension")
     # The first values are far above the others, whose differences one would not see.
     panels[0].set_ylim(min(ends) - 0.05, min(ends) + 0.6)
     panels[0].legend(fontsize=8)
