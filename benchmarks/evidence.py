@@ -9,6 +9,9 @@ full layers in opposite corners; and both of these in the inverse direction. The
 seeds, then with other kernels, widths and numbers of steps with the first seed. Glow also gets couplings so wide that
 it has as many parameters as the pair.
 
+First the time of a training step of each flow is measured, all in turns; each is then trained for as many steps as fit
+into the given time, so that it does not matter how busy the machine is during the trainings.
+
 The folder benchmarks/results/evidence-DATA-DEVICE gets runs.json after each run, and at the end report.md and pictures.
 The same command goes on with what is missing there.
 """
@@ -17,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
@@ -26,7 +30,7 @@ from typing import Any
 import evidence_report
 import evidence_training
 import torch
-from evidence_training import Configuration, image_data
+from evidence_training import Configuration, Timing, image_data
 from layer import RESULTS, gpu_machine, machine
 from torchvision.transforms.functional import to_pil_image
 
@@ -103,6 +107,7 @@ def main() -> None:
         "machine": machine() if options.device == "cpu" else gpu_machine(),
         "settings": settings,
         "note": data.note,
+        "timings": [],
         "runs": [],
     }
     wanted = configurations(data.image_shape, LEVELS[options.data], options.steps, options.widths, options.seeds)
@@ -111,10 +116,19 @@ def main() -> None:
     with_picture = wanted[: len(evidence_training.METHODS)]
     missing = [configuration for configuration in wanted if configuration not in done]
     with ProcessPoolExecutor(options.jobs, get_context("spawn")) as pool:
-        arguments = (options.data, options.data_root, options.seconds, options.device)
-        futures = {pool.submit(evidence_training.run, each, *arguments): each for each in missing}
+        source = (options.data, options.data_root)
+        timings = {Configuration(*size): Timing(*timing) for size, timing in results["timings"]}
+        sizes = list(dict.fromkeys(each._replace(seed=0) for each in missing if each._replace(seed=0) not in timings))
+        timings |= pool.submit(evidence_training.time_all, sizes, *source, options.device).result()
+        results["timings"] = [[list(size), list(timing)] for size, timing in timings.items()]
+        futures = {}
+        for each in missing:
+            steps = math.ceil(options.seconds / timings[each._replace(seed=0)].step_seconds)
+            futures[pool.submit(evidence_training.run, each, *source, steps, options.device)] = each
         for future in as_completed(futures):
-            _add(results, future.result(), output, with_picture=futures[future] in with_picture)
+            each = futures[future]
+            run = future.result() | timings[each._replace(seed=0)]._asdict()
+            _add(results, run, output, with_picture=each in with_picture)
     evidence_report.write(output)
 
 

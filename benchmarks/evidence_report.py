@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from evidence_training import BATCH
 from matplotlib.figure import Figure
 
 Run = dict[str, Any]
@@ -39,13 +40,10 @@ def report(results: dict[str, Any]) -> str:
         [
             f"# {settings['data']}: bits per dimension after {settings['seconds']:g} s of training",
             f"{machine['device']}, torch {machine['torch']}, {machine['date']}. "
-            + (
-                "All times are CPU time of one thread. "
-                if settings["device"] == "cpu"
-                else "All times are wall-clock time; flows that are trained at the same time slow each other. "
-            )
-            + "A size is L, K, width of the couplings, k. After ± stands the standard deviation over the seeds, or of "
-            "one seed the standard error over the test images."
+            + ("Times are those that one thread had a core. " if settings["device"] == "cpu" else "")
+            + "A flow is trained for as many steps as fit into the time; the time of a step was measured before, those "
+            "of all flows in turns. A size is L, K, width of the couplings, k. After ± stands the standard deviation over "
+            "the seeds, or of one seed the standard error over the test images."
             + (f" Note: {results['note']}." if results["note"] else ""),
             "## Equal training time",
             _training_table(sizes),
@@ -72,8 +70,8 @@ def draw_curves(results: dict[str, Any]) -> Figure:
         label = None if run["seed"] != results["runs"][0]["seed"] else run["method"]
         values = [point["bits_per_dim"] for point in run["curve"]]
         ends.append(min(values))
-        for panel, axis in zip(panels, ("seconds", "step"), strict=True):
-            positions = [point[axis] for point in run["curve"]]
+        for panel, scale in zip(panels, (run["step_seconds"], 1), strict=True):
+            positions = [scale * point["step"] for point in run["curve"]]
             panel.plot(positions, values, color=COLORS[run["method"]], linewidth=1, label=label)
     panels[0].set_xlabel("training time, s")
     panels[1].set_xlabel("training steps")
@@ -111,10 +109,10 @@ def _training_table(sizes: dict[tuple, list[Run]]) -> str:
                 f"{levels}, {steps}, {width}, {kernel or '-'}",
                 f"{runs[0]['parameters']:,}",
                 f"{len(runs)}",
-                f"{_mean(runs, 'bits_per_dim'):.3f} ± {_spread(runs):.3f}",
-                f"{_mean(runs, 'training_steps'):.0f}",
-                f"{_mean(runs, 'images_per_second'):.0f}",
-                f"{1e3 * _mean(runs, 'sampling_seconds'):.1f}",
+                f"{statistics.mean(run['bits_per_dim'] for run in runs):.3f} ± {_spread(runs):.3f}",
+                f"{runs[0]['training_steps']}",
+                f"{BATCH / runs[0]['step_seconds']:.0f}",
+                f"{1e3 * runs[0]['sampling_seconds']:.1f}",
                 f"{max(run['round_trip_error'] for run in runs):.0e}",
             ]
         )
@@ -188,10 +186,6 @@ def _front(runs: Iterable[Run]) -> list[Run]:
 
 def _coordinates(runs: Sequence[Run]) -> tuple[list[float], list[float]]:
     return [1e3 * run["sampling_seconds"] for run in runs], [run["bits_per_dim"] for run in runs]
-
-
-def _mean(runs: Sequence[Run], name: str) -> float:
-    return statistics.mean(run[name] for run in runs)
 
 
 def _spread(runs: Sequence[Run]) -> float:

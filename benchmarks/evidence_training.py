@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
+import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,11 +34,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "pair, inverse": {"corners": PAIR, "direction": "inverse"},
 }
 BATCH = 64
-LEARNING_RATE = 1e-3  # of Adam; grows over the first 2 % of the time and falls to zero over the last 30 %
+LEARNING_RATE = 1e-3  # of Adam; grows over the first 2 % of the steps, falls to zero over the last 30 %
 LARGEST_GRADIENT = 1.0  # norm, of bits per dimension
 POINTS = 20  # of a learning curve
 VALIDATION = 512  # images at most, out of the last tenth of the training set, which is held out
 SAMPLES = 100
+WARM_UP, ROUNDS = 2, 7  # of `time_all`
 
 
 class Configuration(NamedTuple):
@@ -65,58 +68,86 @@ class Configuration(NamedTuple):
         return finc_flow(image_shape, self.levels, self.steps, hidden_channels=self.width, **options)
 
 
-def run(configuration: Configuration, data_name: str, data_root: Path, seconds: float, device: str) -> dict[str, Any]:
-    """Trains for so many seconds, without those of the validations between; what was measured.
+class Timing(NamedTuple):
+    """How long a flow of some size takes.
 
-    The weights that were best on the validation images are those that are tested: small data sets are soon learnt by
-    heart. On the CPU all times are those that the process had one core, so that other processes hardly change them.
+    Attributes:
+        step_seconds: For a training step.
+        sampling_seconds: To draw `SAMPLES` images.
+    """
+
+    step_seconds: float
+    sampling_seconds: float
+
+
+def time_all(
+    configurations: Sequence[Configuration], data_name: str, data_root: Path, device: str
+) -> dict[Configuration, Timing]:
+    """The times of all flows, measured in turns, so that whatever else the machine does slows all of them.
+
+    On the CPU they are the times that one thread had a core.
     """
     torch.set_num_threads(1)
     clock = time.process_time if device == "cpu" else _gpu_clock
+    data = image_data.load(data_name, data_root)
+    images = default_collate([data.train[index][0] for index in range(BATCH)]).to(device)
+    functions = []
+    for configuration in configurations:
+        flow = configuration.build(data.image_shape).to(device)
+        optimizer = torch.optim.Adam(flow.parameters(), lr=0.0)
+        functions += [partial(_step, flow, optimizer, images), GraphSampler(flow, SAMPLES)]
+    samples: list[list[float]] = [[] for _ in functions]
+    for _ in range(WARM_UP + ROUNDS):
+        for function, values in zip(functions, samples, strict=True):
+            values.append(_time(function, clock))
+    medians = [statistics.median(values[WARM_UP:]) for values in samples]
+    return dict(zip(configurations, map(Timing, medians[::2], medians[1::2]), strict=True))
+
+
+def run(configuration: Configuration, data_name: str, data_root: Path, steps: int, device: str) -> dict[str, Any]:
+    """Trains for so many steps; what was measured.
+
+    The weights that were best on the validation images are those that are tested: small data sets are soon learnt by
+    heart.
+    """
+    torch.set_num_threads(1)
     data = image_data.load(data_name, data_root)
     train, held_out = _split(data.train.tensors[0].to(device))  # type: ignore[attr-defined]
     test = default_collate([image for image, _ in data.test]).to(device)
     flow = configuration.build(data.image_shape).to(device)
     optimizer = torch.optim.Adam(flow.parameters())
     curve: list[dict[str, float]] = []
-    elapsed, step = 0.0, 0
     least, best = math.inf, copy.deepcopy(flow.state_dict())
-    while elapsed < seconds:
-        start = clock()
-        flow.train()
-        # The clock waits for a GPU, so that it is looked at every now and then only.
-        for _ in range(1 if device == "cpu" else 10):
-            for group in optimizer.param_groups:
-                group["lr"] = LEARNING_RATE * _schedule(elapsed / seconds)
-            images = train[torch.randint(len(train), (BATCH,), device=device)]
-            optimizer.zero_grad()
-            bits_per_dim(flow.log_prob(images), data.image_shape).mean().backward()
-            nn.utils.clip_grad_norm_(flow.parameters(), LARGEST_GRADIENT)
-            optimizer.step()
-            step += 1
-        elapsed += clock() - start
-        if elapsed >= seconds * (len(curve) + 1) / POINTS:
-            value = _bits(flow, held_out, data.image_shape).mean().item()
-            curve.append({"seconds": elapsed, "step": step, "bits_per_dim": value})
+    for step in range(1, steps + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * _schedule(step / steps)
+        _step(flow, optimizer, train[torch.randint(len(train), (BATCH,), device=device)])
+        if step >= steps * (len(curve) + 1) / POINTS:
+            value = _bits(flow, held_out).mean().item()
+            curve.append({"step": step, "bits_per_dim": value})
             if value < least:
                 least, best = value, copy.deepcopy(flow.state_dict())
     flow.load_state_dict(best)
-    values = _bits(flow, test, data.image_shape)
-    sampler = GraphSampler(flow, SAMPLES)
+    values = _bits(flow, test)
     torch.manual_seed(0)
-    samples = sampler()
     return {
         **configuration._asdict(),
         "parameters": sum(parameter.numel() for parameter in flow.parameters()),
-        "training_steps": step,
-        "images_per_second": BATCH * step / elapsed,
+        "training_steps": steps,
         "bits_per_dim": values.mean().item(),
         "standard_error": (values.std() / len(values) ** 0.5).item(),
         "round_trip_error": _round_trip_error(flow, test[:SAMPLES]),
-        "sampling_seconds": min(_time(sampler, clock) for _ in range(10)),
         "curve": curve,
-        "samples": grid(samples, 10).cpu(),
+        "samples": grid(GraphSampler(flow, SAMPLES)(), 10).cpu(),
     }
+
+
+def _step(flow: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor) -> None:
+    flow.train()
+    optimizer.zero_grad()
+    bits_per_dim(flow.log_prob(images), images.shape[1:]).mean().backward()
+    nn.utils.clip_grad_norm_(flow.parameters(), LARGEST_GRADIENT)
+    optimizer.step()
 
 
 def _split(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,17 +161,17 @@ def _split(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _schedule(fraction: float) -> float:
-    return min(1.0, max(fraction, 1e-3) / 0.02, (1 - fraction) / 0.3)
+    return min(1.0, fraction / 0.02, (1 - fraction) / 0.3)
 
 
 @torch.no_grad()
-def _bits(flow: nn.Module, images: Tensor, shape: tuple[int, int, int]) -> Tensor:
+def _bits(flow: nn.Module, images: Tensor) -> Tensor:
     """Bits per dimension of each image, with the same noise at each call; the state of the noise is left as it was."""
     flow.eval()
     devices = [images.device] if images.is_cuda else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(0)
-        return torch.cat([bits_per_dim(flow.log_prob(batch), shape) for batch in images.split(256)])
+        return torch.cat([bits_per_dim(flow.log_prob(batch), batch.shape[1:]) for batch in images.split(256)])
 
 
 @torch.no_grad()
