@@ -42,8 +42,8 @@ def report(results: dict[str, Any]) -> str:
             f"{machine['device']}, torch {machine['torch']}, {machine['date']}. "
             + ("Times are those that one thread had a core. " if settings["device"] == "cpu" else "")
             + "A flow is trained for as many steps as fit into the time; the time of a step was measured before, those "
-            "of all flows in turns. A size is L, K, width of the couplings, k. After ± stands the standard deviation over "
-            "the seeds, or of one seed the standard error over the test images."
+            "of all flows in turns. A size is L, K, width of the couplings, k. After ± stands the standard deviation "
+            "over the seeds, or of one seed the standard error over the test images."
             + (f" Note: {results['note']}." if results["note"] else ""),
             "## Equal training time",
             _training_table(sizes),
@@ -52,7 +52,7 @@ def report(results: dict[str, Any]) -> str:
             _training_table(_of_equal_parameters(sizes)),
             "## Equal sampling time",
             "Bits per dimension of Glow at the sampling time of the other method, on the line between the two sizes on "
-            "both sides on the front of Glow; the first seed of each.",
+            "both sides on the front of Glow; means over the seeds.",
             _sampling_table(runs),
             "![bits per dimension against sampling time](pareto.png)",
             "![bits per dimension while training](learning_curves.png)",
@@ -84,15 +84,18 @@ def draw_curves(results: dict[str, Any]) -> Figure:
 
 
 def draw_pareto(results: dict[str, Any]) -> Figure:
-    """Bits per dimension against sampling time, all runs, with the front of each method."""
+    """Bits per dimension against sampling time: the mean of each size, with the front of each method."""
     figure = Figure(figsize=(6, 4), dpi=150)
     axes = figure.subplots()
     for method, color in COLORS.items():
-        runs = [run for run in results["runs"] if run["method"] == method]
+        runs = [run for run in _means(results["runs"]) if run["method"] == method]
         if runs:
-            axes.scatter(*_coordinates(runs), s=12, color=color, label=method)
-            axes.plot(*_coordinates(_front(runs)), color=color, linewidth=1)
+            axes.errorbar(*_coordinates(runs), fmt="o", markersize=3, elinewidth=0.5, color=color, label=method)
+            times, bits, _ = _coordinates(_front(runs))
+            axes.plot(times, bits, color=color, linewidth=1)
     axes.set_xscale("log")
+    for formatted in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+        formatted("{x:g}")
     axes.set_xlabel("time to sample 100 images, ms")
     axes.set_ylabel("test bits per dimension")
     axes.legend(fontsize=8)
@@ -131,11 +134,11 @@ def _training_table(sizes: dict[tuple, list[Run]]) -> str:
 
 
 def _sampling_table(runs: list[Run]) -> str:
-    first = [run for run in runs if run["seed"] == runs[0]["seed"]]
-    times, bits = _coordinates(_front([run for run in first if run["method"] == "Glow"]))
+    means = _means(runs)
+    times, bits, _ = _coordinates(_front([run for run in means if run["method"] == "Glow"]))
     rows = []
-    for run in first:
-        (time,), (value,) = _coordinates([run])
+    for run in means:
+        (time,), (value,), _ = _coordinates([run])
         if run["method"] != "Glow" and times and times[0] <= time:
             beyond = " (the slowest size)" if time > times[-1] else ""
             glow = float(np.interp(time, times, bits))
@@ -184,8 +187,19 @@ def _front(runs: Iterable[Run]) -> list[Run]:
     return front
 
 
-def _coordinates(runs: Sequence[Run]) -> tuple[list[float], list[float]]:
-    return [1e3 * run["sampling_seconds"] for run in runs], [run["bits_per_dim"] for run in runs]
+def _means(runs: Iterable[Run]) -> list[Run]:
+    """A run for each size: the mean of its seeds."""
+    means = []
+    for seeds in _by_size(runs).values():
+        mean = statistics.mean(run["bits_per_dim"] for run in seeds)
+        means.append({**seeds[0], "bits_per_dim": mean, "standard_error": _spread(seeds)})
+    return means
+
+
+def _coordinates(runs: Sequence[Run]) -> tuple[list[float], list[float], list[float]]:
+    """Sampling times in milliseconds, bits per dimension and their errors."""
+    times = [1e3 * run["sampling_seconds"] for run in runs]
+    return times, [run["bits_per_dim"] for run in runs], [run["standard_error"] for run in runs]
 
 
 def _spread(runs: Sequence[Run]) -> float:

@@ -178,7 +178,7 @@ def _bits(flow: nn.Module, images: Tensor) -> Tensor:
 def _round_trip_error(flow: nn.Module, images: Tensor) -> float:
     """Largest error of latent variables that were decoded and encoded again."""
     _, multiscale = flow._transform._transforms  # type: ignore[union-attr]
-    noise = flow.transform_to_noise(images.float())  # type: ignore[operator]
+    noise = flow.transform_to_noise(images)  # type: ignore[operator]
     numbers, _ = multiscale.inverse(noise)
     return (multiscale(numbers)[0] - noise).abs().max().item()
 
