@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from nflows_kconv import checks, functional, geometry
+from nflows_kconv import bound, checks, functional, geometry
 
 
 class InvertibleConv2d(nn.Module):
@@ -26,6 +29,10 @@ class InvertibleConv2d(nn.Module):
     masked, and the diagonal. Whatever happens to the parameters (weight decay, loading, in-place steps), the mask
     holds. The layer starts close to the identity.
 
+    A state_dict has the parameters alone; its metadata, which `torch.save` keeps, records the corners. Loading takes
+    also a plain `weight` in place of `raw_weight` and `log_diagonal`. What cannot be loaded, such as other corners,
+    other shapes or the version of a later release, leaves the layer as it was.
+
     Args:
         num_channels: C, a multiple of the number of corners.
         kernel_size: k, or (kh, kw); any size from 1 on.
@@ -34,6 +41,9 @@ class InvertibleConv2d(nn.Module):
         diagonal: "unit" fixes the pivot's diagonal to 1, as in the paper (log-determinant 0); "learned" makes it
             exp(log_diagonal), always positive.
         bias: Whether to add a learned constant to each channel.
+        max_inverse_gain: If given, g > 1, the weights off the diagonal are scaled down, all those of a group by one
+            factor, as far as it takes for ||A^-1||_2 <= g / min_o |W[o, o, pivot]| at every image size. Then also
+            ||A||_2 <= (2 - 1/g) max_o |W[o, o, pivot]|. See docs/numerics.md.
 
     Attributes:
         raw_weight: Parameter, [C, C/G, kh, kw].
@@ -44,6 +54,9 @@ class InvertibleConv2d(nn.Module):
         TypeError: If an argument has the wrong type.
         ValueError: If an argument has a wrong value, or the channels do not divide into the groups.
     """
+
+    # Of the state_dict; this class loads its own version and older ones.
+    _version = 1
 
     raw_weight: nn.Parameter
     log_diagonal: nn.Parameter | None
@@ -59,6 +72,7 @@ class InvertibleConv2d(nn.Module):
         corners: str | Sequence[str] = geometry.CORNERS,
         diagonal: Literal["unit", "learned"] = "unit",
         bias: bool = False,
+        max_inverse_gain: float | None = None,
     ) -> None:
         super().__init__()
         groups = geometry.parse_corners(corners)
@@ -73,20 +87,19 @@ class InvertibleConv2d(nn.Module):
         if diagonal not in ("unit", "learned"):
             raise ValueError(f'diagonal must be "unit" or "learned", got {diagonal!r}')
         self.diagonal = diagonal
+        self.max_inverse_gain = None if max_inverse_gain is None else _check_gain(max_inverse_gain)
 
         self.raw_weight = nn.Parameter(torch.empty(num_channels, num_channels // len(groups), *self.kernel_size))
         self.log_diagonal = nn.Parameter(torch.empty(num_channels)) if diagonal == "learned" else None
         self.bias = nn.Parameter(torch.empty(num_channels)) if bias else None
         self.register_buffer("_free", None, persistent=False)
         self.register_buffer("_unit", None, persistent=False)
+        self.register_state_dict_post_hook(_record_options)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draws a layer close to the identity: its taps add about 5 % of the signal's standard deviation."""
-        shape, device, groups = self.raw_weight.shape, self.raw_weight.device, geometry.parse_corners(self.corners)
-        on_diagonal = geometry.diagonal_entries(shape, groups, device)
-        self._free = ~(geometry.masked_entries(shape, groups, device) | on_diagonal)
-        self._unit = on_diagonal.to(self.raw_weight.dtype)
+        self._make_masks()
         fan_in = self.raw_weight[0].numel()
         nn.init.normal_(self.raw_weight, std=0.05 / fan_in**0.5)
         with torch.no_grad():
@@ -95,16 +108,28 @@ class InvertibleConv2d(nn.Module):
             if parameter is not None:
                 nn.init.zeros_(parameter)
 
+    def _make_masks(self) -> None:
+        shape, device, groups = self.raw_weight.shape, self.raw_weight.device, geometry.parse_corners(self.corners)
+        on_diagonal = geometry.diagonal_entries(shape, groups, device)
+        self._free = ~(geometry.masked_entries(shape, groups, device) | on_diagonal)
+        self._unit = on_diagonal.to(self.raw_weight.dtype)
+
     @property
     def weight(self) -> Tensor:
         """The weight, [C, C/G, kh, kw], as `torch.nn.functional.conv2d` takes it for each group.
 
         It is computed from the parameters: to change it, change those.
         """
+        free: Tensor = self.raw_weight
         fixed = self._unit
         if self.log_diagonal is not None:
             fixed = fixed * self.log_diagonal.exp()[:, None, None, None]
-        return torch.where(self._free, self.raw_weight, fixed)
+        if self.max_inverse_gain is not None:
+            relative = torch.where(self._free, free, 0)
+            if self.log_diagonal is not None:
+                relative = relative * self.log_diagonal.neg().exp()[:, None, None, None]
+            free = free * bound.scale(relative, len(self.corners), self.max_inverse_gain)
+        return torch.where(self._free, free, fixed)
 
     def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:
         """Convolves.
@@ -151,12 +176,111 @@ class InvertibleConv2d(nn.Module):
             return self.raw_weight.new_zeros(batch, dtype=dtype)
         return (height * width * self.log_diagonal.to(dtype).sum()).repeat(batch)
 
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        try:
+            self._check_metadata(local_metadata)
+            self._convert_weight(state_dict, prefix)
+            self._check_shapes(state_dict, prefix)
+        except ValueError as error:
+            error_msgs.append(f"{prefix.rstrip('.') or 'state_dict'}: {error}")
+            return  # with the layer as it was
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if self._free.device != self.raw_weight.device:  # a layer on meta that was assigned its parameters
+            self._make_masks()
+        if prefix + "raw_weight" in state_dict:
+            self._warn_of_differences(prefix, local_metadata)
+
+    def _check_metadata(self, metadata: dict[str, Any]) -> None:
+        version = metadata.get("version") or self._version
+        if version > self._version:
+            raise ValueError(
+                f"the version must be at most {self._version}, got {version} from a later release of nflows-kconv"
+            )
+        corners = tuple(metadata.get("corners", self.corners))
+        if corners != self.corners:
+            raise ValueError(f"the corners must be the layer's {self.corners}, got {corners}")
+
+    def _convert_weight(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Makes parameters of a plain weight."""
+        if prefix + "weight" not in state_dict or prefix + "raw_weight" in state_dict:
+            return
+        weight = state_dict.pop(prefix + "weight")
+        if weight.shape != self.raw_weight.shape:
+            raise ValueError(f"weight must have shape {tuple(self.raw_weight.shape)}, got {tuple(weight.shape)}")
+        groups = geometry.parse_corners(self.corners)
+        diagonal = geometry.pivot_diagonal(weight, groups)
+        right = diagonal > 0 if self.diagonal == "learned" else diagonal == 1
+        if not right.all():
+            required = "positive" if self.diagonal == "learned" else "1"
+            raise ValueError(
+                f"the pivot's diagonal must be {required} for diagonal={self.diagonal!r}, "
+                f"got {diagonal[~right][0].item():g}"
+            )
+        on_diagonal = geometry.diagonal_entries(weight.shape, groups, weight.device)
+        state_dict[prefix + "raw_weight"] = weight.masked_fill(on_diagonal, 0)
+        if self.diagonal == "learned":
+            state_dict[prefix + "log_diagonal"] = diagonal.log()
+
+    def _check_shapes(self, state_dict: dict[str, Any], prefix: str) -> None:
+        own = {name: tensor for name, tensor in self._parameters.items() if tensor is not None}
+        saved = {name: state_dict[prefix + name] for name in own if prefix + name in state_dict}
+        found, expected = _shapes(saved), _shapes({name: own[name] for name in saved})
+        if found != expected:
+            layer = f"{self._get_name()}({self.extra_repr()})"
+            raise ValueError(f"shapes must be {expected} for {layer}, got {found}")
+
+    def _warn_of_differences(self, prefix: str, metadata: dict[str, Any]) -> None:
+        gain = metadata.get("max_inverse_gain", self.max_inverse_gain)
+        if gain != self.max_inverse_gain:
+            warnings.warn(
+                f"{prefix}raw_weight was saved with max_inverse_gain={gain} and is loaded with "
+                f"{self.max_inverse_gain}: where the bound is active, it makes another weight",
+                stacklevel=2,
+            )
+        if self.raw_weight.is_meta:
+            return
+        ignored = int(self.raw_weight[~self._free].count_nonzero())
+        if ignored:
+            warnings.warn(
+                f"{prefix}raw_weight has {ignored} entries other than zero on or above the pivot's diagonal, which the "
+                "layer ignores",
+                stacklevel=2,
+            )
+
     def extra_repr(self) -> str:
         """The constructor's arguments."""
+        gain = "" if self.max_inverse_gain is None else f", max_inverse_gain={self.max_inverse_gain}"
         return (
             f"{self.num_channels}, kernel_size={self.kernel_size}, corners={self.corners}, "
-            f"diagonal={self.diagonal!r}, bias={self.bias is not None}"
+            f"diagonal={self.diagonal!r}, bias={self.bias is not None}{gain}"
         )
+
+
+def _record_options(layer: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
+    local_metadata.update(corners=layer.corners, max_inverse_gain=layer.max_inverse_gain)
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(getattr(tensor, "shape", ())) for name, tensor in tensors.items()}
+
+
+def _check_gain(max_inverse_gain: float) -> float:
+    if not isinstance(max_inverse_gain, Real) or isinstance(max_inverse_gain, bool):
+        raise TypeError(f"max_inverse_gain must be a number or None, got {max_inverse_gain!r}")
+    if not 1 < max_inverse_gain < math.inf:
+        raise ValueError(f"max_inverse_gain must be finite and greater than 1, got {max_inverse_gain}")
+    return float(max_inverse_gain)
 
 
 def _pair(kernel_size: int | tuple[int, int]) -> tuple[int, int]:

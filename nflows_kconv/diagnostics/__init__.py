@@ -1,0 +1,9 @@
+"""Why a flow returns from a round trip with an error: how much a layer amplifies, and at which step errors grow.
+
+docs/numerics.md tells how to read the numbers, and what helps.
+"""
+
+from nflows_kconv.diagnostics.conditioning import Conditioning, conditioning
+from nflows_kconv.diagnostics.round_trip import RoundTrip, StepError, round_trip
+
+__all__ = ["Conditioning", "RoundTrip", "StepError", "conditioning", "round_trip"]

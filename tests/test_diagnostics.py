@@ -1,0 +1,433 @@
+"""Diagnostics: norms against dense matrices; and errors of round trips found where they were put."""
+
+import copy
+import math
+from itertools import pairwise
+
+import normflows as nf
+import oracles
+import pytest
+import torch
+from cases import CORNERS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nflows import transforms
+from nflows.distributions import StandardNormal
+from nflows.flows import Flow
+from nflows.nn.nets import ConvResidualNet
+from torch import Tensor, nn
+
+import nflows_kconv.nflows
+import nflows_kconv.normflows
+from nflows_kconv import InvertibleConv2d, step
+from nflows_kconv.diagnostics import conditioning, round_trip
+
+SIZES = (1, 2, 4, 8, 12)
+
+
+def layer_with(size: float, seed: int = 0, channels: int = 4, **options) -> InvertibleConv2d:
+    """A layer whose free entries are that large, which decides how much its inverse amplifies."""
+    layer = InvertibleConv2d(channels, **options)
+    with torch.no_grad():
+        noise = torch.randn(layer.raw_weight.shape, generator=torch.Generator().manual_seed(seed))
+        layer.raw_weight.copy_(size * noise * (layer.raw_weight != 0))
+    return layer
+
+
+def singular_values(layer: InvertibleConv2d, height: int, width: int) -> Tensor:
+    groups = oracles.matrices(layer.weight.detach(), layer.corners, height, width)
+    return torch.cat([torch.linalg.svdvals(group) for group in groups])
+
+
+# Of a layer
+
+
+@st.composite
+def layers(draw: st.DrawFn) -> InvertibleConv2d:
+    corners = draw(st.lists(st.sampled_from(CORNERS), min_size=1, max_size=3))
+    layer = layer_with(
+        draw(st.sampled_from((0.01, 0.1, 0.3))),
+        draw(st.integers(0, 1000)),
+        channels=len(corners) * draw(st.integers(1, 3)),
+        kernel_size=(draw(st.integers(1, 3)), draw(st.integers(1, 3))),
+        corners=corners,
+        diagonal=draw(st.sampled_from(("unit", "learned"))),
+    )
+    if layer.log_diagonal is not None:
+        nn.init.uniform_(layer.log_diagonal, -1, 1)
+    return layer
+
+
+@settings(max_examples=20)
+@given(layer=layers(), height=st.integers(1, 6), width=st.integers(1, 6))
+def test_norms_are_those_of_the_dense_matrices(layer: InvertibleConv2d, height: int, width: int):
+    values = singular_values(layer, height, width)
+    expected = values.max(), 1 / values.min(), values.max() / values.min()
+    exact = conditioning(layer, (height, width), exact=True)
+    torch.testing.assert_close(torch.tensor(exact[:3], dtype=torch.float64), torch.stack(expected))
+    estimate = conditioning(layer, (height, width))
+    for value, bound in zip(estimate[:2], exact[:2], strict=True):
+        assert 0.99 * bound <= value <= bound * (1 + 1e-9)
+    assert estimate.condition_number == estimate.gain * estimate.inverse_gain
+    assert exact.inverse_gain <= exact.inverse_gain_bound * (1 + 1e-6) == estimate.inverse_gain_bound * (1 + 1e-6)
+
+
+def test_large_gains_are_found_to_many_digits():
+    layer = layer_with(0.5)
+    exact, estimate = (conditioning(layer, (6, 6), exact=exact).inverse_gain for exact in (True, False))
+    assert exact > 100
+    assert estimate == pytest.approx(exact, rel=1e-3)
+
+
+def test_gains_grow_with_the_image():
+    """Exponentially without a bound, and never beyond it."""
+    free, bounded = layer_with(0.5), layer_with(0.5, max_inverse_gain=3)
+    gains = [conditioning(free, (side, side)).inverse_gain for side in SIZES]
+    assert all(large > 2 * small for small, large in pairwise(gains))
+    assert conditioning(free, (1, 1)).inverse_gain_bound == math.inf
+    gains = [conditioning(bounded, (side, side)) for side in SIZES]
+    assert all(small.inverse_gain < large.inverse_gain for small, large in pairwise(gains))
+    assert gains[-1].inverse_gain <= gains[-1].inverse_gain_bound == pytest.approx(3)
+
+
+def test_the_bound_tells_of_a_learned_diagonal():
+    layer = InvertibleConv2d(4, corners="TL", diagonal="learned", max_inverse_gain=2)
+    with torch.no_grad():
+        layer.raw_weight.fill_(100)
+        layer.log_diagonal[2] = math.log(0.1)
+    assert conditioning(layer, (2, 2)).inverse_gain_bound == pytest.approx(20)
+
+
+@pytest.mark.parametrize("library", [nflows_kconv.nflows, nflows_kconv.normflows], ids=["nflows", "normflows"])
+def test_names_of_directions_make_no_difference(library):
+    expected = layer_with(0.3)
+    layer = library.InvertibleConv2d(4)
+    layer.load_state_dict(expected.state_dict())
+    assert conditioning(layer, (4, 5)) == conditioning(expected, (4, 5))
+
+
+def test_it_starts_alike_and_leaves_random_numbers_alone():
+    layer, state = layer_with(0.1), torch.get_rng_state()
+    assert conditioning(layer, (4, 5)) == conditioning(layer, (4, 5))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert layer.raw_weight.grad is None
+
+
+def test_iterations_can_be_limited():
+    layer = layer_with(0.1)
+    assert conditioning(layer, (5, 5), max_iterations=2).gain < 0.95 * conditioning(layer, (5, 5)).gain
+
+
+@pytest.mark.parametrize("exact", [False, True], ids=["estimate", "exact"])
+def test_what_overflows_is_infinite(exact: bool):
+    layer = layer_with(1e200, kernel_size=2).double()
+    with torch.no_grad():
+        layer.raw_weight.mul_(1e200)
+    assert conditioning(layer, (4, 4), exact=exact).inverse_gain == math.inf
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        (dict(layer=nn.Conv2d(4, 4, 3)), TypeError, "layer must be an InvertibleConv2d, got Conv2d"),
+        (dict(image_size=(4,)), ValueError, r"image_size must be \(H, W\), got \(4,\)"),
+        (dict(image_size=(4, 0)), ValueError, "W must be at least 1, got 0"),
+        (dict(image_size=(4.0, 4)), TypeError, "H must be an integer, got 4.0"),
+        (dict(max_iterations=0), ValueError, "max_iterations must be at least 1, got 0"),
+    ],
+)
+def test_errors_of_conditioning(arguments: dict, error: type[Exception], match: str):
+    with pytest.raises(error, match=match):
+        conditioning(**dict(layer=layer_with(0.1), image_size=(4, 4)) | arguments)
+
+
+# Of a flow
+
+
+class Net(nn.Module):
+    """A coupling's network, which may round its input as TF32 does, only to 8 bits."""
+
+    def __init__(self, in_channels: int, out_channels: int, rounds: bool = False) -> None:
+        super().__init__()
+        self.convolution, self.rounds = nn.Conv2d(in_channels, out_channels, 3, padding=1), rounds
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
+        return self.convolution(inputs.bfloat16().float() if self.rounds else inputs)
+
+
+def nflows_flow() -> Flow:
+    """Every container of nflows."""
+    level = [
+        transforms.SqueezeTransform(),
+        transforms.CompositeTransform([nflows_kconv.nflows.InvertibleConv2d(4), transforms.ActNorm(4)]),
+        transforms.InverseTransform(nflows_kconv.nflows.InvertibleConv2d(4)),
+        transforms.AffineCouplingTransform([0, 1, 0, 1], Net),
+    ]
+    multiscale = transforms.MultiscaleCompositeTransform(2)
+    multiscale.add_transform(transforms.CompositeTransform(level), (4, 4, 4))
+    multiscale.add_transform(nflows_kconv.nflows.InvertibleConv2d(2, corners="TL"), (2, 4, 4))
+    return Flow(multiscale, StandardNormal([64]))
+
+
+NFLOWS_KINDS = [
+    "SqueezeTransform",
+    "InvertibleConv2d",
+    "ActNorm",
+    "InvertibleConv2d",
+    "AffineCouplingTransform",
+    "InvertibleConv2d",
+]
+
+
+def normflows_flow() -> nf.MultiscaleFlow:
+    """Couplings of several modules with inverses, ActNorm inside a network, and what works in place."""
+    blocks = [nflows_kconv.normflows.GlowBlock(4, 8, net_actnorm=True), nf.flows.Reverse(nf.flows.Invertible1x1Conv(4))]
+    return nf.MultiscaleFlow(
+        [nf.distributions.DiagGaussian((2, 4, 4), trainable=False) for _ in range(2)],
+        [[nflows_kconv.normflows.InvertibleConv2d(2, corners="TL")], [*blocks, nf.flows.Squeeze()]],
+        [nf.flows.Merge()],
+        nf.transforms.Shift(0.25),
+        class_cond=False,
+    )
+
+
+NORMFLOWS_KINDS = [
+    "Shift",
+    "Squeeze",
+    "Invertible1x1Conv",
+    "ActNorm",
+    "InvertibleConv2d",
+    "Invertible1x1Conv",
+    "AffineCouplingBlock",
+    "InvertibleConv2d",
+]
+FLOWS = {"nflows": (nflows_flow, NFLOWS_KINDS), "normflows": (normflows_flow, NORMFLOWS_KINDS)}
+every_flow = pytest.mark.parametrize(("build", "kinds"), FLOWS.values(), ids=FLOWS.keys())
+
+
+def images(*shape: int) -> Tensor:
+    return torch.randn(shape or (3, 1, 8, 8), generator=torch.Generator().manual_seed(0))
+
+
+@every_flow
+def test_steps_of_sound_flows(build, kinds: list[str]):
+    torch.manual_seed(0)
+    result = round_trip(build(), images())
+    assert [step.kind for step in result.steps] == kinds
+    assert len({step.name for step in result.steps}) == len(kinds)
+    for one in result.steps:
+        assert max(one.local, one.arriving, one.leaving) < 100 * result.rounding
+    for data_side, latent_side in pairwise(result.steps):
+        assert data_side.arriving <= latent_side.leaving * 2  # halves of which other entries are the largest
+    assert result.error == max(one.leaving for one in result.steps)
+    assert (result.rounding, result.cure) == (2**-23, "")
+    assert "nothing is lost" in result.verdict
+
+
+@every_flow
+def test_nothing_changes(build, kinds: list[str]):
+    flow, input = build().train(), images()
+    parts = dict(flow.named_modules())
+    before = copy.deepcopy((flow.state_dict(), input, torch.get_rng_state()))
+    round_trip(flow, input)
+    for name, value in flow.state_dict().items():
+        assert torch.equal(value, before[0][name]), name
+    assert torch.equal(input, before[1])
+    assert torch.equal(torch.get_rng_state(), before[2])
+    assert all(part.training for part in parts.values())
+    assert not any({"forward", "inverse"} & vars(part).keys() for part in parts.values())
+
+
+def test_it_runs_in_evaluation_mode():
+    coupling = step.AffineCoupling(nn.Sequential(nn.Dropout(0.5), nn.Conv2d(2, 4, 3, padding=1)))
+    assert "nothing is lost" in round_trip(coupling.train(), images(3, 4, 8, 8)).verdict
+
+
+def stack(*steps: nn.Module) -> step.Sequence:
+    """Steps that are not to blame, with those to be tested among them."""
+    return step.Sequence([step.ActNorm(4), InvertibleConv2d(4), *steps, step.InvertibleConv1x1(4)])
+
+
+def test_it_blames_a_layer_that_amplifies():
+    bad = layer_with(0.5, corners="BR")
+    result = round_trip(stack(InvertibleConv2d(4), bad), images(3, 4, 8, 8))
+    worst = max(result.steps, key=lambda one: one.growth)
+    assert (worst.name, worst.kind) == ("steps.3", "InvertibleConv2d")
+    assert worst.leaving > 1e-4
+    assert "All InvertibleConv2d together" in result.verdict
+    assert "the worst, steps.3, by" in result.verdict
+    assert "max_inverse_gain" in result.cure
+    cured = layer_with(0.5, corners="BR", max_inverse_gain=4)
+    assert "nothing is lost" in round_trip(stack(InvertibleConv2d(4), cured), images(3, 4, 8, 8)).verdict
+    assert "nothing is lost" in round_trip(stack(bad).double(), images(3, 4, 8, 8)).verdict
+
+
+def test_errors_are_told_where_they_are_born_and_where_they_arrive():
+    """A step that undoes itself up to a known error, between steps that pass errors on as they are."""
+
+    class Off(nn.Module):
+        def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:
+            return input.flip(3), input.new_zeros(len(input))
+
+        def inverse(self, input: Tensor) -> tuple[Tensor, Tensor]:
+            return input.flip(3) + 0.01 * input.abs().max(), input.new_zeros(len(input))
+
+    first, off, last = round_trip(step.Sequence([step.ActNorm(4), Off(), step.ActNorm(4)]), images(3, 4, 8, 8)).steps
+    assert (last.local, last.arriving, last.leaving) == (0, 0, 0)
+    assert off.local == off.leaving == pytest.approx(0.01, rel=1e-5)
+    assert off.growth == off.leaving / 2**-23
+    assert (first.local, first.arriving, first.leaving) == (0, off.leaving, off.leaving)
+    assert first.growth == 1
+
+
+def test_it_blames_an_inverse_that_is_wrong():
+    class Wrong(step.ActNorm):
+        def inverse(self, input: Tensor) -> tuple[Tensor, Tensor]:
+            return 1.001 * input, input.new_zeros(len(input))
+
+    result = round_trip(stack(Wrong(4)), images(3, 4, 8, 8))
+    assert "All Wrong together" in result.verdict
+    assert "if the error stays as it is, the inverse is wrong" in result.cure
+
+
+@pytest.mark.parametrize("setting", ["none", "ieee", "tf32", "bf16"])
+def test_it_blames_networks_in_reduced_precision(setting: str):
+    """A network that rounds its input jumps where the input is off by a rounding: its step has no error of its own."""
+    torch.manual_seed(0)
+    coupling = step.AffineCoupling(Net(2, 4, rounds=True))
+    flow = stack(*(each for _ in range(3) for each in (coupling, step.InvertibleConv1x1(4))))
+    before = torch.backends.mkldnn.conv.fp32_precision
+    torch.backends.mkldnn.conv.fp32_precision = setting
+    try:
+        result = round_trip(flow, images(20, 4, 8, 8))
+    finally:
+        torch.backends.mkldnn.conv.fp32_precision = before
+    assert result.settings["torch.backends.mkldnn.conv.fp32_precision"] == setting
+    assert all(one.local < 10 * result.rounding for one in result.steps)
+    assert "All AffineCoupling together" in result.verdict
+    is_reduced = setting in ("tf32", "bf16")
+    assert ("reduced precision" in result.cure) == is_reduced
+    assert (f"torch.backends.mkldnn.conv.fp32_precision = {setting}" in result.cure) == is_reduced
+
+
+def test_autocast_is_a_setting():
+    with torch.autocast("cpu", torch.bfloat16):
+        assert round_trip(stack(), images(3, 4, 8, 8)).settings["torch.autocast"] == "torch.bfloat16"
+
+
+def test_ways_that_are_not_finite():
+    layer = layer_with(1e30)
+    result = round_trip(step.Sequence([step.Inverse(layer), step.ActNorm(4)]), images(3, 4, 8, 8))
+    assert result.verdict == "The way to the latent variable is not finite from steps.0.step on."
+    result = round_trip(step.Sequence([layer, step.ActNorm(4)]), images(3, 4, 8, 8))
+    assert result.error == math.inf
+    assert "All InvertibleConv2d together" in result.verdict
+
+
+def test_rounding_to_whole_numbers_is_no_loss():
+    """Dequantisation's noise may lie so close to the edge of a cell that any error makes a difference of one."""
+
+    class Edge(nn.Module):
+        def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:
+            return input + 1e-6, input.new_zeros(len(input))
+
+        def inverse(self, input: Tensor) -> tuple[Tensor, Tensor]:
+            return (input - 1e-5).floor(), input.new_zeros(len(input))
+
+    result = round_trip(step.Sequence([Edge(), InvertibleConv2d(4)]), images(3, 4, 8, 8).mul(10).round())
+    assert result.steps[0].leaving > 0.01
+    assert result.steps[0].growth == 1
+    assert "nothing is lost" in result.verdict
+
+
+@pytest.mark.parametrize("library", [nflows_kconv.nflows, nflows_kconv.normflows], ids=["nflows", "normflows"])
+@pytest.mark.parametrize("options", [{}, dict(direction="inverse"), dict(reversible=True)], ids=str)
+def test_image_flows(library, options: dict):
+    torch.manual_seed(0)
+    flow = library.finc_flow((1, 8, 8), 2, 1, hidden_channels=4, **options)
+    input, state = torch.randint(0, 256, (3, 1, 8, 8)), torch.get_rng_state()
+    result = round_trip(flow, input)
+    assert torch.equal(torch.get_rng_state(), state)
+    kinds = [one.kind for one in result.steps]
+    assert kinds[:2] == ["UniformDequantization", "Logit"]
+    assert kinds.count("InvertibleConv2d") == 2
+    assert "nothing is lost" in result.verdict
+
+
+def test_conditions_reach_the_steps():
+    def network(in_channels: int, out_channels: int) -> nn.Module:
+        return ConvResidualNet(in_channels, out_channels, 4, context_channels=1)
+
+    coupling = transforms.AffineCouplingTransform([0, 1], network)
+    of_nflows = Flow(coupling, StandardNormal([2, 4, 4]), embedding_net=nn.Conv2d(3, 1, 1))
+    of_normflows = nf.ConditionalNormalizingFlow(
+        nf.distributions.DiagGaussian((2, 4, 4)), [nflows_kconv.normflows.InvertibleConv2d(2, corners="TL")]
+    )
+    for flow in (of_nflows, of_normflows):
+        result = round_trip(flow, images(3, 2, 4, 4), images(3, 3, 4, 4))
+        assert len(result.steps) == 1
+        assert "nothing is lost" in result.verdict
+
+
+def test_other_flows():
+    """A list of flows without levels, and a step alone."""
+    flows = [nflows_kconv.normflows.InvertibleConv2d(4), nf.flows.ActNorm((4, 1, 1))]
+    flow = nf.NormalizingFlow(nf.distributions.DiagGaussian((4, 8, 8)), flows)
+    assert [one.name for one in round_trip(flow, images(3, 4, 8, 8)).steps] == ["flows.1", "flows.0"]
+    assert [one.name for one in round_trip(InvertibleConv2d(4), images(3, 4, 8, 8)).steps] == ["(flow)"]
+
+
+def test_it_prints_a_table():
+    result = round_trip(stack(layer_with(0.5, corners="TL")), images(3, 4, 8, 8))
+    lines = str(result).splitlines()
+    assert lines[0].split() == ["step", "kind", "local", "arriving", "leaving", "growth"]
+    for line, one in zip(lines[1:5], result.steps, strict=True):
+        assert line.split() == [one.name, one.kind, *(f"{value:.1e}" for value in one[2:])]
+    assert len({len(line) for line in lines[:5]}) == 1
+    assert "torch.backends.mkldnn.conv.fp32_precision: " in lines[5]
+    assert lines[6:] == [result.verdict, result.cure]
+
+
+class Straight(nn.Module):
+    """Calls its steps in the same order both ways."""
+
+    def __init__(self, *steps: nn.Module) -> None:
+        super().__init__()
+        self.steps = nn.ModuleList(steps)
+
+    def forward(self, input: Tensor) -> Tensor:
+        for each in self.steps:
+            input = each(input)[0]
+        return input
+
+    def inverse(self, input: Tensor) -> Tensor:
+        for each in self.steps:
+            input = each.inverse(input)[0]
+        return input
+
+
+@pytest.mark.parametrize(
+    ("flow", "error", "match"),
+    [
+        (torch.exp, TypeError, "flow must be a torch.nn.Module, got builtin_function_or_method"),
+        (
+            nn.Linear(2, 2),
+            TypeError,
+            "flow must be a flow of nflows or normflows, or have forward and inverse, got Linear",
+        ),
+        (
+            Straight(step.ActNorm(4), InvertibleConv2d(4)),
+            ValueError,
+            r"got \[steps.0, steps.1\] there and, reversed, \[st",
+        ),
+        (
+            nf.NormalizingFlow(nf.distributions.DiagGaussian(4), []),
+            ValueError,
+            r"got \[\] there and, reversed, \[\] back",
+        ),
+    ],
+    ids=["function", "one direction", "not in reverse", "no steps"],
+)
+def test_errors_of_round_trip(flow: object, error: type[Exception], match: str):
+    with pytest.raises(error, match=match):
+        round_trip(flow, images(3, 4, 8, 8))
