@@ -240,6 +240,7 @@ def build_flow(configuration: dict[str, Any]) -> nn.Module:
         corners=corners,
         diagonal=configuration["diagonal"],
         direction=configuration["direction"],
+        reversible=configuration["reversible"],
         num_classes=configuration["num_classes"] if configuration["conditional"] else None,
     )
 
@@ -274,6 +275,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentP
     group.add_argument("--diagonal", choices=("unit", "learned"), default="unit")
     group.add_argument("--direction", choices=("forward", "inverse"), default="forward")
     group.add_argument("--conditional", action="store_true", help="on the classes of the images")
+    group.add_argument("--reversible", action="store_true", help="train in less memory and some more time")
 
     group = parser.add_argument_group("training")
     group.add_argument("--training-steps", type=int, default=100_000, help="since the beginning, also with --resume")

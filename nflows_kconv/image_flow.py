@@ -12,12 +12,13 @@ Dhariwal 2018, arXiv 1807.03039).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
 from nflows_kconv import checks, images, step
 from nflows_kconv.layer import InvertibleConv2d
+from nflows_kconv.reversible import Sequence as ReversibleSequence
 
 Corners = str | Sequence[str] | Sequence[Sequence[str]]
 
@@ -27,11 +28,11 @@ class Level(NamedTuple):
 
     Attributes:
         shape: (C, H, W) of what the steps work on.
-        steps: The steps from data to latent, the learned prior of the split included.
+        stack: The steps, the learned prior of the split included.
     """
 
     shape: tuple[int, int, int]
-    steps: list[nn.Module]
+    stack: step.Sequence
 
 
 class Preprocessing(step.Sequence):
@@ -66,7 +67,9 @@ def build_levels(
     kernel_size: int | tuple[int, int] | None,
     corners: Corners,
     diagonal: Literal["unit", "learned"],
+    max_inverse_gain: float | None,
     direction: Literal["forward", "inverse"],
+    reversible: bool,
 ) -> list[Level]:
     """The levels of the flow, the one next to the data first; see `finc_flow` of the adapters.
 
@@ -87,12 +90,13 @@ def build_levels(
     if direction not in ("forward", "inverse"):
         raise ValueError(f'direction must be "forward" or "inverse", got {direction!r}')
 
+    options = {"diagonal": diagonal, "max_inverse_gain": max_inverse_gain}
     built = []
     for level in range(1, levels + 1):
         channels, height, width = 4 * channels, height // 2, width // 2
         modules: list[nn.Module] = []
         for _ in range(steps):
-            convolutions = [] if kernel_size is None else _convolutions(channels, kernel_size, corners, diagonal)
+            convolutions = [] if kernel_size is None else _convolutions(channels, kernel_size, corners, options)
             modules.append(
                 step.Sequence(
                     [
@@ -107,16 +111,16 @@ def build_levels(
         if level < levels:
             modules.append(step.learned_prior(channels))
             channels //= 2
-        built.append(Level(shape, modules))
+        built.append(Level(shape, ReversibleSequence(modules) if reversible else step.Sequence(modules)))
     return built
 
 
 def _convolutions(
-    channels: int, kernel_size: int | tuple[int, int], corners: Corners, diagonal: Literal["unit", "learned"]
+    channels: int, kernel_size: int | tuple[int, int], corners: Corners, options: dict[str, Any]
 ) -> list[nn.Module]:
     several = not isinstance(corners, str) and len(corners) > 0 and not isinstance(corners[0], str)
     layers = corners if several else (corners,)
-    return [InvertibleConv2d(channels, kernel_size, corners=each, diagonal=diagonal) for each in layers]  # type: ignore
+    return [InvertibleConv2d(channels, kernel_size, corners=each, **options) for each in layers]  # type: ignore
 
 
 def as_parameters_are(images: Tensor, flow: nn.Module) -> Tensor:

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 from torch import Tensor, nn
 
 from nflows_kconv import checks, geometry, image_flow, layer
+from nflows_kconv.reversible import NETWORKS, Invertible, cascade
 
 try:
     from nflows.distributions import ConditionalDiagonalNormal, StandardNormal
     from nflows.flows import Flow
     from nflows.transforms import CompositeTransform, MultiscaleCompositeTransform, SqueezeTransform
     from nflows.transforms.base import Transform
+    from nflows.transforms.coupling import CouplingTransform
 except ImportError as error:
     raise ImportError("nflows_kconv.nflows needs nflows, which comes with pip install nflows-kconv[nflows]") from error
 
-__all__ = ["ImageFlow", "InvertibleConv2d", "Step", "finc_flow"]
+__all__ = ["ImageFlow", "InvertibleConv2d", "ReversibleCompositeTransform", "Step", "finc_flow"]
+
+_NETWORKS = {**NETWORKS, CouplingTransform: ("transform_net",)}
 
 
 class InvertibleConv2d(layer.InvertibleConv2d, Transform):
@@ -32,7 +37,9 @@ class InvertibleConv2d(layer.InvertibleConv2d, Transform):
     samples, and trains through the solution (Inverse-Flow, Nagar, Varma 2025, arXiv 2410.14634).
 
     Example:
-        >>> step = CompositeTransform([InvertibleConv2d(12), ActNorm(12), OneByOneConvolution(12), coupling])
+        >>> from nflows.transforms import ActNorm, CompositeTransform, OneByOneConvolution
+        >>> from nflows_kconv.nflows import InvertibleConv2d
+        >>> step = CompositeTransform([InvertibleConv2d(12), ActNorm(12), OneByOneConvolution(12)])
     """
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -88,6 +95,37 @@ class Step(Transform):
         return self.step.inverse(inputs)  # type: ignore[operator]
 
 
+class ReversibleCompositeTransform(CompositeTransform):
+    """`nflows.transforms.CompositeTransform` that trains in memory independent of the number of transforms.
+
+    Parameters, state_dict and results are the same. One transform's activations exist at a time, so give it those of a
+    step as one `CompositeTransform`. See `nflows_kconv.reversible.cascade` for how it works and what it asks of them.
+
+    Args:
+        transforms: The first one takes the data; all must have an inverse.
+
+    Example:
+        >>> from nflows.transforms import ActNorm, CompositeTransform
+        >>> from nflows_kconv.nflows import InvertibleConv2d, ReversibleCompositeTransform
+        >>> steps = [CompositeTransform([InvertibleConv2d(12), ActNorm(12)]) for _ in range(32)]
+        >>> transform = ReversibleCompositeTransform(steps)
+    """
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """From data to noise; see `nflows_kconv.reversible.cascade` for what is raised."""
+        return cascade(inputs, self._steps(context), _NETWORKS)
+
+    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """From noise to data; see `nflows_kconv.reversible.cascade` for what is raised."""
+        return cascade(inputs, [step.inverted() for step in reversed(self._steps(context))], _NETWORKS)
+
+    def _steps(self, context: Tensor | None) -> list[Invertible]:
+        return [
+            Invertible(each, partial(each, context=context), partial(each.inverse, context=context), context)
+            for each in self._transforms
+        ]
+
+
 class ImageFlow(Flow):
     """An `nflows.flows.Flow` of images, which may have any dtype, uint8 for instance."""
 
@@ -103,6 +141,10 @@ class ImageFlow(Flow):
         """
         return super().log_prob(image_flow.as_parameters_are(inputs, self), context)
 
+    def transform_to_noise(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
+        """The latent variables of images, [B, C H W]; arguments and errors are those of `log_prob`."""
+        return super().transform_to_noise(image_flow.as_parameters_are(inputs, self), context)
+
 
 def finc_flow(
     image_shape: Sequence[int],
@@ -113,8 +155,10 @@ def finc_flow(
     kernel_size: int | tuple[int, int] | None = 3,
     corners: image_flow.Corners = geometry.CORNERS,
     diagonal: Literal["unit", "learned"] = "unit",
+    max_inverse_gain: float | None = None,
     direction: Literal["forward", "inverse"] = "forward",
     num_classes: int | None = None,
+    reversible: bool = False,
 ) -> ImageFlow:
     """A multiscale flow of images in nflows.
 
@@ -134,10 +178,13 @@ def finc_flow(
         corners: See `InvertibleConv2d`; or several of these, one convolution each: (("TL",), ("BR",)) is a pair of full
             convolutions in opposite corners.
         diagonal: See `InvertibleConv2d`.
+        max_inverse_gain: See `InvertibleConv2d`.
         direction: "forward" convolves from data to latent, and solves to sample; "inverse" the other way round, as in
             Inverse-Flow (Nagar, Varma 2025, arXiv 2410.14634).
         num_classes: If given, the latent variable has a mean and a scale for each class; the labels, [B] whole
             numbers, are the flow's context.
+        reversible: Whether to train in memory independent of K, for some more time, see `nflows_kconv.reversible`. The
+            state_dict is the same.
 
     Returns:
         An `nflows.flows.Flow` with a `MultiscaleCompositeTransform`.
@@ -147,7 +194,13 @@ def finc_flow(
         ValueError: If an argument has a wrong value, or the image does not divide into the levels.
 
     Example:
-        >>> flow = finc_flow((3, 32, 32), levels=3, steps=32)  # 44 million parameters
+        >>> import torch
+        >>> from nflows_kconv.nflows import finc_flow
+        >>> flow = finc_flow((3, 32, 32), levels=3, steps=2, hidden_channels=64)  # 32 and 512: 44 million parameters
+        >>> flow.log_prob(torch.randint(256, (10, 3, 32, 32))).shape
+        torch.Size([10])
+        >>> flow.sample(5).shape
+        torch.Size([5, 3, 32, 32])
     """
     if num_classes is not None:
         checks.positive("num_classes", num_classes)
@@ -159,12 +212,13 @@ def finc_flow(
         kernel_size=kernel_size,
         corners=corners,
         diagonal=diagonal,
+        max_inverse_gain=max_inverse_gain,
         direction=direction,
+        reversible=reversible,
     )
     multiscale = MultiscaleCompositeTransform(num_transforms=levels)
     for level in built:
-        transforms = [SqueezeTransform(), *map(Step, level.steps)]
-        multiscale.add_transform(CompositeTransform(transforms), level.shape)
+        multiscale.add_transform(CompositeTransform([SqueezeTransform(), Step(level.stack)]), level.shape)
     dimensions = math.prod(image_shape)
     if num_classes is None:
         base = StandardNormal([dimensions])

@@ -8,16 +8,25 @@ from typing import Literal
 from torch import Tensor, nn
 
 from nflows_kconv import checks, geometry, image_flow, layer
+from nflows_kconv.reversible import NETWORKS, Invertible, cascade
 
 try:
     from normflows import MultiscaleFlow, flows
     from normflows.distributions import ClassCondDiagGaussian, DiagGaussian
+    from normflows.flows.neural_spline.coupling import Coupling
 except ImportError as error:
     raise ImportError(
         "nflows_kconv.normflows needs normflows, which comes with pip install nflows-kconv[normflows]"
     ) from error
 
-__all__ = ["GlowBlock", "ImageFlow", "InvertibleConv2d", "Step", "finc_flow"]
+__all__ = ["GlowBlock", "ImageFlow", "InvertibleConv2d", "ReversibleComposite", "Step", "finc_flow"]
+
+_NETWORKS = {
+    **NETWORKS,
+    flows.AffineCoupling: ("param_map",),
+    flows.MaskedAffineFlow: ("s", "t"),
+    Coupling: ("transform_net",),
+}
 
 
 class InvertibleConv2d(layer.InvertibleConv2d, flows.Flow):
@@ -31,7 +40,9 @@ class InvertibleConv2d(layer.InvertibleConv2d, flows.Flow):
     trains through the solution (Inverse-Flow, Nagar, Varma 2025, arXiv 2410.14634).
 
     Example:
-        >>> flows = [coupling, Invertible1x1Conv(12), ActNorm((12, 1, 1)), InvertibleConv2d(12)]
+        >>> from normflows.flows import ActNorm, Invertible1x1Conv
+        >>> from nflows_kconv.normflows import InvertibleConv2d
+        >>> flows = [Invertible1x1Conv(12), ActNorm((12, 1, 1)), InvertibleConv2d(12)]
     """
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -87,10 +98,15 @@ class GlowBlock(flows.GlowBlock):
         kernel_size: See `nflows_kconv.InvertibleConv2d`.
         corners: See `nflows_kconv.InvertibleConv2d`.
         diagonal: See `nflows_kconv.InvertibleConv2d`.
+        max_inverse_gain: See `nflows_kconv.InvertibleConv2d`.
 
     Raises:
         TypeError: See `nflows_kconv.InvertibleConv2d`.
         ValueError: See `nflows_kconv.InvertibleConv2d`.
+
+    Example:
+        >>> from nflows_kconv.normflows import GlowBlock
+        >>> block = GlowBlock(12, 256, split_mode="channel", scale=True)
     """
 
     def __init__(
@@ -108,8 +124,11 @@ class GlowBlock(flows.GlowBlock):
         kernel_size: int | tuple[int, int] = 3,
         corners: str | Sequence[str] = geometry.CORNERS,
         diagonal: Literal["unit", "learned"] = "unit",
+        max_inverse_gain: float | None = None,
     ) -> None:
-        convolution = InvertibleConv2d(channels, kernel_size, corners=corners, diagonal=diagonal)
+        convolution = InvertibleConv2d(
+            channels, kernel_size, corners=corners, diagonal=diagonal, max_inverse_gain=max_inverse_gain
+        )
         super().__init__(
             channels, hidden_channels, scale, scale_map, split_mode, leaky, init_zeros, use_lu, net_actnorm
         )
@@ -135,6 +154,33 @@ class Step(flows.Flow):
     def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """From data to latent; the context is ignored."""
         return self.step(x)
+
+
+class ReversibleComposite(flows.Composite):
+    """`normflows.flows.Composite` that trains in memory independent of the number of flows.
+
+    Parameters, state_dict and results are the same. One flow's activations exist at a time, so give it steps such as
+    `GlowBlock`. See `nflows_kconv.reversible.cascade` for how it works and what it asks of them.
+
+    Args:
+        flows: The first one takes the latent variable; all must have an inverse.
+
+    Example:
+        >>> from normflows.flows import Squeeze
+        >>> from nflows_kconv.normflows import GlowBlock, ReversibleComposite
+        >>> level = [ReversibleComposite([GlowBlock(12, 64) for _ in range(4)]), Squeeze()]
+    """
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """From latent to data; see `nflows_kconv.reversible.cascade` for what is raised."""
+        return cascade(z, self._steps(), _NETWORKS)
+
+    def inverse(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """From data to latent; see `nflows_kconv.reversible.cascade` for what is raised."""
+        return cascade(x, [step.inverted() for step in reversed(self._steps())], _NETWORKS)
+
+    def _steps(self) -> list[Invertible]:
+        return [Invertible(flow, flow, flow.inverse) for flow in self._flows]
 
 
 class ImageFlow(MultiscaleFlow):
@@ -164,8 +210,10 @@ def finc_flow(
     kernel_size: int | tuple[int, int] | None = 3,
     corners: image_flow.Corners = geometry.CORNERS,
     diagonal: Literal["unit", "learned"] = "unit",
+    max_inverse_gain: float | None = None,
     direction: Literal["forward", "inverse"] = "forward",
     num_classes: int | None = None,
+    reversible: bool = False,
 ) -> ImageFlow:
     """A multiscale flow of images in normflows.
 
@@ -185,10 +233,13 @@ def finc_flow(
         corners: See `InvertibleConv2d`; or several of these, one convolution each: (("TL",), ("BR",)) is a pair of full
             convolutions in opposite corners.
         diagonal: See `InvertibleConv2d`.
+        max_inverse_gain: See `InvertibleConv2d`.
         direction: "forward" convolves from data to latent, and solves to sample; "inverse" the other way round, as in
             Inverse-Flow (Nagar, Varma 2025, arXiv 2410.14634).
         num_classes: If given, the latent variable has a mean and a scale for each class; `log_prob`
             and `sample` take the classes y.
+        reversible: Whether to train in memory independent of K, for some more time, see `nflows_kconv.reversible`. The
+            state_dict is the same.
 
     Returns:
         A `normflows.MultiscaleFlow`.
@@ -198,7 +249,12 @@ def finc_flow(
         ValueError: If an argument has a wrong value, or the image does not divide into the levels.
 
     Example:
-        >>> flow = finc_flow((3, 32, 32), levels=3, steps=32)  # 44 million parameters
+        >>> import torch
+        >>> from nflows_kconv.normflows import finc_flow
+        >>> flow = finc_flow((3, 32, 32), levels=3, steps=2, hidden_channels=64)  # 32 and 512: 44 million parameters
+        >>> flow.log_prob(torch.randint(256, (10, 3, 32, 32))).shape
+        torch.Size([10])
+        >>> images, log_prob = flow.sample(5)
     """
     if num_classes is not None:
         checks.positive("num_classes", num_classes)
@@ -210,7 +266,9 @@ def finc_flow(
         kernel_size=kernel_size,
         corners=corners,
         diagonal=diagonal,
+        max_inverse_gain=max_inverse_gain,
         direction=direction,
+        reversible=reversible,
     )
     bases: list[nn.Module] = []
     latent_to_data, merges = [], []
@@ -222,7 +280,7 @@ def finc_flow(
             bases.append(DiagGaussian(latent_shape, trainable=False))
         else:
             bases.append(ClassCondDiagGaussian(latent_shape, num_classes))
-        latent_to_data.append([*map(Step, reversed(level.steps)), flows.Squeeze()])
+        latent_to_data.append([Step(level.stack), flows.Squeeze()])
         if not last:
             merges.append(flows.Merge("channel_inv"))  # the first half of the channels leaves, as in nflows
     preprocessing = Step(image_flow.Preprocessing(image_shape))

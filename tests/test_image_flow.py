@@ -276,7 +276,16 @@ def test_a_flow_with_classes_needs_them():
 
 def test_the_levels_halve_and_grow():
     built = image_flow.build_levels(
-        (3, 16, 8), 3, 1, hidden_channels=2, kernel_size=3, corners="TL", diagonal="unit", direction="forward"
+        (3, 16, 8),
+        3,
+        1,
+        hidden_channels=2,
+        kernel_size=3,
+        corners="TL",
+        diagonal="unit",
+        max_inverse_gain=None,
+        direction="forward",
+        reversible=False,
     )
     assert [level.shape for level in built] == [(12, 8, 4), (24, 4, 2), (48, 2, 1)]
-    assert [len(level.steps) for level in built] == [2, 2, 1]
+    assert [len(level.stack.steps) for level in built] == [2, 2, 1]

@@ -25,7 +25,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from nflows_kconv import InvertibleConv2d
+from nflows_kconv import InvertibleConv2d, reversible
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -376,6 +376,19 @@ def test_a_resumed_training_is_the_same_bit_for_bit(whole_run, tmp_path):
     assert_identical(resumed["optimizer_states"][0], whole["optimizer_states"][0])
 
 
+def test_reversible_training_is_the_same_but_for_rounding(tmp_path):
+    curves, states = [], []
+    for arguments in ([], ["--reversible"]):
+        run = tmp_path / f"run{len(states)}"
+        checkpoint = train(run, 2, "--flow-steps", "9", *arguments)
+        flow = train_image_flow.build_flow(checkpoint["hyper_parameters"])
+        assert any(isinstance(module, reversible.Sequence) for module in flow.modules()) == bool(arguments)
+        curves.append(scalars(run, "validation_bits_per_dim"))
+        states.append(list(checkpoint["state_dict"]))
+    assert states[0] == states[1]
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+
+
 def test_weights_are_averaged_and_the_learning_rate_warms_up(tmp_path):
     run = tmp_path / "run"
     before = train(run, 2, "--ema-decay", "0.9")
@@ -469,6 +482,7 @@ def test_codecs_give_the_latent_variables_of_the_library(library):
         "diagonal": "unit",
         "direction": "forward",
         "conditional": False,
+        "reversible": False,
     }
     flow = train_image_flow.build_flow(configuration).eval()
     images = torch.randint(256, (4, 1, 8, 8)).float()

@@ -1,0 +1,242 @@
+"""Training in less memory: the backward pass computes activations again, by the inverse.
+
+Ordinary training keeps what each of K steps computed. Here the forward pass keeps the inputs of 8 of the steps, evenly
+spaced. The backward pass goes from the last step to the first: the inverse gives the input of a step from its output,
+and the step is repeated from there, recorded this time, to be differentiated. Only one step's activations exist at a
+time, so that the memory is the same for any K from 8 on (RevNet, Gomez, Ren, Urtasun, Grosse 2017, arXiv 1707.04585,
+section 3.2).
+
+Inverses may explode: from step to step the error of the restored inputs can grow until gradients are wrong (Behrmann,
+Vicol, Wang, Grosse, Jacobsen 2021, arXiv 2006.09347). A kept input ends this growth, and shows how large the error was.
+Where it was too large, the inputs up to the next kept one, K / 8 of them, are computed again in the forward direction.
+
+The networks of couplings, which are most of the work, are evaluated once to undo and repeat a step (see
+`nflows_kconv.shared_networks`). Where they are all that counts, a training step takes 4/3 of the ordinary time: two
+evaluations and the derivative, which costs two more, in place of one and the derivative.
+"""
+
+from __future__ import annotations
+
+import collections.abc
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import get_device_states
+
+from nflows_kconv import step
+from nflows_kconv.shared_networks import Networks, evaluated_once
+
+NETWORKS: Networks = {step.AffineCoupling: ("network",)}
+
+Gradients = dict[Tensor, Tensor]
+
+_KEPT_INPUTS = 8
+
+
+class Invertible(NamedTuple):
+    """A step of a stack, in the direction in which the stack runs.
+
+    Attributes:
+        module: Holds the parameters.
+        forward: From the input to the output and the log-determinant, [B].
+        inverse: From the output to the input and its log-determinant.
+        context: What both depend on beside these.
+    """
+
+    module: nn.Module
+    forward: Callable[[Tensor], tuple[Tensor, Tensor]]
+    inverse: Callable[[Tensor], tuple[Tensor, Tensor]]
+    context: Tensor | None = None
+
+    def inverted(self) -> Invertible:
+        """The same step for a stack that runs the other way."""
+        return self._replace(forward=self.inverse, inverse=self.forward)
+
+    def sources(self) -> list[Tensor]:
+        """What gets gradients beside the input."""
+        tensors = (self.context, *self.module.parameters())
+        return [tensor for tensor in tensors if tensor is not None and tensor.requires_grad]
+
+
+class Sequence(step.Sequence):
+    """`step.Sequence` that trains in memory independent of the number of steps, see `cascade`.
+
+    Its parameters, state_dict and results are the same.
+
+    Args:
+        steps: Modules with `forward` and `inverse`.
+    """
+
+    def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """From data to latent."""
+        return cascade(input, self._invertible())
+
+    def inverse(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """From latent to data."""
+        return cascade(input, [one.inverted() for one in reversed(self._invertible())])
+
+    def _invertible(self) -> list[Invertible]:
+        return [Invertible(module, module, module.inverse) for module in self.steps]  # type: ignore[arg-type]
+
+
+def cascade(
+    input: Tensor, steps: collections.abc.Sequence[Invertible], networks: Networks = NETWORKS
+) -> tuple[Tensor, Tensor]:
+    """Applies steps one after the other, with gradients in memory independent of their number.
+
+    Input, contexts and the steps' parameters get the ordinary gradients but for rounding, which cannot be
+    differentiated again. What a step computes must depend on these alone; ActNorm may look at its first batch. Neither
+    input nor output may be changed in place before the backward pass. torch.compile breaks its graph here, and CUDA
+    graphs cannot capture it.
+
+    Args:
+        input: [B, ...], in float32 or float64. Steps must keep this dtype, as half precision does not hold what their
+            inverses need; under autocast, networks alone may compute in half precision.
+        steps: The first one takes the input.
+        networks: Of the couplings that the steps may have, see `nflows_kconv.shared_networks.Networks`.
+
+    Returns:
+        The output of the last step, and the sum of the log-determinants, [B].
+
+    Raises:
+        TypeError: If gradients are recorded, and the input or a step's output has another dtype.
+        ValueError: If gradients are recorded, and a module in training mode normalises by its batch, as BatchNorm does.
+        RuntimeError: If gradients are recorded, and the steps draw random numbers, as dropout does.
+    """
+    if not torch.is_grad_enabled():
+        return _run(input, steps)
+    if input.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"input must be float32 or float64, so that steps can be undone, got {input.dtype}")
+    for module in (module for one in steps for module in one.module.modules()):
+        if module.training and getattr(module, "running_mean", None) is not None:
+            raise ValueError(
+                "no module may normalise by its batch, as it would count batches again when steps are repeated, "
+                f"got {type(module).__name__} in training mode"
+            )
+    sources = dict.fromkeys(source for one in steps for source in one.sources())
+    return _Cascade.apply(steps, networks, input, *sources)
+
+
+class _Cascade(torch.autograd.Function):
+    """All steps as one function."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, steps: collections.abc.Sequence[Invertible], networks: Networks, input: Tensor, *sources: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        device_type = input.device.type
+        ctx.autocast = {
+            "device_type": device_type,
+            "dtype": torch.get_autocast_dtype(device_type),
+            "enabled": torch.is_autocast_enabled(device_type),
+            # On older torch it keeps casts of weights that are not recorded, and uses them where gradients are needed.
+            "cache_enabled": False,
+        }
+        random_state = _random_state(input)
+        ctx.networks, ctx.sources = networks, sources
+        length = max(1, math.ceil(len(steps) / _KEPT_INPUTS))
+        ctx.segments = [steps[start : start + length] for start in range(0, len(steps), length)]
+        kept, total = [input], input.new_zeros(len(input))
+        with torch.autocast(**ctx.autocast):
+            for segment in ctx.segments:
+                output, log_abs_det = _run(kept[-1], segment, keep_dtype=True)
+                kept.append(output)
+                total = total + log_abs_det
+        if not all(map(torch.equal, random_state, _random_state(input))):
+            raise RuntimeError("steps must not draw random numbers, as dropout does, since they are computed again")
+        ctx.save_for_backward(*kept, *sources)  # the sources, so that autograd notices if they have changed since
+        return kept[-1], total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("reversible steps have no second derivatives: create_graph must be False, got True")
+        gradient, log_abs_det_gradient = gradients
+        kept = ctx.saved_tensors[: len(ctx.segments) + 1]
+        total: Gradients = {}
+        for segment, (input, output) in reversed(list(zip(ctx.segments, pairwise(kept), strict=True))):
+            found, is_accurate = _differentiate(ctx, segment, [input], output, gradient, log_abs_det_gradient)
+            if not is_accurate:
+                inputs = _inputs(ctx, segment, input)
+                found, _ = _differentiate(ctx, segment, inputs, output, gradient, log_abs_det_gradient)
+            gradient = found.pop(input)
+            _add(total, found)
+        return None, None, gradient, *map(total.get, ctx.sources)
+
+
+def _inputs(ctx: Any, steps: collections.abc.Sequence[Invertible], input: Tensor) -> list[Tensor]:
+    """The input of each step, computed from that of the first."""
+    inputs = [input]
+    with torch.autocast(**ctx.autocast):
+        for one in steps[:-1]:
+            inputs.append(one.forward(inputs[-1])[0])
+    return inputs
+
+
+def _differentiate(
+    ctx: Any,
+    steps: collections.abc.Sequence[Invertible],
+    inputs: list[Tensor],
+    output: Tensor,
+    gradient: Tensor,
+    log_abs_det_gradient: Tensor,
+) -> tuple[Gradients, bool]:
+    """The gradients of the first input and of the sources, and whether the inverses were accurate.
+
+    `inputs` are those of the first of the steps, the inverses give the others; `output` is that of the last step.
+    """
+    total: Gradients = {}
+    for index, one in reversed(list(enumerate(steps))):
+        with torch.autocast(**ctx.autocast), evaluated_once(one.module, ctx.networks):
+            input = inputs[index] if index < len(inputs) else one.inverse(output)[0]
+            leaf = input.detach().requires_grad_()
+            with torch.enable_grad():
+                results = one.forward(leaf)
+        if index == 0 and len(inputs) < len(steps) and not _is_close(output, results[0], ctx.autocast):
+            return {}, False
+        weighted = zip(results, (gradient, log_abs_det_gradient), strict=True)
+        # A log-determinant may depend on nothing.
+        roots, weights = zip(*(pair for pair in weighted if pair[0].requires_grad), strict=True)
+        sources = one.sources()
+        gradient, *found = torch.autograd.grad(roots, [leaf, *sources], weights, allow_unused=True)
+        _add(total, {source: value for source, value in zip(sources, found, strict=True) if value is not None})
+        output = input
+    return {**total, inputs[0]: gradient}, True
+
+
+def _is_close(restored: Tensor, expected: Tensor, autocast: dict[str, Any]) -> bool:
+    """Whether in each sample at least two thirds of the digits are right that the arithmetic has."""
+    resolution = torch.finfo(autocast["dtype"] if autocast["enabled"] else expected.dtype).eps
+    if expected.is_cuda and expected.dtype == torch.float32:
+        convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+        if "tf32" in (convolutions.fp32_precision, torch.backends.cuda.matmul.fp32_precision):
+            resolution = max(resolution, 2**-10)
+    error, scale = (tensor.abs().flatten(1).amax(1) for tensor in (restored - expected, expected))
+    return bool((error <= resolution ** (2 / 3) * scale).all())
+
+
+def _run(input: Tensor, steps: collections.abc.Sequence[Invertible], keep_dtype: bool = False) -> tuple[Tensor, Tensor]:
+    output, total = input, input.new_zeros(len(input))
+    for one in steps:
+        output, log_abs_det = one.forward(output)
+        if keep_dtype and output.dtype != input.dtype:
+            raise TypeError(
+                f"steps must keep the dtype of the input, {input.dtype}, so that they can be undone, "
+                f"got {output.dtype} from {type(one.module).__name__}"
+            )
+        total = total + log_abs_det
+    return output, total
+
+
+def _add(total: Gradients, gradients: Gradients) -> None:
+    for source, value in gradients.items():
+        total[source] = total[source] + value if source in total else value
+
+
+def _random_state(input: Tensor) -> list[Tensor]:
+    """What changes when random numbers are drawn."""
+    return [torch.get_rng_state(), *get_device_states(input)[1]]

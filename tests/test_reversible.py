@@ -1,0 +1,542 @@
+"""Reversible training: the gradients are the ordinary ones, and the memory does not depend on the number of steps."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import sys
+from importlib import util
+from pathlib import Path
+
+import normflows as nf
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nflows import transforms
+from nflows.distributions import StandardNormal
+from nflows.flows import Flow
+from torch import Tensor, distributed, nn
+
+import nflows_kconv.nflows
+import nflows_kconv.normflows
+from nflows_kconv import InvertibleConv2d, reversible, step
+from nflows_kconv.nflows import ReversibleCompositeTransform
+from nflows_kconv.normflows import ReversibleComposite
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import memory  # noqa: E402
+
+sys.path.remove(str(BENCHMARKS))
+
+# nflows' 1x1 convolution inverts with it.
+pytestmark = pytest.mark.filterwarnings("ignore:torch.triangular_solve is deprecated")
+
+SHAPE = (4, 4, 2)  # of an image
+STEPS = 20  # more than the inputs that are kept, so that most steps are undone
+
+
+def smooth_network(inputs: int, outputs: int) -> nn.Sequential:
+    """Whose derivative is continuous, so that rounding changes the gradients by rounding."""
+    return nn.Sequential(nn.Conv2d(inputs, 6, 3, padding=1), nn.SiLU(), nn.Conv2d(6, outputs, 1))
+
+
+class ContextNetwork(nn.Module):
+    """For a coupling of nflows."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.image, self.context = smooth_network(inputs, outputs), nn.Linear(3, outputs)
+
+    def forward(self, inputs, context=None):
+        outputs = self.image(inputs)
+        return outputs if context is None else outputs + self.context(context)[:, :, None, None]
+
+
+def neutral_step() -> nn.Module:
+    coupling = step.AffineCoupling(smooth_network(2, 4))
+    return step.Sequence([InvertibleConv2d(4), step.ActNorm(4), step.InvertibleConv1x1(4), coupling])
+
+
+def inverse_step() -> nn.Module:
+    layers = [step.Inverse(InvertibleConv2d(4, diagonal="learned", bias=True, corners="TL")), step.learned_prior(4)]
+    return step.Sequence([*layers, step.InvertibleConv1x1(4)])
+
+
+def nflows_step() -> nn.Module:
+    return transforms.CompositeTransform(
+        [
+            nflows_kconv.nflows.InvertibleConv2d(4),
+            transforms.ActNorm(4),
+            transforms.OneByOneConvolution(4),
+            transforms.AffineCouplingTransform([1, 0, 1, 0], ContextNetwork),
+        ]
+    )
+
+
+def nflows_splines() -> nn.Module:
+    def network(inputs: int, outputs: int) -> nn.Module:
+        module = ContextNetwork(inputs, outputs)
+        module.hidden_features = 4  # the coupling divides by its square root, in place
+        return module
+
+    return transforms.PiecewiseRationalQuadraticCouplingTransform([1, 0, 0, 1], network, num_bins=3, tails="linear")
+
+
+def normflows_step() -> nn.Module:
+    block = nflows_kconv.normflows.GlowBlock(4, 6, init_zeros=False, leaky=0.0)
+    block.flows[0].flows[1].param_map = smooth_network(2, 4)
+    return block
+
+
+def normflows_masked() -> nn.Module:
+    mask = torch.tensor([1.0, 0, 1, 0])[:, None, None].repeat(1, *SHAPE[1:])
+    return nf.flows.MaskedAffineFlow(mask, smooth_network(4, 4), smooth_network(4, 4))
+
+
+class OrdinaryComposite(nf.flows.Composite):
+    """In normflows itself the sum of the log-determinants is in float32, on the CPU."""
+
+    @staticmethod
+    def _cascade(inputs, funcs):
+        total = inputs.new_zeros(len(inputs))
+        for function in funcs:
+            inputs, log_det = function(inputs)
+            total = total + log_det
+        return inputs, total
+
+
+# name: a step, and the ordinary and the reversible container.
+LIBRARIES = {
+    "neutral": (neutral_step, step.Sequence, reversible.Sequence),
+    "neutral, inverse": (inverse_step, step.Sequence, reversible.Sequence),
+    "nflows": (nflows_step, transforms.CompositeTransform, ReversibleCompositeTransform),
+    "nflows, splines": (nflows_splines, transforms.CompositeTransform, ReversibleCompositeTransform),
+    "normflows": (normflows_step, OrdinaryComposite, ReversibleComposite),
+    "normflows, masked": (normflows_masked, OrdinaryComposite, ReversibleComposite),
+}
+every_library = pytest.mark.parametrize("library", LIBRARIES)
+both_directions = pytest.mark.parametrize("direction", ["forward", "inverse"])
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+def images(batch: int = 5, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(batch, *SHAPE, dtype=dtype)
+
+
+def twins(library: str, steps: int = STEPS, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, nn.Module]:
+    """Two stacks with equal parameters, ordinary and reversible, off their initial values and initialised by data."""
+    build, ordinary_class, reversible_class = LIBRARIES[library]
+    modules = [build() for _ in range(steps)]
+    ordinary = ordinary_class(modules).to(dtype)
+    with torch.no_grad():
+        for parameter in ordinary.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+        initialize = ordinary.inverse if library.startswith("normflows") else ordinary
+        initialize(images(50, dtype))
+    other = reversible_class(copy.deepcopy(modules))
+    return ordinary, other
+
+
+def gradients(
+    module: nn.Module, inputs: Tensor, *contexts: Tensor, direction: str = "forward", autocast: bool = False
+) -> dict[str, Tensor]:
+    """Of a loss that depends on outputs and log-determinants unevenly; with the results beside them."""
+    sources = {"input": inputs.clone().requires_grad_(), **dict(module.named_parameters())}
+    function = module if direction == "forward" else module.inverse
+    with torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext():
+        outputs, log_abs_det = function(sources["input"], *contexts)
+    weights = torch.linspace(0.5, 1.5, outputs.numel(), dtype=outputs.dtype).view_as(outputs)
+    loss = (weights * outputs.square()).sum() - (weights.flatten()[: len(inputs)] * log_abs_det).sum()
+    sources |= {f"context {index}": context for index, context in enumerate(contexts) if context.requires_grad}
+    found = zip(sources, torch.autograd.grad(loss, list(sources.values()), allow_unused=True), strict=True)
+    results = {"output": outputs, "log_abs_det": log_abs_det}
+    return results | {name: gradient for name, gradient in found if gradient is not None}
+
+
+def error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """Relative, of all gradients together."""
+    names = [name for name in expected if name not in ("output", "log_abs_det")]
+    difference, size = (
+        sum(tensor.double().square().sum() for tensor in tensors)
+        for tensors in ([found[name] - expected[name] for name in names], [expected[name] for name in names])
+    )
+    return (difference / size).sqrt().item()
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name in expected:
+        scale = expected[name].abs().max().item()
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-10 * scale + 1e-12, msg=name)
+
+
+def peak_bytes(module: nn.Module, inputs: Tensor, direction: str = "forward") -> int:
+    """Of a training step, beside the gradients of the parameters."""
+
+    def train() -> None:
+        outputs, log_abs_det = getattr(module, direction)(inputs)
+        (outputs.sum() + log_abs_det.sum()).backward()
+
+    train()  # what libraries allocate once
+    module.zero_grad()
+    return memory.peak_growth(train, inputs.device.type) - sum(parameter.nbytes for parameter in module.parameters())
+
+
+@every_library
+@both_directions
+def test_gradients_are_the_ordinary_ones(library, direction):
+    ordinary, other = twins(library)
+    inputs = images()
+    assert_equal(gradients(other, inputs, direction=direction), gradients(ordinary, inputs, direction=direction))
+
+
+@settings(max_examples=10)
+@given(steps=st.integers(1, 30), batch=st.integers(0, 3))
+def test_gradients_are_the_ordinary_ones_for_any_number_of_steps_and_images(steps, batch):
+    ordinary, other = twins("neutral", steps)
+    inputs = images(batch)
+    found, expected = gradients(other, inputs), gradients(ordinary, inputs)
+    if batch:
+        assert_equal(found, expected)
+    assert {name: tensor.shape for name, tensor in found.items()} == {
+        name: tensor.shape for name, tensor in expected.items()
+    }
+
+
+@pytest.mark.parametrize("steps", [8, 64])
+@pytest.mark.parametrize("library", ["neutral", "nflows", "normflows"])
+def test_gradients_in_float32_are_the_ordinary_ones_to_rounding(library, steps):
+    ordinary, other = twins(library, steps, torch.float32)
+    inputs = images(dtype=torch.float32)
+    assert error(gradients(other, inputs), gradients(ordinary, inputs)) < 1e-5
+
+
+def test_gradients_stay_right_where_inverses_explode(monkeypatch):
+    def squeezing_step() -> nn.Module:
+        norm = step.ActNorm(4)
+        with torch.no_grad():
+            norm.log_scale.copy_(torch.tensor([0.1, 0.1, 1.5, 1.5]).log())
+        return step.Sequence([norm, step.AffineCoupling(smooth_network(2, 4)), step.InvertibleConv1x1(4)]).eval()
+
+    steps = [squeezing_step() for _ in range(40)]
+    inputs = images(dtype=torch.float32)
+    expected = gradients(step.Sequence(steps), inputs)
+    assert error(gradients(reversible.Sequence(steps), inputs), expected) < 1e-5
+    monkeypatch.setattr(reversible, "_is_close", lambda *arguments: True)
+    assert error(gradients(reversible.Sequence(steps), inputs), expected) > 1e-4  # else this tests nothing
+
+
+@pytest.mark.parametrize(
+    ("library", "direction"), [("neutral", "forward"), ("nflows", "forward"), ("normflows", "inverse")]
+)
+def test_the_memory_is_independent_of_the_number_of_steps(library, direction):
+    inputs = images(dtype=torch.float32)
+    ordinary, peaks = {}, {}
+    for steps in (16, 48):
+        ordinary[steps], peaks[steps] = (
+            peak_bytes(module, inputs, direction) for module in twins(library, steps, torch.float32)
+        )
+    assert ordinary[48] > 2.5 * ordinary[16]
+    assert peaks[48] < 1.1 * peaks[16] < 0.55 * ordinary[16]
+
+
+@pytest.mark.parametrize("library", ["nflows", "normflows"])
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+def test_image_flows_train_reversibly(library, direction):
+    finc_flow = {"nflows": nflows_kconv.nflows, "normflows": nflows_kconv.normflows}[library].finc_flow
+    inputs = torch.randint(256, (4, 1, 8, 8)).double()
+    found, keys = [], []
+    for is_reversible in (False, True):
+        torch.manual_seed(1)
+        flow = finc_flow((1, 8, 8), 2, 17, hidden_channels=4, direction=direction, reversible=is_reversible).double()
+        with torch.no_grad():
+            for parameter in flow.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+        flow.log_prob(inputs).mean().backward()
+        found.append({name: parameter.grad for name, parameter in flow.named_parameters()})
+        keys.append(list(flow.state_dict()))
+        assert any(isinstance(module, reversible.Sequence) for module in flow.modules()) == is_reversible
+    assert keys[0] == keys[1]
+    assert_equal(*reversed(found))
+
+
+@pytest.mark.parametrize("library", [name for name in LIBRARIES if name != "neutral, inverse"])
+def test_each_network_is_evaluated_twice_in_a_training_step(library):
+    _, module = twins(library)
+    calls = []
+    for part in module.modules():
+        if isinstance(part, nn.SiLU):
+            part.register_forward_hook(lambda part, *_: calls.append(part))
+    gradients(module, images())
+    assert all(calls.count(part) == 2 for part in set(calls)) and len(set(calls)) >= STEPS
+
+
+def test_the_first_batch_initialises_once():
+    steps = [neutral_step() for _ in range(STEPS)]
+    ordinary, other = step.Sequence(copy.deepcopy(steps)), reversible.Sequence(steps)
+    inputs = 3 + 2 * images(20, torch.float32)
+    found, expected = gradients(other, inputs), gradients(ordinary, inputs)
+    assert error(found, expected) < 1e-5
+    for name, value in ordinary.state_dict().items():
+        torch.testing.assert_close(other.state_dict()[name], value, msg=name)
+
+
+def test_contexts_get_gradients():
+    ordinary, other = twins("nflows")
+    inputs, context = images(), torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    found, expected = (gradients(module, inputs, context) for module in (other, ordinary))
+    assert "context 0" in found
+    assert_equal(found, expected)
+    context = context.detach()
+    assert_equal(gradients(other, inputs, context), gradients(ordinary, inputs, context))
+
+
+def test_gradients_accumulate_in_parameters_as_ever():
+    ordinary, other = twins("neutral")
+    heard = []
+    for module in (ordinary, other):
+        for frozen in module.steps[::2]:
+            frozen.requires_grad_(False)
+        module.steps[1].steps[1].shift.register_post_accumulate_grad_hook(heard.append)
+        for scale in (1, 2):
+            outputs, log_abs_det = module(scale * torch.ones(2, *SHAPE, dtype=torch.float64))
+            (outputs.pow(3).sum() + log_abs_det.sum()).backward()
+    assert len(heard) == 4
+    for found, expected in zip(other.parameters(), ordinary.parameters(), strict=True):
+        assert (found.grad is None) == (expected.grad is None) == (not expected.requires_grad)
+        if expected.grad is not None:
+            torch.testing.assert_close(found.grad, expected.grad)
+
+
+def test_a_step_that_occurs_twice_gets_both_gradients():
+    steps = [neutral_step().double() for _ in range(6)] * 4
+    inputs = images()
+    step.Sequence(steps)(inputs)  # ActNorm looks at its first batch
+    assert_equal(gradients(reversible.Sequence(steps), inputs), gradients(step.Sequence(steps), inputs))
+
+
+def test_one_of_the_results_is_enough():
+    ordinary, other = twins("neutral")
+    inputs = images()
+    for index in (0, 1):
+        found, expected = (
+            torch.autograd.grad(module(inputs)[index].sum(), list(module.parameters()), allow_unused=True)
+            for module in (other, ordinary)
+        )
+        for actual, value in zip(found, expected, strict=True):
+            torch.testing.assert_close(actual, torch.zeros_like(actual) if value is None else value)
+
+
+def test_autocast_holds_in_the_backward_pass_too():
+    ordinary, other = twins("neutral", dtype=torch.float32)
+    dtypes = []
+    for part in other.modules():
+        if isinstance(part, nn.SiLU):
+            part.register_forward_hook(lambda *arguments: dtypes.append(arguments[-1].dtype))
+    inputs = images(dtype=torch.float32)
+    expected = gradients(ordinary, inputs)
+    half, found = (gradients(module, inputs, autocast=True) for module in (ordinary, other))
+    assert set(dtypes) == {torch.bfloat16}
+    assert error(found, half) < 0.3 * error(half, expected)
+
+
+def test_the_cache_of_autocast_keeps_its_gradients():
+    ordinary, other = twins("neutral", dtype=torch.float32)
+    inputs = images(dtype=torch.float32)
+    found = []
+    for module in (ordinary, other):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = module(inputs)[0].square().sum()
+            loss = loss + module.steps[0].steps[-1].network(inputs[:, :2]).float().square().sum()
+            loss.backward()
+        found.append({name: parameter.grad for name, parameter in module.named_parameters()})
+    assert error(found[1], found[0]) < 0.03
+
+
+def test_works_in_the_flows_of_both_libraries():
+    ordinary, other = twins("nflows")
+    flows = [Flow(module, StandardNormal(SHAPE)) for module in (ordinary, other)]
+    inputs = images().float().double()
+    for flow in flows:
+        flow.log_prob(inputs).mean().backward()
+    for found, expected in zip(other.parameters(), ordinary.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad)
+
+    ordinary, other = twins("normflows")
+    base = nf.distributions.DiagGaussian(SHAPE, trainable=False).double()
+    flows = [nf.MultiscaleFlow([base], [[module]], [], class_cond=False) for module in (ordinary, other)]
+    for flow in flows:
+        flow.log_prob(inputs, None).mean().backward()
+    for found, expected in zip(other.parameters(), ordinary.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad)
+
+
+def test_distributed_training_hears_of_the_gradients(tmp_path):
+    ordinary, other = twins("neutral", dtype=torch.float32)
+    inputs = images(dtype=torch.float32)
+    ordinary(inputs)[0].square().sum().backward()
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        parallel = nn.parallel.DistributedDataParallel(other)
+        parallel(inputs)[0].square().sum().backward()
+    finally:
+        distributed.destroy_process_group()
+    for found, expected in zip(other.parameters(), ordinary.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch.compile, about its graph breaks
+def test_torch_compile_breaks_its_graph():
+    module = reversible.Sequence([step.AffineCoupling(smooth_network(2, 4)) for _ in range(10)]).double()
+    inputs = images()
+    results = []
+    for function in (module, torch.compile(module, backend="aot_eager")):
+        outputs, log_abs_det = function(inputs)
+        loss = outputs.square().sum() + log_abs_det.sum()
+        results.append((outputs, log_abs_det, *torch.autograd.grad(loss, list(module.parameters()))))
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_networks_may_be_compiled():
+    ordinary, other = twins("neutral", 10)
+    for module in other.steps:
+        module.steps[-1].network.compile(backend="aot_eager")
+    inputs = images()
+    assert_equal(gradients(other, inputs), gradients(ordinary, inputs))
+
+
+def test_states_are_those_of_the_ordinary_containers():
+    for library in LIBRARIES:
+        ordinary, other = twins(library, 3)
+        names = list(other.state_dict())
+        assert names == list(ordinary.state_dict())
+        gradients(other, images())
+        assert list(other.state_dict()) == names
+
+
+def test_without_gradients_it_is_the_ordinary_container():
+    ordinary, other = twins("neutral", dtype=torch.float32)
+    inputs = images(dtype=torch.float32)
+    with torch.no_grad():
+        for found, expected in zip(other(inputs), ordinary(inputs), strict=True):
+            assert torch.equal(found, expected)
+        other.bfloat16()
+        assert other(inputs.bfloat16())[0].dtype == torch.bfloat16
+
+
+class AddNoise(nn.Module):
+    """What can only be undone by who knows the noise."""
+
+    def forward(self, input):
+        return input + torch.randn_like(input), input.new_zeros(len(input))
+
+    inverse = forward
+
+
+@pytest.mark.parametrize("draws", [nn.Dropout(0.5), AddNoise()], ids=["dropout", "noise"])
+def test_random_numbers_are_refused(draws):
+    if isinstance(draws, nn.Dropout):
+        draws = step.AffineCoupling(nn.Sequential(draws, smooth_network(2, 4)))
+    module = reversible.Sequence([neutral_step(), draws])
+    with pytest.raises(RuntimeError, match="random numbers, as dropout does"):
+        module(images(dtype=torch.float32))
+    if not isinstance(draws, AddNoise):
+        module.eval()(images(dtype=torch.float32))
+
+
+def test_normalising_by_the_batch_is_refused_before_anything_is_computed():
+    network = nn.Sequential(nn.BatchNorm2d(2), smooth_network(2, 4))
+    module = reversible.Sequence([neutral_step(), step.AffineCoupling(network)])
+    state = copy.deepcopy(module.state_dict())
+    with pytest.raises(ValueError, match=r"may normalise by its batch.* got BatchNorm2d in training mode"):
+        module(images(dtype=torch.float32))
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, state[name])
+    module.eval()(images(dtype=torch.float32))
+    with pytest.raises(ValueError, match="got BatchNorm in training mode"):
+        ReversibleCompositeTransform([transforms.BatchNorm(3)])(torch.randn(4, 3))
+
+
+def test_half_precision_is_refused():
+    module = reversible.Sequence([neutral_step()])
+    with pytest.raises(TypeError, match=r"input must be float32 or float64.* got torch.bfloat16"):
+        module.bfloat16()(images(dtype=torch.bfloat16))
+
+
+def test_steps_in_half_precision_are_refused():
+    module = ReversibleCompositeTransform([transforms.OneByOneConvolution(4)])
+    module(images(dtype=torch.float32))
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(TypeError, match=r"keep the dtype .* got torch.bfloat16 from OneByOneConvolution"):
+            module(images(dtype=torch.float32))
+
+
+def test_second_derivatives_are_refused():
+    _, module = twins("neutral", 3)
+    inputs = images().requires_grad_()
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        torch.autograd.grad(module(inputs)[0].square().sum(), inputs, create_graph=True)
+
+
+def test_changes_in_place_before_the_backward_pass_are_noticed():
+    for change in (
+        lambda module, inputs, outputs: outputs.detach().add_(1),
+        lambda module, inputs, outputs: inputs.add_(1),
+        lambda module, inputs, outputs: module.steps[1].steps[2].lower.detach().add_(1),
+    ):
+        _, module = twins("neutral", 3)
+        inputs = images()
+        outputs, _ = module(inputs)
+        change(module, inputs, outputs)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            outputs.square().sum().backward()
+
+
+def test_a_failing_step_leaves_the_networks_in_place():
+    _, module = twins("neutral")
+    names = list(module.state_dict())
+    outputs, _ = module(images())
+    module.steps[-1].steps[-1].network.forward = lambda input: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        outputs.sum().backward()
+    assert list(module.state_dict()) == names
+    assert isinstance(module.steps[-1].steps[-1].network, nn.Sequential)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    inputs = images(500, torch.float32).cuda()
+    peaks = {}
+    for steps in (32, 64):
+        ordinary, other = (module.cuda() for module in twins("neutral", steps, torch.float32))
+        assert error(gradients(other, inputs), gradients(ordinary, inputs)) < 1e-4
+        peaks[steps] = peak_bytes(other, inputs)
+    assert peaks[64] < 1.05 * peaks[32] + 512 * len(list(other.parameters()))  # blocks are of 512 bytes
+
+
+def test_the_benchmark_runs(monkeypatch, tmp_path, capsys):
+    # By its path: the package has a module of that name too.
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    spec = util.spec_from_file_location("benchmark", BENCHMARKS / "reversible.py")
+    benchmark = util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    output = tmp_path / "results.json"
+    monkeypatch.setattr(sys, "argv", ["reversible.py", "--tiny", "--seconds", "0", "--output", str(output)])
+    benchmark.main()
+    results = json.loads(output.read_text())
+    (row,) = results["rows"]
+    assert results["tiny"] and row["steps"] == 9
+    for values in (row["bytes"], row["seconds"], *row["gradient errors"].values()):
+        assert set(values) == {"ordinary", "reversible", "checkpoint"}
+    assert max(row["gradient errors"]["ordinary"].values()) < 1e-4
+    assert "K = 9" in capsys.readouterr().out
