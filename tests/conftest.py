@@ -1,19 +1,14 @@
 """What every test shares: the device, the backends, and how many cases hypothesis draws."""
 
-import os
 from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
 
 from nflows_kconv import backends, native, reference
+from nflows_kconv.testing import register_profiles
 
-# A machine that is busy is no failure.
-settings.register_profile("default", max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.register_profile("ci", settings.get_profile("default"), derandomize=True, print_blob=True)
-settings.register_profile("thorough", settings.get_profile("default"), max_examples=1000)
-settings.load_profile("ci" if "CI" in os.environ else "default")
+register_profiles()
 
 OPERATORS = {"conv": reference.conv, "solve": reference.solve, "weight_gradient": reference.weight_gradient}
 

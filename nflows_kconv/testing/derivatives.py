@@ -1,0 +1,106 @@
+"""Jacobians by autograd, and autograd's gradients against finite differences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from nflows_kconv.testing.interface import Bijection
+from nflows_kconv.testing.probe import Probe, Values
+
+DIRECTIONS = 3  # along each of which a wrong gradient is wrong
+MAX_ELEMENTS = 1024  # of a tensor, for a failure to name the worst
+
+
+def jacobian(t: Bijection, x: Tensor) -> Tensor:
+    """dy/dx of every sample, [B, entries of y, entries of x], in float64."""
+    x = x.clone().requires_grad_()
+    columns = t.forward(x)[0].reshape(len(x), -1).sum(0)
+    if not columns.requires_grad:
+        return x.new_zeros(len(x), len(columns), x[0].numel(), dtype=torch.float64)
+    rows = [_gradients(column, [x])[0] for column in columns]
+    return torch.stack([row.reshape(len(x), -1) for row in rows], 1).double()
+
+
+def check_gradients(probe: Probe, direction: str, argument: Tensor) -> None:
+    """Asserts that gradients of a random weighting of results, in argument and parameters, are finite differences.
+
+    Args:
+        probe: The transform; the exact one is differentiated.
+        direction: "forward" or "inverse".
+        argument: Where to differentiate.
+    """
+    t, generator = probe.exact.copy(), torch.Generator().manual_seed(0)
+
+    def random_like(tensor: Tensor) -> Tensor:
+        return torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor)
+
+    weights = [random_like(value) for value in t.call(direction, argument)]
+
+    def loss(t: Bijection, argument: Tensor) -> Tensor:
+        return _inner(weights, t.call(direction, argument))
+
+    variables = {} if probe.discrete and direction == "forward" else {"argument": argument.clone().requires_grad_()}
+    if t.module is not None:
+        variables |= {name: value for name, value in t.module.named_parameters() if value.requires_grad}
+    if not variables:
+        return
+    values = {name: variable.detach().clone() for name, variable in variables.items()}
+    value = loss(t, variables.get("argument", argument))
+    if value.requires_grad:
+        gradients = dict(zip(variables, _gradients(value, list(variables.values())), strict=True))
+    else:
+        gradients = {name: torch.zeros_like(value) for name, value in values.items()}
+
+    # Central differences err by a third derivative times h^2, and by the rounding of the loss over h.
+    eps = torch.finfo(argument.dtype).eps
+    h = eps ** (1 / 3)
+    sensitivity = probe.sensitivity(lambda t, x: {"": loss(t, x if direction == "forward" else t.forward(x)[0])})[""]
+    rounding = (sensitivity + abs(value.item())) / h
+
+    def loss_at(offset: float, along: Values) -> Tensor:
+        moved = values | {name: values[name] + offset * step for name, step in along.items()}
+        for name, variable in variables.items():
+            variable.copy_(moved[name])
+        t.step()
+        return loss(t, variables.get("argument", argument))
+
+    def difference(along: Values) -> tuple[Tensor, float]:
+        coarse, fine = ((loss_at(s, along) - loss_at(-s, along)) / (2 * s) for s in (h, h / 2))
+        return fine, rounding + abs(coarse - fine).item() / eps
+
+    claim = f"autograd's gradient through {direction} is not that of finite differences"
+    with torch.no_grad():
+        for _ in range(DIRECTIONS):
+            along = {name: random_like(tensor) for name, tensor in values.items()}
+            got = _inner(along.values(), (gradients[name] for name in along))
+            try:
+                return probe.require(claim, "along a random direction", got, *difference(along), argument.dtype)
+            except AssertionError as error:
+                failure = error
+        # The worst element of the variable whose gradient is wrong most.
+        mismatch = {}
+        for name, gradient in gradients.items():
+            along = {name: random_like(gradient)}
+            mismatch[name] = (_inner([gradient], along.values()) - difference(along)[0]).abs().item()
+        worst = max(mismatch, key=mismatch.__getitem__)
+        units = torch.eye(values[worst].numel(), dtype=argument.dtype, device=argument.device)[:MAX_ELEMENTS]
+        derivatives = [difference({worst: unit.view_as(values[worst])}) for unit in units]
+        expected = torch.stack([derivative for derivative, _ in derivatives])
+        sensitivity = max(sensitivity for _, sensitivity in derivatives)
+        got = gradients[worst].flatten()[: len(units)]
+        probe.require(claim, f"in {worst}, flattened", got, expected, sensitivity, argument.dtype)
+        raise failure
+
+
+def _gradients(value: Tensor, variables: list[Tensor]) -> tuple[Tensor, ...]:
+    try:
+        return torch.autograd.grad(value, variables, retain_graph=True, materialize_grads=True)
+    except RuntimeError as error:
+        raise AssertionError(f"autograd raised {error!r}") from error
+
+
+def _inner(left: Iterable[Tensor], right: Iterable[Tensor]) -> Tensor:
+    return torch.stack([(a * b).sum().double() for a, b in zip(left, right, strict=True)]).sum()

@@ -1,0 +1,231 @@
+"""Compares what a transform returns with what it must, to a tolerance that follows from precision and conditioning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from nflows_kconv.testing.interface import Bijection, NoInverse, describe
+
+Values = dict[str, Tensor]
+Compute = Callable[[Bijection, Tensor], Values]
+Call = Callable[[Bijection, str, Tensor], Any]
+
+SAFETY = 100  # rounding may do this many times what a perturbation of the size of one rounding does
+FLOOR = 1e-5  # relative error that constants may bring which a transform makes in float32 whatever its dtype
+MAX_SHOWN = 64  # entries of inputs that a failure writes out
+DRAWS = 4  # perturbations to measure a sensitivity with
+
+
+class Probe:
+    """A transform and inputs, in their own precision and, where the transform can be had so, in float64.
+
+    Mathematics is judged in float64, where a wrong formula stands out from rounding however ill-conditioned the
+    transform is; the given precision may then err by what rounding explains:
+
+        tolerance = max(100 eps (sensitivity + scale), 1e-5 scale)
+
+    with the largest eps of the dtypes that take part. The scale is the largest expected entry, and for a
+    log-determinant at least a tenth of the entries of a sample, as it is a sum of so many. The sensitivity is measured:
+    it is how much what is compared changes, relative to the size of the perturbation, when the arguments of
+    every call and all parameters change at random by a small relative amount (Higham 2002, Accuracy and Stability of
+    Numerical Algorithms, section 1.6). For a round trip it is the amplification of the inverse.
+
+    The transform sees the inputs once before all else, so that data-dependent initialisation has happened.
+
+    Args:
+        transform: See `Bijection`.
+        inputs: [B, ...], at least one entry. Integers count as discrete, and so do whole numbers where the transform
+            takes no others: nothing is differentiated in them.
+        context: See `Bijection`.
+        atol: Absolute tolerance in place of the derived one; `rtol` is then 0 unless given.
+        rtol: Relative tolerance, likewise.
+
+    Attributes:
+        given: The transform in its own precision.
+        inputs: For `given`.
+        exact: The transform in float64, or `given` where that cannot be had.
+        exact_inputs: For `exact`.
+        no_inverse: What the transform raised when asked for an inverse that it says it lacks, or None.
+        discrete: Whether the inputs are.
+
+    Raises:
+        AssertionError: If the transform raises an error.
+        TypeError: If the inputs are no tensor; or see `Bijection`.
+        ValueError: If the inputs have no entries, or entries that are not finite.
+    """
+
+    def __init__(
+        self, transform: Any, inputs: Tensor, context: Any, *, atol: float | None = None, rtol: float | None = None
+    ) -> None:
+        if not isinstance(inputs, Tensor):
+            raise TypeError(f"inputs must be a tensor [B, ...], got {type(inputs).__name__}")
+        if inputs.dim() == 0 or not inputs.numel() or not inputs.isfinite().all():
+            raise ValueError(f"inputs must be finite numbers [B, ...], at least one, got {describe(inputs)}")
+        self._tolerance = None if atol is None and rtol is None else (atol or 0.0, rtol or 0.0)
+        self.given, self.inputs = Bijection(transform, context), inputs.detach()
+        self.discrete = not inputs.is_floating_point()
+        if self.discrete:
+            parameters = iter(()) if self.given.module is None else self.given.module.parameters()
+            self.inputs = inputs.to(next((p.dtype for p in parameters), torch.get_default_dtype()))
+        self.no_inverse = _first_calls(self.given, self.inputs)
+        self.exact, self.exact_inputs = self.given, self.inputs
+        if self.inputs.dtype != torch.float64:
+            try:
+                exact = self.given.in_float64()
+                _first_calls(exact, self.inputs.double())
+                self.exact, self.exact_inputs = exact, self.inputs.double()
+            except AssertionError:
+                pass  # its constants have the one dtype
+        if not self.discrete and torch.equal(self.inputs, self.inputs.round()):
+            try:
+                self._perturbed(0).forward(self.exact_inputs)
+            except AssertionError:
+                self.discrete = True
+
+    def need_inverse(self) -> None:
+        """Asserts that there is an inverse."""
+        if self.no_inverse:
+            self.fail(f"an inverse is needed, but {self.no_inverse}")
+
+    def directions(self, t: Bijection, x: Tensor) -> list[tuple[str, Tensor]]:
+        """The arguments of forward and, if there is one, of inverse: x and forward's outputs."""
+        return [("forward", x)] if self.no_inverse else [("forward", x), ("inverse", t.forward(x)[0])]
+
+    def results(self, t: Bijection, x: Tensor, call: Call = Bijection.call) -> Values:
+        """Outputs and log-determinants of both directions, called in some way; the inverse at forward's outputs."""
+        forward = t.forward(x)
+        results = {"forward": forward if call is Bijection.call else call(t, "forward", x)}
+        if not self.no_inverse:
+            results["inverse"] = call(t, "inverse", forward[0])
+        named: Values = {}
+        for direction, (outputs, log_abs_det) in results.items():
+            named |= {f"{direction}'s outputs": outputs, f"{direction}'s log-determinants": log_abs_det}
+        return named
+
+    def compare_calls(self, claim: str, call: Call, expected: Call = Bijection.call) -> None:
+        """Asserts that two ways to call both directions give the same, see `compare`."""
+        ways = (lambda t, x: self.results(t, x, call)), (lambda t, x: self.results(t, x, expected))
+        self.compare(claim, *ways, self._sensitivity_of_results)
+
+    def compare(
+        self, claim: str, compute: Compute, expected: Compute, sensitivities: dict[str, float] | None = None
+    ) -> None:
+        """Asserts that two computations agree, in float64 and in the given precision.
+
+        Args:
+            claim: What holds if they do not.
+            compute: Takes a transform and inputs, gives values by name.
+            expected: Gives what they must be.
+            sensitivities: Those of the values, measured if None.
+        """
+        if sensitivities is None:
+            sensitivities = self.sensitivity(lambda *at: _difference(compute(*at), expected(*at)))
+        for t, x in {self.exact: self.exact_inputs, self.given: self.inputs}.items():
+            wanted = expected(t, x)
+            for name, actual in compute(t, x).items():
+                self.require(claim, name, actual, wanted[name], sensitivities[name], x.dtype)
+
+    def require(
+        self, claim: str, name: str, actual: Tensor, wanted: Tensor, sensitivity: float, dtype: torch.dtype
+    ) -> None:
+        """Asserts that two tensors agree to the tolerance that was given, or else to the derived one.
+
+        Args:
+            claim: What holds if they do not.
+            name: Of the tensors; that of log-determinants ends so.
+            actual: What was got.
+            wanted: What it must be.
+            sensitivity: See the class.
+            dtype: That in which they were computed, if it is not theirs.
+        """
+        eps = max(torch.finfo(each).eps for each in (actual.dtype, wanted.dtype, dtype))
+        actual, wanted = actual.detach().double(), wanted.detach().double()
+        if self._tolerance is None:
+            scale = wanted.abs().nan_to_num(0, 0, 0).max().item()
+            if name.endswith("log-determinants"):
+                scale = max(scale, self.inputs[0].numel() / 10)
+            tolerance = torch.full_like(wanted, max(SAFETY * eps * (sensitivity + scale), FLOOR * scale))
+            reason = f"from eps {eps:.3g}, sensitivity {sensitivity:.3g}, scale {scale:.3g}"
+        else:
+            atol, rtol = self._tolerance
+            tolerance, reason = atol + rtol * wanted.abs(), f"from atol {atol:.3g}, rtol {rtol:.3g}"
+        error = (actual - wanted).abs()
+        if not (error <= tolerance).all():
+            worst = (error - tolerance).nan_to_num(torch.inf, torch.inf).argmax()
+            index = tuple(int(i) for i in torch.unravel_index(worst, error.shape))
+            self.fail(
+                f"{claim}: {name}, worst at {list(index)}: got {actual[index]:.10g}, expected {wanted[index]:.10g}; "
+                f"error {error[index]:.3g}, tolerance {tolerance[index]:.3g} {reason}"
+            )
+
+    def fail(self, message: str) -> NoReturn:
+        """Raises the AssertionError, which also says what was tested and how to see it again."""
+        inputs = describe(self.inputs)
+        if self.inputs.numel() <= MAX_SHOWN:
+            inputs = f"torch.tensor({self.inputs.tolist()}, dtype={self.inputs.dtype})"
+        raise AssertionError(
+            f"{message}\n  tested: {self.given.describe()}\n  inputs: {inputs}"
+            "\n  replay: the call fails again with these inputs, as its random numbers have a fixed seed; under "
+            "hypothesis take the falsifying example, or print_blob=True"
+        )
+
+    def sensitivity(self, compute: Compute) -> dict[str, float]:
+        """How much each value changes, relative to the size of a perturbation of all arguments and parameters."""
+        with torch.no_grad():
+            base = compute(self.exact, self.exact_inputs)
+            largest = dict.fromkeys(base, 0.0)
+            for seed in range(DRAWS):
+                try:
+                    changed = compute(self._perturbed(seed), self.exact_inputs)
+                except AssertionError:
+                    continue  # the perturbation left the domain
+                for name, value in _difference(changed, base).items():
+                    largest[name] = max(largest[name], value.abs().double().nan_to_num(0, 0, 0).max().item())
+        return {name: value / self._size for name, value in largest.items()}
+
+    @cached_property
+    def _sensitivity_of_results(self) -> dict[str, float]:
+        return self.sensitivity(self.results)
+
+    @property
+    def _size(self) -> float:
+        return torch.finfo(self.exact_inputs.dtype).eps ** 0.5
+
+    def _perturbed(self, seed: int) -> Bijection:
+        """A copy of the exact transform that changes its parameters and its argument a little at every call."""
+        t, generator = self.exact.copy(), torch.Generator().manual_seed(seed)
+
+        def change(tensor: Tensor) -> Tensor:
+            # Towards zero, so that the tensor stays in an interval that holds it, as most domains do.
+            noise = torch.rand(tensor.shape, generator=generator, dtype=torch.float64).to(tensor)
+            return tensor * (1 - self._size * noise)
+
+        def prepare(argument: Tensor) -> Tensor:
+            t.step(change)
+            whole = self.discrete and torch.equal(argument, argument.round())
+            return argument if whole else change(argument)
+
+        t.prepare = prepare
+        return t
+
+
+def _first_calls(t: Bijection, x: Tensor) -> NoInverse | None:
+    with torch.no_grad():
+        outputs, _ = t.forward(x)
+        try:
+            t.inverse(outputs)
+        except NoInverse as error:
+            return error
+    return None
+
+
+def _difference(values: Values, others: Values) -> Values:
+    for name, value in values.items():
+        if value.shape != others[name].shape:
+            raise AssertionError(f"{name} must have shape {list(others[name].shape)}, got {list(value.shape)}")
+    return {name: value - others[name] for name, value in values.items()}

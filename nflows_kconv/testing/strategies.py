@@ -1,0 +1,202 @@
+"""Hypothesis strategies for images, layers and flows, which shrink to one pixel, one channel, one tap."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nflows_kconv import geometry
+from nflows_kconv.layer import InvertibleConv2d
+
+try:
+    from hypothesis import HealthCheck, settings
+    from hypothesis import strategies as st
+    from hypothesis.strategies import DrawFn, SearchStrategy
+except ImportError as error:
+    raise ImportError(
+        "nflows_kconv.testing.strategies needs hypothesis, which comes with pip install nflows-kconv[testing]"
+    ) from error
+
+__all__ = ["corners", "flows", "images", "kernel_sizes", "layers", "register_profiles", "weights"]
+
+_GENERATORS = st.integers(0, 2**16).map(lambda seed: torch.Generator().manual_seed(seed))
+
+
+def register_profiles() -> None:
+    """Registers hypothesis profiles by depth, for `pytest --hypothesis-profile NAME`, and loads one.
+
+    "default" draws 30 cases a test; "ci" the same ones at every run, and prints how to reproduce a failure; "thorough"
+    1000. None has a deadline: a machine that is busy is no failure. "ci" is loaded where the environment variable CI is
+    set, else "default". Call it in conftest.py.
+    """
+    settings.register_profile("default", max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.register_profile("ci", settings.get_profile("default"), derandomize=True, print_blob=True)
+    settings.register_profile("thorough", settings.get_profile("default"), max_examples=1000)
+    settings.load_profile("ci" if "CI" in os.environ else "default")
+
+
+@st.composite
+def images(
+    draw: DrawFn,
+    channels: int | None = None,
+    *,
+    batch: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Batches of images, [B, C, H, W]: normal noise, or values 0..255 for an integer dtype.
+
+    Args:
+        draw: Given by hypothesis.
+        channels: C; 1 to 8 if None.
+        batch: B; 1 to 3 if None.
+        height: H; 1 to 6 if None.
+        width: W; 1 to 6 if None.
+        dtype: Of the images.
+    """
+    sizes = zip((batch, channels, height, width), (3, 8, 6, 6), strict=True)
+    shape = [draw(st.integers(1, most)) if size is None else size for size, most in sizes]
+    if dtype.is_floating_point:
+        return torch.randn(shape, generator=draw(_GENERATORS), dtype=torch.float64).to(dtype)
+    return torch.randint(256, shape, generator=draw(_GENERATORS)).to(dtype)
+
+
+def corners(groups: int | None = None) -> SearchStrategy[tuple[str, ...]]:
+    """A corner for each of so many channel groups, 1 to 4 if None."""
+    least, most = (1, 4) if groups is None else (groups, groups)
+    return st.lists(st.sampled_from(geometry.CORNERS), min_size=least, max_size=most).map(tuple)
+
+
+def kernel_sizes(max_size: int = 4) -> SearchStrategy[tuple[int, int]]:
+    """Kernel sizes (kh, kw), even, odd and oblong."""
+    return st.tuples(st.integers(1, max_size), st.integers(1, max_size))
+
+
+@st.composite
+def weights(
+    draw: DrawFn,
+    conditioning: str = "well",
+    *,
+    corners: str | Sequence[str] = geometry.CORNERS,
+    per_group: int | None = None,
+    kernel_size: tuple[int, int] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Weights [C, C/G, kh, kw] of `nflows_kconv.functional.conv2d`.
+
+    With D the diagonal of the convolution A = D (1 - N), "well" has sizes of D between 1/2 and 2 and absolute row sums
+    of N of at most 1/2: in the maximum norm, ||A^-1|| <= ||D^-1|| / (1 - ||N||) <= 4. "ill" has sizes of D between 1/32
+    and 32 and an N >= 0 with row sums of 2 away from the border, where nothing cancels in A^-1 = (1 + N + N^2 + ...)
+    D^-1: the inverse amplifies more the larger the image is.
+
+    Args:
+        draw: Given by hypothesis.
+        conditioning: "well" or "ill".
+        corners: One for each of the G groups of channels.
+        per_group: C/G; 1 to 3 if None.
+        kernel_size: (kh, kw); up to 4 x 4 if None.
+        dtype: Of the weight.
+
+    Raises:
+        ValueError: If `conditioning` is another word.
+    """
+    if conditioning not in ("well", "ill"):
+        raise ValueError(f'conditioning must be "well" or "ill", got {conditioning!r}')
+    well, groups, generator = conditioning == "well", geometry.parse_corners(corners), draw(_GENERATORS)
+    size = draw(st.integers(1, 3)) if per_group is None else per_group
+    shape = (len(groups) * size, size, *(draw(kernel_sizes()) if kernel_size is None else kernel_size))
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator, dtype=torch.float64)
+
+    on_diagonal = geometry.diagonal_entries(shape, groups)
+    coupling = 2 * uniform(*shape) - 1 if well else uniform(*shape)
+    coupling[geometry.masked_entries(shape, groups) | on_diagonal] = 0
+    coupling *= (0.5 if well else 2) / coupling.abs().sum((1, 2, 3), keepdim=True).clamp_min(1e-300)
+    size_of_diagonal = 2 ** ((2 * uniform(shape[0], 1, 1, 1) - 1) * (1 if well else 5))
+    diagonal = torch.where(uniform(shape[0], 1, 1, 1) < 0.5, 1, -1) * size_of_diagonal
+    return torch.where(on_diagonal, diagonal, -diagonal * coupling).to(dtype)
+
+
+@st.composite
+def layers(
+    draw: DrawFn,
+    layer_class: Callable[..., InvertibleConv2d] = InvertibleConv2d,
+    *,
+    conditioning: str = "well",
+    channels: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> InvertibleConv2d:
+    """Layers with drawn corners, kernel sizes, options and parameters.
+
+    Args:
+        draw: Given by hypothesis.
+        layer_class: `InvertibleConv2d` of the package or of an adapter.
+        conditioning: See `weights`; rows of a unit diagonal are divided by theirs.
+        channels: C; 1 to 8 if None.
+        dtype: Of the parameters.
+    """
+    size = draw(st.integers(1, 8)) if channels is None else channels
+    groups = draw(st.sampled_from([groups for groups in (1, 2, 3, 4) if size % groups == 0]))
+    names, diagonal, bias = draw(corners(groups)), draw(st.sampled_from(("unit", "learned"))), draw(st.booleans())
+    weight = draw(weights(conditioning, corners=names, per_group=size // groups, dtype=torch.float64))
+    with torch.random.fork_rng(devices=[]):
+        layer = layer_class(size, weight.shape[2:], corners=names, diagonal=diagonal, bias=bias).to(dtype)
+    scale = geometry.pivot_diagonal(weight, geometry.parse_corners(names))
+    with torch.no_grad():
+        layer.raw_weight.copy_(weight / (scale if diagonal == "unit" else scale.sign())[:, None, None, None])
+        if layer.log_diagonal is not None:
+            layer.log_diagonal.copy_(scale.abs().log())
+        if layer.bias is not None:
+            layer.bias.copy_(torch.randn(size, generator=draw(_GENERATORS)))
+    return layer
+
+
+@st.composite
+def flows(draw: DrawFn, image_shape: tuple[int, int, int] = (1, 4, 4), *, library: str | None = None) -> nn.Module:
+    """Small flows of images with values 0..255, by `finc_flow`, all parameters off their initial values.
+
+    Args:
+        draw: Given by hypothesis.
+        image_shape: (C, H, W), H and W multiples of 4.
+        library: "nflows" or "normflows"; any that is installed if None.
+
+    Raises:
+        ImportError: If the library is not installed, or none is.
+    """
+    build = draw(st.sampled_from(_builders(("nflows", "normflows") if library is None else (library,))))
+    generator = draw(_GENERATORS)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(generator.initial_seed())
+        flow = build(
+            image_shape,
+            levels=draw(st.integers(1, 2)),
+            steps=draw(st.integers(1, 2)),
+            hidden_channels=4,
+            kernel_size=draw(kernel_sizes(3)),
+            corners=draw(st.sampled_from((("TL",), ("BR", "TL"), geometry.CORNERS, (("TL",), ("BR",))))),
+            diagonal=draw(st.sampled_from(("unit", "learned"))),
+            direction=draw(st.sampled_from(("forward", "inverse"))),
+        )
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return flow
+
+
+def _builders(libraries: Sequence[str]) -> list[Callable[..., Any]]:
+    found, missing = [], None
+    for library in libraries:
+        try:
+            found.append(import_module(f"nflows_kconv.{library}").finc_flow)
+        except ImportError as error:
+            missing = error
+    if not found:
+        raise missing or ValueError(f"flows need a library, got {libraries}")
+    return found

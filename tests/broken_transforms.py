@@ -1,0 +1,724 @@
+"""A catalogue of broken transforms, each of which `nflows_kconv.testing` must catch.
+
+`python tests/broken_transforms.py docs/testing.md` checks all of them and writes the table into the page.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nflows.transforms
+import normflows
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributions import constraints, transforms
+
+from nflows_kconv import functional, testing
+
+INVERTIBLE = "assert_invertible"
+CANCEL = "assert_log_dets_cancel"
+JACOBIAN = "assert_log_abs_det_matches_jacobian"
+GRADIENTS = "assert_gradients_match_finite_differences"
+BATCH = "assert_batch_independent"
+SHAPE = "assert_shape_and_dtype_preserved"
+STATE = "assert_state_dict_round_trip"
+DETERMINISTIC = "assert_deterministic"
+# No assertion alone: only a change of the parameters brings the fault to light.
+CHECK = "check_transform"
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A transform with one fault, inputs that show it, and the assertion that must fail."""
+
+    fault: str
+    caught_by: str
+    build: Callable[[], Any]
+    inputs: Tensor
+    context: Tensor | None
+
+    def is_caught(self, by: str = CHECK) -> bool:
+        """Whether an assertion fails as it should."""
+        torch.manual_seed(0)
+        try:
+            getattr(testing, by)(self.build(), self.inputs, context=self.context)
+        except AssertionError:
+            return True
+        return False
+
+
+CATALOGUE: list[Broken] = []
+
+
+def broken(fault: str, caught_by: str, *shape: int, dtype: torch.dtype = torch.float32, context: bool = False) -> Any:
+    """Puts what builds a broken transform into the catalogue, with inputs of this shape."""
+
+    def register(build: Callable[[], Any]) -> Callable[[], Any]:
+        generator = torch.Generator().manual_seed(0)
+        inputs = torch.randn(shape or (2, 4, 4, 3), generator=generator).to(dtype)
+        CATALOGUE.append(
+            Broken(fault, caught_by, build, inputs, torch.randn(len(inputs), generator=generator) if context else None)
+        )
+        return build
+
+    return register
+
+
+class Layer(nn.Module):
+    """A sound layer to break: one k x k convolution over four channels."""
+
+    corner = "BR"
+
+    def __init__(self) -> None:
+        super().__init__()
+        weight = 0.2 * torch.randn(4, 4, 2, 3, generator=torch.Generator().manual_seed(1))
+        pivot = torch.eye(4) * torch.tensor([1.2, -0.7, 1.5, 0.8]) + weight[:, :, 0, 0].tril(-1)
+        weight[:, :, 0, 0] = pivot
+        self.raw_weight = nn.Parameter(weight)
+
+    def weight(self) -> Tensor:
+        return self.raw_weight
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return functional.conv2d(x, self.weight(), self.corner), self.log_abs_det(x)
+
+    def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        return self.solve(y), -self.log_abs_det(y)
+
+    def solve(self, y: Tensor) -> Tensor:
+        return functional.conv2d_inverse(y, self.weight(), self.corner)
+
+    def log_abs_det(self, x: Tensor) -> Tensor:
+        return functional.log_abs_det(self.weight(), self.corner, *x.shape[2:]).repeat(len(x))
+
+
+class Elementwise(nn.Module):
+    """A sound transform to break: y = exp(log_scale) x + shift for each of three features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.tensor([0.5, -1.0, 2.0]))
+        self.shift = nn.Parameter(torch.tensor([1.0, 2.0, -3.0]))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.log_scale.exp() * x + self.shift, self.log_abs_det(x)
+
+    def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        return (y - self.shift) * (-self.log_scale).exp(), -self.log_abs_det(y)
+
+    def log_abs_det(self, x: Tensor) -> Tensor:
+        return self.log_scale.sum().repeat(len(x))
+
+
+# Log-determinants
+
+
+@broken("log-det off by a constant", JACOBIAN)
+class OffByAConstant(Layer):
+    def log_abs_det(self, x):
+        return super().log_abs_det(x) + 0.01
+
+
+@broken("log-det of the wrong sign", JACOBIAN)
+class WrongSign(Layer):
+    def log_abs_det(self, x):
+        return -super().log_abs_det(x)
+
+
+@broken("log-det without the factor H W", JACOBIAN)
+class OfOnePixel(Layer):
+    def log_abs_det(self, x):
+        return super().log_abs_det(x) / x[0, 0].numel()
+
+
+@broken("log-det with H in place of H W", JACOBIAN)
+class OfOneColumn(Layer):
+    def log_abs_det(self, x):
+        return super().log_abs_det(x) / x.shape[3]
+
+
+@broken("log-det summed over the batch too", JACOBIAN)
+class OverTheBatch(Layer):
+    def log_abs_det(self, x):
+        return super().log_abs_det(x) * len(x)
+
+
+@broken("log-det of absolute values forgotten", JACOBIAN)
+class WithoutAbs(Layer):
+    def log_abs_det(self, x):
+        diagonal = self.weight()[:, :, 0, 0].diagonal()
+        return (x[0, 0].numel() * diagonal.log().sum()).repeat(len(x))
+
+
+@broken("log-det of the inverse not negated", CANCEL)
+class NotNegated(Layer):
+    def inverse(self, y):
+        return self.solve(y), self.log_abs_det(y)
+
+
+@broken("log-det of the inverse left at zero", CANCEL)
+class ZeroBack(Layer):
+    def inverse(self, y):
+        return self.solve(y), y.new_zeros(len(y))
+
+
+@broken("log-det averaged in place of summed", JACOBIAN, 3, 3)
+class Averaged(Elementwise):
+    def log_abs_det(self, x):
+        return self.log_scale.mean().repeat(len(x))
+
+
+@broken("log-det frozen at construction", CHECK, 3, 3)
+class Frozen(Elementwise):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("at_first", self.log_scale.detach().sum())
+
+    def log_abs_det(self, x):
+        return self.at_first.repeat(len(x))
+
+
+@broken("log-det overflows in float16", CANCEL, 2, 3, 150, 160, dtype=torch.float16)
+class Overflow(nn.Module):
+    def forward(self, x):
+        return x * 4, x.new_full(x.shape, 4).log().sum((1, 2, 3))
+
+    def inverse(self, y):
+        return y / 4, -y.new_full(y.shape, 4).log().sum((1, 2, 3))
+
+
+@broken("a scalar log-det", SHAPE, 3, 3)
+class Scalar(Elementwise):
+    def log_abs_det(self, x):
+        return self.log_scale.sum()
+
+
+@broken("log-det of shape [B, 1]", SHAPE, 3, 3)
+class Column(Elementwise):
+    def log_abs_det(self, x):
+        return super().log_abs_det(x)[:, None]
+
+
+# Inverses
+
+
+@broken("inverse ignores the other channels", INVERTIBLE)
+class OwnChannel(Layer):
+    def solve(self, y):
+        return functional.conv2d_inverse(y, self.weight() * torch.eye(4).to(y)[:, :, None, None], self.corner)
+
+
+@broken("inverse ignores the corner", INVERTIBLE)
+class OtherCorner(Layer):
+    def solve(self, y):
+        return functional.conv2d_inverse(y, self.weight(), "TL")
+
+
+@broken("inverse transposed the wrong way", INVERTIBLE)
+class Transposed(Layer):
+    def solve(self, y):
+        return functional.conv2d_inverse(y, self.weight().transpose(0, 1), self.corner)
+
+
+@broken("inverse by too few iterations", INVERTIBLE)
+class Iterated(Layer):
+    def solve(self, y):
+        scale = self.weight()[:, :, 0, 0].diagonal()[:, None, None]
+        x = y / scale
+        for _ in range(6):
+            x = x + (y - functional.conv2d(x, self.weight(), self.corner)) / scale
+        return x
+
+
+@broken("inverse wrong at H > W only", INVERTIBLE)
+class WrongIfTall(Layer):
+    def solve(self, y):
+        x, (height, width) = super().solve(y), y.shape[2:]
+        return torch.cat([x[:, :, :width], 0 * x[:, :, width:]], 2) if height > width else x
+
+
+@broken("inverse wrong at batch > 1 only", INVERTIBLE)
+class WrongIfMany(Layer):
+    def solve(self, y):
+        x = super().solve(y)
+        return torch.cat([x[:1], y[1:]])
+
+
+@broken("inverse wrong at odd sizes only", INVERTIBLE, 2, 4, 3, 5)
+class WrongIfOdd(Layer):
+    def solve(self, y):
+        x = super().solve(y)
+        return x if y.shape[3] % 2 == 0 else torch.cat([x[..., :-1], y[..., -1:]], 3)
+
+
+@broken("inverse divides by the scale plus a small number", INVERTIBLE, 3, 3)
+class Fudged(Elementwise):
+    def inverse(self, y):
+        return (y - self.shift) / (self.log_scale.exp() + 1e-4), -self.log_abs_det(y)
+
+
+@broken("inverse computed in float16", INVERTIBLE, 3, 3)
+class InHalf(Elementwise):
+    def inverse(self, y):
+        x, log_abs_det = super().inverse(y)
+        return x.half().to(y.dtype), log_abs_det
+
+
+@broken("inverse in float32 scattered by low-precision kernels", INVERTIBLE, 3, 3)
+class LowPrecision(Elementwise):
+    def inverse(self, y):
+        x, log_abs_det = super().inverse(y)
+        return (x.bfloat16().to(y.dtype) if y.dtype == torch.float32 else x), log_abs_det
+
+
+@broken("inverse permutation is the permutation", INVERTIBLE, 3, 3)
+class Permuted(Elementwise):
+    def forward(self, x):
+        return x[:, [1, 2, 0]], x.new_zeros(len(x))
+
+    inverse = forward
+
+
+@broken("squeeze and its inverse order channels differently", INVERTIBLE, 2, 1, 4, 4)
+class Squeeze(nn.Module):
+    def forward(self, x):
+        return F.pixel_unshuffle(x, 2), x.new_zeros(len(x))
+
+    def inverse(self, y):
+        return F.pixel_shuffle(y[:, [0, 2, 1, 3]], 2), y.new_zeros(len(y))
+
+
+@broken("not injective: clamped", INVERTIBLE, 3, 3)
+class Clamped(Elementwise):
+    def forward(self, x):
+        y, log_abs_det = super().forward(x)
+        return y.clamp(-5, 2), log_abs_det
+
+
+@broken("inverse right only by the library's cache", INVERTIBLE, 3, 3)
+class ByCache(transforms.Transform):
+    domain = codomain = constraints.real
+    bijective = True
+
+    def __init__(self):
+        super().__init__(cache_size=1)
+
+    def _call(self, x):
+        return x.exp()
+
+    def _inverse(self, y):
+        return y.log1p()
+
+    def log_abs_det_jacobian(self, x, y):
+        return x
+
+
+@broken("inverse without the context", INVERTIBLE, 3, 3, context=True)
+class WithoutContext(nflows.transforms.Transform):
+    def forward(self, inputs, context=None):
+        return inputs + context[:, None], inputs.new_zeros(len(inputs))
+
+    def inverse(self, inputs, context=None):
+        return inputs, inputs.new_zeros(len(inputs))
+
+
+@broken("coupling conditioned on what it has changed", INVERTIBLE, 3, 4)
+class OnChanged(nflows.transforms.AffineCouplingTransform):
+    def __init__(self):
+        super().__init__([0, 1, 0, 1], lambda inputs, outputs: Net(inputs, outputs))
+
+    def forward(self, inputs, context=None):
+        outputs, log_abs_det = super().forward(inputs, context)
+        return outputs + 0.1 * outputs.flip(1), log_abs_det
+
+
+class Net(nn.Module):
+    """A network for nflows' couplings."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.linear = nn.Linear(inputs, outputs)
+
+    def forward(self, inputs, context=None):
+        return self.linear(inputs).tanh()
+
+
+# Gradients
+
+
+class Solve(torch.autograd.Function):
+    """The layer's inverse, with one of the faults of published code in its gradients."""
+
+    @staticmethod
+    def forward(ctx, y, weight, fault):
+        ctx.save_for_backward(y, weight)
+        ctx.fault = fault
+        return functional.conv2d_inverse(y, weight, "BR")
+
+    @staticmethod
+    def backward(ctx, grad):
+        y, weight = (tensor.detach() for tensor in ctx.saved_tensors)
+        with torch.enable_grad():
+            y.requires_grad_()
+            x = functional.conv2d_inverse(y, weight, "BR")
+            grad_y = torch.autograd.grad(x, y, grad)[0]
+            weight.requires_grad_()
+            convolved = functional.conv2d((y if ctx.fault == "y for x" else x).detach(), weight, "BR")
+            grad_weight = -torch.autograd.grad(convolved, weight, grad_y)[0]
+        if ctx.fault == "not transposed":
+            grad_y = functional.conv2d_inverse(grad, weight.detach(), "BR")
+        return grad_y, grad_weight, None
+
+
+@broken("weight gradient of the inverse at its argument, not at its result", GRADIENTS)
+class AtTheArgument(Layer):
+    def solve(self, y):
+        return Solve.apply(y, self.weight(), "y for x")
+
+
+@broken("gradient of the inverse by A^-1, not A^-T", GRADIENTS)
+class NotTransposed(Layer):
+    def solve(self, y):
+        return Solve.apply(y, self.weight(), "not transposed")
+
+
+@broken("inverse detached from its argument", GRADIENTS)
+class Detached(Layer):
+    def solve(self, y):
+        return super().solve(y.detach())
+
+
+@broken("inverse without gradients", GRADIENTS)
+class NoGrad(Layer):
+    @torch.no_grad()
+    def inverse(self, y):
+        return super().inverse(y)
+
+
+@broken("log-det detached from the parameters", GRADIENTS)
+class DetachedLogDet(Layer):
+    def log_abs_det(self, x):
+        return super().log_abs_det(x).detach()
+
+
+@broken("gradients clipped inside the transform", GRADIENTS)
+class Clipped(Layer):
+    def weight(self):
+        weight = self.raw_weight * 1
+        if weight.requires_grad:
+            weight.register_hook(lambda grad: grad.clamp(-0.01, 0.01))
+        return weight
+
+
+# Batches, shapes, dtypes
+
+
+@broken("normalised by the statistics of the batch", BATCH, 4, 3)
+class BatchStatistics(Elementwise):
+    def forward(self, x):
+        self.mean = x.mean(0)
+        return super().forward(x - self.mean)
+
+    def inverse(self, y):
+        x, log_abs_det = super().inverse(y)
+        return x + self.mean, log_abs_det
+
+
+@broken("samples see their neighbours in the batch", BATCH, 3, 3)
+class Neighbours(Elementwise):
+    def forward(self, x):
+        return x + 0.1 * x.roll(1, 0).sin(), x.new_zeros(len(x))
+
+    def inverse(self, y):
+        raise NotImplementedError
+
+
+@broken("results at batch > 2 left at zero", BATCH, 4, 4, 3, 3)
+class LaunchLimit(Layer):
+    def forward(self, x):
+        y, log_abs_det = super().forward(x)
+        return torch.cat([y[:2], 0 * y[2:]]), log_abs_det
+
+
+@broken("drops an entry", SHAPE, 3, 4)
+class Drops(nn.Module):
+    def forward(self, x):
+        return x[:, 1:], x.new_zeros(len(x))
+
+    def inverse(self, y):
+        return F.pad(y, (1, 0)), y.new_zeros(len(y))
+
+
+@broken("inverse returns flattened images", SHAPE)
+class Flattened(Layer):
+    def solve(self, y):
+        return super().solve(y).flatten(1)
+
+
+@broken("results promoted to float64", SHAPE, 3, 3)
+class Promoted(Elementwise):
+    def forward(self, x):
+        return super().forward(x * torch.ones(3, dtype=torch.float64))
+
+
+@broken("returns no log-det", SHAPE, 3, 3)
+class Alone(Elementwise):
+    def forward(self, x):
+        return super().forward(x)[0]
+
+
+# State
+
+
+@broken("mask kept by zeros in the parameters, which weight decay and steps change", CHECK)
+class MaskInParameters(Layer):
+    def forward(self, x):
+        return F.conv2d(F.pad(x, (0, 2, 0, 1)), self.weight()), self.log_abs_det(x)
+
+
+@broken("weight cached for ever", STATE)
+class Cached(Layer):
+    cache = None
+
+    def weight(self):
+        if self.cache is None:
+            self.cache = super().weight() * 1
+        return self.cache
+
+
+@broken("inverse cached for ever", STATE, 3, 3)
+class CachedInverse(Elementwise):
+    cache = None
+
+    def inverse(self, y):
+        if self.cache is None:
+            self.cache = self.log_scale.neg().exp()
+        return (y - self.shift) * self.cache, -self.log_abs_det(y)
+
+
+@broken("cache that loading a state_dict leaves stale", STATE, 3, 3)
+class CachedByVersion(Elementwise):
+    cache = None
+
+    def load_state_dict(self, state_dict, *args):
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                parameter.data = state_dict[name].clone()  # which leaves the version as it is
+
+    def inverse(self, y):
+        if self.cache is None or self.cache[0] != self.log_scale._version:
+            self.cache = self.log_scale._version, self.log_scale.neg().exp()
+        return (y - self.shift) * self.cache[1], -self.log_abs_det(y)
+
+
+@broken("buffer forgotten: a plain tensor", STATE, 3, 3)
+class PlainTensor(Elementwise):
+    def __init__(self):
+        super().__init__()
+        self.offset = torch.randn(3)
+
+    def forward(self, x):
+        return super().forward(x + self.offset)
+
+    def inverse(self, y):
+        x, log_abs_det = super().inverse(y)
+        return x - self.offset, log_abs_det
+
+
+@broken("buffer forgotten: not persistent", STATE, 3, 4)
+class NotPersistent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("order", torch.randperm(4), persistent=False)
+
+    def forward(self, x):
+        return x[:, self.order], x.new_zeros(len(x))
+
+    def inverse(self, y):
+        return y[:, self.order.argsort()], y.new_zeros(len(y))
+
+
+@broken("initialisation from data forgotten on loading", STATE, 4, 3)
+class ForgetsInitialisation(Elementwise):
+    initialized = False
+
+    def forward(self, x):
+        if not self.initialized:
+            self.shift.data = -x.mean(0)
+            self.initialized = True
+        return super().forward(x)
+
+
+@broken("parameter left out when the state_dict is loaded", STATE, 3, 3)
+class NotLoaded(Elementwise):
+    def load_state_dict(self, state_dict, *args):
+        return super().load_state_dict(state_dict | {"shift": self.shift}, *args)
+
+
+@broken("state_dict that only an unsafe load takes", STATE, 3, 3)
+class UnsafeToLoad(Elementwise):
+    def get_extra_state(self):
+        return {"class": Net}
+
+    def set_extra_state(self, state):
+        pass
+
+
+# What results must not depend on, and side effects
+
+
+@broken("damages its input in place", DETERMINISTIC, 3, 3)
+class InPlace(Elementwise):
+    def forward(self, x):
+        y, log_abs_det = super().forward(x)
+        x.zero_()
+        return y, log_abs_det
+
+
+@broken("normflows' Shift, which shifts its input in place", DETERMINISTIC, 3, 3)
+def shift():
+    return normflows.transforms.Shift()
+
+
+@broken("adds noise", DETERMINISTIC, 3, 3)
+class Noisy(Elementwise):
+    def forward(self, x):
+        y, log_abs_det = super().forward(x)
+        return y + 1e-3 * torch.randn_like(y), log_abs_det
+
+
+@broken("adds noise from a generator of its own", DETERMINISTIC, 3, 3)
+class OwnNoise(Elementwise):
+    generator = random.Random(0)
+
+    def forward(self, x):
+        y, log_abs_det = super().forward(x)
+        return y * (1 + 1e-3 * self.generator.random()), log_abs_det
+
+
+@broken("draws random numbers to no purpose", DETERMINISTIC, 3, 3)
+class Draws(Elementwise):
+    def forward(self, x):
+        torch.rand(1)
+        return super().forward(x)
+
+
+@broken("seeds the global random numbers", DETERMINISTIC, 3, 3)
+class Seeds(Elementwise):
+    def forward(self, x):
+        torch.manual_seed(1234)
+        return super().forward(x)
+
+
+@broken("differs from call to call", DETERMINISTIC, 3, 3)
+class Counts(Elementwise):
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        y, log_abs_det = super().forward(x)
+        return y * (1 + 1e-3 * self.calls), log_abs_det
+
+
+@broken("differs without gradients", DETERMINISTIC, 3, 3)
+class InferenceOnly(Elementwise):
+    def inverse(self, y):
+        x, log_abs_det = super().inverse(y)
+        return x if torch.is_grad_enabled() else x.round(decimals=2), log_abs_det
+
+
+@broken("reads channels_last memory as if it were contiguous", DETERMINISTIC)
+class MemoryFormat(Layer):
+    def solve(self, y):
+        return super().solve(y if y.stride(1) != 1 else y.as_strided(y.shape, y[0].contiguous()[None].stride()))
+
+
+@broken("reads memory with gaps as if it were contiguous", DETERMINISTIC, 3, 3)
+class NotContiguous(Elementwise):
+    def forward(self, x):
+        return super().forward(x.as_strided(x.shape, (x.shape[1], 1)))
+
+
+# Conventions of the libraries
+
+
+@broken("normflows: both log-dets of the same direction", CANCEL, 3, 3)
+class SameDirection(normflows.flows.Flow):
+    def __init__(self):
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.tensor([0.5, -1.0, 2.0]))
+
+    def forward(self, z):
+        return z * self.log_scale.exp(), self.log_scale.sum().expand(len(z))
+
+    def inverse(self, x):
+        return x / self.log_scale.exp(), self.log_scale.sum().expand(len(x))
+
+
+@broken("normflows: one log-det for all samples, summed over them", JACOBIAN, 3, 3)
+class SummedOverSamples(normflows.flows.Flow):
+    def forward(self, z):
+        return z.sinh(), z.cosh().log().sum()
+
+    def inverse(self, x):
+        z = x.asinh()
+        return z, -z.cosh().log().sum()
+
+
+@broken("nflows: log-det forgets the scales of a coupling", JACOBIAN, 3, 4)
+class ForgetsScales(nflows.transforms.AffineCouplingTransform):
+    def __init__(self):
+        super().__init__([0, 1, 0, 1], Net)
+
+    def _coupling_transform_forward(self, inputs, transform_params):
+        outputs, log_abs_det = super()._coupling_transform_forward(inputs, transform_params)
+        return outputs, 0 * log_abs_det
+
+    def _coupling_transform_inverse(self, inputs, transform_params):
+        outputs, log_abs_det = super()._coupling_transform_inverse(inputs, transform_params)
+        return outputs, 0 * log_abs_det
+
+
+@broken("torch: log-det of the inverse", JACOBIAN, 3, 3)
+class OfTheInverse(transforms.ExpTransform):
+    def log_abs_det_jacobian(self, x, y):
+        return -x
+
+
+@broken("torch: log-det summed although there is no event", SHAPE, 3, 3)
+class SummedWithoutEvent(transforms.ExpTransform):
+    def log_abs_det_jacobian(self, x, y):
+        return x.sum(-1)
+
+
+def table() -> str:
+    """The catalogue in Markdown."""
+    rows = [f"| {broken.fault} | `{broken.caught_by}` |" for broken in CATALOGUE]
+    return "\n".join(["| fault | caught by |", "|---|---|", *rows, ""])
+
+
+def summary(caught: int) -> str:
+    """The catch rate in a sentence."""
+    return f"**{caught} of {len(CATALOGUE)}** broken transforms are caught.\n"
+
+
+def write(page: Path, caught: int) -> None:
+    """Puts summary and table between the marks of a page."""
+    text = f"<!-- catalogue -->\n{summary(caught)}\n{table()}<!-- end -->"
+    page.write_text(re.sub(r"<!-- catalogue -->.*<!-- end -->", lambda _: text, page.read_text(), flags=re.DOTALL))
+
+
+if __name__ == "__main__":
+    results = {each.fault: each.is_caught() for each in CATALOGUE}
+    for fault, caught in results.items():
+        print("caught" if caught else "MISSED", fault)
+    print(summary(sum(results.values())), end="")
+    for page in sys.argv[1:]:
+        write(Path(page), sum(results.values()))

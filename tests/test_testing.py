@@ -1,0 +1,434 @@
+"""The assertions: sound transforms of every library pass, faults are named, and nothing is left behind."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+
+import broken_transforms
+import nflows.flows
+import nflows.transforms as nt
+import normflows as nf
+import pytest
+import torch
+from nflows.distributions import StandardNormal
+from nflows.nn.nets import ConvResidualNet, ResidualNet
+from torch import Tensor, nn
+from torch.distributions import transforms as tt
+
+import nflows_kconv.nflows
+import nflows_kconv.normflows
+from nflows_kconv import InvertibleConv2d, images, step, testing
+
+# nflows' and normflows' 1x1 convolutions
+pytestmark = [pytest.mark.filterwarnings(f"ignore:torch.{name} is deprecated") for name in ("lu", "triangular_solve")]
+
+
+def vectors(batch: int = 3, size: int = 4) -> Tensor:
+    return torch.randn(batch, size, generator=torch.Generator().manual_seed(0))
+
+
+def pictures(batch: int = 2, channels: int = 4, height: int = 4, width: int = 2) -> Tensor:
+    return torch.randn(batch, channels, height, width, generator=torch.Generator().manual_seed(0))
+
+
+def network(inputs: int, outputs: int) -> nn.Module:
+    return ResidualNet(inputs, outputs, hidden_features=4, num_blocks=1)
+
+
+def convolutions(inputs: int, outputs: int) -> nn.Module:
+    return ConvResidualNet(inputs, outputs, hidden_channels=4, num_blocks=1)
+
+
+MASK = [1, 0, 1, 0]
+TAILS = dict(tails="linear", tail_bound=3.0, num_bins=3)
+CORNERS = ("TL", "TR", "BL", "BR")
+TRANSFORMS = {
+    # nflows
+    "nflows affine coupling": (lambda: nt.AffineCouplingTransform(MASK, network), vectors()),
+    "nflows additive coupling of images": (lambda: nt.AdditiveCouplingTransform(MASK, convolutions), pictures()),
+    "nflows linear spline": (lambda: nt.PiecewiseLinearCouplingTransform(MASK, network, **TAILS), vectors()),
+    "nflows quadratic spline": (lambda: nt.PiecewiseQuadraticCouplingTransform(MASK, network, **TAILS), vectors()),
+    "nflows cubic spline": (lambda: nt.PiecewiseCubicCouplingTransform(MASK, network, **TAILS), vectors()),
+    "nflows rational spline": (
+        lambda: nt.PiecewiseRationalQuadraticCouplingTransform(MASK, network, **TAILS),
+        vectors(),
+    ),
+    "nflows autoregressive": (lambda: nt.MaskedAffineAutoregressiveTransform(4, 8), vectors()),
+    "nflows ActNorm": (lambda: nt.ActNorm(4), vectors()),
+    "nflows BatchNorm": (lambda: nt.BatchNorm(4).eval(), vectors()),
+    "nflows 1x1": (lambda: nt.OneByOneConvolution(4), pictures()),
+    "nflows 1x1, cached": (lambda: nt.OneByOneConvolution(4, using_cache=True).eval(), pictures()),
+    "nflows QR": (lambda: nt.QRLinear(4, 2), vectors()),
+    "nflows squeeze": (nt.SqueezeTransform, pictures()),
+    "nflows permutation": (lambda: nt.RandomPermutation(4), vectors()),
+    "nflows logit": (nt.Logit, vectors().sigmoid()),
+    "nflows LogTanh": (nt.LogTanh, vectors()),
+    "nflows affine, far from 0": (lambda: nt.PointwiseAffineTransform(torch.tensor(1e3), torch.tensor(0.1)), vectors()),
+    "nflows multiscale": (lambda: multiscale_of_nflows(), pictures()),
+    # normflows
+    "normflows ActNorm": (lambda: nf.flows.ActNorm((4, 1, 1)), pictures()),
+    "normflows 1x1": (lambda: nf.flows.Invertible1x1Conv(4), pictures()),
+    "normflows 1x1 by LU": (lambda: nf.flows.LULinearPermute(4), vectors()),
+    "normflows permutation": (lambda: nf.flows.Permute(4), vectors()),
+    "normflows squeeze": (nf.flows.Squeeze, pictures()),
+    "normflows split": (nf.flows.Split, pictures()),
+    "normflows masked affine": (
+        lambda: nf.flows.MaskedAffineFlow(torch.tensor([1.0, 0, 1, 0]), *(nf.nets.MLP([4, 4, 4]) for _ in range(2))),
+        vectors(),
+    ),
+    "normflows GlowBlock": (lambda: nf.flows.GlowBlock(4, 4, net_actnorm=True), pictures()),
+    "normflows spline": (lambda: nf.flows.CoupledRationalQuadraticSpline(4, 1, 4, num_bins=3), vectors(2)),
+    "normflows without inverse": (lambda: nf.flows.Planar((4,)), vectors()),
+    "normflows Planar with inverse": (lambda: nf.flows.Planar((4,), act="leaky_relu"), vectors()),
+    "normflows Composite": (
+        lambda: nf.flows.Composite([nflows_kconv.normflows.InvertibleConv2d(4), nf.flows.ActNorm((4, 1, 1))]),
+        pictures(),
+    ),
+    # torch.distributions
+    "torch affine": (lambda: tt.AffineTransform(torch.randn(4), torch.randn(4)), vectors()),
+    "torch affine of a network's output": (lambda: tt.AffineTransform(nn.Linear(1, 4)(torch.ones(1)), 2.0), vectors()),
+    "torch sigmoid, cached": (lambda: tt.SigmoidTransform(cache_size=1), vectors()),
+    "torch power": (lambda: tt.PowerTransform(3.0), vectors().exp()),
+    "torch exp of numbers": (tt.ExpTransform, vectors()[0]),
+    "torch stick breaking": (tt.StickBreakingTransform, vectors()),
+    "torch Cholesky": (tt.CorrCholeskyTransform, vectors(size=3)),
+    "torch reshape": (lambda: tt.ReshapeTransform((4,), (2, 2)), vectors()),
+    "torch compose": (
+        lambda: tt.ComposeTransform([tt.AffineTransform(1.0, 2.0), tt.IndependentTransform(tt.TanhTransform(), 1)]),
+        vectors() / 3,
+    ),
+    # This package
+    "layer": (lambda: InvertibleConv2d(4, diagonal="learned", bias=True), pictures()),
+    **{
+        f"layer in {corner}": (lambda corner=corner: InvertibleConv2d(4, (2, 3), corners=corner), pictures(width=3))
+        for corner in CORNERS
+    },
+    "layer in nflows, inverted": (lambda: nt.InverseTransform(nflows_kconv.nflows.InvertibleConv2d(4)), pictures()),
+    "GlowBlock": (lambda: nflows_kconv.normflows.GlowBlock(4, 4), pictures()),
+    "steps": (lambda: step.Sequence([step.ActNorm(4), step.InvertibleConv1x1(4), step.learned_prior(4)]), pictures()),
+    "logit": (images.Logit, pictures().sigmoid()),
+}
+
+
+def multiscale_of_nflows() -> nt.Transform:
+    transform = nt.MultiscaleCompositeTransform(2)
+    shape = transform.add_transform(nflows_kconv.nflows.InvertibleConv2d(4), (4, 4, 2))
+    transform.add_transform(nt.ReversePermutation(shape[0]), shape)
+    return transform
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_sound_transforms_pass(name: str):
+    build, inputs = TRANSFORMS[name]
+    testing.check_transform(build(), inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "name", ["layer", "layer in BR", "nflows affine coupling", "normflows ActNorm", "torch affine"]
+)
+def test_sound_transforms_pass_in_other_precisions(name: str, dtype: torch.dtype):
+    build, inputs = TRANSFORMS[name]
+    transform = build()
+    if isinstance(transform, nn.Module):
+        transform.to(dtype)
+    else:
+        transform.loc, transform.scale = transform.loc.to(dtype), transform.scale.to(dtype)
+    testing.check_transform(transform, inputs.to(dtype))
+
+
+# Whole flows
+
+
+class Context(nn.Module):
+    """A coupling's network that sees the context."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.of_inputs, self.of_context = nn.Linear(inputs, outputs), nn.Linear(5, outputs)
+
+    def forward(self, inputs: Tensor, context: Tensor) -> Tensor:
+        return (self.of_inputs(inputs) + self.of_context(context)).tanh()
+
+
+def flow_of_nflows() -> nflows.flows.Flow:
+    transforms = [nt.AffineCouplingTransform(MASK, Context), nt.LULinear(4), nt.ActNorm(4)]
+    return nflows.flows.Flow(nt.CompositeTransform(transforms), StandardNormal([4]), embedding_net=nn.Linear(2, 5))
+
+
+def test_flows_of_nflows_with_a_context_pass():
+    testing.check_transform(flow_of_nflows(), vectors(), context=vectors(3, 2))
+
+
+def test_flows_of_normflows_pass():
+    flows = [nf.flows.LULinearPermute(4), nf.flows.ActNorm(4)]
+    testing.check_transform(nf.NormalizingFlow(nf.distributions.DiagGaussian(4), flows), vectors())
+    bases = [nf.distributions.DiagGaussian(shape) for shape in ((8, 2, 1), (2, 4, 2))]
+    levels = [[nf.flows.Invertible1x1Conv(8), nf.flows.Squeeze()], [nflows_kconv.normflows.InvertibleConv2d(4)]]
+    testing.check_transform(nf.MultiscaleFlow(bases, levels, [nf.flows.Merge()], class_cond=False), pictures())
+
+
+@pytest.mark.parametrize(
+    ("library", "dtype"), [(nflows_kconv.nflows, torch.uint8), (nflows_kconv.normflows, torch.float32)]
+)
+def test_flows_of_images_pass_though_they_dequantise_with_noise(library, dtype: torch.dtype):
+    flow = library.finc_flow((1, 4, 4), levels=1, steps=1, hidden_channels=4, corners="TL")
+    testing.check_transform(flow, torch.randint(0, 256, (2, 1, 4, 4)).to(dtype))
+
+
+def test_noise_is_no_function_of_the_inputs():
+    with pytest.raises(AssertionError, match="draws from torch's global random numbers"):
+        testing.assert_deterministic(images.UniformDequantization(), torch.ones(1, 1, 2, 2))
+
+
+# Nothing is left behind
+
+
+@pytest.mark.parametrize("name", ["nflows ActNorm", "normflows ActNorm", "nflows 1x1, cached", "steps", "layer"])
+def test_a_transform_stays_as_it_is(name: str):
+    build, inputs = TRANSFORMS[name]
+    transform, inputs = build(), inputs.clone().requires_grad_()
+    for parameter in transform.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    versions = [parameter._version for parameter in transform.parameters()]
+    before, values, random = copy.deepcopy(transform), inputs.detach().clone(), torch.get_rng_state()
+    testing.check_transform(transform, inputs)
+
+    assert torch.equal(torch.get_rng_state(), random)
+    assert torch.equal(inputs, values) and inputs.grad is None
+    assert [part.training for part in transform.modules()] == [part.training for part in before.modules()]
+    for actual, expected in zip(transform.state_dict().values(), before.state_dict().values(), strict=True):
+        assert torch.equal(actual, expected)
+    for parameter in transform.parameters():
+        assert torch.equal(parameter.grad, torch.ones_like(parameter))
+        assert parameter.requires_grad
+    assert [parameter._version for parameter in transform.parameters()] == versions
+
+
+def test_frozen_parameters_are_constants():
+    class Rotation(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.matrix = nn.Parameter(torch.linalg.qr(torch.randn(4, 4))[0], requires_grad=False)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x @ self.matrix, x.new_zeros(len(x))
+
+        def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
+            return y @ self.matrix.T, y.new_zeros(len(y))
+
+    testing.check_transform(Rotation(), vectors())
+
+
+# Conditioning
+
+
+class Wrong(InvertibleConv2d):
+    """The inverse is off by a thousandth in the last pixel."""
+
+    def inverse(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        x, log_abs_det = super().inverse(input)
+        return x * (1 + 1e-3 * (torch.arange(x.shape[3]) == x.shape[3] - 1)), log_abs_det
+
+
+@pytest.mark.parametrize("std", [0.1, 0.5, 1.0])
+def test_rounding_is_told_from_errors_however_ill_conditioned(std: float):
+    sound, wrong = (layer_class(4, corners="TL", diagonal="learned") for layer_class in (InvertibleConv2d, Wrong))
+    nn.init.normal_(sound.raw_weight, std=std)
+    wrong.load_state_dict(sound.state_dict())
+    inputs = pictures(height=7, width=7)
+    with torch.no_grad():
+        error = (sound.inverse(sound(inputs)[0])[0] - inputs).abs().max()
+    # What the wrong inverse does to the last column is less than what rounding does at std 1.
+    assert (error > 1e-2) == (std == 1.0)
+    testing.check_transform(sound, inputs)
+    with pytest.raises(AssertionError, match=r"worst at \[\d, \d, \d, 6\]"):
+        testing.assert_invertible(wrong, inputs)
+
+
+def test_tolerances_may_be_given():
+    fudged = next(each for each in broken_transforms.CATALOGUE if "small number" in each.fault)
+    transform, inputs = fudged.build(), fudged.inputs
+    for tolerance in ({"atol": 1e-3}, {"rtol": 1e-3}, {"atol": 5e-4, "rtol": 5e-4}):
+        testing.assert_invertible(transform, inputs, **tolerance)
+    for tolerance in ({}, {"atol": 1e-6}, {"rtol": 1e-6}, {"atol": 0.0, "rtol": 0.0}):
+        with pytest.raises(AssertionError, match="inverse"):
+            testing.assert_invertible(transform, inputs, **tolerance)
+
+
+# Failures
+
+
+def test_a_failure_names_element_error_tolerance_and_replay():
+    class Off(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x, x.new_zeros(len(x))
+
+        def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
+            x = y.clone()
+            x[1, 2] += 0.25
+            return x, y.new_zeros(len(y))
+
+    inputs = torch.zeros(3, 4)
+    inputs[1, 2] = 8
+    with pytest.raises(AssertionError) as failure:
+        testing.assert_invertible(Off(), inputs)
+    message = str(failure.value)
+    for part in (
+        "inverse(forward(x)) is not x",
+        "worst at [1, 2]: got 8.25, expected 8; error 0.25, tolerance 8e-05 from eps",
+        "Off in training mode",
+        "inputs: torch.tensor([[0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 8.0, 0.0], [0.0, 0.0, 0.0, 0.0]], dtype=torch.float32)",
+        "replay: the call fails again with these inputs",
+    ):
+        assert part in message
+
+
+def test_a_wrong_gradient_is_named_with_its_element():
+    class Wrong(broken_transforms.Elementwise):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y, log_abs_det = super().forward(x)
+            return y + (self.shift.detach() - self.shift) * torch.tensor([0, 1, 0]), log_abs_det
+
+    with pytest.raises(
+        AssertionError, match=r"through forward .* in shift, flattened, worst at \[1\]: got 0, expected"
+    ):
+        testing.assert_gradients_match_finite_differences(Wrong(), vectors(size=3))
+
+
+@pytest.mark.parametrize("name", ["assert_invertible", "assert_log_dets_cancel"])
+def test_a_transform_without_inverse_is_named(name: str):
+    with pytest.raises(AssertionError, match=r"an inverse is needed, but Planar.inverse raised NotImplementedError"):
+        getattr(testing, name)(nf.flows.Planar((4,)), vectors())
+
+
+def test_what_a_transform_raises_is_a_failure():
+    with pytest.raises(
+        AssertionError, match=r"forward raised ValueError\(.*got 3 in shape .* for float32 \[2, 3, 4, 2\]"
+    ):
+        testing.check_transform(InvertibleConv2d(4), pictures(channels=3))
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [nn.Linear(4, 4), StandardNormal([4]), nf.distributions.DiagGaussian(4), torch.exp, InvertibleConv2d],
+    ids=lambda transform: str(type(transform)),
+)
+def test_other_objects_are_refused(transform):
+    with pytest.raises(TypeError, match="a transform must have forward"):
+        testing.check_transform(transform, vectors())
+
+
+@pytest.mark.parametrize(
+    ("inputs", "error", "message"),
+    [
+        ([1.0, 2.0], TypeError, "inputs must be a tensor"),
+        (torch.zeros(0, 4), ValueError, r"at least one, got float32 \[0, 4\]"),
+        (torch.tensor(1.0), ValueError, "inputs must be finite numbers"),
+        (torch.tensor([[1.0, torch.nan]]), ValueError, "inputs must be finite numbers"),
+    ],
+)
+def test_other_inputs_are_refused(inputs, error, message):
+    with pytest.raises(error, match=message):
+        testing.check_transform(tt.ExpTransform(), inputs)
+
+
+def test_a_torch_transform_takes_no_context():
+    with pytest.raises(TypeError, match="context must be None"):
+        testing.check_transform(tt.ExpTransform(), vectors(), context=vectors())
+
+
+def test_what_cannot_be_copied_is_refused():
+    transform = InvertibleConv2d(4)
+    transform.file = sys.stdout
+    with pytest.raises(TypeError, match="must be deep-copyable"):
+        testing.check_transform(transform, pictures())
+
+
+# Limits and options
+
+
+def test_large_samples_are_checked_but_for_the_jacobian():
+    inputs = torch.randn(1, 4, 32, 33)
+    with pytest.warns(UserWarning, match="not compared with the Jacobian.*got 4224"):
+        testing.check_transform(InvertibleConv2d(4, corners="TL"), inputs)
+    with pytest.raises(ValueError, match="at most 4096 entries for a Jacobian, got 4224"):
+        testing.assert_log_abs_det_matches_jacobian(InvertibleConv2d(4, corners="TL"), inputs)
+
+
+def test_whole_numbers_have_no_jacobian():
+    with pytest.raises(ValueError, match="inputs must be real numbers"):
+        testing.assert_log_abs_det_matches_jacobian(images.UniformDequantization(), torch.ones(1, 1, 2, 2))
+
+
+def test_whole_numbers_count_as_any_where_others_are_taken():
+    sign = next(each for each in broken_transforms.CATALOGUE if "wrong sign" in each.fault)
+    with pytest.raises(AssertionError, match="Jacobian"):
+        testing.check_transform(sign.build(), torch.arange(24.0).view(1, 4, 3, 2))
+
+
+class Table(nn.Module):
+    """Adds numbers that the constructor's arguments decide, or not."""
+
+    def __init__(self, numbers: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("numbers", numbers, persistent=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x + self.numbers, x.new_zeros(len(x))
+
+    def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        return y - self.numbers, y.new_zeros(len(y))
+
+
+def test_rebuild_tells_constants_from_lost_state():
+    table = Table(torch.linspace(0, 1, 4))
+    with pytest.raises(AssertionError, match="results depend on numbers, which is not in the state_dict"):
+        testing.check_transform(table, vectors())
+    testing.check_transform(table, vectors(), rebuild=lambda: Table(torch.linspace(0, 1, 4)))
+    with pytest.raises(AssertionError, match="never ran differs once it has loaded"):
+        testing.check_transform(table, vectors(), rebuild=lambda: Table(torch.randn(4)))
+
+
+@pytest.mark.parametrize("numbers", [[0, 1, 1, 0], [-1, 1, 1, -1], [0.5, 0.5, 0.5, 0.5]], ids=str)
+def test_masks_and_constants_need_no_rebuild(numbers: list[float]):
+    testing.check_transform(Table(torch.tensor(numbers)), vectors())
+
+
+def test_a_batch_of_one_is_enough():
+    statistics = next(each for each in broken_transforms.CATALOGUE if "statistics" in each.fault)
+    testing.assert_batch_independent(flow_of_nflows().eval(), vectors(1), context=vectors(1, 2))
+    with pytest.raises(AssertionError, match="in the whole batch"):
+        testing.assert_batch_independent(statistics.build(), vectors(2, 3))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_callers_gradient_mode_does_not_matter(mode):
+    layer = InvertibleConv2d(4, diagonal="learned")
+    with mode():
+        testing.check_transform(layer, pictures())
+        assert not torch.is_grad_enabled()
+
+
+def test_the_assertions_need_no_library_and_the_strategies_name_theirs():
+    code = """
+import sys
+sys.modules["hypothesis"] = None
+from nflows_kconv.testing import check_transform
+assert not {"nflows", "normflows", "pytest"} & set(sys.modules)
+try:
+    from nflows_kconv.testing import strategies
+except ImportError as error:
+    assert "pip install nflows-kconv[testing]" in str(error)
+else:
+    raise AssertionError
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,59 @@
+"""The toolkit catches every broken transform of the catalogue, and the table in the docs is that of the catalogue."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import broken_transforms
+import pytest
+import torch
+from broken_transforms import CATALOGUE, Broken
+from hypothesis import find, settings
+
+from nflows_kconv import testing
+from nflows_kconv.testing import strategies
+
+PAGE = Path(__file__).parent.parent / "docs" / "testing.md"
+every_fault = pytest.mark.parametrize("broken", CATALOGUE, ids=lambda broken: broken.fault)
+
+
+@every_fault
+def test_every_fault_is_caught(broken: Broken):
+    assert broken.is_caught()
+
+
+@every_fault
+def test_the_named_assertion_catches_it(broken: Broken):
+    assert broken.is_caught(by=broken.caught_by)
+
+
+def test_the_table_in_the_docs_is_current(tmp_path: Path):
+    assert len({broken.fault for broken in CATALOGUE}) == len(CATALOGUE) >= 25
+    page = tmp_path / "page.md"
+    page.write_text("before <!-- catalogue -->\nold\n<!-- end --> after")
+    broken_transforms.write(page, caught=len(CATALOGUE))
+    table = page.read_text().removeprefix("before ").removesuffix(" after")
+    assert table.count("| `") == len(CATALOGUE)
+    assert table in PAGE.read_text(), "run python tests/broken_transforms.py docs/testing.md"
+
+
+@pytest.mark.parametrize(
+    ("fault", "smallest"),
+    [
+        ("inverse wrong at H > W only", (1, 4, 2, 1)),
+        ("inverse wrong at batch > 1 only", (2, 4, 1, 1)),
+        ("inverse wrong at odd sizes only", (1, 4, 1, 1)),
+    ],
+)
+def test_faults_of_some_sizes_are_found_and_shrunk(fault: str, smallest: tuple[int, ...]):
+    broken = next(broken for broken in CATALOGUE if broken.fault == fault)
+
+    def is_wrong(images: torch.Tensor) -> bool:
+        try:
+            testing.assert_invertible(broken.build(), images)
+        except AssertionError:
+            return True
+        return False
+
+    found = find(strategies.images(channels=4), is_wrong, settings=settings(database=None, deadline=None))
+    assert tuple(found.shape) == smallest
