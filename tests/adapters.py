@@ -10,6 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.testing import assert_close
 
 from nflows_kconv import layer
 
@@ -72,3 +73,21 @@ def check_missing_library(monkeypatch: pytest.MonkeyPatch, adapter: str, importe
     with pytest.raises(ImportError, match=re.escape(f"pip install nflows-kconv[{adapter}]")) as raised:
         importlib.import_module(f"nflows_kconv.{adapter}")
     assert isinstance(raised.value.__cause__, ImportError)
+
+
+def check_directions(
+    forward: Callable[[Tensor], tuple[Tensor, Tensor]],
+    inverse: Callable[[Tensor], tuple[Tensor, Tensor]],
+    inputs: Tensor,
+) -> None:
+    """Asserts, in double precision, that one undoes the other and log-determinants are those of the Jacobians."""
+    outputs, log_abs_det = forward(inputs)
+    restored, inverse_log_abs_det = inverse(outputs)
+    assert_close(restored, inputs)
+    assert_close(inverse_log_abs_det, -log_abs_det)
+    assert log_abs_det.shape == inputs.shape[:-3]
+    assert log_abs_det.dtype == torch.float64
+    for function, points, expected in ((forward, inputs, log_abs_det), (inverse, outputs, inverse_log_abs_det)):
+        for point, value in zip(points.detach().flatten(0, -4), expected.flatten(), strict=True):
+            jacobian = torch.autograd.functional.jacobian(lambda x, f=function: f(x)[0], point[None])
+            assert_close(torch.linalg.slogdet(jacobian.reshape(point.numel(), -1)).logabsdet, value)

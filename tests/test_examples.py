@@ -1,13 +1,19 @@
 """The examples, at a tiny size, as a user runs them."""
 
+import difflib
 import re
+import runpy
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
+from hypothesis import settings
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+SWAPS = sorted(path.name for path in (EXAMPLES / "swap").iterdir())
 NUMBER = re.compile(r"(?<![\w.])-?(?:nan|inf|\d+\.\d+)")
 
 
@@ -16,10 +22,29 @@ def run(script: str, *arguments: str) -> str:
     command = [sys.executable, str(EXAMPLES / script), *arguments]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    numbers = NUMBER.findall(done.stdout)
-    assert numbers
-    assert not {"nan", "inf", "-inf"} & set(numbers), done.stdout
+    check_numbers(done.stdout)
     return done.stdout
+
+
+def check_numbers(output: str) -> None:
+    numbers = NUMBER.findall(output)
+    assert numbers
+    assert not {"nan", "inf", "-inf"} & set(numbers), output
+
+
+@pytest.fixture
+def run_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    """`run` in this process, where all is imported already."""
+
+    def run(script: str, *arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        with torch.random.fork_rng():
+            runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+        output = capsys.readouterr().out
+        check_numbers(output)
+        return output
+
+    return run
 
 
 @pytest.mark.parametrize("library", ["nflows", "normflows"])
@@ -38,3 +63,63 @@ def test_inverse_direction():
     before, after = (float(value) for value in re.findall(r"training: +(\S+) \+-", output))
     assert after < before
     assert float(re.search(r"round-trip error: (\S+)", output)[1]) < 1e-3
+
+
+def test_two_dimensions(run_here):
+    output = run_here("two_dimensions.py", "--steps", "60")
+    gaussian, channels, pixels, *_ = (float(value) for value in re.findall(r"(\S+) nats", output))
+    assert channels == pytest.approx(gaussian, abs=0.02)
+    assert pixels > gaussian + 0.1
+    rows = [[float(entry) for entry in line.split()] for line in output.splitlines() if line.startswith("    ")]
+    assert rows[0][1] == rows[2][1] == 0
+    assert rows[2][0] == rows[3][1] and rows[0][0] != rows[1][1]
+
+
+def test_image_flow(run_here, tmp_path: Path):
+    output = run_here("image_flow.py", "--steps", "3", "--output", str(tmp_path / "new" / "samples.png"))
+    assert 1 < float(re.search(r"other photograph: (\S+) bits", output)[1]) < 16
+    assert (tmp_path / "new" / "samples.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_graph_sampling(run_here):
+    output = run_here("graph_sampling.py", "--calls", "1")
+    assert ("no GPU here" in output) != torch.cuda.is_available()
+    assert float(re.search(r"10 images, changed by (\S+)", output)[1]) > 0
+
+
+def test_torch_distributions(run_here):
+    output = run_here("torch_distributions.py", "--steps", "200")
+    true, fitted = (float(value) for value in re.findall(r"(\S+) nats", output))
+    assert true < fitted < true + 1
+
+
+def test_test_your_transform():
+    tests = [
+        value for name, value in runpy.run_path(str(EXAMPLES / "test_your_transform.py")).items() if "test_" in name
+    ]
+    assert len(tests) == 2
+    for test in tests:
+        settings(max_examples=5)(test)()
+
+
+@pytest.mark.filterwarnings("ignore:torch.(triangular_solve|lu) is deprecated")
+@pytest.mark.parametrize("which", ["before", "after"])
+@pytest.mark.parametrize("swap", SWAPS)
+def test_swap_runs(run_here, swap: str, which: str):
+    output = run_here(f"swap/{swap}/{which}.py", "--steps", "2")
+    assert 1 < float(re.search(r"test bits per dimension: (\d+\.\d+)", output)[1]) < 20
+
+
+@pytest.mark.filterwarnings("ignore:torch.lu is deprecated")
+@pytest.mark.parametrize("swap", SWAPS)
+def test_swap_brings_the_layer_alone(swap: str):
+    texts, flows = [], []
+    for which in ("before", "after"):
+        path = EXAMPLES / "swap" / swap / f"{which}.py"
+        texts.append(path.read_text().splitlines())
+        flows.append(runpy.run_path(str(path))["build_flow"]())
+    changes = [line for line in difflib.ndiff(*texts) if line[0] in "+-" and line[2:].strip()]
+    assert sum(line[0] == "+" for line in changes) == 2  # the import, and the layer or the block with it
+    before, after = (Counter(type(module).__name__ for module in flow.modules()) for flow in flows)
+    assert set((after - before).keys()) == {"InvertibleConv2d"}
+    assert not before - after

@@ -1,0 +1,118 @@
+"""The layer in torch.distributions, and so in what builds on them: Pyro and zuko."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, Literal
+
+from torch import Tensor
+from torch.distributions import Transform, constraints
+
+from nflows_kconv import layer
+from nflows_kconv.batch import flatten_batch
+
+__all__ = ["InvertibleConv2d"]
+
+
+class InvertibleConv2d(layer.InvertibleConv2d, Transform):
+    """`nflows_kconv.InvertibleConv2d` as a `torch.distributions.Transform` of images [..., C, H, W].
+
+    Called, it convolves: y = A x; `inv` solves: x = A^-1 y. FInC Flow (Kallappa, Nagar, Varma 2023, arXiv 2301.09266).
+    Parameters and state_dict are those of `nflows_kconv.InvertibleConv2d`, whose methods `forward` and `inverse` are
+    there too.
+
+    `torch.distributions.TransformedDistribution` takes transforms from noise to data. With `inv` it convolves for the
+    density and solves for samples; without, the other way round (Inverse-Flow, Nagar, Varma 2025, arXiv 2410.14634).
+    It does not hold the parameters: keep the transform itself in a module, or give it to `pyro.module`. In zuko, whose
+    flows run from data to noise, `zuko.lazy.UnconditionalTransform(lambda transform: transform, InvertibleConv2d(12))`
+    holds it.
+
+    Args:
+        num_channels: C, a multiple of the number of corners.
+        kernel_size: k, or (kh, kw).
+        cache_size: With 1 the last x and y are kept until parameters change: `transform(x)` gives the same tensor
+            again, and `transform.inv(y)` gives x.
+        options: The others of `nflows_kconv.InvertibleConv2d`: `corners`, `diagonal` and so on.
+
+    Raises:
+        TypeError: See `nflows_kconv.InvertibleConv2d`.
+        ValueError: See `nflows_kconv.InvertibleConv2d`; and if `cache_size` is neither 0 nor 1.
+
+    Example:
+        >>> import torch
+        >>> from torch.distributions import Normal, TransformedDistribution
+        >>> from nflows_kconv.distributions import InvertibleConv2d
+        >>> transform = InvertibleConv2d(12, diagonal="learned")
+        >>> noise = Normal(torch.zeros(12, 8, 8), torch.ones(12, 8, 8))
+        >>> images = TransformedDistribution(noise, [transform.inv])
+        >>> images.log_prob(images.sample((5,))).shape
+        torch.Size([5])
+    """
+
+    domain = constraints.independent(constraints.real, 3)
+    codomain = constraints.independent(constraints.real, 3)
+    bijective = True
+    sign = 1  # the Jacobian is triangular, its diagonal positive
+
+    __hash__ = object.__hash__  # which Transform takes away, and modules need
+
+    def __init__(
+        self,
+        num_channels: int,
+        kernel_size: int | tuple[int, int] = 3,
+        *,
+        cache_size: Literal[0, 1] = 0,
+        **options: Any,
+    ) -> None:
+        layer.InvertibleConv2d.__init__(self, num_channels, kernel_size, **options)
+        Transform.__init__(self, cache_size)
+        self._cached_state: list[tuple[int, int]] = []
+
+    def with_cache(self, cache_size: Literal[0, 1] = 1) -> InvertibleConv2d:
+        """The transform with another cache, and the same parameters.
+
+        Raises:
+            ValueError: If `cache_size` is neither 0 nor 1.
+        """
+        if cache_size == self._cache_size:
+            return self
+        twin = copy.copy(self)  # shares the dictionaries of parameters and buffers
+        Transform.__init__(twin, cache_size)
+        return twin
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """log |det dy/dx|, [...], in float32 at least.
+
+        Args:
+            x: [..., C, H, W], of which the shape alone counts.
+            y: Ignored.
+
+        Raises:
+            ValueError: If x has fewer than three dimensions.
+        """
+        return self._log_abs_det(flatten_batch(x)).reshape(x.shape[:-3])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """y = A x, [..., C, H, W]; see `nflows_kconv.functional.conv2d` for what is raised."""
+        self._forget_if_changed()
+        return Transform.__call__(self, x)
+
+    def _inv_call(self, y: Tensor) -> Tensor:
+        self._forget_if_changed()
+        return super()._inv_call(y)
+
+    def _forget_if_changed(self) -> None:
+        if self._cache_size:
+            state = [(each.data_ptr(), 0 if each.is_inference() else each._version) for each in self.parameters()]
+            if state != self._cached_state:
+                self._cached_x_y, self._cached_state = (None, None), state
+
+    def _call(self, x: Tensor) -> Tensor:
+        return self.forward(flatten_batch(x))[0].reshape(x.shape)
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return self.inverse(flatten_batch(y))[0].reshape(y.shape)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy and a file take: neither the inverse, which belongs to this transform, nor what is cached."""
+        return {**super().__getstate__(), "_inv": None, "_cached_x_y": (None, None)}

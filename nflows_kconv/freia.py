@@ -1,0 +1,81 @@
+"""The layer in FrEIA, whose forward direction is data -> latent: the convolution."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from nflows_kconv import layer
+
+try:
+    from FrEIA.modules import InvertibleModule
+except ImportError as error:
+    raise ImportError("nflows_kconv.freia needs FrEIA, which comes with pip install nflows-kconv[freia]") from error
+
+__all__ = ["InvertibleConv2d"]
+
+
+class InvertibleConv2d(InvertibleModule, layer.InvertibleConv2d):
+    """`nflows_kconv.InvertibleConv2d` as a `FrEIA.modules.InvertibleModule`.
+
+    Forward (data -> latent) is the convolution y = A x, with `rev=True` (latent -> data) the solution x = A^-1 y. FInC
+    Flow (Kallappa, Nagar, Varma 2023, arXiv 2301.09266). Parameters and state_dict are those of
+    `nflows_kconv.InvertibleConv2d`.
+
+    Args:
+        dims_in: [(C, H, W)], which FrEIA fills in.
+        dims_c: Shapes of conditions, which are ignored.
+        options: Those of `nflows_kconv.InvertibleConv2d`: `kernel_size`, `corners` and so on.
+
+    Raises:
+        TypeError: See `nflows_kconv.InvertibleConv2d`.
+        ValueError: See `nflows_kconv.InvertibleConv2d`; and if there is not one input, an image.
+
+    Example:
+        >>> from FrEIA.framework import SequenceINN
+        >>> from nflows_kconv.freia import InvertibleConv2d
+        >>> flow = SequenceINN(12, 16, 16)
+        >>> flow.append(InvertibleConv2d, corners="TL")
+        >>> flow.append(InvertibleConv2d, corners="BR")
+    """
+
+    def __init__(
+        self,
+        dims_in: Sequence[tuple[int, ...]],
+        dims_c: Sequence[tuple[int, ...]] | None = None,
+        **options: Any,
+    ) -> None:
+        if [len(shape) for shape in dims_in] != [3]:
+            raise ValueError(f"dims_in must be the shape of one image, [(C, H, W)], got {dims_in}")
+        layer.InvertibleConv2d.__init__(self, dims_in[0][0], **options)
+        # As the constructor of InvertibleModule does, which would call that of the layer without its arguments.
+        self.dims_in, self.dims_c = list(dims_in), list(dims_c or ())
+
+    def forward(  # type: ignore[override]
+        self, x_or_z: Sequence[Tensor], c: Any = None, rev: bool = False, jac: bool = True
+    ) -> tuple[tuple[Tensor], Tensor]:
+        """Convolves, or solves.
+
+        Args:
+            x_or_z: One tensor, [B, C, H, W], in the dtype of the parameters.
+            c: Ignored.
+            rev: Whether to solve.
+            jac: Ignored: the log-determinant costs nothing.
+
+        Returns:
+            One tensor, [B, C, H, W], and the log-determinant of the direction, [B].
+
+        Raises:
+            TypeError: See `nflows_kconv.functional.conv2d`.
+            ValueError: See `nflows_kconv.functional.conv2d`.
+        """
+        function = layer.InvertibleConv2d.inverse if rev else layer.InvertibleConv2d.forward
+        (input,) = x_or_z
+        output, log_abs_det = function(self, input)
+        return (output,), log_abs_det
+
+    def output_dims(self, input_dims: Sequence[tuple[int, ...]]) -> Sequence[tuple[int, ...]]:
+        """The shapes of the inputs."""
+        return input_dims

@@ -1,0 +1,95 @@
+"""The layer in torchflows, whose forward direction is data -> noise: the convolution."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from nflows_kconv import layer
+from nflows_kconv.batch import flatten_batch
+
+try:
+    from torchflows.bijections.base import Bijection
+except ImportError as error:
+    raise ImportError(
+        "nflows_kconv.torchflows needs torchflows, which comes with pip install nflows-kconv[torchflows]"
+    ) from error
+
+__all__ = ["InvertibleConv2d"]
+
+
+class InvertibleConv2d(Bijection, layer.InvertibleConv2d):
+    """`nflows_kconv.InvertibleConv2d` as a torchflows `Bijection`.
+
+    forward (data -> noise) is the convolution z = A x, inverse (noise -> data) the solution x = A^-1 z. FInC Flow
+    (Kallappa, Nagar, Varma 2023, arXiv 2301.09266). Parameters and state_dict are those of
+    `nflows_kconv.InvertibleConv2d`.
+
+    Args:
+        event_shape: (C, H, W).
+        context_shape: Shape of a context, which is ignored.
+        options: Those of `nflows_kconv.InvertibleConv2d`: `kernel_size`, `corners` and so on.
+
+    Raises:
+        TypeError: See `nflows_kconv.InvertibleConv2d`.
+        ValueError: See `nflows_kconv.InvertibleConv2d`; and if `event_shape` is not that of an image.
+
+    Example:
+        >>> from torchflows.bijections.base import BijectiveComposition
+        >>> from torchflows.flows import Flow
+        >>> from nflows_kconv.torchflows import InvertibleConv2d
+        >>> shape = (12, 8, 8)
+        >>> flow = Flow(BijectiveComposition([InvertibleConv2d(shape, corners=corner) for corner in ("TL", "BR")]))
+        >>> flow.log_prob(flow.sample(5)).shape
+        torch.Size([5])
+    """
+
+    def __init__(
+        self,
+        event_shape: Sequence[int],
+        context_shape: Sequence[int] | None = None,
+        **options: Any,
+    ) -> None:
+        if len(event_shape) != 3:
+            raise ValueError(f"event_shape must be (C, H, W), got {tuple(event_shape)}")
+        layer.InvertibleConv2d.__init__(self, event_shape[0], **options)
+        # As the constructor of Bijection does, which would call that of the layer without its arguments.
+        self.event_shape, self.context_shape = tuple(event_shape), context_shape
+        self.n_dim = math.prod(event_shape)
+
+    def forward(self, x: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
+        """Convolves.
+
+        Args:
+            x: x, [..., C, H, W], in the dtype of the parameters.
+            context: Ignored.
+
+        Returns:
+            z, [..., C, H, W], and log |det dz/dx|, [...].
+
+        Raises:
+            TypeError: See `nflows_kconv.functional.conv2d`.
+            ValueError: See `nflows_kconv.functional.conv2d`.
+        """
+        z, log_abs_det = layer.InvertibleConv2d.forward(self, flatten_batch(x))
+        return z.reshape(x.shape), log_abs_det.reshape(x.shape[:-3])
+
+    def inverse(self, z: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
+        """Solves.
+
+        Args:
+            z: z, [..., C, H, W], in the dtype of the parameters.
+            context: Ignored.
+
+        Returns:
+            x, [..., C, H, W], and log |det dx/dz|, [...].
+
+        Raises:
+            TypeError: See `nflows_kconv.functional.conv2d_inverse`.
+            ValueError: See `nflows_kconv.functional.conv2d_inverse`.
+        """
+        x, log_abs_det = layer.InvertibleConv2d.inverse(self, flatten_batch(z))
+        return x.reshape(z.shape), log_abs_det.reshape(z.shape[:-3])

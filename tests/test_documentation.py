@@ -1,0 +1,91 @@
+"""The documentation: its Python runs as it stands, and what its commands and texts name is there."""
+
+import doctest
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from sybil import Sybil
+from sybil.parsers.markdown import PythonCodeBlockParser
+from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer
+
+import nflows_kconv
+
+# What the libraries do.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:torch.(triangular_solve|lu) is deprecated"),
+    pytest.mark.filterwarnings("ignore:Using a non-tuple sequence for multidimensional indexing"),
+]
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+FENCES = Sybil([RawFencedCodeBlockLexer(re.compile(r"(?P<language>[^\n]*)\n"))])
+PYTHON = Sybil([PythonCodeBlockParser()])
+SHELL = ("", "bash", "console", "sh", "shell")
+PATH = re.compile(r"(?<![\w/.-])(?:\.ci|benchmarks|build_backend|csrc|docs|examples|nflows_kconv|tests)/[\w./-]*\w")
+
+
+def page_id(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def fences(page: Path) -> list[tuple[str, str]]:
+    """The language and the text of each block of code."""
+    regions = (region for _, region in FENCES.parse(page).regions)
+    return [(region.lexemes["language"].strip(), str(region.lexemes["source"])) for region in regions]
+
+
+def docstrings() -> list[doctest.DocTest]:
+    """The examples of every module; nothing is defined that they do not define, so that users can copy them."""
+    names = [module.name for module in pkgutil.walk_packages(nflows_kconv.__path__, "nflows_kconv.")]
+    modules = [importlib.import_module(name) for name in ("nflows_kconv", *names) if "._" not in name]
+    found = [each for module in modules for each in doctest.DocTestFinder().find(module, globs={}) if each.examples]
+    return list({each.name: each for each in found}.values())
+
+
+@pytest.mark.parametrize("test", docstrings(), ids=lambda test: test.name)
+def test_examples_of_docstrings_run(test: doctest.DocTest):
+    output: list[str] = []
+    with torch.random.fork_rng():
+        doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test, out=output.append)
+    assert not output, "".join(output)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_python_of_pages_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    with torch.random.fork_rng():
+        for example in PYTHON.parse(page).examples():
+            example.evaluate()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_no_python_is_left_out(page: Path):
+    languages = {language for language, _ in fences(page)}
+    assert not {language for language in languages if language.startswith(("py", "{")) and language != "python"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_commands_name_what_exists(page: Path):
+    commands = "\n".join(source for language, source in fences(page) if language in SHELL)
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert set(re.findall(r"\bmake ([a-z][\w-]*)", commands)) <= set(targets)
+    for script, arguments in re.findall(r"\bpython (\S+\.py)([^#`\n]*)", page.read_text()):
+        options = re.findall(r"--[\w-]+", arguments)
+        text = (ROOT / script).read_text()
+        assert not [option for option in options if f'"{option}"' not in text], script
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_extras_exist(page: Path):
+    project = (ROOT / "pyproject.toml").read_text()
+    named = re.findall(r"(?:nflows-kconv|['\" ]\.)\[([\w,-]+)\]", page.read_text())
+    assert not [name for names in named for name in names.split(",") if f"\n{name} = [" not in project]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_paths_exist(page: Path):
+    assert not [path for path in PATH.findall(page.read_text()) if not (ROOT / path).exists()]
