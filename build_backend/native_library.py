@@ -88,7 +88,9 @@ def compile_library(compiler: Sequence[str], torch: Torch, sources: Sequence[Pat
     Raises:
         CompilerError: If the compiler or the linker fails.
     """
-    compile = [*compiler, *FLAGS, "-isystem", str(torch.directory / "include"), "-c"]
+    # Error messages name their place in the sources: without the directories above, which differ between machines.
+    places = [f"-ffile-prefix-map={directory}=." for directory in (SOURCES.parent, torch.directory.parent)]
+    compile = [*compiler, *FLAGS, *places, "-isystem", str(torch.directory / "include"), "-c"]
     link = [*compiler, "-shared", f"-L{torch.directory / 'lib'}", "-o", str(library)]
     with TemporaryDirectory() as scratch, ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = [str(Path(scratch, f"{index}.o")) for index in range(len(sources))]

@@ -17,9 +17,7 @@
 #include <unordered_map>
 
 #include "export.h"
-
-// Of torch 2.13; null in older ones.
-extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
+#include "torch_errors.h"
 
 namespace kconv::cuda {
 
@@ -72,13 +70,6 @@ void check(int error, const char* function) {
   const char* name = nullptr;
   driver.get_error_name(error, &name);
   throw std::runtime_error(std::string(function) + " failed: " + (name ? name : std::to_string(error)));
-}
-
-void check_torch(int error, const char* what) {
-  if (error == 0) return;
-  const bool told = torch_exception_get_what_without_backtrace != nullptr;
-  throw std::runtime_error(told ? torch_exception_get_what_without_backtrace()
-                                : std::string("torch could not ") + what + "; its reason is printed above");
 }
 
 class ContextGuard {
@@ -134,8 +125,10 @@ int64_t dtype_number(const Tensor& tensor) {
 
 Tensor allocate(int64_t dimensions, const int64_t* sizes, const int64_t* strides, int32_t dtype, const View& like) {
   AtenTensorHandle handle;
-  check_torch(aoti_torch_empty_strided(dimensions, sizes, strides, dtype, like.device_type, like.device, &handle),
-              "allocate memory");
+  // An exception keeps its text alone on its way through torch: nflows_kconv/ops.py knows this one by its beginning.
+  if (aoti_torch_empty_strided(dimensions, sizes, strides, dtype, like.device_type, like.device, &handle) != 0) {
+    throw std::runtime_error("out of memory: " + torch_reason("allocate memory"));
+  }
   return Tensor(handle);
 }
 
@@ -161,6 +154,7 @@ std::shared_ptr<const Plan> make(const Key& key, const Problem& problem) {
 void launch(const Plan& plan, const Tensor& first, const Tensor& second, const Tensor& output, const View& like) {
   Tensor memory = output;  // stands for none
   const void* pointers[4] = {first.const_data_ptr(), second.const_data_ptr(), output.mutable_data_ptr(), nullptr};
+  STD_TORCH_CHECK(pointers[0] && pointers[1], "the memory of both tensors must not have been freed");
   void* stream;
   check_torch(driver.get_stream(like.device, &stream), "tell the current stream");
   if (plan.scratch > 0) {

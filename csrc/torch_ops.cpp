@@ -6,10 +6,13 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <array>
+#include <new>
+#include <stdexcept>
 #include <vector>
 
 #include "cpu/problem.h"
 #include "export.h"
+#include "torch_errors.h"
 
 namespace {
 
@@ -42,7 +45,15 @@ void run(const Tensor& input, const Tensor& weight, const std::vector<int64_t>& 
                                   corners.data(),
                                   transpose,
                                   solve};
-  kconv::run(problem, torch::stable::get_num_threads(), parallel_for);
+  try {
+    kconv::run(problem, torch::stable::get_num_threads(), parallel_for);
+  } catch (const std::bad_alloc&) {
+    throw std::runtime_error("not enough memory for the buffers of the CPU kernel");
+  }
+}
+
+Tensor to(const Tensor& tensor, ScalarType dtype) {
+  return kconv::telling("convert a dtype", [&] { return torch::stable::to(tensor, dtype); });
 }
 
 Tensor compute(const Tensor& input, const Tensor& weight, const std::vector<int64_t>& corners, bool transpose,
@@ -58,16 +69,18 @@ Tensor compute(const Tensor& input, const Tensor& weight, const std::vector<int6
 
   const ScalarType dtype = input.scalar_type();
   if (dtype == ScalarType::Half || dtype == ScalarType::BFloat16) {
-    const Tensor output = compute(torch::stable::to(input, ScalarType::Float),
-                                  torch::stable::to(weight, ScalarType::Float), corners, transpose, solve);
-    return torch::stable::to(output, dtype);
+    return to(compute(to(input, ScalarType::Float), to(weight, ScalarType::Float), corners, transpose, solve), dtype);
   }
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double,
                   "dtype must be a floating point of 16 to 64 bits");
 
-  Tensor output = torch::stable::empty_like(input);
+  Tensor output = kconv::telling("allocate memory", [&] { return torch::stable::empty_like(input); });
   if (input.numel() == 0) return output;
-  const Tensor contiguous = torch::stable::contiguous(weight);
+  // Freed under the tensor, as sharding libraries do. The conversions above would already have crashed, as all of
+  // torch.
+  STD_TORCH_CHECK(input.const_data_ptr() && weight.const_data_ptr(),
+                  "the memory of both tensors must not have been freed");
+  const Tensor contiguous = kconv::telling("allocate memory", [&] { return torch::stable::contiguous(weight); });
   if (dtype == ScalarType::Float)
     run<float>(input, contiguous, corners, transpose, solve, output);
   else
@@ -86,7 +99,8 @@ Tensor conv(const Tensor& input, const Tensor& weight, std::vector<int64_t> corn
   }
   std::array<StableIValue, 4> stack{torch::stable::detail::from(input), torch::stable::detail::from(weight),
                                     torch::stable::detail::from(corners), torch::stable::detail::from(transpose)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("nflows_kconv::conv_reference", "", stack.data(), TORCH_ABI_VERSION));
+  kconv::check_torch(torch_call_dispatcher("nflows_kconv::conv_reference", "", stack.data(), TORCH_ABI_VERSION),
+                     "run the reference implementation");
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 

@@ -40,8 +40,12 @@ def backends() -> dict[str, Backend]:
     """Tells for every backend, by name, whether it can and will run here, and why or why not.
 
     Example:
-        >>> for backend in nflows_kconv.backends().values():
+        >>> from nflows_kconv import backends
+        >>> for backend in backends().values():
         ...     print(backend)
+        native (cpu): ...
+        cuda (cuda): ...
+        reference (...): ...
     """
     return {backend.name: backend for backend in (_native(), _cuda(), _reference())}
 

@@ -6,6 +6,7 @@ The one place where arguments are checked. See `geometry` for corners and pivots
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ def conv2d(input: Tensor, weight: Tensor, corners: str | Sequence[str], bias: Te
         autocast the layer computes in, and returns, float32.
 
     Raises:
-        TypeError: If an argument is no floating-point tensor, or the dtypes differ.
+        TypeError: If an argument is no dense floating-point tensor, or the dtypes differ.
         ValueError: If shapes, devices or corners do not fit.
     """
     groups = _check_arguments(input, weight, corners, bias)
@@ -59,8 +60,8 @@ def conv2d_inverse(input: Tensor, weight: Tensor, corners: str | Sequence[str], 
 
     Raises:
         TypeError: As in `conv2d`.
-        ValueError: As in `conv2d`; and, on the CPU, if an entry of the pivot's diagonal is zero or not finite.
-            Elsewhere that look would wait for the device: infinities and NaNs come out.
+        ValueError: As in `conv2d`; and, on the CPU, if an entry of the pivot's diagonal or its reciprocal is zero or
+            not finite. Elsewhere that look would wait for the device: infinities and NaNs come out.
     """
     groups = _check_arguments(input, weight, corners, bias)
     shifted = input if bias is None else input - bias.view(-1, 1, 1)
@@ -80,13 +81,16 @@ def log_abs_det(weight: Tensor, corners: str | Sequence[str], height: int, width
         A scalar in the weight's dtype, float32 at least.
 
     Raises:
-        TypeError: If the weight is no floating-point tensor.
+        TypeError: If the weight is no dense floating-point tensor, or the height or the width no integer.
         ValueError: If the weight's shape, the corners, the height or the width do not fit, or (checked on the CPU
-            alone) an entry of the pivot's diagonal is zero or not finite.
+            alone) an entry of the pivot's diagonal or its reciprocal is zero or not finite.
     """
     groups = _check_weight(weight, corners)
+    height, width = _integer("height", height), _integer("width", width)
     if height < 0 or width < 0:
         raise ValueError(f"height and width must not be negative, got {height} and {width}")
+    if height * width >= 2**63:
+        raise ValueError(f"an image must have fewer than 2**63 pixels, got {height} x {width}")
     diagonal = geometry.pivot_diagonal(weight, groups)
     check_diagonal(diagonal)
     dtype = torch.promote_types(weight.dtype, torch.float32)
@@ -94,7 +98,7 @@ def log_abs_det(weight: Tensor, corners: str | Sequence[str], height: int, width
 
 
 def check_diagonal(diagonal: Tensor) -> None:
-    """Raises a ValueError unless the diagonal is finite and not zero, where its values are at hand."""
+    """Raises a ValueError unless the diagonal has an inverse, see `geometry`, where its values are at hand."""
     if checks.values_are_at_hand(diagonal):
         geometry.check_diagonal(diagonal)
 
@@ -136,6 +140,17 @@ def _check_tensor(name: str, tensor: Tensor) -> None:
     if tensor.dtype not in DTYPES:
         names = ", ".join(str(dtype) for dtype in DTYPES)
         raise TypeError(f"{name} must have one of the dtypes {names}, got {tensor.dtype}")
+    if tensor.layout != torch.strided or tensor.is_nested:
+        kind = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
+        raise TypeError(f"{name} must be a dense tensor, got {kind}")
+
+
+def _integer(name: str, value: int) -> int:
+    if isinstance(value, torch.SymInt):
+        return value
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    return int(value)  # NumPy's would overflow in silence
 
 
 def _check_match(name: str, tensor: Tensor, input: Tensor) -> None:

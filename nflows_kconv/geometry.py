@@ -92,11 +92,12 @@ def diagonal_entries(shape: Sequence[int], corners: Sequence[int], device: torch
 
 
 def check_diagonal(diagonal: Tensor) -> None:
-    """Raises a ValueError unless every entry is finite and not zero."""
-    bad = (~diagonal.isfinite() | (diagonal == 0)).nonzero()
+    """Raises a ValueError unless every entry and its reciprocal, in float32 at least, are finite and not zero."""
+    diagonal = diagonal.to(torch.promote_types(diagonal.dtype, torch.float32))
+    bad = ((diagonal * diagonal.reciprocal()).round() != 1).nonzero()  # NaN and infinity are not 1
     if len(bad):
         channel = int(bad[0, 0])
         raise ValueError(
-            "the pivot's diagonal must be finite and not zero for the convolution to have an inverse, "
-            f"got {diagonal[channel].item()} in channel {channel}"
+            "the pivot's diagonal must be finite and not zero (and its reciprocal, too) for the convolution to have an "
+            f"inverse, got {diagonal[channel].item():g} in channel {channel}"
         )

@@ -16,18 +16,49 @@ The transposed operators exchange the arguments of weight_gradient. Corners are 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import peek_interpreter_stack
-from torch._functorch.utils import enable_single_level_autograd_function
+from torch._C._functorch import (
+    get_single_level_autograd_function_allowed,
+    peek_interpreter_stack,
+    set_single_level_autograd_function_allowed,
+)
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
 from nflows_kconv import native, reference  # noqa: F401  importing native registers the CPU's kernels
 from nflows_kconv.cuda import operators as cuda_operators
+
+
+def _checked(name: str, implementation: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The implementation behind the checks that the kernels make as well: calls of torch.ops pass no others."""
+    is_gradient = name.endswith("weight_gradient")
+
+    def operator(first: Tensor, second: Tensor, corners: Sequence[int], last: Any) -> Tensor:
+        for tensor in (first, second):
+            if tensor.layout != torch.strided or tensor.is_nested or not tensor.is_floating_point():
+                raise ValueError(f"{name} needs dense floating-point tensors, got {tensor.layout} and {tensor.dtype}")
+        shape, groups = first.shape, len(corners)
+        kernel_size = last if is_gradient else second.shape[2:]
+        fits = len(shape) == 4 and groups > 0 and shape[1] % groups == 0 and set(corners) <= {0, 1, 2, 3}
+        if not (fits and len(kernel_size) == 2 and kernel_size[0] > 0 and kernel_size[1] > 0):
+            raise ValueError(
+                f"{name} needs an image [B, C, H, W], one of the corners 0 to 3 for each group of its channels and a "
+                f"kernel of positive size, got {tuple(shape)}, {list(corners)} and {tuple(kernel_size)}"
+            )
+        expected = shape if is_gradient else (shape[1], shape[1] // groups, *kernel_size)
+        if second.shape != expected or (second.dtype, second.device) != (first.dtype, first.device):
+            raise ValueError(
+                f"{name} needs a second tensor of shape {tuple(expected)}, {first.dtype} and {first.device}, "
+                f"got {tuple(second.shape)}, {second.dtype} and {second.device}"
+            )
+        return implementation(first, second, corners, last)
+
+    return operator
+
 
 _library = torch.library.Library("nflows_kconv", "DEF")
 _REFERENCES: dict[str, Callable[..., Tensor]] = {
@@ -41,7 +72,7 @@ for _suffix in ("", "_reference"):
     _library.define(f"solve{_suffix}(Tensor input, Tensor weight, int[] corners, bool transpose) -> Tensor")
     _library.define(f"weight_gradient{_suffix}(Tensor input, Tensor grad, int[] corners, int[] kernel_size) -> Tensor")
     for _name, _reference in _REFERENCES.items():
-        _library.impl(f"{_name}{_suffix}", _reference, "CompositeExplicitAutograd")
+        _library.impl(f"{_name}{_suffix}", _checked(_name, _reference), "CompositeExplicitAutograd")
 cuda_operators.register(_library, _REFERENCES)
 
 conv = torch.ops.nflows_kconv.conv.default
@@ -182,8 +213,19 @@ def _is_recorded(first: Tensor, second: Tensor) -> bool:
 
 
 def _below_autograd(operator: Callable[..., Tensor], *args: Any) -> Tensor:
-    with torch._C._AutoDispatchBelowAutograd():
-        return operator(*args)
+    try:
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*args)
+    except RuntimeError as error:
+        raise _with_type(error) from None
+
+
+def _with_type(error: RuntimeError) -> BaseException:
+    """The exception that it was in the launcher of CUDA kernels, of which torch passes on the text alone."""
+    text = str(error)
+    if text.startswith("out of memory: "):
+        return torch.OutOfMemoryError(text)
+    return KeyboardInterrupt() if text == "KeyboardInterrupt" else error
 
 
 def _recorded(operator: Callable[..., Tensor], *args: Any) -> Tensor:
@@ -203,8 +245,13 @@ def _differentiable(operator: Callable[..., Tensor], function: Any) -> Callable[
     def kernel(*args: Any) -> Tensor:
         if not _is_recorded(args[0], args[1]):
             return _below_autograd(operator, *args)
-        with enable_single_level_autograd_function():
+        # torch's own context manager for this hides a KeyboardInterrupt that comes as it is entered.
+        allowed = get_single_level_autograd_function_allowed()
+        try:
+            set_single_level_autograd_function_allowed(True)
             output = function.apply(*args)
+        finally:
+            set_single_level_autograd_function_allowed(allowed)
         # `_Solve` saves its output; the copy is what a next layer may overwrite, as normflows' Shift does.
         return output.clone() if function is _Solve else output
 
@@ -253,7 +300,7 @@ for _operator, _fake, _function, _vmap in (
 ):
     _name = _operator.name()
     _library.impl(_name, _differentiable(_operator, _function), "Autograd")
-    torch.library.register_fake(_name, _fake, lib=_library)
+    torch.library.register_fake(_name, _checked(_name, _fake), lib=_library)
     torch.library.register_vmap(_name, _vmap, lib=_library)
     for _device in ("cpu", "cuda"):
         # The layer stays in float32 under autocast: its inverse must undo it to rounding.

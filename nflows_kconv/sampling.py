@@ -56,8 +56,13 @@ class GraphSampler:
         ValueError: If `num_samples` is not positive.
 
     Example:
-        >>> sampler = GraphSampler(flow.cuda(), 100)
-        >>> images = sampler(temperature=0.7)
+        >>> import torch
+        >>> from nflows_kconv.nflows import finc_flow
+        >>> from nflows_kconv.sampling import GraphSampler
+        >>> flow = finc_flow((3, 32, 32), levels=3, steps=2, hidden_channels=64)
+        >>> sampler = GraphSampler(flow.to("cuda" if torch.cuda.is_available() else "cpu"), num_samples=10)
+        >>> sampler(temperature=0.7).shape
+        torch.Size([10, 3, 32, 32])
     """
 
     def __init__(self, flow: nn.Module, num_samples: int) -> None:

@@ -37,8 +37,11 @@ def warmup(module: nn.Module, input_shape: Sequence[int], **arguments: Any) -> N
         RuntimeError: If it cannot be called with such an input, or a kernel does not compile.
 
     Example:
-        >>> flow = Flow(transform, base).cuda()
-        >>> nflows_kconv.warmup(flow, (100, 12, 16, 16))
+        >>> import torch
+        >>> from nflows_kconv import warmup
+        >>> from nflows_kconv.nflows import finc_flow
+        >>> flow = finc_flow((3, 32, 32), levels=3, steps=2, hidden_channels=64)
+        >>> warmup(flow.to("cuda" if torch.cuda.is_available() else "cpu"), (100, 3, 32, 32))
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")

@@ -1,6 +1,7 @@
 // Chooses an instruction set and runs a problem's tasks on the caller's threads.
 #include <atomic>
 #include <cmath>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -82,10 +83,14 @@ void check_diagonal(const Problem<T>& problem) {
     const int64_t corner = problem.corners[channel / channels];
     const int64_t row = corner & 2 ? 0 : height - 1, column = corner & 1 ? 0 : width - 1;
     const T value = problem.weight[((channel * channels + channel % channels) * height + row) * width + column];
-    if (!std::isfinite(value) || value == 0)
+    if (!(std::abs(value * (1 / value) - 1) < 0.5)) {  // zero, not finite, or a denormal whose reciprocal overflows
+      char text[32];
+      std::snprintf(text, sizeof(text), "%g", double(value));
       throw std::invalid_argument(
-          "the pivot's diagonal must be finite and not zero for the convolution to have an inverse, got " +
-          std::to_string(value) + " in channel " + std::to_string(channel));
+          "the pivot's diagonal must be finite and not zero (and its reciprocal, too) for the convolution to have an "
+          "inverse, got " +
+          std::string(text) + " in channel " + std::to_string(channel));
+    }
   }
 }
 

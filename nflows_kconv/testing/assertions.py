@@ -298,7 +298,7 @@ def _check(probe: Probe, inputs: Tensor) -> None:
             warnings.warn(
                 "the log-determinants were not compared with the Jacobian, which inputs of more than "
                 f"{MAX_JACOBIAN} entries a sample make too large, got {inputs[0].numel()}",
-                stacklevel=3,
+                stacklevel=4,
             )
         elif probe.given.forward(probe.inputs)[0].numel() == inputs.numel():
             assertions += [assert_log_abs_det_matches_jacobian]

@@ -1,0 +1,209 @@
+"""Calls that are in order, and must give the right numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from random import Random
+from typing import Any
+
+import oracles
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fuzz.oracle import CORNERS, Problem, Wrong
+from fuzz.tensors import Subclass, bits, draw_problem, lay_out
+from nflows_kconv import InvertibleConv2d, functional
+
+CALLS = 24  # of one problem
+
+
+class Verified:
+    """Results that were checked: what equals one of them bit by bit needs no check of its own."""
+
+    def __init__(self) -> None:
+        self._results: dict[Any, list[Tensor]] = {}
+
+    def check(self, key: Any, got: Tensor, check: Callable[..., None], *args: Any) -> None:
+        """Calls `check(got, *args)` unless it has passed an equal result of this key."""
+        pattern = bits(got)
+        seen = self._results.setdefault(key, [])
+        if not any(torch.equal(pattern, other) for other in seen):
+            check(got.as_subclass(Tensor), *args)
+            seen.append(pattern)
+
+
+def functions(random: Random) -> int:
+    """`conv2d` and `conv2d_inverse` on all kinds of tensors."""
+    problem, verified = draw_problem(random), Verified()
+    inputs = [problem.input, *(lay_out(random, problem.input) for _ in range(3))]
+    weights = [problem.weight, *(lay_out(random, problem.weight) for _ in range(3))]
+    before = [bits(tensor).clone() for tensor in (*inputs, *weights)]
+    corners: Any = random.choice((problem.corners, list(problem.corners), problem.corners[0]))
+    if isinstance(corners, str) and len(problem.corners) > 1:
+        corners = problem.corners
+    for _ in range(CALLS):
+        input, weight = random.choice(inputs), random.choice(weights)
+        mode = random.choice((torch.no_grad, torch.inference_mode, torch.enable_grad))
+        if input.is_inference() or weight.is_inference():
+            mode = torch.inference_mode  # elsewhere torch refuses to save them for a derivative
+        solve = random.random() < 0.5
+        function = functional.conv2d_inverse if solve else functional.conv2d
+        wrap = random.choice(WRAPPERS) if mode is torch.no_grad and len(input) else WRAPPERS[0]
+        with mode():
+            if solve and not problem.invertible:
+                expect_singular(problem, wrap(function), input, weight, corners)
+                continue
+            got = wrap(function)(input, weight, corners).detach()
+            verified.check(solve, got, problem.check_solution if solve else problem.check_product, problem.input)
+        if wrap is not WRAPPERS[0]:
+            continue
+        plain = input.detach().as_subclass(Tensor)
+        if got.dtype != problem.weight.dtype or got.stride() != torch.empty_like(plain).stride():
+            raise Wrong(
+                f"got {got.dtype} of strides {got.stride()} for an input of strides {input.stride()}: {problem}"
+            )
+    for tensor, copy in zip((*inputs, *weights), before, strict=True):
+        if not torch.equal(bits(tensor), copy):
+            raise Wrong(f"an argument was changed: {problem}")
+    return CALLS
+
+
+WRAPPERS: tuple[Callable[[Callable[..., Tensor]], Callable[..., Tensor]], ...] = (
+    lambda function: function,
+    lambda function: (
+        lambda input, weight, corners: torch.func.vmap(lambda image: function(image[None], weight, corners)[0])(input)
+    ),
+    lambda function: lambda input, weight, corners: torch.func.functionalize(function)(input, weight, corners),
+    lambda function: (
+        lambda input, weight, corners: torch.func.vjp(lambda image: function(image, weight, corners), input)[0]
+    ),
+)
+
+
+def operators(random: Random) -> int:
+    """torch.ops past the functions' checks: every operator, transposed or not, native and in plain PyTorch."""
+    problem, verified, grad_seed = draw_problem(random), Verified(), random.getrandbits(32)
+    inputs, weights = ([tensor, lay_out(random, tensor)] for tensor in (problem.input, problem.weight))
+    grad = torch.randn(problem.input.shape, generator=torch.Generator().manual_seed(grad_seed)).to(problem.weight.dtype)
+    namespace, kernel_size = torch.ops.nflows_kconv, list(problem.weight.shape[2:])
+    with torch.no_grad():
+        for _ in range(CALLS):
+            input, weight = random.choice(inputs), random.choice(weights)
+            transpose, suffix = random.random() < 0.5, random.choice(("", "_reference"))
+            name = random.choice(("conv", "solve", "weight_gradient"))
+            operator, key = getattr(namespace, name + suffix), (name, transpose)
+            if name == "weight_gradient":
+                got = operator(input, grad, problem.numbers, kernel_size)
+                verified.check(name, got, problem.check_weight_gradient, problem.input, grad)
+            elif name == "conv":
+                got = operator(input, weight, problem.numbers, transpose)
+                verified.check(key, got, problem.check_product, problem.input, transpose)
+            elif problem.invertible:
+                got = operator(input, weight, problem.numbers, transpose)
+                verified.check(key, got, problem.check_solution, problem.input, transpose)
+            else:
+                expect_singular(problem, operator, input, weight, problem.numbers, transpose)
+    return CALLS
+
+
+def expect_singular(problem: Problem, function: Callable[..., Tensor], *args: Any) -> None:
+    """An inverse that does not exist must be refused; of an empty input it need not be."""
+    try:
+        function(*args)
+    except ValueError as error:
+        if "the pivot's diagonal must be" not in str(error):
+            raise
+    else:
+        if problem.input.numel():
+            raise Wrong(f"a singular diagonal was accepted: {problem}")
+
+
+def layers(random: Random) -> int:
+    """Layers of any configuration on images of any kind."""
+    per_group, corners = random.choice((1, 2, 3, 6)), tuple(random.choices(CORNERS, k=random.choice((1, 2, 4))))
+    dtype = random.choice((torch.float32, torch.float64))
+    layer = InvertibleConv2d(
+        per_group * len(corners),
+        (random.choice((1, 2, 3, 5)), random.choice((1, 2, 3))),
+        corners=corners,
+        diagonal=random.choice(("unit", "learned")),
+        bias=random.random() < 0.5,
+    ).to(dtype)
+    generator = torch.Generator().manual_seed(random.getrandbits(48))
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator, dtype=dtype))
+        layer.raw_weight.div_(layer.raw_weight[0].numel() ** 0.5)
+    before = [parameter.detach().clone() for parameter in layer.parameters()]
+    weight = layer.weight.detach()
+    bias = torch.zeros(1, dtype=dtype) if layer.bias is None else layer.bias.detach().view(-1, 1, 1)
+    log_diagonal = oracles.diagonal(weight, corners).double().abs().log().sum()
+    calls = CALLS // 4
+    for _ in range(calls):
+        batch, height, width = (random.choice((0, 1, 2, 3, 7)) for _ in range(3))
+        image = torch.randn(batch, layer.num_channels, height, width, generator=generator, dtype=dtype)
+        problem = Problem(corners, image, weight)
+        with torch.no_grad():
+            output, log_det = layer(lay_out(random, image))
+            restored, inverse_log_det = layer.inverse(lay_out(random, image))
+        # The bias adds one rounding, of numbers of about the size of the output; they are of the order of 1 here.
+        rounding = 8 * torch.finfo(dtype).eps * (1 + bias.abs().max())
+        shifted = functional.conv2d(image, weight, corners) + bias
+        if not torch.equal(output.as_subclass(Tensor), shifted):
+            raise Wrong(f"{layer} does not add its bias: {problem}")
+        problem.check_product(functional.conv2d(image, weight, corners), image)
+        problem.check_solution(restored.as_subclass(Tensor), image - bias)
+        expected = (height * width * log_diagonal).expand(batch)
+        torch.testing.assert_close(log_det.double(), expected, rtol=1e-5, atol=1e-4 + float(rounding))
+        if not torch.equal(log_det, -inverse_log_det):
+            raise Wrong(f"the log-determinants of {layer} do not cancel")
+        exact = functional.log_abs_det(weight, corners, height, width)
+        torch.testing.assert_close(exact.double(), height * width * log_diagonal, rtol=1e-5, atol=1e-4)
+    for parameter, copy in zip(layer.parameters(), before, strict=True):
+        if not torch.equal(parameter, copy):
+            raise Wrong(f"a call changed the parameters of {layer}")
+    return 3 * calls
+
+
+def gradients(random: Random) -> int:
+    """Derivatives in tensors of all kinds, some of which are changed before the backward pass."""
+    problem = draw_problem(random, torch.float64)
+    while problem.weight.shape[1] * problem.input.shape[2] * problem.input.shape[3] > 60:  # unknowns of the oracle
+        problem = draw_problem(random, torch.float64)
+    calls = CALLS // 6  # a dense oracle is slow
+    for _ in range(calls):
+        inverse = random.random() < 0.5
+        leaves = [tensor.clone().requires_grad_() for tensor in (problem.input, problem.weight)]
+        views = [random.choice(VIEWS)(leaf) for leaf in leaves]
+        output = (functional.conv2d_inverse if inverse else functional.conv2d)(*views, problem.corners)
+        generator = torch.Generator().manual_seed(random.getrandbits(32))
+        grad = torch.randn(output.shape, generator=generator, dtype=torch.float64)
+        changed = random.choice((None, *views, output))
+        if changed is not None:
+            changed.detach().add_(1)
+        try:
+            got = torch.autograd.grad(output, leaves, grad)
+        except RuntimeError as error:
+            if changed is None or "modified by an inplace operation" not in str(error):
+                raise
+            continue
+        exact = [tensor.clone().requires_grad_() for tensor in (problem.input, problem.weight)]
+        product = ((oracles.solve if inverse else oracles.conv)(*exact, problem.corners) * grad).sum()
+        expected = torch.autograd.grad(product + sum(0 * tensor.sum() for tensor in exact), exact)
+        for ours, theirs in zip(got, expected, strict=True):
+            # An ill-conditioned inverse amplifies roundings: of its gradient, eight digits are enough to be right.
+            scale = max(1.0, theirs.abs().max().item()) if theirs.numel() else 1.0
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-8 * scale)
+    return calls
+
+
+VIEWS: tuple[Callable[[Tensor], Tensor], ...] = (
+    lambda t: t * 1,
+    lambda t: (t * 1)[...],
+    lambda t: t.mT.contiguous().mT,
+    lambda t: F.pad(t, (1, 1, 1, 1))[..., 1:-1, 1:-1],
+    lambda t: (t * 1).expand(2, *t.shape)[1],
+    lambda t: torch._neg_view(-t),
+    lambda t: (t * 1).as_subclass(Subclass),
+)

@@ -1,0 +1,187 @@
+"""Hostile calls: a slice of the fuzz of `fuzz`, and by name what it and its making have found."""
+
+from __future__ import annotations
+
+import math
+import threading
+
+import fuzz
+import numpy as np
+import pytest
+import torch
+from fuzz import oracle
+from fuzz.__main__ import run_seeds
+from oracles import assert_close
+from torch import Tensor
+
+from nflows_kconv import native, ops
+from nflows_kconv.functional import conv2d, conv2d_inverse, log_abs_det
+
+TINY = 1e-39  # a denormal of float32 whose reciprocal overflows
+
+
+def images(batch: int = 2) -> Tensor:
+    return torch.randn(batch, 2, 4, 5)
+
+
+def weight() -> Tensor:
+    weight = 0.1 * torch.randn(2, 2, 3, 3)
+    weight[[0, 1], [0, 1], 2, 2] = 1
+    return weight
+
+
+def test_a_slice_of_the_fuzz():
+    report = run_seeds(0, 120)
+    assert not report.failures
+    assert report.counts.total() > 2000
+
+
+def test_the_fuzz_reports_crashes(monkeypatch: pytest.MonkeyPatch, tmp_path):
+    """A child that dies of a signal is found, by its seed, and the seeds after it still run."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, pathlib\n"
+        "write = pathlib.Path.write_text\n"
+        "pathlib.Path.write_text = lambda path, text: write(path, text) and (os.abort() if text == '1' else 0)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
+    report = run_seeds(0, 3)
+    (failure,) = report.failures
+    assert failure.startswith("seed 1: the process ended with status -6")
+    assert report.counts == fuzz.run(2)
+
+
+def test_the_oracle_refuses_what_is_wrong():
+    x, w = images().double(), weight().double()
+    problem = oracle.Problem(("TL",), x, w)
+    y = conv2d(x, w, "TL")
+    problem.check_product(y, x)
+    problem.check_solution(x, y)
+    for entry in [(0, 0, 0, 0), (1, 1, 3, 4)]:
+        for error in (1e-9, math.nan):
+            wrong_y, wrong_x = y.clone(), x.clone()
+            wrong_y[entry] += error
+            wrong_x[entry] += error
+            with pytest.raises(oracle.Wrong, match="wrong entries"):
+                problem.check_product(wrong_y, x)
+            with pytest.raises(oracle.Wrong, match="wrong entries"):
+                problem.check_solution(wrong_x, y)
+
+
+def test_threads_at_once():
+    failures = []
+
+    def run(first: int) -> None:
+        try:
+            for seed in range(first, first + 20):
+                fuzz.calls.functions(fuzz.Random(seed))
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=run, args=(first,)) for first in range(0, 80, 20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+LAYOUTS = {
+    "layout torch.sparse_coo": Tensor.to_sparse,
+    "layout torch._mkldnn": Tensor.to_mkldnn,
+    "a nested tensor": lambda tensor: torch.nested.nested_tensor([tensor, tensor]),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's, about its prototypes
+@pytest.mark.parametrize("got", LAYOUTS)
+@pytest.mark.parametrize("name", ["input", "weight", "bias"])
+def test_only_dense_tensors(name: str, got: str):
+    arguments = dict(input=images(), weight=weight(), corners="TL", bias=torch.zeros(2))
+    arguments[name] = LAYOUTS[got](arguments[name])
+    for function in (conv2d, conv2d_inverse):
+        with pytest.raises(TypeError, match=f"{name} must be a dense tensor, got {got}"):
+            function(**arguments)
+
+
+@pytest.mark.parametrize("height", [2.5, True, "3", None, torch.tensor(3), math.nan], ids=repr)
+def test_heights_are_integers(height: object):
+    with pytest.raises(TypeError, match="height must be an integer, got "):
+        log_abs_det(weight(), "TL", height, 3)
+
+
+def test_pixels_are_counted_without_overflow():
+    double = weight() * 2
+    for side in (2**31, np.int64(2**31), np.int32(2**30)):
+        expected = 2 * int(side) ** 2 * math.log(2)
+        assert log_abs_det(double, "TL", side, side).item() == pytest.approx(expected)
+    for sides in ((2**32, 2**32), (np.int64(2**62), np.int64(4)), (10**400, 1)):
+        with pytest.raises(ValueError, match=r"fewer than 2\*\*63 pixels"):
+            log_abs_det(double, "TL", *sides)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_diagonal_whose_reciprocal_overflows_has_no_inverse(dtype: torch.dtype, backend: str):
+    """The kernel multiplies by the reciprocal: 0 / 1e-39 came out as NaN."""
+    small = torch.eye(2, dtype=dtype)[:, :, None, None].clone()
+    small[1, 1] = TINY
+    for function in (lambda: conv2d_inverse(images().to(dtype), small, "TL"), lambda: log_abs_det(small, "TL", 1, 1)):
+        with pytest.raises(ValueError, match=r"and its reciprocal, too\) .* got 1(\.\d+)?e-39 in channel 1"):
+            function()
+    small[1, 1] = 4 * TINY  # denormal as well
+    assert_close(conv2d_inverse(images().to(dtype).fill_(4 * TINY), small, "TL")[:, 1], torch.ones(2, 4, 5), factor=4)
+
+
+@pytest.mark.parametrize("suffix", ["", "_reference"])
+@pytest.mark.parametrize("name", ["conv", "solve", "weight_gradient"])
+def test_operators_refuse_tensors_without_memory(name: str, suffix: str):
+    """Of a CPU and a meta tensor torch takes the operator for meta tensors, which left the result uninitialised."""
+    operator = getattr(torch.ops.nflows_kconv, name + suffix)
+    second, last = (images(), [3, 3]) if name == "weight_gradient" else (weight(), False)
+    for operands in ((images(), second.to("meta")), (images().to("meta"), second)):
+        with pytest.raises(ValueError, match=r"needs a second tensor of shape .* and (cpu|meta), got"):
+            operator(*operands, [0], last)
+
+
+def test_operators_of_the_reference_check_shapes():
+    """It went on with what F.conv2d and broadcasting made of them."""
+    for operator in (torch.ops.nflows_kconv.conv_reference, torch.ops.nflows_kconv.solve_reference):
+        with pytest.raises(ValueError, match=r"needs a second tensor of shape \(2, 2, 3, 3\)"):
+            operator(images(), weight()[:1], [0], False)
+        with pytest.raises(ValueError, match="one of the corners 0 to 3 for each group"):
+            operator(images(), weight(), [7], False)
+    with pytest.raises(ValueError, match="of positive size"):
+        torch.ops.nflows_kconv.weight_gradient(images(), images(), [0], [0, 3])
+
+
+@pytest.mark.skipif(not native.available, reason="what is freed is seen by the native library")
+@pytest.mark.parametrize("freed", ["input", "weight"])
+def test_freed_memory_is_not_read(freed: str):
+    """As of parameters between the uses of sharded training; torch itself crashes in most of its operators."""
+    arguments = dict(input=images(), weight=weight())
+    arguments[freed].untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="must not have been freed"), torch.no_grad():
+        conv2d(**arguments, corners="TL")
+
+
+@pytest.mark.parametrize("function", [conv2d, conv2d_inverse], ids=lambda function: function.__name__)
+def test_a_tensor_changed_before_the_backward_pass_is_noticed(function, backend: str):
+    x, w = images().requires_grad_(), weight().requires_grad_()
+    changed_weight, changed_input = w * 1, x * 1
+    outputs = function(x, changed_weight, "TL"), function(changed_input, w, "TL")
+    changed_weight.detach().add_(1)
+    changed_input.detach().add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        outputs[0].sum().backward()
+    if function is conv2d:  # the inverse saves its output instead
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            outputs[1].sum().backward()
+
+
+def test_errors_of_the_native_launcher_get_their_type_back():
+    """torch passes on the text alone of what the library for CUDA throws."""
+
+    def fail(*args: object) -> Tensor:
+        raise RuntimeError("out of memory: CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
+        ops._below_autograd(fail, images(), weight(), [0], False)

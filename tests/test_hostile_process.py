@@ -1,0 +1,184 @@
+"""A process that runs out of memory or is interrupted goes on: right results, nothing changed, nothing half done."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from cuda_double import DriverDouble, native_operators
+
+from nflows_kconv import native, ops
+from nflows_kconv.cuda import planning, runtime
+from nflows_kconv.cuda.native_launcher import NativeLauncher
+from nflows_kconv.cuda.plan import Plan
+from nflows_kconv.cuda.runtime import Runtime
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="needs the limits of Linux")
+needs_native = pytest.mark.skipif(not native.available, reason=f"no native library: {native.reason}")
+
+START = """
+import resource, signal, torch
+from nflows_kconv import InvertibleConv2d, native
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+layer = InvertibleConv2d(8, diagonal="learned", bias=True)
+image = torch.randn(3, 8, 6, 5, requires_grad=True)
+
+
+def results():
+    output, log_det = layer(image)
+    restored, _ = layer.inverse(output)
+    gradients = torch.autograd.grad(restored.sum() + (output * log_det[:, None, None, None]).sum(),
+                                    [image, *layer.parameters()])
+    return [output, log_det, restored, *gradients]
+
+
+def state():
+    return [value.clone() for value in layer.state_dict().values()], layer.training, image.clone()
+
+
+def same(first, second):
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+expected, before = results(), state()
+
+
+def check():
+    after = state()
+    assert same(after[0], before[0]) and after[1] == before[1] and torch.equal(after[2], before[2])
+    assert same(results(), expected)
+    assert torch.is_grad_enabled() and torch._C._functorch.peek_interpreter_stack() is None
+    assert all(parameter.grad is None for parameter in layer.parameters())
+
+
+def limit(more):
+    pages = int(open("/proc/self/statm").read().split()[0])
+    size = pages * resource.getpagesize() + more
+    resource.setrlimit(resource.RLIMIT_AS, (size, resource.RLIM_INFINITY))
+
+
+def refused(function, words):
+    try:
+        function()
+    except RuntimeError as error:
+        assert words in str(error), error
+    else:
+        raise AssertionError("nothing was raised")
+    limit(1 << 30)
+    check()
+"""
+
+
+def run(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", START + code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@linux
+def test_too_little_memory_for_the_output():
+    run("""
+huge = torch.zeros(1).expand(1 << 26, 8, 1, 1)  # 2 GiB
+for function in (layer, layer.inverse):
+    limit(1 << 28)
+    refused(lambda: function(huge), "allocate")
+""")
+
+
+@linux
+@needs_native
+def test_too_little_memory_for_the_buffers():
+    """The kernel holds a vector of lanes for each of 64 channels of a row: 16 times the image."""
+    run("""
+wide, image_ = InvertibleConv2d(64, (1, 3), corners="TL"), torch.randn(1, 64, 1, 1 << 15)
+for function in (wide, wide.inverse):
+    limit(48 << 20)
+    refused(lambda: function(image_), "not enough memory for the buffers of the CPU kernel")
+assert wide.inverse(wide(image_)[0])[0].isfinite().all()
+""")
+
+
+@linux
+def test_too_little_memory_in_the_backward_pass():
+    run("""
+large = torch.zeros(1, requires_grad=True)
+output, _ = layer(large.expand(1 << 21, 8, 2, 2))  # 256 MiB
+ones = torch.ones(()).expand(output.shape)
+limit(128 << 20)
+refused(lambda: torch.autograd.grad(output, [large, *layer.parameters()], ones), "allocate")
+""")
+
+
+@linux
+def test_interrupted_anywhere():
+    """A timer raises KeyboardInterrupt at any place between two instructions of Python."""
+    interrupts = run("""
+import random
+random.seed(0)
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+signal.signal(signal.SIGALRM, interrupt)
+interrupts = 0
+for _ in range(150):
+    try:
+        signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-5, 3e-3))
+        while True:
+            results()
+    except KeyboardInterrupt:
+        interrupts += 1
+check()
+print(interrupts)
+""")
+    assert interrupts == "150\n"
+
+
+# The launcher of CUDA kernels, on a driver that is a test double
+
+
+@pytest.fixture
+def operators(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
+    """The native launcher's operators for tensors of the CPU, with the plans and kernels of the package."""
+    monkeypatch.setattr(runtime, "_code", lambda kernel, capability: kernel)
+    connected, driver = NativeLauncher.connected, DriverDouble(run=lambda launch: None)
+    NativeLauncher(native.loaded(), Runtime(driver), driver, lambda: False).connect()
+    yield native_operators()[1]
+    connected.connect()
+
+
+def call(operators: object) -> torch.Tensor:
+    image, weight = torch.randn(2, 4, 5, 6), torch.eye(4)[:, :, None, None].contiguous()
+    return ops._below_autograd(operators.solve, image, weight, [0], False)
+
+
+@needs_native
+def test_out_of_gpu_memory_is_torchs_error(operators: object, monkeypatch: pytest.MonkeyPatch):
+    """torch's stable interface to C++ passes on the text of an exception, not its type."""
+    with monkeypatch.context() as context:
+        context.setattr(planning, "plan", lambda problem, device: Plan((), scratch=1 << 50))
+        for _ in range(2):
+            with pytest.raises(torch.OutOfMemoryError, match=r"^out of memory: .*"):
+                call(operators)
+
+
+@needs_native
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError("no memory to plan with")], ids=repr)
+def test_interrupted_plans_are_not_kept(operators: object, monkeypatch: pytest.MonkeyPatch, error: BaseException):
+    def fail(*args: object) -> None:
+        raise error
+
+    expected = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else RuntimeError
+    for module, name in ((planning, "plan"), (runtime, "_code")):  # before, and half way through
+        with monkeypatch.context() as context:
+            context.setattr(module, name, fail)
+            with pytest.raises(expected):
+                call(operators)
+    assert call(operators).shape == (2, 4, 5, 6)

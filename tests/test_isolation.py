@@ -1,0 +1,85 @@
+"""The package reaches for no network, starts no program, and writes nowhere but into its cache."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+# An audit hook sees what Python does; what a library does below Python, the files that are there afterwards.
+CHILD = """
+import os, sys
+
+SPAWNS = {"subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty", "os.startfile"}
+CHANGES = {"os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod"}
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_APPEND
+seen = []
+
+
+def files():
+    return {os.path.join(directory, name) for directory, _, names in os.walk(os.environ["HOME"]) for name in names}
+
+
+def watch(event, arguments):
+    if event.startswith(("socket.", "urllib.", "http.", "ftplib.", "smtplib.")) or event in SPAWNS:
+        seen.append((event, str(arguments)))
+    elif event in CHANGES or event == "open" and (arguments[2] or 0) & WRITING:
+        path = str(arguments[0])  # or the number of a file that was seen when it was opened
+        if not path.isdigit() and not path.startswith((os.environ["NFLOWS_KCONV_CACHE"], "/dev/")):
+            seen.append((event, path))
+
+
+sys.addaudithook(watch)
+
+import importlib, importlib.util, pkgutil
+
+# What the libraries do by themselves is theirs: matplotlib, which nflows imports, makes a list of fonts.
+for library in ("torch", "matplotlib.pyplot", "nflows.transforms", "normflows", "FrEIA", "torchflows", "hypothesis"):
+    if importlib.util.find_spec(library.partition(".")[0]):
+        importlib.import_module(library)
+before_the_package, files_before = len(seen), files()
+import nflows_kconv, torch
+
+for module in pkgutil.walk_packages(nflows_kconv.__path__, "nflows_kconv."):
+    if not module.name.endswith(("__main__", "_native")):
+        try:
+            importlib.import_module(module.name)
+        except ModuleNotFoundError:
+            continue  # of an extra that is not installed
+        except ImportError as error:
+            assert "nflows-kconv[" in str(error), error
+
+layer = nflows_kconv.InvertibleConv2d(8, diagonal="learned", bias=True)
+images = torch.randn(2, 8, 6, 5)
+output, log_det = layer(images)
+restored, _ = layer.inverse(output)
+(restored.sum() + log_det.sum()).backward()
+print(*nflows_kconv.backends().values())
+
+import nflows_kconv.normflows
+flow = nflows_kconv.normflows.finc_flow((1, 8, 8), levels=1, steps=1, hidden_channels=4)
+flow.log_prob(torch.zeros(2, 1, 8, 8)).sum().backward()
+flow.sample(2)
+
+from nflows_kconv.cuda import cache
+cache.store("0" * 64, b"code")
+assert cache.load("0" * 64) == b"code"
+
+assert not seen[before_the_package:], seen[before_the_package:]
+assert files() == files_before | {os.path.join(cache.directory(), "0" * 64)}
+"""
+
+
+def test_no_network_no_program_no_file(tmp_path: Path):
+    environment = {
+        **os.environ,
+        "HOME": str(tmp_path),
+        "TMPDIR": str(tmp_path),
+        "NFLOWS_KCONV_CACHE": str(tmp_path / "cache"),
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+    }
+    # -B: Python's own compiled modules are no files of the package.
+    command = [sys.executable, "-B", "-c", CHILD]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
