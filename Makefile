@@ -4,25 +4,29 @@ BIN := .venv/bin
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 BUILD := pyproject.toml setup.py constraints.txt $(wildcard build_backend/*.py)
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint docs clean
 
 help:
 	@echo "make demo    train a small flow on handwritten digits and sample from it"
 	@echo "make test    run the tests"
 	@echo "make lint    check style and types"
+	@echo "make docs    build the documentation site into build/site"
 	@echo "make clean   remove .venv and everything that was built"
 
 demo: .venv/installed
 	$(BIN)/python examples/train_digits.py
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4
 
 lint: .venv/installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/clang-format --dry-run -Werror $(NATIVE)
 	$(BIN)/mypy
+
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf .venv build dist *.egg-info nflows_kconv/_native.abi3.so nflows_kconv/_native_build.json

@@ -495,12 +495,14 @@ class Cached(Layer):
 
 @broken("inverse cached for ever", STATE, 3, 3)
 class CachedInverse(Elementwise):
-    cache = None
+    def __init__(self):
+        super().__init__()
+        self.cache = {}
 
     def inverse(self, y):
-        if self.cache is None:
-            self.cache = self.log_scale.neg().exp()
-        return (y - self.shift) * self.cache, -self.log_abs_det(y)
+        if "scale" not in self.cache:
+            self.cache["scale"] = self.log_scale.neg().exp()
+        return (y - self.shift) * self.cache["scale"], -self.log_abs_det(y)
 
 
 @broken("cache that loading a state_dict leaves stale", STATE, 3, 3)

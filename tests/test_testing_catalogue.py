@@ -14,6 +14,7 @@ from nflows_kconv import testing
 from nflows_kconv.testing import strategies
 
 PAGE = Path(__file__).parent.parent / "docs" / "testing.md"
+pytestmark = pytest.mark.filterwarnings("ignore:the log-determinants were not compared")
 every_fault = pytest.mark.parametrize("broken", CATALOGUE, ids=lambda broken: broken.fault)
 
 

@@ -1,0 +1,139 @@
+"""Drawings of the layer as SVG, which takes its text colour from the page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+CELL = 20
+STEP_SECONDS = 0.7
+SIZE = 6  # of the image whose inverse is drawn
+KERNEL = 3
+SHOWN_STEPS = (0, 3, 5, 8)
+
+
+def taps() -> str:
+    """The taps of a kernel in each corner around the pixel they belong to, and the mask of the pivot."""
+    panels = []
+    for number, name in enumerate(("TL", "TR", "BL", "BR")):
+        right, down = number & 1, number >> 1
+        parts = []
+        for row, column in _cells(5, 5):
+            is_tap = (column <= 2 if not right else column >= 2) and (row <= 2 if not down else row >= 2)
+            parts.append(_square(column, row, "pivot" if row == column == 2 else "tap" if is_tap else "empty"))
+        panels.append(_panel(5, parts, name))
+    parts = []
+    for row, column in _cells(5, 5):
+        parts.append(_square(column, row, "pivot" if row == column else "tap" if column < row else "empty"))
+        if column > row:
+            parts.append(_text(column, row, "0"))
+    panels.append(_panel(5, parts, "the pivot"))
+    return _figure(
+        panels,
+        "The taps of a 3 x 3 kernel for each corner, and the pivot's mask: zero above the diagonal",
+        "TL to BR: what a pixel (orange) reads in each corner. The pivot: its tap as a matrix, output channels down, "
+        "input channels across. Only what is above the diagonal is masked; all other taps (blue) are full matrices.",
+    )
+
+
+def jacobian(channels: int = 2, side: int = 4) -> str:
+    """Where the Jacobian of a layer with corner TL is not zero, in raster order, channels inside a pixel."""
+    entries = side * side * channels
+    parts = [f'<rect class="empty" x="0" y="0" width="{entries * CELL}" height="{entries * CELL}"/>']
+    for output, input in _cells(entries, entries):
+        (out_pixel, out_channel), (in_pixel, in_channel) = divmod(output, channels), divmod(input, channels)
+        down, right = out_pixel // side - in_pixel // side, out_pixel % side - in_pixel % side
+        if not (0 <= down < KERNEL and 0 <= right < KERNEL) or (down == right == 0 and in_channel > out_channel):
+            continue
+        parts.append(_square(input, output, "pivot" if input == output else "tap"))
+    return _figure(
+        [_panel(entries, parts)],
+        "The Jacobian is lower triangular",
+        f"The Jacobian of a {KERNEL} × {KERNEL} layer with corner TL and {channels} channels on a {side} × {side} "
+        "image: outputs down, inputs across, pixel by pixel from the top left. Nothing is above the diagonal (orange).",
+        css="single",
+    )
+
+
+def wavefront() -> str:
+    """The inverse, animated: the pixels that each step finds."""
+    steps = 2 * SIZE - 1
+    cycle = steps + 3  # the whole image stays for a while
+    parts = [f"<style>{''.join(_keyframes(step, cycle) for step in range(steps))}</style>"]
+    for row, column in _cells(SIZE, SIZE):
+        step = row + column
+        style = f"animation:step-{step} {STEP_SECONDS * cycle:.1f}s step-end infinite"
+        parts.append(_square(column, row, "known", style))
+        parts.append(_text(column, row, str(step)))
+    return _figure(
+        [_panel(SIZE, parts)],
+        f"Animation: the inverse finds a {SIZE} x {SIZE} image in {steps} steps, an anti-diagonal at once",
+        "The number is the step in which a pixel is found. Orange: found now. Blue: known. "
+        "The animation stands still under the pointer.",
+        css="single screen-only",
+    )
+
+
+def frames() -> str:
+    """Some steps of the inverse, with what one pixel of each reads."""
+    panels = []
+    for step in SHOWN_STEPS:
+        reader_column = min(step, SIZE // 2)
+        reader_row = step - reader_column
+        parts = []
+        for row, column in _cells(SIZE, SIZE):
+            known = row + column < step
+            read = known and 0 <= reader_row - row < KERNEL and 0 <= reader_column - column < KERNEL
+            kind = "pivot" if row + column == step else "tap" if read else "known" if known else "empty"
+            parts.append(_square(column, row, kind))
+        parts.append(_text(reader_column, reader_row, "x"))
+        panels.append(_panel(SIZE, parts, f"step {step}"))
+    return _figure(
+        panels,
+        "Four steps of the inverse: found now, read by one pixel, known",
+        "Four of the eleven steps. Orange: found now, all at once. Dark blue: what the pixel x reads. Light blue: also "
+        "known. Empty: not yet known, and not needed.",
+    )
+
+
+def _keyframes(step: int, cycle: int) -> str:
+    found, known, end = (100 * moment / cycle for moment in (step, step + 1, cycle - 0.5))
+    return (
+        f"@keyframes step-{step}{{0%{{fill:transparent}}{found:.1f}%{{fill:var(--pivot)}}"
+        f"{known:.1f}%{{fill:var(--known)}}{end:.1f}%{{fill:transparent}}}}"
+    )
+
+
+def _cells(rows: int, columns: int) -> Iterable[tuple[int, int]]:
+    return ((row, column) for row in range(rows) for column in range(columns))
+
+
+def _square(x: float, y: float, kind: str, style: str = "") -> str:
+    place = f'x="{CELL * x:g}" y="{CELL * y:g}" width="{CELL}" height="{CELL}"'
+    return f'<rect class="{kind}" {place}' + (f' style="{style}"' if style else "") + "/>"
+
+
+def _text(column: float, row: float, text: str) -> str:
+    """In the middle of a cell."""
+    return f'<text x="{CELL * (column + 0.5):g}" y="{CELL * (row + 0.7):g}">{text}</text>'
+
+
+def _panel(cells: int, parts: list[str], title: str = "") -> str:
+    top = -CELL if title else 0
+    box = f'viewBox="-1 {top - 1} {CELL * cells + 2} {CELL * cells - top + 2}"'
+    heading = _text(cells / 2 - 0.5, -1, title) if title else ""
+    return f'<svg {box} aria-hidden="true">{heading}{"".join(parts)}</svg>'
+
+
+def _figure(panels: list[str], title: str, caption: str, css: str = "") -> str:
+    return (
+        f'<figure class="drawing {css}" markdown="0"><div class="panels" role="img" aria-label="{title}">'
+        f"{''.join(panels)}</div><figcaption>{caption}</figcaption></figure>"
+    )
+
+
+DRAWINGS: dict[str, Callable[[], str]] = {
+    "taps": taps,
+    "jacobian": jacobian,
+    "wavefront": wavefront,
+    "frames": frames,
+}

@@ -1,0 +1,66 @@
+"""What the site has beside the Markdown pages in docs/: MkDocs calls the functions named on_*.
+
+A line `<!-- site: NAME ARGUMENT -->` of a page becomes what the directive of that name gives.
+"""
+
+from __future__ import annotations
+
+import difflib
+import html
+import re
+from collections.abc import Callable
+from typing import Any
+
+import math_core
+import results
+from drawings import DRAWINGS
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from results import RESULTS, ROOT
+
+DIRECTIVE = re.compile(r"^<!-- site: (\S+)(?: (\S+))? -->$", re.MULTILINE)
+EQUATION = re.compile(r'<(span|div) class="arithmatex">(.*?)</\1>', re.DOTALL)
+_latex = math_core.LatexToMathML(fancy_error=False)
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Adds the pages that lie in the root of the repository, and all that was measured."""
+    for name in ("CONTRIBUTING", "CHANGELOG"):
+        text = (ROOT / f"{name}.md").read_text().replace("](docs/", "](")
+        files.append(File.generated(config, f"{name.lower()}.md", content=text))
+    for path in sorted(RESULTS.rglob("*.*")):
+        files.append(File.generated(config, f"results/{path.relative_to(RESULTS)}", abs_src_path=str(path)))
+    return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Carries out the directives."""
+    return DIRECTIVE.sub(lambda match: _DIRECTIVES[match[1]](*match.groups()[1:]), markdown)
+
+
+def on_page_content(content: str, **_: Any) -> str:
+    """Makes MathML of the equations."""
+    return EQUATION.sub(_equation, content)
+
+
+def _equation(match: re.Match[str]) -> str:
+    block = match[1] == "div"
+    latex = html.unescape(match[2]).strip()[2:-2]  # without \( \) or \[ \]
+    mathml = _latex.convert_with_local_state(latex, displaystyle=block)
+    return f'<div class="math">{mathml}</div>' if block else mathml
+
+
+def _difference(folder: str) -> str:
+    """What changes from before.py to after.py."""
+    before, after = ((ROOT / folder / name).read_text().splitlines() for name in ("before.py", "after.py"))
+    lines = list(difflib.unified_diff(before, after, n=2, lineterm=""))[2:]
+    return "\n".join(["```diff", *lines, "```"])
+
+
+_DIRECTIVES: dict[str, Callable[[str], str]] = {
+    "draw": lambda name: DRAWINGS[name](),
+    "difference": _difference,
+    "headline": lambda _: results.headline(),
+    "results": lambda _: results.all_results(),
+    "reports": lambda _: results.reports(),
+}

@@ -1,0 +1,225 @@
+"""Tables and plots of what was measured, from the files in benchmarks/results."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).parent.parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+HEADLINE = RESULTS / "cpu-epyc-2-threads.json"
+
+sys.path.append(str(ROOT / "benchmarks"))
+from plots import AXES, LINES  # noqa: E402
+
+Row = dict[str, Any]
+RATIOS = {"inverse": "#e07b39", "forward": "#3a6ea5"}  # to conv2d
+# Stands for the colour of the page's text, which no plot can know.
+_TEXT = "#010203"
+_STYLE = {
+    "axes.edgecolor": _TEXT,
+    "axes.labelcolor": _TEXT,
+    "axes.titlesize": 10,
+    "font.size": 9,
+    "text.color": _TEXT,
+    "xtick.color": _TEXT,
+    "ytick.color": _TEXT,
+    "axes.facecolor": "none",
+    "figure.facecolor": "none",
+    "legend.facecolor": "none",
+    "legend.edgecolor": "none",
+    "svg.hashsalt": "nflows-kconv",
+}
+
+
+def all_results() -> str:
+    """A section for each file."""
+    return "\n\n".join(_section(path) for path in sorted(RESULTS.glob("*.json")))
+
+
+def headline() -> str:
+    """The batches of the CPU's table of four groups."""
+    results = json.loads(HEADLINE.read_text())
+    rows = [row for row in results["four groups"] if row["batch"] > 1]
+    return f"{_ratio_table(rows, None)}\n\n{_machine(results)} {_source(HEADLINE)}"
+
+
+def reports() -> str:
+    """Links to the reports of benchmarks/evidence.py."""
+    found = sorted(RESULTS.glob("*/report.md"))
+    if not found:
+        return "No such report is in the repository yet."
+    lines = []
+    for path in found:
+        title = path.read_text().partition("\n")[0].lstrip("# ")
+        lines.append(f"- [{title}](results/{path.parent.name}/report.md)")
+    return "\n".join(lines)
+
+
+def _section(path: Path) -> str:
+    results = json.loads(path.read_text())
+    parts = [f"## {path.stem}", f"{_machine(results)} {_source(path)}"]
+    for name, rows in results.items():
+        if isinstance(rows, list) and rows:
+            parts += _measurements(name, rows)
+    return "\n\n".join(parts)
+
+
+def _measurements(name: str, rows: list[Row]) -> Iterator[str]:
+    first = rows[0]
+    if name in AXES:
+        yield f"### Growing {name}"
+        yield _svg(lambda: _curve(name, rows), f"time against {name}")
+    elif "corners" in first and "microseconds" in first and "conv2d" in _times(first, _modes(first)[0]):
+        yield f"### {name.capitalize()}"
+        for mode in _modes(first):
+            yield from ([f"In mode {mode}:"] if mode else [])
+            yield _ratio_table(rows, mode)
+            yield _svg(lambda mode=mode: _bars(rows, mode), f"{name}: ratio to F.conv2d")
+    elif "bytes" in first and "seconds" in first:
+        yield "### Memory and time of a training step"
+        yield _memory_table(rows)
+    elif {"images", "microseconds"} <= first.keys():
+        yield f"### {name.capitalize()}"
+        yield _time_table(rows)
+
+
+def _ratio_table(rows: list[Row], mode: str | None) -> str:
+    """Times of F.conv2d, and the others as multiples of it."""
+    lines = []
+    for row in rows:
+        times = _times(row, mode)
+        line = [_shape(row), f"{times['conv2d'] / 1000:.3g} ms"]
+        line += [f"{times[name] / times['conv2d']:.2f} ×" for name in RATIOS]
+        line += [
+            f"{times[f'{name}_backward'] / times['conv2d_backward']:.2f} ×" if f"{name}_backward" in times else ""
+            for name in RATIOS
+        ]
+        lines.append(line)
+    head = ["batch, channels, image", "F.conv2d", *RATIOS, *(f"{name}, with backward" for name in RATIOS)]
+    return _table(head, lines)
+
+
+def _memory_table(rows: list[Row]) -> str:
+    kinds = list(rows[0]["bytes"])
+    head = ["steps", *(f"{kind}, MiB" for kind in kinds), *(f"{kind}, s" for kind in kinds)]
+    return _table(
+        head,
+        [
+            [
+                str(row["steps"]),
+                *(f"{row['bytes'][kind] / 2**20:.1f}" for kind in kinds),
+                *(f"{row['seconds'][kind]:.2f}" for kind in kinds),
+            ]
+            for row in rows
+        ],
+    )
+
+
+def _time_table(rows: list[Row]) -> str:
+    contestants = list(rows[0]["microseconds"])
+    labels = [name for name in ("library", "variant", "images") if name in rows[0]]
+    return _table(
+        [*labels, *(f"{name}, ms" for name in contestants)],
+        [
+            [str(row[label]) for label in labels] + [f"{row['microseconds'][name] / 1000:.2f}" for name in contestants]
+            for row in rows
+        ],
+    )
+
+
+def _bars(rows: list[Row], mode: str | None) -> Figure:
+    """Times as multiples of F.conv2d's; a tick on a bar is its floor."""
+    figure = Figure(figsize=(6.4, 0.8 + 0.32 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    for index, (name, color) in enumerate(RATIOS.items()):
+        for position, row in enumerate(rows):
+            times = _times(row, mode)
+            place = position + 0.38 * (index - 0.5)
+            label = f"{name} / F.conv2d" if position == 0 else None
+            axes.barh(place, times[name] / times["conv2d"], 0.36, color=color, label=label)
+            if "floors" in row:
+                floor = max(row["floors"][name].values()) / times["conv2d"]
+                axes.plot([floor, floor], [place - 0.2, place + 0.2], color=_TEXT)
+    axes.axvline(1, color=_TEXT, linewidth=1, linestyle="--")
+    axes.set_yticks(range(len(rows)), [_shape(row) for row in rows])
+    axes.invert_yaxis()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.4, 1), ncols=len(RATIOS))
+    return figure
+
+
+def _curve(name: str, rows: list[Row]) -> Figure:
+    """Times along one axis, and the inverse's floor where it was measured."""
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axes = figure.subplots()
+    positions = [AXES[name](row) for row in rows]
+    for (mode, contestant), (label, color, style) in LINES.items():
+        points = [
+            (position, _times(row, mode)[contestant])
+            for position, row in zip(positions, rows, strict=True)
+            if mode in _modes(row) and contestant in _times(row, mode)
+        ]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, color=color, label=label, marker=".")
+    if "floors" in rows[0]:
+        floors = [max(row["floors"]["inverse"].values()) for row in rows]
+        axes.plot(positions, floors, ":", color=_TEXT, label="floor of the inverse")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(positions, [str(position) for position in positions])
+    axes.set_xlabel(name)
+    axes.set_ylabel("microseconds")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend()
+    return figure
+
+
+def _svg(draw: Callable[[], Figure], title: str) -> str:
+    file = io.StringIO()
+    with rc_context(_STYLE):
+        draw().savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+    svg = file.getvalue()
+    svg = svg[svg.index("<svg") :].replace(_TEXT, "currentcolor").replace("\n", " ")
+    svg = svg.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
+    return f'<figure class="drawing plot" markdown="0">{svg}</figure>'
+
+
+def _modes(row: Row) -> list[str | None]:
+    """A GPU's rows have times in several modes, a CPU's in one without a name."""
+    modes: list[str | None] = [name for name, value in row["microseconds"].items() if isinstance(value, dict)]
+    return modes or [None]
+
+
+def _times(row: Row, mode: str | None) -> dict[str, float]:
+    return row["microseconds"] if mode is None else row["microseconds"][mode]
+
+
+def _shape(row: Row) -> str:
+    channels, height, width = row["shape"]
+    return f"{row['batch']}, {channels}, {height} × {width}"
+
+
+def _machine(results: dict[str, Any]) -> str:
+    machine = results["machine"]
+    facts = [machine["device"], f"torch {machine['torch']}", machine["date"]]
+    if "cpu" not in machine:  # else the device is a GPU
+        facts.insert(1, f"{machine['threads']} thread{'s' * (machine['threads'] > 1)}")
+    return ", ".join(facts) + "."
+
+
+def _source(path: Path) -> str:
+    return f"[{path.relative_to(ROOT)}](results/{path.relative_to(RESULTS)})"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] + ["--:"] * (len(head) - 1), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,0 +1,112 @@
+"""The documentation site: it builds without a warning, its links lead somewhere, and it needs no other host."""
+
+import importlib
+import pkgutil
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+import nflows_kconv
+
+ROOT = Path(__file__).parent.parent
+# What a browser loads by itself, unlike the href of a link.
+LOADED = {"img": "src", "script": "src", "iframe": "src", "source": "src", "link": "href", "use": "href"}
+
+
+class Page(HTMLParser):
+    """What a page loads, links to, and can be linked at."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.loaded: list[str] = []
+        self.links: list[str] = []
+        self.ids: set[str] = set()
+        self.tags: set[str] = set()
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        values = {name: value for name, value in attributes if value is not None}
+        self.tags.add(tag)
+        self.ids |= {values[name] for name in ("id", "name") if name in values}
+        if tag == "a" and "href" in values:
+            self.links.append(values["href"])
+        elif LOADED.get(tag) in values and values.get("rel") != "canonical":
+            self.loaded.append(values[LOADED[tag]])
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, Page]:
+    """The pages of the built site by their path."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return {path: Page(path) for path in folder.rglob("*.html") if path.name != "404.html"}
+
+
+def folder_of(site: dict[Path, Page]) -> Path:
+    return next(path.parent for path in site if path.name == "index.html" and path.parent.name != "api")
+
+
+def target(page: Path, address: str) -> tuple[Path, str]:
+    """The file and the anchor that an address on a page leads to."""
+    parts = urlsplit(address)
+    return ((page.parent / unquote(parts.path)).resolve() if parts.path else page), unquote(parts.fragment)
+
+
+def is_elsewhere(address: str) -> bool:
+    parts = urlsplit(address)
+    return bool(parts.netloc) or parts.scheme not in ("", "data")
+
+
+def test_links_lead_somewhere(site: dict[Path, Page]):
+    wrong = []
+    for path, page in site.items():
+        for address in page.links + page.loaded:
+            if is_elsewhere(address) or address.startswith("data:"):
+                continue
+            file, anchor = target(path, address)
+            if not file.exists() or (anchor and file in site and anchor not in site[file].ids):
+                wrong.append(f"{path.name}: {address}")
+    assert not wrong
+
+
+def test_nothing_comes_from_another_host(site: dict[Path, Page]):
+    assert not [address for page in site.values() for address in page.loaded if is_elsewhere(address)]
+    for style in folder_of(site).rglob("*.css"):
+        assert not re.findall(r"(?:url\(|@import)\s*['\"]?(?:https?:)?//", style.read_text()), style
+
+
+def test_the_search_needs_no_server(site: dict[Path, Page]):
+    folder = folder_of(site)
+    assert (folder / "search" / "search_index.js").exists()
+    assert all(any("iframe-worker" in address for address in page.loaded) for page in site.values())
+
+
+def test_equations_are_rendered(site: dict[Path, Page]):
+    explained = next(page for path, page in site.items() if path.name == "how_it_works.html")
+    assert "math" in explained.tags
+    assert "merror" not in {tag for page in site.values() for tag in page.tags}
+    text = "".join(path.read_text() for path in site)
+    assert 'class="arithmatex"' not in text
+
+
+def public_names() -> Iterator[set[str]]:
+    """The dotted names of each class and function in an __all__: where it is public, and where it is defined."""
+    names = [module.name for module in pkgutil.iter_modules(nflows_kconv.__path__, "nflows_kconv.")]
+    for module in [nflows_kconv, *(importlib.import_module(name) for name in names if "._" not in name)]:
+        for name in getattr(module, "__all__", ()):
+            public = getattr(module, name)
+            if callable(public):
+                yield {f"{module.__name__}.{name}", f"{public.__module__}.{public.__qualname__}"}
+
+
+def test_the_reference_is_complete(site: dict[Path, Page]):
+    described = set().union(*(page.ids for path, page in site.items() if path.parent.name == "api"))
+    assert not [names for names in public_names() if not names & described]
