@@ -302,6 +302,13 @@ class Clamped(Elementwise):
         return y.clamp(-5, 2), log_abs_det
 
 
+@broken("not injective: a constant channel", JACOBIAN, 3, 3)
+class Constant(Elementwise):
+    def forward(self, x):
+        y, log_abs_det = super().forward(x)
+        return y * torch.tensor([1, 1, 0]), log_abs_det
+
+
 @broken("inverse right only by the library's cache", INVERTIBLE, 3, 3)
 class ByCache(transforms.Transform):
     domain = codomain = constraints.real

@@ -1,6 +1,7 @@
 """The documentation site: it builds without a warning, its links lead somewhere, and it needs no other host."""
 
 import importlib
+import json
 import pkgutil
 import re
 import subprocess
@@ -13,6 +14,8 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 import nflows_kconv
+
+pytest.importorskip("mkdocs", reason="the site needs mkdocs, which needs Python 3.11")
 
 ROOT = Path(__file__).parent.parent
 # What a browser loads by itself, unlike the href of a link.
@@ -110,3 +113,33 @@ def public_names() -> Iterator[set[str]]:
 def test_the_reference_is_complete(site: dict[Path, Page]):
     described = set().union(*(page.ids for path, page in site.items() if path.parent.name == "api"))
     assert not [names for names in public_names() if not names & described]
+
+
+def test_results_of_a_gpu_are_shown_with_floors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs" / "site"))
+    results = importlib.import_module("results")
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    times = dict.fromkeys(["conv2d", "inverse", "forward", *(f"{name}_backward" for name in results.RATIOS)], 20.0)
+    times["conv2d_backward"] = 40.0
+    floors = {name: {"bytes": 1.0, "operations": 5.0} for name in results.RATIOS}
+    row = {"batch": 1, "shape": [12, 8, 8], "corners": ["TL"]}
+    row |= {"microseconds": {"eager": times, "graph": times | {"inverse": 10.0}}, "floors": floors, "targets": []}
+    machine = {"device": "made up", "cpu": "made up", "threads": 8, "torch": "0", "date": "0000-00-00"}
+    measured = {"machine": machine, "one group": [row], "host": [{**row, "microseconds": {"host": {"add": 1.0}}}]}
+    measured |= {
+        "image side": [row, {**row, "shape": [12, 16, 16]}],
+        "sampling": [{"images": 1, "microseconds": times}],
+    }
+    (tmp_path / "cuda-made-up.json").write_text(json.dumps(measured))
+
+    shown = results.all_results()
+    assert "threads" not in shown
+    assert "| 1, 12, 8 × 8 | 0.02 ms | 1.00 × | 1.00 × | 0.50 × | 0.50 × |" in shown
+    assert "In mode graph:" in shown
+    assert "| 1 | 0.02 |" in shown
+    figure = results._curve("image side", measured["image side"])
+    assert list(figure.axes[0].lines[-1].get_ydata()) == [5.0, 5.0]
+    bars = results._bars([row], "graph").axes[0]
+    assert [bar.get_width() for bar in bars.patches] == [0.5, 1.0]
+    assert [line.get_xdata()[0] for line in bars.lines[:2]] == [0.25, 0.25]  # before the line at 1

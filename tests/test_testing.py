@@ -10,8 +10,10 @@ import broken_transforms
 import nflows.flows
 import nflows.transforms as nt
 import normflows as nf
+import pyro.distributions.transforms
 import pytest
 import torch
+import zuko
 from nflows.distributions import StandardNormal
 from nflows.nn.nets import ConvResidualNet, ResidualNet
 from torch import Tensor, nn
@@ -86,7 +88,7 @@ TRANSFORMS = {
         lambda: nf.flows.Composite([nflows_kconv.normflows.InvertibleConv2d(4), nf.flows.ActNorm((4, 1, 1))]),
         pictures(),
     ),
-    # torch.distributions
+    # torch.distributions, and what builds on it
     "torch affine": (lambda: tt.AffineTransform(torch.randn(4), torch.randn(4)), vectors()),
     "torch affine of a network's output": (lambda: tt.AffineTransform(nn.Linear(1, 4)(torch.ones(1)), 2.0), vectors()),
     "torch sigmoid, cached": (lambda: tt.SigmoidTransform(cache_size=1), vectors()),
@@ -99,6 +101,8 @@ TRANSFORMS = {
         lambda: tt.ComposeTransform([tt.AffineTransform(1.0, 2.0), tt.IndependentTransform(tt.TanhTransform(), 1)]),
         vectors() / 3,
     ),
+    "zuko spline": (lambda: zuko.flows.NSF(4, transforms=1, bins=3, hidden_features=[4])().transform, vectors()),
+    "pyro 1x1": (lambda: pyro.distributions.transforms.GeneralizedChannelPermute(4), pictures()),
     # This package
     "layer": (lambda: InvertibleConv2d(4, diagonal="learned", bias=True), pictures()),
     **{

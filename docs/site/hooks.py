@@ -34,8 +34,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Carries out the directives."""
-    return DIRECTIVE.sub(lambda match: _DIRECTIVES[match[1]](*match.groups()[1:]), markdown)
+    """Carries out the directives; makes links to results, which lie elsewhere in the repository, those of the site."""
+    markdown = markdown.replace("](../benchmarks/results/", "](results/")
+    return DIRECTIVE.sub(lambda match: _DIRECTIVES[match[1]](match[2]), markdown)
 
 
 def on_page_content(content: str, **_: Any) -> str:
@@ -62,5 +63,6 @@ _DIRECTIVES: dict[str, Callable[[str], str]] = {
     "difference": _difference,
     "headline": lambda _: results.headline(),
     "results": lambda _: results.all_results(),
+    "evidence": lambda _: results.evidence(),
     "reports": lambda _: results.reports(),
 }

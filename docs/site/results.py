@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import statistics
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,20 @@ def headline() -> str:
     return f"{_ratio_table(rows, None)}\n\n{_machine(results)} {_source(HEADLINE)}"
 
 
+def evidence() -> str:
+    """Bits per dimension of each form of the layer, at the first size that benchmarks/evidence.py trains."""
+    columns, cells = [], defaultdict(dict)
+    for path in sorted(RESULTS.glob("evidence-*/runs.json")):
+        results = json.loads(path.read_text())
+        columns.append(f"{results['settings']['data']}, {results['settings']['seconds']:g} s")
+        runs = [run for run in results["runs"] if _size(run) == _size(results["runs"][0])]
+        for run in runs:
+            of_form = [other for other in runs if _form(other) == _form(run)]
+            cells[_form(run)][columns[-1]] = _bits(of_form)
+    rows = [[form, *(found.get(column, "") for column in columns)] for form, found in cells.items()]
+    return _table(["form, kernel", *columns], rows)
+
+
 def reports() -> str:
     """Links to the reports of benchmarks/evidence.py."""
     found = sorted(RESULTS.glob("*/report.md"))
@@ -89,6 +105,21 @@ def _measurements(name: str, rows: list[Row]) -> Iterator[str]:
     elif {"images", "microseconds"} <= first.keys():
         yield f"### {name.capitalize()}"
         yield _time_table(rows)
+
+
+def _size(run: Row) -> tuple[int, ...]:
+    return run["levels"], run["steps"], run["width"]
+
+
+def _form(run: Row) -> str:
+    return f"{run['method']}, {run['kernel']} × {run['kernel']}" if run["kernel"] else run["method"]
+
+
+def _bits(runs: list[Row]) -> str:
+    """The mean over seeds, and their standard deviation; of one seed, the standard error over the test images."""
+    values = [run["bits_per_dim"] for run in runs]
+    spread = statistics.stdev(values) if len(values) > 1 else runs[0]["standard_error"]
+    return f"{statistics.mean(values):.3f} ± {spread:.3f}"
 
 
 def _ratio_table(rows: list[Row], mode: str | None) -> str:
@@ -137,7 +168,7 @@ def _time_table(rows: list[Row]) -> str:
 
 def _bars(rows: list[Row], mode: str | None) -> Figure:
     """Times as multiples of F.conv2d's; a tick on a bar is its floor."""
-    figure = Figure(figsize=(6.4, 0.8 + 0.32 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(5.2, 0.8 + 0.32 * len(rows)), layout="constrained")
     axes = figure.subplots()
     for index, (name, color) in enumerate(RATIOS.items()):
         for position, row in enumerate(rows):
@@ -158,7 +189,7 @@ def _bars(rows: list[Row], mode: str | None) -> Figure:
 
 def _curve(name: str, rows: list[Row]) -> Figure:
     """Times along one axis, and the inverse's floor where it was measured."""
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    figure = Figure(figsize=(5.2, 3.4), layout="constrained")
     axes = figure.subplots()
     positions = [AXES[name](row) for row in rows]
     for (mode, contestant), (label, color, style) in LINES.items():
