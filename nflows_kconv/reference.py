@@ -12,8 +12,9 @@ kernel turned by 180 degrees and the opposite corner.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -122,8 +123,16 @@ def _flip(tensor: Tensor, corner: int) -> Tensor:
     return tensor.flip(geometry.flipped_dims(corner))
 
 
-def _without_tf32(device: torch.device) -> AbstractContextManager[None]:
+@contextmanager
+def _without_tf32(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
-        return nullcontext()
-    cudnn = torch.backends.cudnn
-    return cudnn.flags(cudnn.enabled, cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False)
+        yield
+        return
+    # Not allow_tf32, which raises an error where somebody else has set this newer name of it.
+    convolutions: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before = convolutions.fp32_precision
+    convolutions.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        convolutions.fp32_precision = before

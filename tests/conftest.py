@@ -60,3 +60,13 @@ def backend(request: pytest.FixtureRequest, device: str) -> Iterator[str]:
         native.select_instruction_set(request.param.removeprefix("native-"))
         yield request.param
         native.select_instruction_set(best)
+
+
+@pytest.fixture
+def own_precision() -> Iterator[None]:
+    """Puts back what a test makes of the precision of float32 convolutions and matrix products on GPUs."""
+    operations = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
+    before = [operation.fp32_precision for operation in operations]
+    yield
+    for operation, precision in zip(operations, before, strict=True):
+        operation.fp32_precision = precision

@@ -55,7 +55,7 @@ def test_examples_of_docstrings_run(test: doctest.DocTest):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
-def test_python_of_pages_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_python_of_pages_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_precision: None):
     monkeypatch.chdir(tmp_path)
     with torch.random.fork_rng():
         for example in PYTHON.parse(page).examples():

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracles import assert_close
 
-from nflows_kconv import geometry, ops
+from nflows_kconv import geometry, ops, reference
 
 BOTH = (False, True)
 
@@ -285,3 +285,15 @@ def test_threads_and_runs_change_no_bit(case: Case, backend: str, device: str):
         torch.set_num_threads(before)
     for other in results[1:]:
         assert all(map(torch.equal, other, results[0]))
+
+
+@pytest.mark.parametrize("setting", ["ieee", "tf32"])
+def test_the_reference_switches_tf32_off_and_leaves_the_setting(setting: str, own_precision: None):
+    convolutions = torch.backends.cudnn.conv
+    convolutions.fp32_precision = setting
+    with pytest.raises(KeyError), reference._without_tf32(torch.device("cuda")):
+        assert convolutions.fp32_precision == "ieee"
+        raise KeyError
+    assert convolutions.fp32_precision == setting
+    with reference._without_tf32(torch.device("cpu")):
+        assert convolutions.fp32_precision == setting
