@@ -161,6 +161,4 @@ def _check_match(name: str, tensor: Tensor, input: Tensor) -> None:
 
 
 def _autocast_unites(*tensors: Tensor) -> bool:
-    device = tensors[0].device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return autocast and all(tensor.dtype != torch.float64 for tensor in tensors)
+    return ops.autocast_is_on(tensors[0]) and all(tensor.dtype != torch.float64 for tensor in tensors)

@@ -1,4 +1,4 @@
-"""The torch operators: schemas, fake tensors, derivatives, vmap and autocast; implementations register under them.
+"""The torch operators: schemas, fake tensors, derivatives and vmap; implementations register under them.
 
     conv(x, W)             y = A x                 or A^T x
     solve(y, W)            x = A^-1 y              or A^-T y
@@ -200,11 +200,19 @@ def _sum(*terms: Tensor | None) -> Tensor:
 def call(operator: Callable[..., Tensor], input: Tensor, weight: Tensor, corners: list[int]) -> Tensor:
     """`conv` or `solve`, on a shorter way where nothing is to be recorded.
 
-    The operator's Autograd kernel is Python, which costs more than all the rest of a small call.
+    The operator's Autograd kernel is Python, which costs more than all the rest of a small call. Under autocast the
+    layer stays in float32, since its inverse must undo it to rounding; `torch.library.register_autocast` does not reach
+    the fake tensors of the compiler of torch 2.10 and 2.11.
     """
+    if input.dtype != torch.float64 and autocast_is_on(input):
+        input, weight = input.float(), weight.float()
     if torch.compiler.is_compiling() or peek_interpreter_stack() is not None or _is_recorded(input, weight):
         return operator(input, weight, corners, False)
     return _below_autograd(operator, input, weight, corners, False)
+
+
+def autocast_is_on(tensor: Tensor) -> bool:
+    return not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)  # which raises for meta tensors
 
 
 def _is_recorded(first: Tensor, second: Tensor) -> bool:
@@ -302,6 +310,3 @@ for _operator, _fake, _function, _vmap in (
     _library.impl(_name, _differentiable(_operator, _function), "Autograd")
     torch.library.register_fake(_name, _checked(_name, _fake), lib=_library)
     torch.library.register_vmap(_name, _vmap, lib=_library)
-    for _device in ("cpu", "cuda"):
-        # The layer stays in float32 under autocast: its inverse must undo it to rounding.
-        torch.library.register_autocast(_name, _device, torch.float32, lib=_library)
