@@ -229,10 +229,12 @@ def _below_autograd(operator: Callable[..., Tensor], *args: Any) -> Tensor:
 
 
 def _with_type(error: RuntimeError) -> BaseException:
-    """The exception that it was in the launcher of CUDA kernels, of which torch passes on the text alone."""
+    """The exception that it was: of those of the CUDA launcher, and since 2.15 the CPU's, torch keeps the text alone."""
     text = str(error)
     if text.startswith("out of memory: "):
         return torch.OutOfMemoryError(text)
+    if text.startswith("the pivot's diagonal must be finite"):
+        return ValueError(text)
     return KeyboardInterrupt() if text == "KeyboardInterrupt" else error
 
 
