@@ -27,6 +27,7 @@ lint: .venv/installed
 
 docs: .venv/installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "open build/site/index.html"
 
 clean:
 	rm -rf .venv build dist *.egg-info nflows_kconv/_native.abi3.so nflows_kconv/_native_build.json

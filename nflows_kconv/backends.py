@@ -39,7 +39,7 @@ class Backend:
 def backends() -> dict[str, Backend]:
     """Tells for every backend, by name, whether it can and will run here, and why or why not.
 
-    Example:
+    Examples:
         >>> from nflows_kconv import backends
         >>> for backend in backends().values():
         ...     print(backend)

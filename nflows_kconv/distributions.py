@@ -38,7 +38,7 @@ class InvertibleConv2d(layer.InvertibleConv2d, Transform):
         TypeError: See `nflows_kconv.InvertibleConv2d`.
         ValueError: See `nflows_kconv.InvertibleConv2d`; and if `cache_size` is neither 0 nor 1.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch.distributions import Normal, TransformedDistribution
         >>> from nflows_kconv.distributions import InvertibleConv2d

@@ -12,7 +12,7 @@ from nflows_kconv import layer
 try:
     from FrEIA.modules import InvertibleModule
 except ImportError as error:
-    raise ImportError("nflows_kconv.freia needs FrEIA, which comes with pip install nflows-kconv[freia]") from error
+    raise ImportError('nflows_kconv.freia needs FrEIA, which comes with pip install "nflows-kconv[freia]"') from error
 
 __all__ = ["InvertibleConv2d"]
 
@@ -33,7 +33,7 @@ class InvertibleConv2d(InvertibleModule, layer.InvertibleConv2d):
         TypeError: See `nflows_kconv.InvertibleConv2d`.
         ValueError: See `nflows_kconv.InvertibleConv2d`; and if there is not one input, an image.
 
-    Example:
+    Examples:
         >>> from FrEIA.framework import SequenceINN
         >>> from nflows_kconv.freia import InvertibleConv2d
         >>> flow = SequenceINN(12, 16, 16)

@@ -155,9 +155,9 @@ def _integer(name: str, value: int) -> int:
 
 def _check_match(name: str, tensor: Tensor, input: Tensor) -> None:
     if tensor.device != input.device:
-        raise ValueError(f"{name} must be on the input's device {input.device}, got {tensor.device}")
+        raise ValueError(f"input and {name} must be on one device, got {input.device} and {tensor.device}")
     if tensor.dtype != input.dtype and not _autocast_unites(tensor, input):
-        raise TypeError(f"{name} must have the input's dtype {input.dtype}, got {tensor.dtype}")
+        raise TypeError(f"input and {name} must have one dtype, got {input.dtype} and {tensor.dtype}")
 
 
 def _autocast_unites(*tensors: Tensor) -> bool:

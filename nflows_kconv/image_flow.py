@@ -124,5 +124,36 @@ def _convolutions(
 
 
 def as_parameters_are(images: Tensor, flow: nn.Module) -> Tensor:
-    """The images, of any dtype, in that of the flow's parameters."""
+    """The images, of any dtype, in that of the flow's parameters.
+
+    Raises:
+        TypeError: If they are no tensor.
+    """
+    if not isinstance(images, Tensor):
+        raise TypeError(f"images must be a tensor, got {type(images).__name__}")
     return images.to(next(flow.parameters()).dtype)
+
+
+def as_class_numbers(name: str, classes: Tensor | None, num_classes: int | None, count: int | None) -> Tensor | None:
+    """The classes of `count` images, or of any number of them, as int64.
+
+    Raises:
+        TypeError: If they are no tensor of integers.
+        ValueError: If they are missing or uncalled for, or their number or, looked at on the CPU alone, a value does
+            not fit.
+    """
+    if num_classes is None:
+        if classes is not None:
+            raise ValueError(f"{name} must be None, as the flow has no classes, got {type(classes).__name__}")
+        return None
+    if classes is None:
+        raise ValueError(f"{name} must give the classes of the images, as the flow has classes, got None")
+    if not isinstance(classes, Tensor) or classes.is_floating_point() or classes.is_complex():
+        kind = classes.dtype if isinstance(classes, Tensor) else type(classes).__name__
+        raise TypeError(f"{name} must be a tensor of whole numbers, the classes of the images, got {kind}")
+    if classes.dim() != 1 or count not in (None, len(classes)):
+        expected = "B" if count is None else count
+        raise ValueError(f"{name} must have shape [{expected}], a class for each image, got {tuple(classes.shape)}")
+    if checks.values_are_at_hand(classes) and not ((classes >= 0) & (classes < num_classes)).all():
+        raise ValueError(f"{name} must be classes from 0 to {num_classes - 1}, got {classes.tolist()}")
+    return classes.long()

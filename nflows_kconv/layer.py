@@ -37,7 +37,7 @@ class InvertibleConv2d(nn.Module):
         num_channels: C, a multiple of the number of corners.
         kernel_size: k, or (kh, kw); any size from 1 on.
         corners: One of "TL", "TR", "BL", "BR" for each group of channels, or a single one for one convolution over all
-            channels. Repeats are allowed.
+            channels. Repeats are allowed; all four by default.
         diagonal: "unit" fixes the pivot's diagonal to 1, as in the paper (log-determinant 0); "learned" makes it
             exp(log_diagonal), always positive.
         bias: Whether to add a learned constant to each channel.

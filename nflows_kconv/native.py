@@ -15,7 +15,7 @@ def _load(directory: Path) -> tuple[ctypes.CDLL | None, str]:
     """Loads the library in `directory`; without one, the second value says why."""
     record = directory / "_native_build.json"
     if not record.exists():
-        return None, "it was never built: the package runs from sources that were not installed"
+        return None, f"it was never built: Python runs the sources in {directory}, not an installed package"
     build = json.loads(record.read_text())
     if not build["built"]:
         return None, f"it was not built: {build['reason']}"

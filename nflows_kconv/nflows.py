@@ -13,13 +13,15 @@ from nflows_kconv import checks, geometry, image_flow, layer
 from nflows_kconv.reversible import NETWORKS, Invertible, cascade
 
 try:
-    from nflows.distributions import ConditionalDiagonalNormal, StandardNormal
+    from nflows.distributions import ConditionalDiagonalNormal, Distribution, StandardNormal
     from nflows.flows import Flow
     from nflows.transforms import CompositeTransform, MultiscaleCompositeTransform, SqueezeTransform
     from nflows.transforms.base import Transform
     from nflows.transforms.coupling import CouplingTransform
 except ImportError as error:
-    raise ImportError("nflows_kconv.nflows needs nflows, which comes with pip install nflows-kconv[nflows]") from error
+    raise ImportError(
+        'nflows_kconv.nflows needs nflows, which comes with pip install "nflows-kconv[nflows]"'
+    ) from error
 
 __all__ = ["ImageFlow", "InvertibleConv2d", "ReversibleCompositeTransform", "Step", "finc_flow"]
 
@@ -36,7 +38,7 @@ class InvertibleConv2d(layer.InvertibleConv2d, Transform):
     `nflows.transforms.InverseTransform(InvertibleConv2d(...))` solves for the density and convolves for
     samples, and trains through the solution (Inverse-Flow, Nagar, Varma 2025, arXiv 2410.14634).
 
-    Example:
+    Examples:
         >>> from nflows.transforms import ActNorm, CompositeTransform, OneByOneConvolution
         >>> from nflows_kconv.nflows import InvertibleConv2d
         >>> step = CompositeTransform([InvertibleConv2d(12), ActNorm(12), OneByOneConvolution(12)])
@@ -104,7 +106,7 @@ class ReversibleCompositeTransform(CompositeTransform):
     Args:
         transforms: The first one takes the data; all must have an inverse.
 
-    Example:
+    Examples:
         >>> from nflows.transforms import ActNorm, CompositeTransform
         >>> from nflows_kconv.nflows import InvertibleConv2d, ReversibleCompositeTransform
         >>> steps = [CompositeTransform([InvertibleConv2d(12), ActNorm(12)]) for _ in range(32)]
@@ -127,19 +129,47 @@ class ReversibleCompositeTransform(CompositeTransform):
 
 
 class ImageFlow(Flow):
-    """An `nflows.flows.Flow` of images, which may have any dtype, uint8 for instance."""
+    """An `nflows.flows.Flow` of images, which may have any dtype, uint8 for instance.
+
+    Args:
+        transform: From images to noise.
+        distribution: Of the noise.
+        num_classes: If given, the context of each call is a class, 0..num_classes - 1, for each image.
+    """
+
+    def __init__(self, transform: Transform, distribution: Distribution, num_classes: int | None = None) -> None:
+        super().__init__(transform, distribution)
+        self._num_classes = num_classes
 
     def log_prob(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
         """The log-density of images, [B].
 
         Args:
             inputs: [B, C, H, W].
-            context: Labels, [B] whole numbers, if the flow has classes.
+            context: Classes, [B] whole numbers, if the flow has classes.
 
         Raises:
-            ValueError: If the images have another shape than those of the flow, or values outside 0..255.
+            TypeError: If the images are no tensor, or the context none of integers.
+            ValueError: If the images have another shape than those of the flow, or values outside 0..255; if the
+                context does not fit, or is missing, or the flow has no classes.
         """
-        return super().log_prob(image_flow.as_parameters_are(inputs, self), context)
+        images = image_flow.as_parameters_are(inputs, self)
+        return super().log_prob(images, image_flow.as_class_numbers("context", context, self._num_classes, len(images)))
+
+    def sample(self, num_samples: int, context: Tensor | None = None, batch_size: int | None = None) -> Tensor:
+        """Images, [num_samples, C, H, W], or [B, num_samples, C, H, W] for the classes of a context.
+
+        Args:
+            num_samples: How many; for each of the classes.
+            context: Classes, [B] whole numbers, if the flow has classes.
+            batch_size: If given, the images are drawn that many at a time.
+
+        Raises:
+            TypeError: See `log_prob`.
+            ValueError: See `log_prob`.
+        """
+        classes = image_flow.as_class_numbers("context", context, self._num_classes, None)
+        return super().sample(num_samples, classes, batch_size)
 
     def transform_to_noise(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
         """The latent variables of images, [B, C H W]; arguments and errors are those of `log_prob`."""
@@ -193,7 +223,7 @@ def finc_flow(
         TypeError: If an argument has the wrong type.
         ValueError: If an argument has a wrong value, or the image does not divide into the levels.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from nflows_kconv.nflows import finc_flow
         >>> flow = finc_flow((3, 32, 32), levels=3, steps=2, hidden_channels=64)  # 32 and 512: 44 million parameters
@@ -226,4 +256,5 @@ def finc_flow(
         parameters = nn.Embedding(num_classes, 2 * dimensions)  # means, then the logarithms of scales
         nn.init.zeros_(parameters.weight)
         base = ConditionalDiagonalNormal([dimensions], parameters)
-    return ImageFlow(CompositeTransform([Step(image_flow.Preprocessing(image_shape)), multiscale]), base)
+    transform = CompositeTransform([Step(image_flow.Preprocessing(image_shape)), multiscale])
+    return ImageFlow(transform, base, num_classes)

@@ -16,7 +16,7 @@ try:
     from normflows.flows.neural_spline.coupling import Coupling
 except ImportError as error:
     raise ImportError(
-        "nflows_kconv.normflows needs normflows, which comes with pip install nflows-kconv[normflows]"
+        'nflows_kconv.normflows needs normflows, which comes with pip install "nflows-kconv[normflows]"'
     ) from error
 
 __all__ = ["GlowBlock", "ImageFlow", "InvertibleConv2d", "ReversibleComposite", "Step", "finc_flow"]
@@ -39,7 +39,7 @@ class InvertibleConv2d(layer.InvertibleConv2d, flows.Flow):
     `normflows.flows.Reverse(InvertibleConv2d(...))` solves for the density and convolves for samples, and
     trains through the solution (Inverse-Flow, Nagar, Varma 2025, arXiv 2410.14634).
 
-    Example:
+    Examples:
         >>> from normflows.flows import ActNorm, Invertible1x1Conv
         >>> from nflows_kconv.normflows import InvertibleConv2d
         >>> flows = [Invertible1x1Conv(12), ActNorm((12, 1, 1)), InvertibleConv2d(12)]
@@ -104,7 +104,7 @@ class GlowBlock(flows.GlowBlock):
         TypeError: See `nflows_kconv.InvertibleConv2d`.
         ValueError: See `nflows_kconv.InvertibleConv2d`.
 
-    Example:
+    Examples:
         >>> from nflows_kconv.normflows import GlowBlock
         >>> block = GlowBlock(12, 256, split_mode="channel", scale=True)
     """
@@ -165,7 +165,7 @@ class ReversibleComposite(flows.Composite):
     Args:
         flows: The first one takes the latent variable; all must have an inverse.
 
-    Example:
+    Examples:
         >>> from normflows.flows import Squeeze
         >>> from nflows_kconv.normflows import GlowBlock, ReversibleComposite
         >>> level = [ReversibleComposite([GlowBlock(12, 64) for _ in range(4)]), Squeeze()]
@@ -194,11 +194,34 @@ class ImageFlow(MultiscaleFlow):
             y: Classes, [B] whole numbers or [B, num_classes] one-hot, if the flow has classes.
 
         Raises:
-            ValueError: If the flow has classes, and none are given.
+            TypeError: If the images are no tensor, or y none of integers and not one-hot.
+            ValueError: If the images have another shape than those of the flow, or values outside 0..255; if y does
+                not fit, or is missing, or the flow has no classes.
         """
-        if self.class_cond and y is None:
-            raise ValueError("y must give the classes of the images, as the flow has classes, got None")
-        return super().log_prob(image_flow.as_parameters_are(x, self), y)
+        images = image_flow.as_parameters_are(x, self)
+        return super().log_prob(images, self._classes(y, len(images)))
+
+    def sample(
+        self, num_samples: int = 1, y: Tensor | None = None, temperature: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Images, [B, C, H, W], and their log-density, [B].
+
+        Args:
+            num_samples: B, how many without y.
+            y: Classes, as in `log_prob`; without them a flow with classes draws some.
+            temperature: If given, scales the noise.
+
+        Raises:
+            TypeError: See `log_prob`.
+            ValueError: See `log_prob`.
+        """
+        return super().sample(num_samples, y if y is None else self._classes(y, None), temperature)
+
+    def _classes(self, y: Tensor | None, count: int | None) -> Tensor | None:
+        num_classes = self.q0[0].num_classes if self.class_cond else None
+        if isinstance(y, Tensor) and y.dim() == 2 and y.shape[1] == num_classes and count in (None, len(y)):
+            return y.to(self.q0[0].loc.dtype)  # one-hot
+        return image_flow.as_class_numbers("y", y, num_classes, count)
 
 
 def finc_flow(
@@ -248,7 +271,7 @@ def finc_flow(
         TypeError: If an argument has the wrong type.
         ValueError: If an argument has a wrong value, or the image does not divide into the levels.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from nflows_kconv.normflows import finc_flow
         >>> flow = finc_flow((3, 32, 32), levels=3, steps=2, hidden_channels=64)  # 32 and 512: 44 million parameters

@@ -212,6 +212,7 @@ def call(operator: Callable[..., Tensor], input: Tensor, weight: Tensor, corners
 
 
 def autocast_is_on(tensor: Tensor) -> bool:
+    """Whether autocast is on for the device of the tensor."""
     return not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)  # which raises for meta tensors
 
 
@@ -229,7 +230,10 @@ def _below_autograd(operator: Callable[..., Tensor], *args: Any) -> Tensor:
 
 
 def _with_type(error: RuntimeError) -> BaseException:
-    """The exception that it was: of those of the CUDA launcher, and since 2.15 the CPU's, torch keeps the text alone."""
+    """The exception that it was.
+
+    torch passes on the text alone: of the launcher of CUDA kernels always, of the CPU's kernels since torch 2.15.
+    """
     text = str(error)
     if text.startswith("out of memory: "):
         return torch.OutOfMemoryError(text)

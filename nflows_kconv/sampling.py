@@ -55,7 +55,7 @@ class GraphSampler:
         TypeError: If `flow` is no module with a method `sample`, or `num_samples` no integer.
         ValueError: If `num_samples` is not positive.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from nflows_kconv.nflows import finc_flow
         >>> from nflows_kconv.sampling import GraphSampler

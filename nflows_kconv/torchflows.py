@@ -15,7 +15,7 @@ try:
     from torchflows.bijections.base import Bijection
 except ImportError as error:
     raise ImportError(
-        "nflows_kconv.torchflows needs torchflows, which comes with pip install nflows-kconv[torchflows]"
+        'nflows_kconv.torchflows needs torchflows, which comes with pip install "nflows-kconv[torchflows]"'
     ) from error
 
 __all__ = ["InvertibleConv2d"]
@@ -37,7 +37,7 @@ class InvertibleConv2d(Bijection, layer.InvertibleConv2d):
         TypeError: See `nflows_kconv.InvertibleConv2d`.
         ValueError: See `nflows_kconv.InvertibleConv2d`; and if `event_shape` is not that of an image.
 
-    Example:
+    Examples:
         >>> from torchflows.bijections.base import BijectiveComposition
         >>> from torchflows.flows import Flow
         >>> from nflows_kconv.torchflows import InvertibleConv2d

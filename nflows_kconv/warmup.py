@@ -36,7 +36,7 @@ def warmup(module: nn.Module, input_shape: Sequence[int], **arguments: Any) -> N
         ValueError: If it contains no `InvertibleConv2d`.
         RuntimeError: If it cannot be called with such an input, or a kernel does not compile.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from nflows_kconv import warmup
         >>> from nflows_kconv.nflows import finc_flow

@@ -70,7 +70,7 @@ def check_missing_library(monkeypatch: pytest.MonkeyPatch, adapter: str, importe
     """Asserts that the adapter's import names the extra where the library's module `imported` is missing."""
     monkeypatch.setitem(sys.modules, imported, None)
     monkeypatch.delitem(sys.modules, f"nflows_kconv.{adapter}")
-    with pytest.raises(ImportError, match=re.escape(f"pip install nflows-kconv[{adapter}]")) as raised:
+    with pytest.raises(ImportError, match=re.escape(f'pip install "nflows-kconv[{adapter}]"')) as raised:
         importlib.import_module(f"nflows_kconv.{adapter}")
     assert isinstance(raised.value.__cause__, ImportError)
 

@@ -143,7 +143,7 @@ def test_unknown_instruction_set(name):
 def test_library_that_was_never_built(tmp_path):
     assert native._load(tmp_path) == (
         None,
-        "it was never built: the package runs from sources that were not installed",
+        f"it was never built: Python runs the sources in {tmp_path}, not an installed package",
     )
 
 

@@ -223,7 +223,7 @@ def test_autocast(dtype: torch.dtype):
 def test_arguments_on_two_devices():
     case = Case()
     for input, weight in ((case.input("cuda"), case.weight()), (case.input(), case.weight("cuda"))):
-        with pytest.raises(ValueError, match="weight must be on the input's device"):
+        with pytest.raises(ValueError, match="input and weight must be on one device"):
             functional.conv2d(input, weight, case.corners)
         with pytest.raises((RuntimeError, ValueError)):
             ops.solve(input, weight, [0, 1, 2, 3], False)

@@ -136,6 +136,7 @@ def test_what_overflows_is_infinite(exact: bool):
     [
         (dict(layer=nn.Conv2d(4, 4, 3)), TypeError, "layer must be an InvertibleConv2d, got Conv2d"),
         (dict(image_size=(4,)), ValueError, r"image_size must be \(H, W\), got \(4,\)"),
+        (dict(image_size=4), ValueError, r"image_size must be \(H, W\), got 4"),
         (dict(image_size=(4, 0)), ValueError, "W must be at least 1, got 0"),
         (dict(image_size=(4.0, 4)), TypeError, "H must be an integer, got 4.0"),
         (dict(max_iterations=0), ValueError, "max_iterations must be at least 1, got 0"),
@@ -435,3 +436,8 @@ class Straight(nn.Module):
 def test_errors_of_round_trip(flow: object, error: type[Exception], match: str):
     with pytest.raises(error, match=match):
         round_trip(flow, images(3, 4, 8, 8))
+
+
+def test_images_must_be_a_tensor():
+    with pytest.raises(TypeError, match="images must be a tensor, got ndarray"):
+        round_trip(stack(), images(3, 4, 8, 8).numpy())

@@ -81,13 +81,17 @@ INPUT_ERRORS = {
         dict(input=images(dtype=torch.complex64)), TypeError, "one of the dtypes torch.float32, .*, got torch.complex64"
     ),
     "weight's dtype": Wrong(
-        dict(weight=weight(dtype=torch.float64)), TypeError, "the input's dtype torch.float32, got torch.float64"
+        dict(weight=weight(dtype=torch.float64)),
+        TypeError,
+        "input and weight must have one dtype, got torch.float32 and torch.float64",
     ),
     "weight's half precision": Wrong(
-        dict(weight=weight(dtype=torch.float16)), TypeError, "the input's dtype torch.float32, got torch.float16"
+        dict(weight=weight(dtype=torch.float16)),
+        TypeError,
+        "input and weight must have one dtype, got torch.float32 and torch.float16",
     ),
     "weight's device": Wrong(
-        dict(weight=weight(device="meta")), ValueError, "weight must be on the input's device cpu, got meta"
+        dict(weight=weight(device="meta")), ValueError, "input and weight must be on one device, got cpu and meta"
     ),
     "bias of rank 2": Wrong(dict(bias=torch.zeros(8, 1)), ValueError, "bias must have shape (8,), got (8, 1)"),
     "bias of other channels": Wrong(dict(bias=torch.zeros(2)), ValueError, "bias must have shape (8,), got (2,)"),
@@ -99,10 +103,10 @@ INPUT_ERRORS = {
     "bias's dtype": Wrong(
         dict(bias=torch.zeros(8).double()),
         TypeError,
-        "bias must have the input's dtype torch.float32, got torch.float64",
+        "input and bias must have one dtype, got torch.float32 and torch.float64",
     ),
     "bias's device": Wrong(
-        dict(bias=torch.zeros(8, device="meta")), ValueError, "bias must be on the input's device cpu, got meta"
+        dict(bias=torch.zeros(8, device="meta")), ValueError, "input and bias must be on one device, got cpu and meta"
     ),
 }
 LOG_DET_ERRORS = {
@@ -178,8 +182,12 @@ def test_layers_check_their_input(inverse: bool):
     for input, error, match in (
         (images(6), ValueError, "input must have the weight's 8 channels, got 6"),
         (images()[0], ValueError, "input must have the 4 dimensions [B, C, H, W], got shape (8, 4, 5)"),
-        (images(dtype=torch.float64), TypeError, "weight must have the input's dtype torch.float64, got torch.float32"),
-        (images(device="meta"), ValueError, "weight must be on the input's device meta, got cpu"),
+        (
+            images(dtype=torch.float64),
+            TypeError,
+            "input and weight must have one dtype, got torch.float64 and torch.float32",
+        ),
+        (images(device="meta"), ValueError, "input and weight must be on one device, got meta and cpu"),
     ):
         with pytest.raises(error, match=message(match)):
             function(input)

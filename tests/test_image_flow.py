@@ -269,9 +269,45 @@ def test_images_may_have_any_dtype(library, dtype):
         torch.testing.assert_close(density, log_prob(flow, random_images().to(density.dtype)))
 
 
-def test_a_flow_with_classes_needs_them():
-    with pytest.raises(ValueError, match="y must give the classes"):
-        build("normflows", num_classes=2).log_prob(random_images())
+@in_both
+def test_classes_must_fit(library):
+    name = "context" if library == "nflows" else "y"
+    flow, images = build(library, num_classes=4), random_images(3)
+    for wrong, error, message in (
+        (torch.tensor([0, 1, 4]), ValueError, r"classes from 0 to 3, got \[0, 1, 4\]"),
+        (torch.tensor([0, -1, 2]), ValueError, r"classes from 0 to 3, got \[0, -1, 2\]"),
+        (torch.tensor([0, 1]), ValueError, r"shape \[3\], a class for each image, got \(2,\)"),
+        (torch.zeros(3, 5, dtype=torch.int64), ValueError, r"shape \[3\], a class for each image, got \(3, 5\)"),
+        (torch.rand(3), TypeError, "tensor of whole numbers, the classes of the images, got torch.float32"),
+        ([0, 1, 2], TypeError, "tensor of whole numbers, the classes of the images, got list"),
+    ):
+        with pytest.raises(error, match=f"{name} must .*{message}"):
+            log_prob(flow, images, wrong)
+    with pytest.raises(ValueError, match=f"{name} must give the classes of the images"):
+        log_prob(flow, images)
+    with pytest.raises(ValueError, match=f"{name} must be classes from 0 to 3, got \\[7\\]"):
+        flow.sample(1, torch.tensor([7]))
+    flow = build(library)
+    for call in (lambda: log_prob(flow, images, torch.zeros(3)), lambda: flow.sample(3, torch.zeros(3))):
+        with pytest.raises(ValueError, match=f"{name} must be None, as the flow has no classes"):
+            call()
+
+
+@in_both
+def test_classes_of_any_integers(library):
+    flow, images, classes = build(library, num_classes=4), random_images(3), torch.tensor([3, 0, 1])
+    expected = log_prob(flow, images, classes)
+    for dtype in (torch.uint8, torch.int32):
+        assert torch.equal(log_prob(flow, images, classes.to(dtype)), expected)
+    if library == "normflows":
+        one_hot = torch.nn.functional.one_hot(classes, 4)
+        torch.testing.assert_close(log_prob(flow, images, one_hot), expected)
+
+
+@in_both
+def test_images_must_be_a_tensor(library):
+    with pytest.raises(TypeError, match="images must be a tensor, got ndarray"):
+        log_prob(build(library), random_images().numpy())
 
 
 def test_the_levels_halve_and_grow():

@@ -442,7 +442,7 @@ assert not {"nflows", "normflows", "pytest"} & set(sys.modules)
 try:
     from nflows_kconv.testing import strategies
 except ImportError as error:
-    assert "pip install nflows-kconv[testing]" in str(error)
+    assert 'pip install "nflows-kconv[testing]"' in str(error)
 else:
     raise AssertionError
 """

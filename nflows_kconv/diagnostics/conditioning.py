@@ -65,7 +65,7 @@ def conditioning(
         TypeError: If `layer` is no `InvertibleConv2d`, or a size or a number of iterations no integer.
         ValueError: If a size or a number of iterations is not positive, or `image_size` not a pair.
 
-    Example:
+    Examples:
         >>> from nflows_kconv import InvertibleConv2d
         >>> from nflows_kconv.diagnostics import conditioning
         >>> layer = InvertibleConv2d(12, corners="TL", max_inverse_gain=4)
@@ -75,8 +75,8 @@ def conditioning(
     """
     if not isinstance(layer, InvertibleConv2d):
         raise TypeError(f"layer must be an InvertibleConv2d, got {type(layer).__name__}")
-    if len(image_size) != 2:
-        raise ValueError(f"image_size must be (H, W), got {tuple(image_size)}")
+    if not isinstance(image_size, Sequence) or len(image_size) != 2:
+        raise ValueError(f"image_size must be (H, W), got {image_size!r}")
     height, width = (checks.positive(name, size) for name, size in zip(("H", "W"), image_size, strict=True))
     checks.positive("max_iterations", max_iterations)
 

@@ -91,10 +91,10 @@ def round_trip(flow: nn.Module, images: Tensor, context: Tensor | None = None) -
         The errors, a verdict and what helps.
 
     Raises:
-        TypeError: If `flow` is no module with two directions.
+        TypeError: If `flow` is no module with two directions, or `images` no tensor.
         ValueError: If it has no steps, or the way back does not run through them in the reverse order.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from nflows_kconv import InvertibleConv2d
         >>> from nflows_kconv.diagnostics import round_trip
@@ -102,6 +102,8 @@ def round_trip(flow: nn.Module, images: Tensor, context: Tensor | None = None) -
         >>> result.error < 10 * result.rounding
         True
     """
+    if not isinstance(images, Tensor):
+        raise TypeError(f"images must be a tensor, got {type(images).__name__}")
     flow = _checked_copy(flow)
     names = {module: name or "(flow)" for name, module in flow.named_modules()}
     recorder = _Recorder(flow)
