@@ -199,6 +199,9 @@ def _celeba(root: Path, image_size: int | None) -> ImageData:
 def _directory(root: Path, image_size: int | None) -> ImageData:
     """Folders as torchvision's ImageFolder reads them."""
     _require("directory", [root / "train", root / "test"])
+    for split in (root / "train", root / "test"):
+        if not any(path.is_dir() for path in split.iterdir()):
+            raise ValueError(f"{split} must hold a folder of images for each class, one at least, got none")
     resize = [] if image_size is None else [partial(ImageOps.fit, size=(image_size, image_size))]
     transform = transforms.Compose([*resize, transforms.PILToTensor()])
     train, test = (
@@ -212,14 +215,16 @@ def _directory(root: Path, image_size: int | None) -> ImageData:
     with Image.open(first) as image:
         mode, size = image.mode, image.size
     if mode not in CHANNELS:
-        raise ValueError(f"{first} must be gray or RGB with 8 bits a channel (mode L or RGB), got mode {mode}")
+        raise ValueError(
+            f"{first} must be gray or RGB with 8 bits a channel (mode L or RGB), got mode {mode}: convert it"
+        )
     for path, _ in train.samples + test.samples:
         with Image.open(path) as image:
             if image.mode != mode:
                 raise ValueError(f"images must have the same channels: {first} has mode {mode}, {path} {image.mode}")
             if image_size is None and image.size != size:
                 raise ValueError(
-                    f"images must have the same size, unless one is given to resize to: {first} has {size}, "
+                    f"images must have the same size, or come with --image-size: {first} has {size}, "
                     f"{path} {image.size}"
                 )
     width, height = size if image_size is None else (image_size, image_size)
@@ -241,7 +246,9 @@ def _require(name: str, paths: Iterable[Path]) -> None:
     for path in paths:
         if not path.exists():
             source = SOURCES[name]
-            offer = ", or with --download" if source.downloadable else ""
+            offer = (
+                f", or by train_image_flow.py --data {name} --data-root ... --download" if source.downloadable else ""
+            )
             raise FileNotFoundError(f"{name} needs {path}, which does not exist; get it from {source.address}{offer}")
 
 
@@ -261,5 +268,7 @@ SOURCES = {
     "imagenet32": Source(partial(_imagenet, 32), f"{_IMAGENET}32"),
     "imagenet64": Source(partial(_imagenet, 64), f"{_IMAGENET}64"),
     "celeba": Source(_celeba, "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html", datasets.CelebA),
-    "directory": Source(_directory, "your own images: PATH/train/CLASS/IMAGE and PATH/test/CLASS/IMAGE"),
+    "directory": Source(
+        _directory, "your own images: --data-root PATH with PATH/train/CLASS/IMAGE and PATH/test/CLASS/IMAGE"
+    ),
 }

@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from sklearn.datasets import load_sample_image
 
 from nflows_kconv import images
@@ -46,7 +46,8 @@ def main(steps, output):
         print(f"other photograph: {images.bits_per_dim(flow.log_prob(test), SHAPE).mean():.2f} bits per dimension")
         picture = images.grid(images.to_uint8(flow.sample(40)), columns=8)
     output.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(output)
+    pixels = Image.fromarray(picture.permute(1, 2, 0).numpy())
+    ImageOps.scale(pixels, 4, Image.Resampling.NEAREST).save(output)
     print(f"wrote {output}")
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import normflows as nf
 import torch
 from image_data import ImageData
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 from torchvision.transforms.functional import to_pil_image
@@ -20,6 +21,7 @@ from nflows_kconv.images import bits_per_dim, grid, importance_weighted_bound
 from nflows_kconv.sampling import GraphSampler
 
 COLUMNS = 10
+PICTURE_WIDTH = 600
 TEMPERATURES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
@@ -129,8 +131,14 @@ def evaluate(
     columns = {"levels": count}
     for name, pictures in rows.items():
         path = output / f"{name}.png"
-        to_pil_image(grid(pictures, columns.get(name, COLUMNS)).cpu()).save(path)
+        save_picture(grid(pictures, columns.get(name, COLUMNS)).cpu(), path)
         print(f"wrote {path}")
+
+
+def save_picture(pixels: Tensor, path: Path) -> None:
+    """Writes a picture [C, H, W], small ones enlarged by a whole factor, up to `PICTURE_WIDTH`."""
+    picture = to_pil_image(pixels)
+    ImageOps.scale(picture, max(1, PICTURE_WIDTH // picture.width), Image.Resampling.NEAREST).save(path)
 
 
 def bits_per_dim_of_test(

@@ -5,8 +5,9 @@
     python examples/train_image_flow.py --output runs/digits --training-steps 2000 --validate-every 500
 
 The same command with --resume goes on from the last checkpoint; on the CPU the parameters are bit for bit those of a
-training without the break. A training that has taken all its steps is evaluated again. --kernel-size 0 trains Glow,
-the baseline. TensorBoard shows the learning curves: tensorboard --logdir runs
+training without the break. On one device Ctrl-C ends the training with a checkpoint. A training that has taken all its
+steps is evaluated again. sample_checkpoint.py draws images from a checkpoint. --kernel-size 0 trains Glow, the
+baseline. TensorBoard shows the learning curves: tensorboard --logdir runs
 
 At the end the averaged weights are evaluated in float32 on the test images: bits per dimension, round-trip error, time
 of sampling; samples.png, temperatures.png (a row for each temperature), interpolations.png (between test images)
@@ -20,8 +21,10 @@ import argparse
 import functools
 import itertools
 import os
+import signal
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,7 +72,7 @@ class Architecture(NamedTuple):
     hidden_channels: int
 
 
-# Those of FInC Flow, or nearest to them; for digits and photographs, ones that a CPU trains in minutes.
+# Those of FInC Flow, or nearest to them; where images may be few, ones that a CPU trains in minutes.
 ARCHITECTURES = {
     "digits": Architecture(2, 4, 64),
     "photographs": Architecture(3, 4, 64),
@@ -78,7 +81,7 @@ ARCHITECTURES = {
     "imagenet32": Architecture(4, 48, 512),
     "imagenet64": Architecture(3, 32, 512),
     "celeba": Architecture(3, 32, 512),
-    "directory": Architecture(3, 32, 512),
+    "directory": Architecture(3, 4, 64),
 }
 
 
@@ -197,8 +200,23 @@ class Loaders(LightningDataModule):
         return DataLoader(self.data.validation, self.batch_size, num_workers=self.workers)
 
 
+def growing_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor], None]:
+    """An exponential moving average whose decay grows to its value, so that short trainings forget their beginning.
+
+    Raises:
+        ValueError: If the decay is not between 0 and 1.
+    """
+    get_ema_multi_avg_fn(decay)
+
+    def update(averages: list[Tensor], current: list[Tensor], count: Tensor) -> None:
+        steps = int(count)
+        get_ema_multi_avg_fn(min(decay, (1 + steps) / (10 + steps)))(averages, current, count)
+
+    return update
+
+
 class LastCheckpoint(Checkpoint):
-    """Saves the state in place of the one before, at regular steps and after the last.
+    """Saves the state in place of the one before, at regular steps and after the last, or that on which it stops.
 
     Args:
         path: The file.
@@ -210,7 +228,8 @@ class LastCheckpoint(Checkpoint):
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """Saves, if it is time to."""
-        if trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps:
+        last = trainer.should_stop or trainer.global_step == trainer.max_steps
+        if last or trainer.global_step % self.every == 0:
             trainer.save_checkpoint(self.path, weights_only=False)
 
 
@@ -221,6 +240,27 @@ class StepProgressBar(TQDMProgressBar):
     def total_train_batches(self) -> int:
         """Number of training steps."""
         return self.trainer.max_steps
+
+
+@contextmanager
+def stopped_by_interrupts(trainer: Trainer) -> Iterator[None]:
+    """The first Ctrl-C ends the training after its step, the second at once.
+
+    Several processes would have to agree on the step; there the first one ends them.
+    """
+    if trainer.world_size > 1:
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        trainer.should_stop = True
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def build_flow(configuration: dict[str, Any]) -> nn.Module:
@@ -283,10 +323,14 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentP
     group.add_argument("--learning-rate", type=float, default=1e-3, help="of Adam, after the warm-up")
     group.add_argument("--warm-up", type=int, default=1000, help="steps over which the learning rate grows")
     group.add_argument("--gradient-clip", type=float, default=1.0, help="largest norm of the gradient; 0 for any")
-    group.add_argument("--ema-decay", type=float, default=0.999, help="of the averaged weights, which are evaluated")
+    group.add_argument(
+        "--ema-decay", type=float, default=0.999, help="of the averaged weights, which are evaluated; less at first"
+    )
     group.add_argument("--precision", choices=("32-true", "bf16-mixed", "16-mixed"), default="32-true")
     group.add_argument("--seed", type=int, default=0)
-    group.add_argument("--validate-every", type=int, default=5000, help="steps between validations and checkpoints")
+    group.add_argument(
+        "--validate-every", type=int, default=5000, help="steps between validations, and between checkpoints"
+    )
     group.add_argument("--importance-samples", type=int, default=1, help="of the evaluation, for each image")
     group.add_argument("--accelerator", default="auto", help="as Lightning's Trainer takes it: cpu, gpu, ...")
     group.add_argument("--devices", type=int, default=int(os.environ.get("LOCAL_WORLD_SIZE", 1)), help="of a machine")
@@ -346,7 +390,9 @@ def check_checkpoint(path: Path, configuration: dict[str, Any]) -> None:
         ValueError: If it is of another one.
     """
     if not path.exists():
-        raise FileNotFoundError(f"--resume needs {path}, which does not exist")
+        raise FileNotFoundError(
+            f"--resume needs {path}, which does not exist: begin a training with another --output, without --resume"
+        )
     saved = torch.load(path, map_location="cpu", mmap=True).get("hyper_parameters", {})
     different = [
         f"{name} is {saved.get(name)!r} there, {configuration.get(name)!r} here"
@@ -381,7 +427,7 @@ def build_trainer(arguments: argparse.Namespace) -> Trainer:
             StepProgressBar(),
             LearningRateMonitor(),
             # Buffers are copied: what they hold are no averages.
-            WeightAveraging(use_buffers=False, multi_avg_fn=get_ema_multi_avg_fn(arguments.ema_decay)),
+            WeightAveraging(use_buffers=False, multi_avg_fn=growing_average(arguments.ema_decay)),
             LastCheckpoint(arguments.output / CHECKPOINT, arguments.validate_every),
         ],
         val_check_interval=arguments.validate_every,
@@ -406,9 +452,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(str(error))
     checkpoint = options.output / CHECKPOINT
     loaders = Loaders(data, options.batch_size, options.seed)
-    trainer.fit(module, loaders, ckpt_path=checkpoint if options.resume else None)
+    with stopped_by_interrupts(trainer):
+        trainer.fit(module, loaders, ckpt_path=checkpoint if options.resume else None)
     if not trainer.is_global_zero:
         return
+    if trainer.global_step < options.training_steps:
+        print(f"stopped after step {trainer.global_step}; the same command with --resume goes on")
+        return
+    if trainer.global_step > options.training_steps:
+        print(f"{checkpoint} has taken {trainer.global_step} steps already; it is evaluated")
 
     # The averaged weights, which Lightning saves in the place of those that are trained.
     module.load_state_dict(torch.load(checkpoint, map_location="cpu")["state_dict"])

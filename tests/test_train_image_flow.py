@@ -6,6 +6,7 @@ import math
 import os
 import pickle
 import re
+import signal
 import struct
 import subprocess
 import sys
@@ -31,6 +32,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 import image_data  # noqa: E402
 import image_flow_evaluation  # noqa: E402
+import sample_checkpoint  # noqa: E402
 import train_image_flow  # noqa: E402
 
 sys.path.remove(str(EXAMPLES))
@@ -393,14 +395,67 @@ def test_weights_are_averaged_and_the_learning_rate_warms_up(tmp_path):
     run = tmp_path / "run"
     before = train(run, 2, "--ema-decay", "0.9")
     after = train(run, 3, "--ema-decay", "0.9", "--resume")
+    decay = 3 / 12  # of the third of the averages, (1 + n) / (10 + n) for n = 2
     for name, average in after["state_dict"].items():
         current = after["current_model_state"][name]
         if average.is_floating_point():
-            torch.testing.assert_close(average, 0.9 * before["state_dict"][name] + 0.1 * current)
+            torch.testing.assert_close(average, decay * before["state_dict"][name] + (1 - decay) * current)
         else:
             assert torch.equal(average, current)
     rates = [checkpoint["optimizer_states"][0]["param_groups"][0]["lr"] for checkpoint in (before, after)]
     assert rates == pytest.approx([1e-3 * 3 / 30, 1e-3 * 4 / 30])
+
+
+def test_the_decay_of_averages_grows_to_its_value():
+    update = train_image_flow.growing_average(0.9)
+    for steps, decay in ((0, 0.1), (71, 72 / 81), (80, 0.9), (1000, 0.9)):
+        averages = [torch.zeros(2)]
+        update(averages, [torch.ones(2)], torch.tensor(steps))
+        torch.testing.assert_close(averages[0], torch.full((2,), 1 - decay))
+
+
+def test_an_interrupt_ends_the_training_with_a_checkpoint(whole_run, tmp_path, monkeypatch, capsys):
+    step = train_image_flow.ImageFlow.training_step
+
+    def interrupted(module, batch, batch_idx):
+        if module.trainer.global_step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(module, batch, batch_idx)
+
+    before = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_image_flow.ImageFlow, "training_step", interrupted)
+        assert train(tmp_path / "run", 10, "--flip")["global_step"] == 3
+    assert signal.getsignal(signal.SIGINT) is before
+    output = capsys.readouterr().out
+    assert "stopped after step 3; the same command with --resume goes on" in output
+    assert "test bits per dimension" not in output
+    resumed, whole = train(tmp_path / "run", 10, "--flip", "--resume"), torch.load(whole_run / "last.ckpt")
+    assert_identical(resumed["state_dict"], whole["state_dict"])
+
+
+def test_images_are_drawn_from_a_checkpoint(whole_run, tmp_path, monkeypatch, capsys):
+    picture, checkpoint = tmp_path / "samples.png", torch.load(whole_run / "last.ckpt")
+    flow = sample_checkpoint.load_flow(whole_run / "last.ckpt")
+    for name, value in flow.state_dict().items():
+        assert torch.equal(value, checkpoint["state_dict"][f"flow.{name}"])
+    command = ["sample_checkpoint.py", str(whole_run / "last.ckpt"), "--output", str(picture), "--count", "9"]
+    monkeypatch.setattr(sys, "argv", command)
+    sample_checkpoint.main()
+    assert f"wrote {picture}" in capsys.readouterr().out
+    with Image.open(picture) as drawn:
+        assert drawn.size == (7 * (8 * 10 + 2), 7 * (2 * 10 + 2))
+    monkeypatch.setattr(sys, "argv", [*command, "--label", "3"])
+    with pytest.raises(SystemExit):
+        sample_checkpoint.main()
+    assert "the flow has no classes" in capsys.readouterr().err
+
+
+def test_a_directory_must_have_folders_of_classes(tmp_path, capsys):
+    for path in ("train/a/0.png", "test/0.png"):
+        save_image(tmp_path / path, gray(4, 4))
+    run = ("--data", "directory", "--data-root", str(tmp_path), "--output", str(tmp_path / "run"))
+    assert f"{tmp_path}/test must hold a folder of images for each class" in refused(capsys, *run)
 
 
 def test_gradients_are_clipped(tmp_path):
@@ -552,4 +607,4 @@ def test_what_a_run_prints_and_writes(library, tmp_path, capsys):
     assert "log2 15 = 3.907" in output
     for name, rows in (("samples", 10), ("temperatures", 6), ("interpolations", 10), ("levels", 3)):
         with Image.open(run / f"{name}.png") as picture:
-            assert picture.size == (10 * 10 + 2, rows * 10 + 2)
+            assert picture.size == (5 * (10 * 10 + 2), 5 * (rows * 10 + 2))
