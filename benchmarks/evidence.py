@@ -1,6 +1,6 @@
 """Does the layer help? Trains flows for equal times, with the layer and without it.
 
-    python benchmarks/evidence.py --data digits --seconds 60
+    python benchmarks/evidence.py --data digits --seconds 60 --output build/evidence-digits
     python benchmarks/evidence.py --data fashion-mnist --data-root DATA --device cuda --seconds 520 --steps 8
     python benchmarks/evidence.py --report benchmarks/results/evidence-digits-cpu
 
@@ -12,8 +12,9 @@ it has as many parameters as the pair.
 First the time of a training step of each flow is measured, all in turns; each is then trained for as many steps as fit
 into the given time, so that it does not matter how busy the machine is during the trainings.
 
-The folder benchmarks/results/evidence-DATA-DEVICE gets runs.json after each run, and at the end report.md and pictures.
-The same command goes on with what is missing there.
+The folder benchmarks/results/evidence-DATA-DEVICE, or --output, gets runs.json after each run, and at the end report.md
+and pictures. The same command goes on with what is missing there, after Ctrl-C too. A run takes --seconds and the time
+of its evaluation; by default there are 34 of them.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,8 @@ import evidence_report
 import evidence_training
 import torch
 from evidence_training import Configuration, Timing, image_data
+from image_flow_evaluation import save_picture
 from layer import RESULTS, gpu_machine, machine
-from torchvision.transforms.functional import to_pil_image
 
 LEVELS = {"digits": 2, "fashion-mnist": 2, "photographs": 3}
 KERNELS = (2, 5)  # beside 3
@@ -115,20 +116,30 @@ def main() -> None:
     wanted = list(dict.fromkeys(wanted))
     with_picture = wanted[: len(evidence_training.METHODS)]
     missing = [configuration for configuration in wanted if configuration not in done]
+    minutes = len(missing) * options.seconds / options.jobs / 60
+    print(
+        f"{len(missing)} of {len(wanted)} runs are missing in {output}: {minutes:.0f} minutes of training", flush=True
+    )
     with ProcessPoolExecutor(options.jobs, get_context("spawn")) as pool:
         source = (options.data, options.data_root)
         timings = {Configuration(*size): Timing(*timing) for size, timing in results["timings"]}
         sizes = list(dict.fromkeys(each._replace(seed=0) for each in missing if each._replace(seed=0) not in timings))
-        timings |= pool.submit(evidence_training.time_all, sizes, *source, options.device).result()
-        results["timings"] = [[list(size), list(timing)] for size, timing in timings.items()]
-        futures = {}
-        for each in missing:
-            steps = math.ceil(options.seconds / timings[each._replace(seed=0)].step_seconds)
-            futures[pool.submit(evidence_training.run, each, *source, steps, options.device)] = each
-        for future in as_completed(futures):
-            each = futures[future]
-            run = future.result() | timings[each._replace(seed=0)]._asdict()
-            _add(results, run, output, with_picture=each in with_picture)
+        try:
+            timings |= pool.submit(evidence_training.time_all, sizes, *source, options.device).result()
+            results["timings"] = [[list(size), list(timing)] for size, timing in timings.items()]
+            futures = {}
+            for each in missing:
+                steps = math.ceil(options.seconds / timings[each._replace(seed=0)].step_seconds)
+                futures[pool.submit(evidence_training.run, each, *source, steps, options.device)] = each
+            for future in as_completed(futures):
+                each = futures[future]
+                run = future.result() | timings[each._replace(seed=0)]._asdict()
+                _add(results, run, output, with_picture=each in with_picture)
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in active_children():
+                process.terminate()
+            raise SystemExit(f"stopped; the same command goes on with what is missing in {output}") from None
     evidence_report.write(output)
 
 
@@ -138,7 +149,9 @@ def _begun(output: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
         return None
     results = json.loads(path.read_text())
     if results["settings"] != settings:
-        raise SystemExit(f"{path} must be of the settings {settings}, or go elsewhere, got {results['settings']}")
+        raise SystemExit(
+            f"{path} must be of the settings {settings}, got {results['settings']}; --output FOLDER writes elsewhere"
+        )
     return results
 
 
@@ -148,9 +161,9 @@ def _configuration(run: dict[str, Any]) -> Configuration:
 
 def _add(results: dict[str, Any], run: dict[str, Any], output: Path, *, with_picture: bool) -> None:
     output.mkdir(parents=True, exist_ok=True)
-    picture = to_pil_image(run.pop("samples"))
+    samples = run.pop("samples")
     if with_picture:
-        picture.save(output / f"samples-{run['method'].lower().replace(', ', '-').replace(' ', '-')}.png")
+        save_picture(samples, output / f"samples-{run['method'].lower().replace(', ', '-').replace(' ', '-')}.png")
     results["runs"].append(run)
     unfinished = output / "runs.json.part"
     unfinished.write_text(json.dumps(results, indent=1) + "\n")

@@ -77,7 +77,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, help="a JSON file that layer.py has written")
     path = parser.parse_args().results
-    write(json.loads(path.read_text()), path.with_suffix(".png"))
+    try:
+        write(json.loads(path.read_text()), path.with_suffix(".png"))
+    except (OSError, ValueError) as error:
+        parser.error(f"{path}: {error}")
     print(f"written to {path.with_suffix('.png')}")
 
 

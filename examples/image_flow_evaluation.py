@@ -136,9 +136,9 @@ def evaluate(
 
 
 def save_picture(pixels: Tensor, path: Path) -> None:
-    """Writes a picture [C, H, W], small ones enlarged by a whole factor, up to `PICTURE_WIDTH`."""
+    """Writes a picture [C, H, W], small ones enlarged by a whole factor, to about `PICTURE_WIDTH`."""
     picture = to_pil_image(pixels)
-    ImageOps.scale(picture, max(1, PICTURE_WIDTH // picture.width), Image.Resampling.NEAREST).save(path)
+    ImageOps.scale(picture, max(1, round(PICTURE_WIDTH / picture.width)), Image.Resampling.NEAREST).save(path)
 
 
 def bits_per_dim_of_test(

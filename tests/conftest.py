@@ -18,6 +18,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda needs a CUDA device, and torch finds none")
     torch.set_num_threads(1)  # the tensors are small; what threads may change has a test of its own
     # The `backend` fixture registers the reference in place of the kernel on purpose.
     config.addinivalue_line("filterwarnings", "ignore:Warning only once for all operators")

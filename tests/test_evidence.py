@@ -44,7 +44,7 @@ def test_runs_and_goes_on_where_it_was(in_this_process, monkeypatch, tmp_path, c
         assert one["round_trip_error"] < 1e-3
         assert 0 < 0.05 - one["step_seconds"] * (one["training_steps"] - 1) <= one["step_seconds"]
         assert one["sampling_seconds"] > 0
-    assert Image.open(tmp_path / "samples-pair-inverse.png").size == (102, 102)
+    assert Image.open(tmp_path / "samples-pair-inverse.png").size == (6 * 102, 6 * 102)
     assert "log2 15" in (tmp_path / "report.md").read_text()
     assert {path.name for path in tmp_path.glob("*.png")} > {"pareto.png", "learning_curves.png"}
 
@@ -55,7 +55,13 @@ def test_runs_and_goes_on_where_it_was(in_this_process, monkeypatch, tmp_path, c
     assert [one["step_seconds"] for one in again[len(first) :]] == [one["step_seconds"] for one in first[:6]]
     assert [one["seed"] for one in again[len(first) :]] == [1] * 6
 
-    with pytest.raises(SystemExit, match="settings"):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="the same command goes on"):
+        patch.setattr(evidence, "_add", interrupt)
+        run(patch, *ARGUMENTS, "--output", str(tmp_path), "--seeds", "2")
+    with pytest.raises(SystemExit, match="--output FOLDER writes elsewhere"):
         run(monkeypatch, "--seconds", "0.06", "--output", str(tmp_path))
     assert json.loads((tmp_path / "runs.json").read_text())["runs"] == again
 

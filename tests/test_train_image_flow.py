@@ -607,4 +607,4 @@ def test_what_a_run_prints_and_writes(library, tmp_path, capsys):
     assert "log2 15 = 3.907" in output
     for name, rows in (("samples", 10), ("temperatures", 6), ("interpolations", 10), ("levels", 3)):
         with Image.open(run / f"{name}.png") as picture:
-            assert picture.size == (5 * (10 * 10 + 2), 5 * (rows * 10 + 2))
+            assert picture.size == (6 * (10 * 10 + 2), 6 * (rows * 10 + 2))
