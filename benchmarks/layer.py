@@ -129,6 +129,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="a JSON file to write")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes: shows that this works, tells nothing of speed")
     arguments = parser.parse_args()
+    if arguments.output:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
     workload = {"cpu": workloads.CPU, "cuda": workloads.CUDA}[arguments.device]
     if arguments.tiny:
         workload = workloads.tiny(workload)

@@ -294,6 +294,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="a JSON file to write")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes: shows that this works, tells nothing of speed")
     arguments = parser.parse_args()
+    if arguments.output:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda needs a GPU, and torch finds none")
     torch.backends.cudnn.benchmark = True
