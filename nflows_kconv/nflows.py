@@ -171,6 +171,11 @@ class ImageFlow(Flow):
         classes = image_flow.as_class_numbers("context", context, self._num_classes, None)
         return super().sample(num_samples, classes, batch_size)
 
+    def sample_and_log_prob(self, num_samples: int, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """What `sample` draws, and the log-density, [num_samples] or [B, num_samples]; errors are those of `log_prob`."""
+        classes = image_flow.as_class_numbers("context", context, self._num_classes, None)
+        return super().sample_and_log_prob(num_samples, classes)
+
     def transform_to_noise(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
         """The latent variables of images, [B, C H W]; arguments and errors are those of `log_prob`."""
         return super().transform_to_noise(image_flow.as_parameters_are(inputs, self), context)

@@ -285,8 +285,10 @@ def test_classes_must_fit(library):
             log_prob(flow, images, wrong)
     with pytest.raises(ValueError, match=f"{name} must give the classes of the images"):
         log_prob(flow, images)
-    with pytest.raises(ValueError, match=f"{name} must be classes from 0 to 3, got \\[7\\]"):
-        flow.sample(1, torch.tensor([7]))
+    draws = [flow.sample, flow.sample_and_log_prob] if library == "nflows" else [flow.sample]
+    for draw in draws:
+        with pytest.raises(ValueError, match=f"{name} must be classes from 0 to 3, got \\[7\\]"):
+            draw(1, torch.tensor([7]))
     flow = build(library)
     for call in (lambda: log_prob(flow, images, torch.zeros(3)), lambda: flow.sample(3, torch.zeros(3))):
         with pytest.raises(ValueError, match=f"{name} must be None, as the flow has no classes"):
