@@ -172,7 +172,7 @@ class ImageFlow(Flow):
         return super().sample(num_samples, classes, batch_size)
 
     def sample_and_log_prob(self, num_samples: int, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """What `sample` draws, and the log-density, [num_samples] or [B, num_samples]; errors are those of `log_prob`."""
+        """What `sample` draws and its log-density, [num_samples] or [B, num_samples]; raises what `log_prob` raises."""
         classes = image_flow.as_class_numbers("context", context, self._num_classes, None)
         return super().sample_and_log_prob(num_samples, classes)
 
