@@ -288,13 +288,14 @@ def build_flow(configuration: dict[str, Any]) -> nn.Module:
 def parse_arguments(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     """The command line, with the architecture of the data set filled in."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder of the run: checkpoint, curves, pictures")
+    either = parser.add_mutually_exclusive_group(required=True)
+    either.add_argument("--output", type=Path, help="folder of the run: checkpoint, curves, pictures")
+    either.add_argument("--download", action="store_true", help="only fetch the data set into --data-root")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --output")
 
     group = parser.add_argument_group("images")
     group.add_argument("--data", choices=image_data.SOURCES, default="digits")
     group.add_argument("--data-root", type=Path, default=Path("data"), help="folder that holds the data sets")
-    group.add_argument("--download", action="store_true", help="only fetch the data set into --data-root")
     group.add_argument("--image-size", type=int, help="to which celeba (64) and directory (as is) crop and resize")
     group.add_argument(
         "--flip", action="store_true", help="mirror half of the training images, as is usual for cifar10"

@@ -1,5 +1,6 @@
 """What every test shares: the device, the backends, and how many cases hypothesis draws."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -20,7 +21,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda needs a CUDA device, and torch finds none")
-    torch.set_num_threads(1)  # the tensors are small; what threads may change has a test of its own
+    # The tensors are small, and tests run side by side; what threads may change has tests of its own.
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of child processes
     # The `backend` fixture registers the reference in place of the kernel on purpose.
     config.addinivalue_line("filterwarnings", "ignore:Warning only once for all operators")
 

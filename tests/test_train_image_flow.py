@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 import os
-import pickle
 import re
 import signal
-import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import chain, cycle
 from pathlib import Path
 
+import image_files
 import numpy as np
 import pytest
 import skimage.data
@@ -38,7 +38,6 @@ import train_image_flow  # noqa: E402
 sys.path.remove(str(EXAMPLES))
 
 SMALL = "--levels 1 --flow-steps 1 --hidden-channels 4 --warm-up 30 --validate-every 2 --accelerator cpu".split()
-random = np.random.default_rng(0)
 
 
 @pytest.fixture(autouse=True)
@@ -79,96 +78,15 @@ def assert_identical(first: dict, second: dict) -> None:
             assert value == second[name], name
 
 
-# Data sets: `write` makes a few images in the published format and returns them, [B, C, H, W], the test images last.
-
-
-def write_fashion_mnist(root: Path, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
-    """http://yann.lecun.com/exdb/mnist: two zero bytes, the type, the rank, the sizes, then the values."""
-    folder = root / "FashionMNIST" / "raw"
-    folder.mkdir(parents=True)
-    images = random.integers(256, size=(7, 28, 28), dtype=np.uint8)
-    for name, part in (("train", images[:5]), ("t10k", images[5:])):
-        header = struct.pack(">BBBBIII", 0, 0, 8, 3, *part.shape)
-        (folder / f"{name}-images-idx3-ubyte").write_bytes(header + part.tobytes())
-        header = struct.pack(">BBBBI", 0, 0, 8, 1, len(part))
-        (folder / f"{name}-labels-idx1-ubyte").write_bytes(header + bytes(range(len(part))))
-    return images[:, None]
-
-
-def write_cifar10(root: Path, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
-    """https://www.cs.toronto.edu/~kriz/cifar.html: pickled rows of 1024 red, 1024 green, 1024 blue values."""
-    published = image_data.datasets.CIFAR10
-    folder = root / "cifar-10-batches-py"
-    folder.mkdir(parents=True)
-    images = random.integers(256, size=(12, 3, 32, 32), dtype=np.uint8)
-    names = [f"data_batch_{index}" for index in range(1, 6)] + ["test_batch"]
-    for index, name in enumerate(names):
-        rows = images[2 * index : 2 * index + 2].reshape(2, 3072)
-        (folder / name).write_bytes(pickle.dumps({"data": rows, "labels": [index, index + 1]}, protocol=2))
-    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": ["airplane"] * 10}, protocol=2))
-    # torchvision knows the checksums of the real files.
-    monkeypatch.setattr(published, "train_list", [[name, None] for name in names[:5]])
-    monkeypatch.setattr(published, "test_list", [["test_batch", None]])
-    monkeypatch.setattr(published, "meta", published.meta | {"md5": None})
-    return images
-
-
-def write_imagenet(size: int, root: Path, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
-    """https://patrykchrabaszcz.github.io/Imagenet32: rows as in CIFAR-10, labels from 1 on, the mean image."""
-    folder = root / f"imagenet{size}"
-    folder.mkdir(parents=True)
-    images = random.integers(256, size=(11, 3, size, size), dtype=np.uint8)
-    rows = images.reshape(11, -1)
-    for index in range(10):
-        part = rows[index : index + 1]
-        np.savez(
-            folder / f"train_data_batch_{index + 1}.npz", data=part, labels=np.array([index + 1]), mean=part.mean(0)
-        )
-    np.savez(folder / "val_data.npz", data=rows[10:], labels=np.array([1000]))
-    return images
-
-
-def write_celeba(root: Path, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
-    """https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html: JPEGs of 178 x 218 pixels, and tables with spaces."""
-    published = image_data.datasets.CelebA
-    folder = root / "celeba"
-    (folder / "img_align_celeba").mkdir(parents=True)
-    names = [f"{index:06}.jpg" for index in range(1, 7)]
-    pictures = []
-    for name in names:
-        coarse = Image.fromarray(random.integers(256, size=(4, 3, 3), dtype=np.uint8))
-        coarse.resize((178, 218), Image.Resampling.BICUBIC).save(folder / "img_align_celeba" / name)
-        picture = Image.open(folder / "img_align_celeba" / name).crop((15, 35, 163, 183))
-        pictures.append(np.asarray(picture.resize((64, 64), Image.Resampling.BILINEAR)).transpose(2, 0, 1))
-    tables = {
-        "list_eval_partition.txt": [f"{name} {part}" for name, part in zip(names, (0, 0, 1, 1, 2, 2), strict=True)],
-        "identity_CelebA.txt": [f"{name} 7" for name in names],
-        "list_bbox_celeba.txt": ["6", "image_id x_1 y_1 width height", *(f"{name}  95  71 226 313" for name in names)],
-        "list_landmarks_align_celeba.txt": ["6", "lefteye_x lefteye_y", *(f"{name} 69  109" for name in names)],
-        "list_attr_celeba.txt": ["6", "Bald Smiling", *(f"{name} -1  1" for name in names)],
-    }
-    for name, lines in tables.items():
-        (folder / name).write_text("\n".join(lines) + "\n")
-    monkeypatch.setattr(published, "file_list", [("", None, name) for name in tables])
-    return np.stack([pictures[index] for index in (0, 1, 4, 5)])
-
-
-def write_directory(root: Path, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
-    images = random.integers(256, size=(6, 3, 4, 8), dtype=np.uint8)
-    for index, image in enumerate(images):
-        folder = root / ("train" if index < 4 else "test") / "ab"[index % 2]
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image.transpose(1, 2, 0)).save(folder / f"{index}.png")
-    return images[[0, 2, 1, 3, 4, 5]]
-
+# Data sets.
 
 WRITERS: dict[str, Callable[[Path, pytest.MonkeyPatch], np.ndarray]] = {
-    "fashion-mnist": write_fashion_mnist,
-    "cifar10": write_cifar10,
-    "imagenet32": lambda root, monkeypatch: write_imagenet(32, root, monkeypatch),
-    "imagenet64": lambda root, monkeypatch: write_imagenet(64, root, monkeypatch),
-    "celeba": write_celeba,
-    "directory": write_directory,
+    "fashion-mnist": image_files.write_fashion_mnist,
+    "cifar10": image_files.write_cifar10,
+    "imagenet32": partial(image_files.write_imagenet, 32),
+    "imagenet64": partial(image_files.write_imagenet, 64),
+    "celeba": image_files.write_celeba,
+    "directory": image_files.write_directory,
 }
 CLASSES = {
     "fashion-mnist": [0, 1, 2, 3, 4, 0, 1],
@@ -239,13 +157,13 @@ def test_a_missing_file_is_named(name, file, address, tmp_path, monkeypatch, cap
 
 def test_files_with_other_checksums_are_refused(tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
-        write_cifar10(tmp_path, patch)
+        image_files.write_cifar10(tmp_path, patch)
     error = refused(capsys, "--data", "cifar10", "--data-root", str(tmp_path), "--output", str(tmp_path / "run"))
     assert f"the files in {tmp_path / 'cifar-10-batches-py'} are not those that were published" in error
 
 
 def test_images_of_a_directory_are_resized_on_request(tmp_path, monkeypatch):
-    write_directory(tmp_path, monkeypatch)
+    image_files.write_directory(tmp_path, monkeypatch)
     data = image_data.load("directory", tmp_path, 2)
     assert data.image_shape == data.train[0][0].shape == (3, 2, 2)
 
@@ -280,7 +198,7 @@ def test_images_that_differ_are_refused(odd, message, tmp_path, capsys):
 
 def test_images_with_other_values_or_sizes_are_refused(tmp_path, monkeypatch, capsys):
     run = ("--data-root", str(tmp_path), "--output", str(tmp_path / "run"), "--data")
-    write_imagenet(32, tmp_path, monkeypatch)
+    image_files.write_imagenet(32, tmp_path, monkeypatch)
     batch = tmp_path / "imagenet32" / "train_data_batch_2.npz"
     labels = np.array([1])
     np.savez(batch, data=np.full((1, 3072), 256), labels=labels)
@@ -314,7 +232,7 @@ def test_images_with_other_values_or_sizes_are_refused(tmp_path, monkeypatch, ca
         (("--learning-rate", "0"), "--learning-rate must be positive, got 0.0"),
         (("--ema-decay", "2"), "Invalid decay value 2.0"),
         (("--image-size", "16"), "an image size goes with celeba and directory only, got 16 for digits"),
-        (("--download",), "torchvision cannot download digits"),
+        (("--download",), "argument --download: not allowed with argument --output"),
         (("--resume",), "last.ckpt, which does not exist"),
         (("--corners", "TL,TR,BL"), "num_channels must be a multiple of the number of corners"),
     ],
@@ -324,8 +242,19 @@ def test_arguments_that_do_not_fit_are_refused(arguments, message, tmp_path, cap
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((), "one of the arguments --output --download is required"),
+        (("--download",), "torchvision cannot download digits; get it from scikit-learn"),
+    ],
+)
+def test_commands_without_a_run_are_refused(arguments, message, capsys):
+    assert message in refused(capsys, *arguments)
+
+
 def test_classes_are_needed_for_a_conditional_flow(tmp_path, monkeypatch, capsys):
-    write_celeba(tmp_path, monkeypatch)
+    image_files.write_celeba(tmp_path, monkeypatch)
     run = ("--data", "celeba", "--data-root", str(tmp_path), "--output", str(tmp_path / "run"))
     assert "--conditional needs classes, and celeba has none" in refused(capsys, *run, "--conditional")
 
@@ -478,7 +407,7 @@ def test_two_processes_train_as_one(whole_run, tmp_path):
         [sys.executable, *common, "--training-steps", "5", "--devices", "2"],
         [*torchrun, *common, "--training-steps", "10", "--resume"],
     ):
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert "distributed_backend=gloo" in done.stderr
         assert done.stdout.count("test bits per dimension") == 1
