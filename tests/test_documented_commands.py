@@ -31,7 +31,7 @@ TINY = {
     "examples/train_digits.py": "--steps 2",
     "examples/train_image_flow.py": f"{FLOW} --accelerator cpu",
     "fuzz": "--minutes 0.001",
-    "pytest": "tests/test_geometry.py",
+    "pytest": "--version",
 }
 PYTHON = """#!{python}
 import json, os, sys
