@@ -14,7 +14,6 @@ Results are written after each table, so that an interrupted run keeps what it h
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import command_line
 import cpu_tables
 import cuda_tables
 import torch
@@ -123,14 +123,7 @@ def draw(results: dict[str, Any], picture: Path) -> None:
 
 def main() -> None:
     """Parses the arguments and prints the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what to measure")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of measurement for each row")
-    parser.add_argument("--output", type=Path, help="a JSON file to write")
-    parser.add_argument("--tiny", action="store_true", help="tiny sizes: shows that this works, tells nothing of speed")
-    arguments = parser.parse_args()
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments = command_line.parse(__doc__, seconds=2.0)
     workload = {"cpu": workloads.CPU, "cuda": workloads.CUDA}[arguments.device]
     if arguments.tiny:
         workload = workloads.tiny(workload)
@@ -138,9 +131,6 @@ def main() -> None:
     if arguments.device == "cpu":
         on_cpu(workload, arguments.seconds, arguments.output)
         return
-    backend = nflows_kconv.backends()["cuda"]
-    if not backend.selected:
-        parser.error(f"--device cuda needs a GPU on which the CUDA kernels run, got: {backend}")
     output = arguments.output
     if output is None and not arguments.tiny:
         output = default_output(torch.cuda.get_device_name())

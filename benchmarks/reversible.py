@@ -18,13 +18,12 @@ SiLU shows the rest.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import time
-from pathlib import Path
 from typing import Any, NamedTuple
 
+import command_line
 import layer
 import memory
 import torch
@@ -178,16 +177,7 @@ def _gradients(stack: nn.Module, batch: Tensor) -> Tensor:
 
 def main() -> None:
     """Parses the arguments and prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to train")
-    parser.add_argument("--seconds", type=float, default=10.0, help="of training for each K")
-    parser.add_argument("--output", type=Path, help="a JSON file to write")
-    parser.add_argument("--tiny", action="store_true", help="tiny sizes: shows that this works, tells nothing of speed")
-    arguments = parser.parse_args()
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda needs a GPU, got none")
+    arguments = command_line.parse(__doc__, seconds=10.0)
     torch.set_num_threads(1)
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.benchmark = True

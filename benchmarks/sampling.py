@@ -16,13 +16,12 @@ variables and back; for it, the last convolutions of the couplings, which start 
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
+import command_line
 import layer
 import timing
 import torch
@@ -288,16 +287,7 @@ def sections(size: Size, device: str, seconds: float, device_name: str) -> Itera
 
 def main() -> None:
     """Parses the arguments and prints the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=SIZES, default="cpu", help="what to measure")
-    parser.add_argument("--seconds", type=float, default=5.0, help="of measurement for each row")
-    parser.add_argument("--output", type=Path, help="a JSON file to write")
-    parser.add_argument("--tiny", action="store_true", help="tiny sizes: shows that this works, tells nothing of speed")
-    arguments = parser.parse_args()
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda needs a GPU, and torch finds none")
+    arguments = command_line.parse(__doc__, seconds=5.0)
     torch.backends.cudnn.benchmark = True
     size = TINY if arguments.tiny else SIZES[arguments.device]
     output = arguments.output

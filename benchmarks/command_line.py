@@ -1,0 +1,29 @@
+"""The arguments that benchmarks have in common."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import nflows_kconv
+
+
+def parse(description: str, seconds: float) -> argparse.Namespace:
+    """The command line, checked; the folder of the results is there.
+
+    Args:
+        description: What the benchmark measures.
+        seconds: For how long it measures each row, unless told.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what to measure")
+    parser.add_argument("--seconds", type=float, default=seconds, help="of measurement for each row")
+    parser.add_argument("--output", type=Path, help="a JSON file to write")
+    parser.add_argument("--tiny", action="store_true", help="tiny sizes: shows that this works, tells nothing of speed")
+    arguments = parser.parse_args()
+    backend = nflows_kconv.backends()["cuda"]
+    if arguments.device == "cuda" and not backend.selected:
+        parser.error(f"--device cuda needs a GPU on which the CUDA kernels run, got: {backend}")
+    if arguments.output:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    return arguments
