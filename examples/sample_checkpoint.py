@@ -37,6 +37,11 @@ def main() -> None:
     options = parser.parse_args()
     if not options.checkpoint.exists():
         parser.error(f"{options.checkpoint} does not exist")
+    conditional = torch.load(options.checkpoint, map_location="cpu", mmap=True)["hyper_parameters"]["conditional"]
+    if conditional and options.label is None:
+        parser.error("--label must be given, as the flow was trained with --conditional")
+    if options.label is not None and not conditional:
+        parser.error(f"--label needs a flow that was trained with --conditional, got {options.checkpoint}")
     flow = load_flow(options.checkpoint).to("cuda" if torch.cuda.is_available() else "cpu")
     labels = None if options.label is None else torch.full((options.count,), options.label)
     torch.manual_seed(options.seed)

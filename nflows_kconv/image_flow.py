@@ -50,11 +50,13 @@ class Preprocessing(step.Sequence):
         """From images to numbers.
 
         Raises:
-            ValueError: If the images have another shape, or values outside 0..255.
+            ValueError: If there is no image, or the images have another shape, or values outside 0..255.
         """
         if input.dim() != 4 or tuple(input.shape[1:]) != self.image_shape:
             expected = ", ".join(map(str, self.image_shape))
             raise ValueError(f"images must have shape [B, {expected}], got {tuple(input.shape)}")
+        if not len(input):
+            raise ValueError(f"images must hold at least one image, got shape {tuple(input.shape)}")
         return super().forward(input)
 
 
@@ -74,11 +76,11 @@ def build_levels(
     """The levels of the flow, the one next to the data first; see `finc_flow` of the adapters.
 
     Raises:
-        TypeError: If a number is no integer.
+        TypeError: If a number is no integer, or `reversible` no truth value.
         ValueError: If a number is too small, the image does not divide into the levels, or a word is unknown.
     """
-    if len(image_shape) != 3:
-        raise ValueError(f"image_shape must be (C, H, W), got {tuple(image_shape)}")
+    if not isinstance(image_shape, Sequence) or len(image_shape) != 3:
+        raise ValueError(f"image_shape must be (C, H, W), got {image_shape!r}")
     numbers = {"levels": levels, "steps": steps, "hidden_channels": hidden_channels}
     for name, number in [*zip(("channels", "height", "width"), image_shape, strict=True), *numbers.items()]:
         checks.positive(name, number)
@@ -87,6 +89,8 @@ def build_levels(
         raise ValueError(
             f"height and width must be multiples of 2^levels = {2**levels} for {levels} levels, got {height} x {width}"
         )
+    if not isinstance(reversible, bool):
+        raise TypeError(f"reversible must be True or False, got {reversible!r}")
     if direction not in ("forward", "inverse"):
         raise ValueError(f'direction must be "forward" or "inverse", got {direction!r}')
 
@@ -118,7 +122,7 @@ def build_levels(
 def _convolutions(
     channels: int, kernel_size: int | tuple[int, int], corners: Corners, options: dict[str, Any]
 ) -> list[nn.Module]:
-    several = not isinstance(corners, str) and len(corners) > 0 and not isinstance(corners[0], str)
+    several = isinstance(corners, Sequence) and len(corners) > 0 and not isinstance(corners[0], str)
     layers = corners if several else (corners,)
     return [InvertibleConv2d(channels, kernel_size, corners=each, **options) for each in layers]  # type: ignore
 
@@ -144,7 +148,9 @@ def as_class_numbers(name: str, classes: Tensor | None, num_classes: int | None,
     """
     if num_classes is None:
         if classes is not None:
-            raise ValueError(f"{name} must be None, as the flow has no classes, got {type(classes).__name__}")
+            raise ValueError(
+                f"{name}, the labels, must be None, as the flow has no classes, got {type(classes).__name__}"
+            )
         return None
     if classes is None:
         raise ValueError(f"{name} must give the classes of the images, as the flow has classes, got None")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from nflows_kconv import checks, geometry, image_flow, layer
@@ -126,6 +127,18 @@ class ReversibleCompositeTransform(CompositeTransform):
             Invertible(each, partial(each, context=context), partial(each.inverse, context=context), context)
             for each in self._transforms
         ]
+
+
+class _StandardNormal(StandardNormal):
+    """Draws in the dtype of the flow that it is a part of; that of nflows always draws float32."""
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        super().__init__(shape)
+        self.register_buffer("_like_the_flow", torch.empty(0), persistent=False)
+
+    def _sample(self, num_samples: int, context: Tensor | None) -> Tensor:
+        like: Tensor = self._like_the_flow
+        return torch.randn(num_samples, *self._shape, dtype=like.dtype, device=like.device)
 
 
 class ImageFlow(Flow):
@@ -256,7 +269,7 @@ def finc_flow(
         multiscale.add_transform(CompositeTransform([SqueezeTransform(), Step(level.stack)]), level.shape)
     dimensions = math.prod(image_shape)
     if num_classes is None:
-        base = StandardNormal([dimensions])
+        base = _StandardNormal([dimensions])
     else:
         parameters = nn.Embedding(num_classes, 2 * dimensions)  # means, then the logarithms of scales
         nn.init.zeros_(parameters.weight)

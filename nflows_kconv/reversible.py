@@ -97,7 +97,8 @@ def cascade(
         input: [B, ...], in float32 or float64. Steps must keep this dtype, as half precision does not hold what their
             inverses need; under autocast, networks alone may compute in half precision.
         steps: The first one takes the input.
-        networks: Of the couplings that the steps may have, see `nflows_kconv.shared_networks.Networks`.
+        networks: For each class of couplings that the steps may have, the names of the attributes that hold its
+            networks, `{MyCoupling: ("network",)}`: what both directions of a coupling evaluate is evaluated once.
 
     Returns:
         The output of the last step, and the sum of the log-determinants, [B].

@@ -296,6 +296,41 @@ def test_it_blames_an_inverse_that_is_wrong():
     assert "if the error stays as it is, the inverse is wrong" in result.cure
 
 
+@pytest.mark.parametrize("there", [False, True], ids=["inverse", "forward"])
+def test_a_step_that_calls_another_is_measured_whole(there: bool):
+    """nflows' 1 x 1 convolution permutes by a transform of its own, then multiplies by its parameters."""
+    convolution = transforms.OneByOneConvolution(4)
+    with torch.no_grad():
+        convolution.lower_entries.fill_(30)
+        convolution.upper_entries.fill_(30)
+    bad = convolution if there else transforms.InverseTransform(convolution)
+    result = round_trip(transforms.CompositeTransform([transforms.ActNorm(4).eval(), bad]), images(3, 4, 8, 8))
+    assert [one.kind for one in result.steps] == ["ActNorm", "OneByOneConvolution"]
+    assert "All OneByOneConvolution together" in result.verdict
+
+
+def test_an_error_between_steps_is_not_blamed_on_them():
+    class Cubed(nn.Module):
+        """Cubes what a step gives, and takes the root a little wrong."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = InvertibleConv2d(4)
+
+        def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:
+            output, log_abs_det = self.inner(input)
+            return output**3, log_abs_det
+
+        def inverse(self, input: Tensor) -> tuple[Tensor, Tensor]:
+            return self.inner.inverse(input.sign() * input.abs() ** 0.33)
+
+    result = round_trip(Cubed(), images(3, 4, 8, 8))
+    assert result.error > 1e-3
+    assert [one.name for one in result.steps] == ["inner"]
+    assert "it arises between them" in result.verdict
+    assert "computes something beside" in result.cure
+
+
 @pytest.mark.parametrize("setting", ["none", "ieee", "tf32", "bf16"])
 def test_it_blames_networks_in_reduced_precision(setting: str):
     """A network that rounds its input jumps where the input is off by a rounding: its step has no error of its own."""

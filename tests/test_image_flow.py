@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import nflows_kconv.nflows
 import nflows_kconv.normflows
 from nflows_kconv import InvertibleConv2d, image_flow, step
+from nflows_kconv.sampling import GraphSampler
 
 LIBRARIES = {"nflows": nflows_kconv.nflows.finc_flow, "normflows": nflows_kconv.normflows.finc_flow}
 in_both = pytest.mark.parametrize("library", LIBRARIES)
@@ -224,7 +225,9 @@ def test_classes_have_the_same_density_in_both_libraries():
     ("arguments", "message"),
     [
         ({"image_shape": (3, 30, 32)}, "multiples of 2\\^levels = 4 for 2 levels, got 30 x 32"),
-        ({"image_shape": (3, 32)}, "image_shape must be \\(C, H, W\\)"),
+        ({"image_shape": (3, 32)}, r"image_shape must be \(C, H, W\), got \(3, 32\)"),
+        ({"image_shape": 32}, r"image_shape must be \(C, H, W\), got 32"),
+        ({"image_shape": None}, r"image_shape must be \(C, H, W\), got None"),
         ({"image_shape": (0, 8, 8)}, "channels must be at least 1, got 0"),
         ({"levels": 0}, "levels must be at least 1"),
         ({"steps": -1}, "steps must be at least 1"),
@@ -249,6 +252,13 @@ def test_numbers_must_be_integers(library):
 
 
 @in_both
+@pytest.mark.parametrize("name, value", [("corners", None), ("corners", 3), ("reversible", "yes")])
+def test_arguments_have_types(library, name, value):
+    with pytest.raises(TypeError, match=f"{name} must .*, got {value!r}"):
+        LIBRARIES[library](SHAPE, 2, 1, hidden_channels=4, **{name: value})
+
+
+@in_both
 def test_images_must_fit(library):
     flow = build(library)
     with pytest.raises(ValueError, match=r"images must have shape \[B, 3, 8, 12\], got \(2, 1, 8, 12\)"):
@@ -267,6 +277,21 @@ def test_images_may_have_any_dtype(library, dtype):
         density = log_prob(flow, random_images().to(dtype))
         assert density.dtype == next(flow.parameters()).dtype
         torch.testing.assert_close(density, log_prob(flow, random_images().to(density.dtype)))
+
+
+@in_both
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_samples_have_the_dtype_of_the_flow(library, dtype):
+    flow = build(library).to(dtype)
+    for images in (flow.sample(2), GraphSampler(flow, 2)()):
+        images = images[0] if isinstance(images, tuple) else images  # normflows gives the log-density too
+        assert images.dtype == dtype
+
+
+@in_both
+def test_there_must_be_an_image(library):
+    with pytest.raises(ValueError, match=r"images must hold at least one image, got shape \(0, 3, 8, 12\)"):
+        build(library).log_prob(random_images(0))
 
 
 @in_both
@@ -291,7 +316,7 @@ def test_classes_must_fit(library):
             draw(1, torch.tensor([7]))
     flow = build(library)
     for call in (lambda: log_prob(flow, images, torch.zeros(3)), lambda: flow.sample(3, torch.zeros(3))):
-        with pytest.raises(ValueError, match=f"{name} must be None, as the flow has no classes"):
+        with pytest.raises(ValueError, match=f"{name}, the labels, must be None, as the flow has no classes"):
             call()
 
 

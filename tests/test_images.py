@@ -170,6 +170,10 @@ class TestDequantization:
         with pytest.raises(ValueError, match=r"whole numbers in 0\.\.9, got 10"):
             dequantization(1, 10)(torch.full((1, 1, 1, 1), 10))
 
+    def test_images_in_0_to_1_get_a_hint(self, dequantization):
+        with pytest.raises(ValueError, match=r"got 0\.25; images in 0\.\.1 times 255, rounded, are such"):
+            dequantization(1, 256)(torch.full((1, 1, 1, 1), 0.25))
+
     def test_arguments(self, dequantization):
         module = dequantization(3, 256)
         for function in (module, module.inverse):
@@ -570,6 +574,10 @@ class TestPictures:
         expected = [round(min(max(value, 0), 255)) if value == value else 0 for value in exact.tolist()]
         assert to_uint8(values).dtype == torch.uint8
         assert to_uint8(values).tolist() == expected
+
+    def test_a_pair_is_no_tensor(self):
+        with pytest.raises(TypeError, match="images must be a tensor, got tuple"):
+            to_uint8((torch.zeros(3), torch.zeros(1)))
 
     def test_integers(self):
         assert to_uint8(torch.tensor([-5, 7, 300])).tolist() == [0, 7, 255]

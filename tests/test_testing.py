@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+import warnings
 
 import broken_transforms
 import nflows.flows
@@ -388,6 +389,39 @@ def test_whole_numbers_count_as_any_where_others_are_taken():
     sign = next(each for each in broken_transforms.CATALOGUE if "wrong sign" in each.fault)
     with pytest.raises(AssertionError, match="Jacobian"):
         testing.check_transform(sign.build(), torch.arange(24.0).view(1, 4, 3, 2))
+
+
+def test_integers_are_not_compared_with_the_jacobian_but_by_warning():
+    with pytest.warns(UserWarning, match="not compared with the Jacobian.*got torch.int64") as warned:
+        testing.check_transform(InvertibleConv2d(4, corners="TL"), torch.arange(24).view(1, 4, 3, 2))
+    assert warned[0].filename == __file__
+    flow = nflows_kconv.nflows.finc_flow((1, 4, 4), levels=1, steps=1, hidden_channels=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # this one takes no others, and dequantises them
+        testing.check_transform(flow, torch.randint(256, (2, 1, 4, 4), dtype=torch.uint8))
+
+
+def test_a_wrong_log_determinant_of_forward_is_told_as_that():
+    class Wrong(InvertibleConv2d):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y, log_abs_det = super().forward(x)
+            return y, log_abs_det + 3
+
+    with pytest.raises(AssertionError, match=r"log .det. of the Jacobian: forward's log-determinants"):
+        testing.check_transform(Wrong(4), pictures())
+
+
+@pytest.mark.parametrize("rebuild", [InvertibleConv2d(4), 3], ids=str)
+def test_rebuild_must_be_a_function(rebuild: object):
+    for test in (testing.assert_state_dict_round_trip, testing.check_transform):
+        with pytest.raises(TypeError, match=r"rebuild must be a function that builds the transform, .* got "):
+            test(InvertibleConv2d(4), pictures(), rebuild=rebuild)
+
+
+def test_tolerances_have_names():
+    for test in (testing.assert_invertible, testing.assert_deterministic, testing.check_transform):
+        with pytest.raises(TypeError, match="tolerances are atol and rtol, got tol"):
+            test(InvertibleConv2d(4), pictures(), tol=1)
 
 
 class Table(nn.Module):

@@ -377,7 +377,7 @@ def test_images_are_drawn_from_a_checkpoint(whole_run, tmp_path, monkeypatch, ca
     monkeypatch.setattr(sys, "argv", [*command, "--label", "3"])
     with pytest.raises(SystemExit):
         sample_checkpoint.main()
-    assert "the flow has no classes" in capsys.readouterr().err
+    assert "--label needs a flow that was trained with --conditional" in capsys.readouterr().err
 
 
 def test_a_directory_must_have_folders_of_classes(tmp_path, capsys):

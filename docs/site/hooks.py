@@ -34,8 +34,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Carries out the directives; makes links to results, which lie elsewhere in the repository, those of the site."""
-    markdown = markdown.replace("](../benchmarks/results/", "](results/")
+    """Carries out the directives; makes links to what lies elsewhere in the repository those of the site."""
+    for elsewhere, here in (("benchmarks/results/", "results/"), ("CONTRIBUTING.md", "contributing.md")):
+        markdown = markdown.replace(f"](../{elsewhere}", f"]({here}")
     return DIRECTIVE.sub(lambda match: _DIRECTIVES[match[1]](match[2]), markdown)
 
 

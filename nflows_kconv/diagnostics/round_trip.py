@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from nflows_kconv.layer import InvertibleConv2d
 
 _HARMLESS = 1e-4  # 1/40 of a gray level of 256
+_UNEXPLAINED = 100  # roundings; what the growths of steps do not tell is more
 
 
 class StepError(NamedTuple):
@@ -48,7 +49,8 @@ class RoundTrip(NamedTuple):
             way back, do not count: at the edge of a cell the smallest error makes a difference of one.
         rounding: What one rounding is: the resolution of the dtype.
         settings: What decides on the precision of convolutions and matrix products in float32, on this device.
-        verdict: Whether the error is harmless, at most 1e-4, and if not, which kind of step is to blame.
+        verdict: Whether the error is harmless, at most 1e-4, and if not, which kind of step is to blame, or that none
+            is.
         cure: What helps; empty if nothing needs to.
     """
 
@@ -74,9 +76,9 @@ class RoundTrip(NamedTuple):
 def round_trip(flow: nn.Module, images: Tensor, context: Tensor | None = None) -> RoundTrip:
     """Sends images to latent variables and back, and finds the steps at which errors arise and grow.
 
-    A step is a module with `forward` and `inverse` from one tensor to another that does not consist of such modules;
-    containers of any kind are looked through. A copy of the flow runs, in evaluation mode; the flow, its gradients and
-    random numbers stay as they are.
+    A step is a module with `forward` and `inverse` from one tensor to another that does not consist of such modules, or
+    that has parameters of its own; containers of any kind are looked through. A copy of the flow runs, in evaluation
+    mode; the flow, its gradients and random numbers stay as they are.
 
     With images of a data set it tells about density and reconstruction. What `sample` returns may lie where the flow
     amplifies more: give it samples, too.
@@ -135,7 +137,7 @@ def round_trip(flow: nn.Module, images: Tensor, context: Tensor | None = None) -
         steps.append(StepError(names[first.module], type(first.module).__name__, local, arriving, leaving, growth))
     error = max(errors)
     settings = _settings(encoding[0].output.device.type)
-    verdict, cure = _judge(encoding, steps, error, settings)
+    verdict, cure = _judge(encoding, steps, error, rounding, settings)
     return RoundTrip(tuple(steps), error, rounding, settings, verdict, cure)
 
 
@@ -178,14 +180,24 @@ class _Recorder:
             result = function(input, *args, **kwargs)
             returned = _clone(_first(result))
             inner = self._calls[start:]
-            if inner and (_same(inner[0].input, given) or _same(inner[-1].output, returned)):
-                return result  # a container of these
+            if inner and _is_container(module, _same(inner[0].input, given), _same(inner[-1].output, returned)):
+                return result
             del self._calls[start:]
             if given is not None and returned is not None:
                 self._calls.append(_Call(module, given, returned, lambda output: opposite(output, *args, **kwargs)))
             return result
 
         return wrapped
+
+
+def _is_container(module: nn.Module, begins: bool, ends: bool) -> bool:
+    """Whether a module does nothing beside calling steps, of which one begins with its input, one ends with its output.
+
+    Multiscale flows split and join what their steps take and give, so that one of the two must do. A step with
+    parameters of its own may call another first, as nflows' OneByOneConvolution permutes before it multiplies.
+    """
+    has_parameters = next(module.parameters(recurse=False), None) is not None
+    return (begins and ends) or ((begins or ends) and not has_parameters)
 
 
 def _checked_copy(flow: nn.Module) -> nn.Module:
@@ -248,7 +260,9 @@ def _settings(device_type: str) -> dict[str, str]:
     return settings
 
 
-def _judge(calls: list[_Call], steps: list[StepError], error: float, settings: dict[str, str]) -> tuple[str, str]:
+def _judge(
+    calls: list[_Call], steps: list[StepError], error: float, rounding: float, settings: dict[str, str]
+) -> tuple[str, str]:
     for call, step in zip(calls, steps, strict=True):
         if not call.output.isfinite().all():
             return f"The way to the latent variable is not finite from {step.name} on.", "Lower the learning rate."
@@ -257,6 +271,13 @@ def _judge(calls: list[_Call], steps: list[StepError], error: float, settings: d
     growth: dict[str, float] = defaultdict(float)
     for step in steps:
         growth[step.kind] += math.log10(max(step.growth, 1e-99))
+    of_steps = sum(math.log10(max(step.growth, 1)) for step in steps)
+    if math.log10(min(error, 1e300)) > of_steps + math.log10(_UNEXPLAINED * rounding):
+        return (
+            f"The round trip errs by {error:.1e}, but the steps together multiply an error by {10**of_steps:.1e} only: "
+            "it arises between them.",
+            "Look for a module that calls steps and computes something beside them, and give round_trip its parts.",
+        )
     kind = max(growth, key=lambda kind: growth[kind])
     worst, module = max(
         ((step, call.module) for step, call in zip(steps, calls, strict=True) if step.kind == kind),

@@ -210,7 +210,8 @@ def _whole_numbers(input: Tensor, levels: int) -> Tensor:
     if checks.values_are_at_hand(values):
         wrong = values[~((values >= 0) & (values < levels) & (values == values.floor()))]
         if len(wrong):
-            raise ValueError(f"images must hold whole numbers in 0..{levels - 1}, got {wrong[0].item()}")
+            hint = f"; images in 0..1 times {levels - 1}, rounded, are such" if 0 < wrong[0] < 1 else ""
+            raise ValueError(f"images must hold whole numbers in 0..{levels - 1}, got {wrong[0].item()}{hint}")
     return values
 
 

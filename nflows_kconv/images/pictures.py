@@ -13,7 +13,13 @@ from nflows_kconv.images.arguments import at_least_float32, check_images
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Real numbers of any shape and dtype, clamped to 0..255 and rounded; NaN becomes 0."""
+    """Real numbers of any shape and dtype, clamped to 0..255 and rounded; NaN becomes 0.
+
+    Raises:
+        TypeError: If `images` is no tensor, as what normflows' `sample` returns, a pair with the log-densities.
+    """
+    if not isinstance(images, Tensor):
+        raise TypeError(f"images must be a tensor, got {type(images).__name__}")
     return at_least_float32(images).nan_to_num(0).clamp(0, 255).round().to(torch.uint8)
 
 

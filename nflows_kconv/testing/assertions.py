@@ -1,9 +1,9 @@
 """What must hold of every transform, as assertions for a test suite.
 
 Each takes a transform of nflows, normflows or torch.distributions, or a module with `forward(x) -> (y, log_abs_det)`
-and `inverse` (see `interface.Bijection`), and leaves it as it is: parameters, buffers, modes, gradients, and the state
-of torch's random numbers. Tolerances follow from dtype and conditioning unless `atol` or `rtol` is given (see
-`probe.Probe`). A failure is an AssertionError that names the worst element, error, tolerance, and how to see it again.
+and `inverse`, and leaves it as it is: parameters, buffers, modes, gradients, and the state of torch's random numbers.
+Tolerances follow from dtype and conditioning unless `atol` or `rtol` is given. A failure is an AssertionError that
+names the worst element, error, tolerance, and how to see it again.
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ def assert_log_abs_det_matches_jacobian(
     Arguments and errors are those of `assert_invertible`, but that the inverse is not needed, and
 
     Raises:
-        ValueError: If the inputs are discrete (see `probe.Probe`), or samples have more than 4096 entries.
+        ValueError: If the inputs are discrete, that is integers, or whole numbers where the transform takes no
+            others; or if samples have more than 4096 entries.
     """
     probe = _probe(transform, inputs, context, **tolerance)
     if probe.discrete:
@@ -235,7 +236,11 @@ def assert_state_dict_round_trip(
         context: Second argument of the transform's calls; left out if None.
         rebuild: Builds the transform as a program does that loads its state.
         tolerance: `atol` and `rtol`.
+
+    Raises:
+        TypeError: If `rebuild` is no function.
     """
+    _check_rebuild(rebuild, transform)
     probe = _probe(transform, inputs, context, **tolerance)
     if probe.given.module is None:
         return
@@ -272,10 +277,12 @@ def check_transform(
     are: what needs an inverse, if the transform says by NotImplementedError or nflows' InverseNotAvailable that it has
     none; determinism and the Jacobian for discrete inputs, which a flow dequantises with noise; the Jacobian where the
     number of entries changes as a torch Transform's `forward_shape` says; and, with a warning, the Jacobian of samples
-    with more than 4096 entries. Arguments and errors are those of `assert_state_dict_round_trip`.
+    with more than 4096 entries, and of integers where the transform takes fractions as well. Arguments and errors are
+    those of `assert_state_dict_round_trip`.
     """
+    _check_rebuild(rebuild, transform)
     inputs, context = _at_least_two(inputs, context)
-    probe = Probe(transform, inputs, context, **tolerance)
+    probe = _probe(transform, inputs, context, **tolerance)
     _check(probe, inputs)
     if probe.given.module is None:
         return
@@ -293,9 +300,15 @@ def _check(probe: Probe, inputs: Tensor) -> None:
     assertions: list[Callable[..., None]] = [] if probe.discrete else [assert_deterministic]
     assertions += [assert_batch_independent]
     if not probe.no_inverse:
-        assertions += [assert_invertible, assert_log_dets_cancel]
-    assertions += [assert_gradients_match_finite_differences]
-    if not probe.discrete:
+        assertions += [assert_invertible]
+    if probe.discrete:
+        if probe.takes_fractions:
+            warnings.warn(
+                "the log-determinants were not compared with the Jacobian, for which inputs must be floating-point "
+                f"numbers, got {inputs.dtype}: give such, unless the transform dequantises",
+                stacklevel=4,
+            )
+    else:
         if inputs[0].numel() > MAX_JACOBIAN:
             warnings.warn(
                 "the log-determinants were not compared with the Jacobian, which inputs of more than "
@@ -304,13 +317,30 @@ def _check(probe: Probe, inputs: Tensor) -> None:
             )
         elif probe.given.forward(probe.inputs)[0].numel() == inputs.numel():
             assertions += [assert_log_abs_det_matches_jacobian]
+    if not probe.no_inverse:
+        assertions += [assert_log_dets_cancel]
+    assertions += [assert_gradients_match_finite_differences]
     for assertion in assertions:
         assertion(probe, inputs)
 
 
 def _probe(transform: Any, inputs: Tensor, context: Any, **tolerance: float | None) -> Probe:
-    """The probe itself where `check_transform` passes one, so that all assertions share it."""
+    """The probe itself where `check_transform` passes one, so that all assertions share it.
+
+    Raises:
+        TypeError: If a tolerance has another name than `atol` and `rtol`; see `Probe`.
+    """
+    if unknown := sorted(tolerance.keys() - {"atol", "rtol"}):
+        raise TypeError(f"tolerances are atol and rtol, got {', '.join(unknown)}")
     return transform if isinstance(transform, Probe) else Probe(transform, inputs, context, **tolerance)
+
+
+def _check_rebuild(rebuild: Any, transform: Any) -> None:
+    if rebuild is not None and (not callable(rebuild) or isinstance(rebuild, type(transform))):
+        raise TypeError(
+            "rebuild must be a function that builds the transform, such as lambda: MyTransform(), "
+            f"got {type(rebuild).__name__}"
+        )
 
 
 def _at_least_two(inputs: Tensor, context: Any) -> tuple[Tensor, Any]:

@@ -52,6 +52,7 @@ class Probe:
         exact_inputs: For `exact`.
         no_inverse: What the transform raised when asked for an inverse that it says it lacks, or None.
         discrete: Whether the inputs are.
+        takes_fractions: Whether the transform takes other numbers than whole ones.
 
     Raises:
         AssertionError: If the transform raises an error.
@@ -68,8 +69,8 @@ class Probe:
             raise ValueError(f"inputs must be finite numbers [B, ...], at least one, got {describe(inputs)}")
         self._tolerance = None if atol is None and rtol is None else (atol or 0.0, rtol or 0.0)
         self.given, self.inputs = Bijection(transform, context), inputs.detach()
-        self.discrete = not inputs.is_floating_point()
-        if self.discrete:
+        self.discrete = False
+        if not inputs.is_floating_point():
             parameters = iter(()) if self.given.module is None else self.given.module.parameters()
             self.inputs = inputs.to(next((p.dtype for p in parameters), torch.get_default_dtype()))
         self.no_inverse = _first_calls(self.given, self.inputs)
@@ -81,11 +82,13 @@ class Probe:
                 self.exact, self.exact_inputs = exact, self.inputs.double()
             except AssertionError:
                 pass  # its constants have the one dtype
-        if not self.discrete and torch.equal(self.inputs, self.inputs.round()):
+        self.takes_fractions = True
+        if torch.equal(self.inputs, self.inputs.round()):
             try:
                 self._perturbed(0).forward(self.exact_inputs)
             except AssertionError:
-                self.discrete = True
+                self.takes_fractions = False
+        self.discrete = not (inputs.is_floating_point() and self.takes_fractions)
 
     def need_inverse(self) -> None:
         """Asserts that there is an inverse."""

@@ -115,12 +115,13 @@ def weights(
     def uniform(*shape: int) -> Tensor:
         return torch.rand(shape, generator=generator, dtype=torch.float64)
 
+    # What is drawn first stays as it is while the kernel shrinks behind it.
+    sign = torch.where(uniform(shape[0], 1, 1, 1) < 0.5, 1, -1)
+    diagonal = sign * 2 ** ((2 * uniform(shape[0], 1, 1, 1) - 1) * (1 if well else 5))
     on_diagonal = geometry.diagonal_entries(shape, groups)
     coupling = 2 * uniform(*shape) - 1 if well else uniform(*shape)
     coupling[geometry.masked_entries(shape, groups) | on_diagonal] = 0
     coupling *= (0.5 if well else 2) / coupling.abs().sum((1, 2, 3), keepdim=True).clamp_min(1e-300)
-    size_of_diagonal = 2 ** ((2 * uniform(shape[0], 1, 1, 1) - 1) * (1 if well else 5))
-    diagonal = torch.where(uniform(shape[0], 1, 1, 1) < 0.5, 1, -1) * size_of_diagonal
     return torch.where(on_diagonal, diagonal, -diagonal * coupling).to(dtype)
 
 
