@@ -40,5 +40,7 @@ if __name__ == "__main__":  # a script of the blocks that install something, eac
     order = ["docs/index.md", *map(page_id, PAGES)]
     pages = sorted(PAGES, key=lambda page: order.index(page_id(page)))
     scripts = [re.sub(r" *#.*", "", block) for page in pages for block in commands(page) if installs(block)]
-    for script in dict.fromkeys(scripts):
+    first, *others = dict.fromkeys(scripts)
+    print(f"(\n{first})\nexport NFLOWS_KCONV_BUILD=0")  # the native library is built once, as that takes a while
+    for script in others:
         print(f"(\n{script})")

@@ -3,7 +3,6 @@
 import difflib
 import re
 import runpy
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -17,15 +16,6 @@ SWAPS = sorted(path.name for path in (EXAMPLES / "swap").iterdir())
 NUMBER = re.compile(r"(?<![\w.])-?(?:nan|inf|\d+\.\d+)")
 
 
-def run(script: str, *arguments: str) -> str:
-    """What the example prints; its numbers are finite."""
-    command = [sys.executable, str(EXAMPLES / script), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    check_numbers(done.stdout)
-    return done.stdout
-
-
 def check_numbers(output: str) -> None:
     numbers = NUMBER.findall(output)
     assert numbers
@@ -34,10 +24,11 @@ def check_numbers(output: str) -> None:
 
 @pytest.fixture
 def run_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
-    """`run` in this process, where all is imported already."""
+    """Runs a script in this process, where all is imported already; what it prints, in which numbers are finite."""
 
     def run(script: str, *arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", [script, *arguments])
+        monkeypatch.syspath_prepend(EXAMPLES)
         with torch.random.fork_rng():
             runpy.run_path(str(EXAMPLES / script), run_name="__main__")
         output = capsys.readouterr().out
@@ -48,8 +39,8 @@ def run_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
 
 
 @pytest.mark.parametrize("library", ["nflows", "normflows"])
-def test_train_digits(library: str, tmp_path: Path):
-    output = run("train_digits.py", "--library", library, "--steps", "3", "--output", str(tmp_path))
+def test_train_digits(run_here, library: str, tmp_path: Path):
+    output = run_here("train_digits.py", "--library", library, "--steps", "3", "--output", str(tmp_path))
     for name in ("3x3 + 1x1", "1x1 (Glow)"):
         line = next(line for line in output.splitlines() if line.startswith(name))
         assert 1 < float(re.search(r"bits per dimension (\S+)", line)[1]) < 8
@@ -58,8 +49,8 @@ def test_train_digits(library: str, tmp_path: Path):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
 
 
-def test_inverse_direction():
-    output = run("inverse_direction.py", "--steps", "3")
+def test_inverse_direction(run_here):
+    output = run_here("inverse_direction.py", "--steps", "3")
     before, after = (float(value) for value in re.findall(r"training: +(\S+) \+-", output))
     assert after < before
     assert float(re.search(r"round-trip error: (\S+)", output)[1]) < 1e-3
