@@ -76,10 +76,12 @@ def build_levels(
     """The levels of the flow, the one next to the data first; see `finc_flow` of the adapters.
 
     Raises:
-        TypeError: If a number is no integer, or `reversible` no truth value.
+        TypeError: If `image_shape` is no sequence, a number no integer, or `reversible` no truth value.
         ValueError: If a number is too small, the image does not divide into the levels, or a word is unknown.
     """
-    if not isinstance(image_shape, Sequence) or len(image_shape) != 3:
+    if not isinstance(image_shape, Sequence):
+        raise TypeError(f"image_shape must be (C, H, W), got {image_shape!r}")
+    if len(image_shape) != 3:
         raise ValueError(f"image_shape must be (C, H, W), got {image_shape!r}")
     numbers = {"levels": levels, "steps": steps, "hidden_channels": hidden_channels}
     for name, number in [*zip(("channels", "height", "width"), image_shape, strict=True), *numbers.items()]:

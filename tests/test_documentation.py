@@ -51,14 +51,21 @@ def test_python_of_pages_runs(page: Path, tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_blocks_say_what_they_are(page: Path):
-    """Python runs here, shell in test_documented_commands.py; what a diff arrives at is Python of the same page."""
+    """Python runs here, shell in test_documented_commands.py."""
     found = blocks(page)
     assert {language for language, _ in found} <= {"diff", "python", "sh", "text"}
-    python = [source for language, source in found if language == "python"]
-    for language, source in found:
-        if language == "diff":
-            after = "".join(line[1:] for line in source.splitlines(keepends=True) if not line.startswith("-"))
-            assert any(after in each for each in python), after
+
+
+def test_diffs_lead_from_what_runs_to_what_runs():
+    """What a diff arrives at is in a block that runs with its page; what it starts from runs there, too."""
+    found = blocks(ROOT / "docs" / "swap.md")
+    diffs = [source.splitlines(keepends=True) for language, source in found if language == "diff"]
+    assert diffs
+    for lines in diffs:
+        before, after = ("".join(line[1:] for line in lines if line[0] != sign) for sign in "+-")
+        whole = next(source for language, source in found if language == "python" and after in source)
+        with torch.random.fork_rng():
+            exec(whole.replace(after, before), {})
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)

@@ -524,7 +524,7 @@ def test_bits_per_dim_of_a_known_distribution(tmp_path):
 
 
 @pytest.mark.parametrize("library", ["nflows", "normflows"])
-def test_what_a_run_prints_and_writes(library, tmp_path, capsys):
+def test_what_a_run_prints_and_writes(library, tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
     train(run, 1, "--library", library, "--conditional", "--corners", "TL", "BR", "--importance-samples", "2")
     output = capsys.readouterr().out
@@ -537,3 +537,11 @@ def test_what_a_run_prints_and_writes(library, tmp_path, capsys):
     for name, rows in (("samples", 10), ("temperatures", 6), ("interpolations", 10), ("levels", 3)):
         with Image.open(run / f"{name}.png") as picture:
             assert picture.size == (6 * (10 * 10 + 2), 6 * (rows * 10 + 2))
+    command = ["sample_checkpoint.py", str(run / "last.ckpt"), "--output", str(run / "more.png"), "--count", "2"]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit):
+        sample_checkpoint.main()
+    assert "--label must be given, as the flow was trained with --conditional" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", [*command, "--label", "3"])
+    sample_checkpoint.main()
+    assert (run / "more.png").exists()
