@@ -21,7 +21,7 @@ def parse(description: str, seconds: float) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="a JSON file to write")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes: shows that this works, tells nothing of speed")
     arguments = parser.parse_args()
-    backend = nflows_kconv.backends()["cuda"]
+    backend = nflows_kconv.available_backends()["cuda"]
     if arguments.device == "cuda" and not backend.selected:
         parser.error(f"--device cuda needs a GPU on which the CUDA kernels run, got: {backend}")
     if arguments.output:

@@ -42,7 +42,7 @@ def machine() -> dict[str, Any]:
     return {
         "device": model,
         "threads": torch.get_num_threads(),
-        "backends": {name: str(backend) for name, backend in nflows_kconv.backends().items()},
+        "backends": {name: str(backend) for name, backend in nflows_kconv.available_backends().items()},
         "nflows_kconv": nflows_kconv.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),

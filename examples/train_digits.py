@@ -234,7 +234,7 @@ def main() -> None:
         parser.error(f"--steps must be at least 1, got {arguments.steps}")
 
     images, test_images = load_images()
-    print(nflows_kconv.backends()["native"])
+    print(nflows_kconv.available_backends()["native"])
     print(
         f"digits at {SIZE}x{SIZE}; guessing takes log2 {GRAY_LEVELS} = {math.log2(GRAY_LEVELS):.2f} bits per dimension"
     )

@@ -3,9 +3,9 @@
 from importlib.metadata import version
 
 from nflows_kconv import functional
-from nflows_kconv.backends import backends
+from nflows_kconv.backends import available_backends
 from nflows_kconv.layer import InvertibleConv2d
-from nflows_kconv.warmup import warmup
+from nflows_kconv.precompile import warmup
 
-__all__ = ["InvertibleConv2d", "__version__", "backends", "functional", "warmup"]
+__all__ = ["InvertibleConv2d", "__version__", "available_backends", "functional", "warmup"]
 __version__ = version("nflows-kconv")

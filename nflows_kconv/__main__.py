@@ -5,7 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from nflows_kconv.backends import backends, selected_backends
+from nflows_kconv.backends import available_backends, selected_backends
 from nflows_kconv.cuda import cache
 
 
@@ -29,7 +29,7 @@ def main() -> None:
     for name, value in facts.items():
         print(f"{name + ':':<15}{value}")
     print("\nbackends")
-    for backend in backends().values():
+    for backend in available_backends().values():
         print(f"  {backend}")
     print("\npicked")
     for device, name in selected_backends().items():

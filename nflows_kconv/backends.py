@@ -36,12 +36,12 @@ class Backend:
         return f"{self.name} ({self.device}): {state}, {self.reason}"
 
 
-def backends() -> dict[str, Backend]:
+def available_backends() -> dict[str, Backend]:
     """Tells for every backend, by name, whether it can and will run here, and why or why not.
 
     Examples:
-        >>> from nflows_kconv import backends
-        >>> for backend in backends().values():
+        >>> from nflows_kconv import available_backends
+        >>> for backend in available_backends().values():
         ...     print(backend)
         native (cpu): ...
         cuda (cuda): ...

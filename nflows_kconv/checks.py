@@ -23,15 +23,18 @@ def positive(name: str, value: int) -> int:
     return int(value)
 
 
-def values_are_at_hand(tensor: Tensor) -> bool:
-    """Whether looking at a tensor's values costs nothing and is allowed.
-
-    That is on the CPU, outside torch.compile and torch.func, and not of fake tensors. Elsewhere it would wait for the
-    device, or fail.
-    """
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is one of numbers, outside torch.compile and torch.func, and no subclass such as a fake one."""
     return (
-        tensor.device.type == "cpu"
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
         and type(tensor) in (Tensor, torch.nn.Parameter)
         and peek_interpreter_stack() is None
     )
+
+
+def values_are_at_hand(tensor: Tensor) -> bool:
+    """Whether looking at a tensor's values costs nothing and is allowed.
+
+    That is on the CPU, for tensors that are plain. Elsewhere it would wait for the device, or fail.
+    """
+    return tensor.device.type == "cpu" and is_plain(tensor)

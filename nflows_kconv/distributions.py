@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Transform, constraints
 
 from nflows_kconv import layer
@@ -108,7 +108,7 @@ class InvertibleConv2d(layer.InvertibleConv2d, Transform):
                 self._cached_x_y, self._cached_state = (None, None), state
 
     def _call(self, x: Tensor) -> Tensor:
-        return self.forward(flatten_batch(x))[0].reshape(x.shape)
+        return nn.Module.__call__(self, flatten_batch(x))[0].reshape(x.shape)
 
     def _inverse(self, y: Tensor) -> Tensor:
         return self.inverse(flatten_batch(y))[0].reshape(y.shape)

@@ -71,10 +71,13 @@ class InvertibleConv2d(InvertibleModule, layer.InvertibleConv2d):
             TypeError: See `nflows_kconv.functional.conv2d`.
             ValueError: See `nflows_kconv.functional.conv2d`.
         """
-        function = layer.InvertibleConv2d.inverse if rev else layer.InvertibleConv2d.forward
         (input,) = x_or_z
-        output, log_abs_det = function(self, input)
+        output, log_abs_det = layer.InvertibleConv2d.forward(self, input, inverse=rev)
         return (output,), log_abs_det
+
+    def inverse(self, x_or_z: Sequence[Tensor], c: Any = None) -> tuple[tuple[Tensor], Tensor]:  # type: ignore[override]
+        """`forward` with `rev=True`."""
+        return self(x_or_z, c, rev=True)
 
     def output_dims(self, input_dims: Sequence[tuple[int, ...]]) -> Sequence[tuple[int, ...]]:
         """The shapes of the inputs."""

@@ -40,24 +40,22 @@ class Preprocessing(step.Sequence):
 
     Args:
         image_shape: (C, H, W).
+
+    Raises:
+        ValueError: If a call has no image, or images of another shape, or values outside 0..255.
     """
 
     def __init__(self, image_shape: Sequence[int]) -> None:
         super().__init__([images.UniformDequantization(), images.Logit()])
         self.image_shape = tuple(image_shape)
 
-    def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:
-        """From images to numbers.
-
-        Raises:
-            ValueError: If there is no image, or the images have another shape, or values outside 0..255.
-        """
+    def _run_forward(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
         if input.dim() != 4 or tuple(input.shape[1:]) != self.image_shape:
             expected = ", ".join(map(str, self.image_shape))
             raise ValueError(f"images must have shape [B, {expected}], got {tuple(input.shape)}")
         if not len(input):
             raise ValueError(f"images must hold at least one image, got shape {tuple(input.shape)}")
-        return super().forward(input)
+        return super()._run_forward(input, context)
 
 
 def build_levels(

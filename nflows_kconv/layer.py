@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from nflows_kconv import bound, checks, functional, geometry
+from nflows_kconv.invertible import InvertibleModule
 
 
-class InvertibleConv2d(nn.Module):
+class InvertibleConv2d(InvertibleModule):
     """An invertible k x k convolution with an exact inverse and an exact log-determinant.
 
     Each of the G channel groups is padded towards one corner of the image and convolved; only the upper triangle of the
@@ -61,8 +62,6 @@ class InvertibleConv2d(nn.Module):
     raw_weight: nn.Parameter
     log_diagonal: nn.Parameter | None
     bias: nn.Parameter | None
-    _free: Tensor
-    _unit: Tensor
 
     def __init__(
         self,
@@ -92,77 +91,119 @@ class InvertibleConv2d(nn.Module):
         self.raw_weight = nn.Parameter(torch.empty(num_channels, num_channels // len(groups), *self.kernel_size))
         self.log_diagonal = nn.Parameter(torch.empty(num_channels)) if diagonal == "learned" else None
         self.bias = nn.Parameter(torch.empty(num_channels)) if bias else None
-        self.register_buffer("_free", None, persistent=False)
-        self.register_buffer("_unit", None, persistent=False)
+        self._masks: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
         self.register_state_dict_post_hook(_record_options)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draws a layer close to the identity: its taps add about 5 % of the signal's standard deviation."""
-        self._make_masks()
         fan_in = self.raw_weight[0].numel()
         nn.init.normal_(self.raw_weight, std=0.05 / fan_in**0.5)
         with torch.no_grad():
-            self.raw_weight.masked_fill_(~self._free, 0)
+            self.raw_weight.masked_fill_(~self._mask()[0], 0)
         for parameter in (self.log_diagonal, self.bias):
             if parameter is not None:
                 nn.init.zeros_(parameter)
 
-    def _make_masks(self) -> None:
-        shape, device, groups = self.raw_weight.shape, self.raw_weight.device, geometry.parse_corners(self.corners)
-        on_diagonal = geometry.diagonal_entries(shape, groups, device)
-        self._free = ~(geometry.masked_entries(shape, groups, device) | on_diagonal)
-        self._unit = on_diagonal.to(self.raw_weight.dtype)
+    def _mask(self) -> tuple[Tensor, Tensor]:
+        """Where the weight is free, and a weight that is 1 on the pivot's diagonal, 0 elsewhere.
+
+        They follow from the shape, so they are no buffers, which `to_empty` would leave without values.
+        """
+        device, dtype = self.raw_weight.device, self.raw_weight.dtype
+        if (device, dtype) in self._masks:
+            return self._masks[device, dtype]
+        shape, groups = self.raw_weight.shape, geometry.parse_corners(self.corners)
+        with torch.inference_mode(False):  # autograd could not save the tensors of that mode later
+            on_diagonal = geometry.diagonal_entries(shape, groups, device)
+            free = ~(geometry.masked_entries(shape, groups, device) | on_diagonal)
+            masks = free, on_diagonal.to(dtype)
+        if checks.is_plain(free):
+            self._masks[device, dtype] = masks
+        return masks
 
     @property
     def weight(self) -> Tensor:
         """The weight, [C, C/G, kh, kw], as `torch.nn.functional.conv2d` takes it for each group.
 
-        It is computed from the parameters: to change it, change those.
+        It is computed from the parameters at each use, so it refuses to be changed in place. It can be assigned: that
+        sets the parameters.
+
+        Raises:
+            TypeError: On assignment, if it is no floating-point tensor; on a change in place.
+            ValueError: On assignment, if the shape or the diagonal does not fit, masked entries are not zero, or
+                `max_inverse_gain` does not hold.
+            RuntimeError: On assignment, if the parameters are themselves computed, as by pruning.
         """
+        weight = self._weight()
+        return weight.as_subclass(_ComputedWeight) if checks.is_plain(weight) else weight
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"weight must be a tensor of floating-point numbers, got {kind}")
+        value = value.detach()
+        parameters = self._to_parameters(value)
+        masked = geometry.masked_entries(value.shape, geometry.parse_corners(self.corners), value.device)
+        if value[masked].any():
+            raise ValueError(
+                "weight must be zero above the pivot's diagonal, "
+                f"got {int(value[masked].count_nonzero())} entries other than zero there"
+            )
+        for name in parameters:
+            if not isinstance(self._parameters.get(name), nn.Parameter):
+                raise RuntimeError(f"{name} must be a parameter for weight to be assigned, but something computes it")
+        with torch.no_grad():
+            for name, tensor in parameters.items():
+                getattr(self, name).copy_(tensor)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Registers a parameter; assigns `weight`, which is none, and refuses what pruning would make of it."""
+        if name == "weight" and param is not None:
+            self.weight = param
+        elif name.startswith("weight"):
+            raise TypeError(f"{name} cannot be a parameter: weight is computed, and the parameter is raw_weight")
+        else:
+            super().register_parameter(name, param)
+
+    def _weight(self) -> Tensor:
         free: Tensor = self.raw_weight
-        fixed = self._unit
+        is_free, fixed = self._mask()
         if self.log_diagonal is not None:
             fixed = fixed * self.log_diagonal.exp()[:, None, None, None]
         if self.max_inverse_gain is not None:
-            relative = torch.where(self._free, free, 0)
+            relative = torch.where(is_free, free, 0)
             if self.log_diagonal is not None:
                 relative = relative * self.log_diagonal.neg().exp()[:, None, None, None]
             free = free * bound.scale(relative, len(self.corners), self.max_inverse_gain)
-        return torch.where(self._free, free, fixed)
+        return torch.where(is_free, free, fixed)
 
-    def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:
-        """Convolves.
+    def forward(self, input: Tensor, context: Any = None, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
+        """Convolves, or solves.
 
         Args:
-            input: x, [B, C, H, W], in the dtype of the parameters.
+            input: x, or y if `inverse`, [B, C, H, W], in the dtype of the parameters.
+            context: Ignored.
+            inverse: Whether to solve for x.
 
         Returns:
-            y, [B, C, H, W], and log |det dy/dx|, [B], in float32 at least.
+            y and log |det dy/dx|, or x and log |det dx/dy|: [B, C, H, W] and [B], in float32 at least.
 
         Raises:
-            TypeError: See `functional.conv2d`.
-            ValueError: See `functional.conv2d`; and, on the CPU, if exp(log_diagonal) is zero or not finite.
+            TypeError: See `functional.conv2d` and `functional.conv2d_inverse`.
+            ValueError: See there; and, on the CPU, if exp(log_diagonal) is zero or not finite.
         """
+        return super().forward(input, context, inverse=inverse)
+
+    def _run_forward(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
         self._check_diagonal()
-        output = functional.conv2d(input, self.weight, self.corners, self.bias)
+        output = functional.conv2d(input, self._weight(), self.corners, self.bias)
         return output, self._log_abs_det(input)
 
-    def inverse(self, input: Tensor) -> tuple[Tensor, Tensor]:
-        """Undoes `forward`.
-
-        Args:
-            input: y, [B, C, H, W], in the dtype of the parameters.
-
-        Returns:
-            x, [B, C, H, W], and log |det dx/dy|, [B], in float32 at least.
-
-        Raises:
-            TypeError: See `functional.conv2d_inverse`.
-            ValueError: See `functional.conv2d_inverse`.
-        """
+    def _run_inverse(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
         self._check_diagonal()
-        output = functional.conv2d_inverse(input, self.weight, self.corners, self.bias)
+        output = functional.conv2d_inverse(input, self._weight(), self.corners, self.bias)
         return output, -self._log_abs_det(input)
 
     def _check_diagonal(self) -> None:
@@ -196,8 +237,6 @@ class InvertibleConv2d(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        if self._free.device != self.raw_weight.device:  # a layer on meta that was assigned its parameters
-            self._make_masks()
         if prefix + "raw_weight" in state_dict:
             self._warn_of_differences(prefix, local_metadata)
 
@@ -213,9 +252,16 @@ class InvertibleConv2d(nn.Module):
 
     def _convert_weight(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Makes parameters of a plain weight."""
-        if prefix + "weight" not in state_dict or prefix + "raw_weight" in state_dict:
-            return
-        weight = state_dict.pop(prefix + "weight")
+        if prefix + "weight" in state_dict and prefix + "raw_weight" not in state_dict:
+            for name, tensor in self._to_parameters(state_dict.pop(prefix + "weight")).items():
+                state_dict[prefix + name] = tensor
+
+    def _to_parameters(self, weight: Tensor) -> dict[str, Tensor]:
+        """The parameters that make this weight, masked entries included.
+
+        Raises:
+            ValueError: If there are none.
+        """
         if weight.shape != self.raw_weight.shape:
             raise ValueError(f"weight must have shape {tuple(self.raw_weight.shape)}, got {tuple(weight.shape)}")
         groups = geometry.parse_corners(self.corners)
@@ -228,9 +274,20 @@ class InvertibleConv2d(nn.Module):
                 f"got {diagonal[~right][0].item():g}"
             )
         on_diagonal = geometry.diagonal_entries(weight.shape, groups, weight.device)
-        state_dict[prefix + "raw_weight"] = weight.masked_fill(on_diagonal, 0)
+        free = weight.masked_fill(on_diagonal, 0)
+        if self.max_inverse_gain is not None:
+            masked = geometry.masked_entries(weight.shape, groups, weight.device)
+            relative = free.masked_fill(masked, 0) / diagonal[:, None, None, None]
+            scale = bound.scale(relative, len(groups), self.max_inverse_gain).min().item()
+            if scale < 1 - 1e-5:
+                raise ValueError(
+                    f"the weight must keep max_inverse_gain={self.max_inverse_gain:g}, got one whose entries off the "
+                    f"diagonal are larger than that allows by a factor of {1 / scale:.3g}"
+                )
+        parameters = {"raw_weight": free}
         if self.diagonal == "learned":
-            state_dict[prefix + "log_diagonal"] = diagonal.log()
+            parameters["log_diagonal"] = diagonal.log()
+        return parameters
 
     def _check_shapes(self, state_dict: dict[str, Any], prefix: str) -> None:
         own = {name: tensor for name, tensor in self._parameters.items() if tensor is not None}
@@ -250,7 +307,7 @@ class InvertibleConv2d(nn.Module):
             )
         if self.raw_weight.is_meta:
             return
-        ignored = int(self.raw_weight[~self._free].count_nonzero())
+        ignored = int(self.raw_weight[~self._mask()[0]].count_nonzero())
         if ignored:
             warnings.warn(
                 f"{prefix}raw_weight has {ignored} entries other than zero on or above the pivot's diagonal, which the "
@@ -265,6 +322,31 @@ class InvertibleConv2d(nn.Module):
             f"{self.num_channels}, kernel_size={self.kernel_size}, corners={self.corners}, "
             f"diagonal={self.diagonal!r}, bias={self.bias is not None}{gain}"
         )
+
+
+class _ComputedWeight(Tensor):
+    """A weight that refuses changes in place, which would be lost; what is computed from it are plain tensors."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            own = [value for value in (*args, *kwargs.values()) if isinstance(value, cls) and not value.is_inference()]
+            versions = [weight._version for weight in own]
+            result = func(*args, **kwargs)
+            if func.__name__ == "__set__" or [weight._version for weight in own] != versions:
+                raise TypeError(
+                    f"weight must not be changed in place, got {func.__name__}: it is computed from the parameter "
+                    "raw_weight; change that, or assign a tensor, layer.weight = ..."
+                )
+            # `.data` is there to be written to.
+            return result.as_subclass(cls) if func is Tensor.data.__get__ else result  # type: ignore[attr-defined]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copies and files hold the plain tensor."""
+        return self.as_subclass(Tensor).__reduce_ex__(protocol)
 
 
 def _record_options(layer: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:

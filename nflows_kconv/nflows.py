@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nflows_kconv import checks, geometry, image_flow, layer
+from nflows_kconv.invertible import InvertibleModule
 from nflows_kconv.reversible import NETWORKS, Invertible, cascade
 
 try:
@@ -45,40 +46,8 @@ class InvertibleConv2d(layer.InvertibleConv2d, Transform):
         >>> step = CompositeTransform([InvertibleConv2d(12), ActNorm(12), OneByOneConvolution(12)])
     """
 
-    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Convolves.
 
-        Args:
-            inputs: x, [B, C, H, W], in the dtype of the parameters.
-            context: Ignored.
-
-        Returns:
-            y, [B, C, H, W], and log |det dy/dx|, [B].
-
-        Raises:
-            TypeError: See `nflows_kconv.functional.conv2d`.
-            ValueError: See `nflows_kconv.functional.conv2d`.
-        """
-        return super().forward(inputs)
-
-    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Undoes `forward`.
-
-        Args:
-            inputs: y, [B, C, H, W], in the dtype of the parameters.
-            context: Ignored.
-
-        Returns:
-            x, [B, C, H, W], and log |det dx/dy|, [B].
-
-        Raises:
-            TypeError: See `nflows_kconv.functional.conv2d_inverse`.
-            ValueError: See `nflows_kconv.functional.conv2d_inverse`.
-        """
-        return super().inverse(inputs)
-
-
-class Step(Transform):
+class Step(InvertibleModule, Transform):
     """A module of `nflows_kconv.step` as an `nflows.transforms.Transform`.
 
     Args:
@@ -89,13 +58,11 @@ class Step(Transform):
         super().__init__()
         self.step = step
 
-    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """From data to noise; the context is ignored."""
-        return self.step(inputs)
+    def _run_forward(self, input: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self.step(input, context)
 
-    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """From noise to data; the context is ignored."""
-        return self.step.inverse(inputs)  # type: ignore[operator]
+    def _run_inverse(self, input: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self.step.inverse(input, context)  # type: ignore[operator]
 
 
 class ReversibleCompositeTransform(CompositeTransform):

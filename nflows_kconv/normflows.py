@@ -8,6 +8,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from nflows_kconv import checks, geometry, image_flow, layer
+from nflows_kconv.invertible import InvertibleModule
 from nflows_kconv.reversible import NETWORKS, Invertible, cascade
 
 try:
@@ -45,37 +46,11 @@ class InvertibleConv2d(layer.InvertibleConv2d, flows.Flow):
         >>> flows = [Invertible1x1Conv(12), ActNorm((12, 1, 1)), InvertibleConv2d(12)]
     """
 
-    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Solves for the data.
+    def _run_forward(self, input: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        return super()._run_inverse(input, context)
 
-        Args:
-            z: z, [B, C, H, W], in the dtype of the parameters.
-            context: Ignored.
-
-        Returns:
-            x, [B, C, H, W], and log |det dx/dz|, [B].
-
-        Raises:
-            TypeError: See `nflows_kconv.functional.conv2d_inverse`.
-            ValueError: See `nflows_kconv.functional.conv2d_inverse`.
-        """
-        return super().inverse(z)
-
-    def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Convolves the data.
-
-        Args:
-            x: x, [B, C, H, W], in the dtype of the parameters.
-            context: Ignored.
-
-        Returns:
-            z, [B, C, H, W], and log |det dz/dx|, [B].
-
-        Raises:
-            TypeError: See `nflows_kconv.functional.conv2d`.
-            ValueError: See `nflows_kconv.functional.conv2d`.
-        """
-        return super().forward(x)
+    def _run_inverse(self, input: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        return super()._run_forward(input, context)
 
 
 class GlowBlock(flows.GlowBlock):
@@ -136,8 +111,8 @@ class GlowBlock(flows.GlowBlock):
         self.flows.insert(len(self.flows) - 1, convolution)
 
 
-class Step(flows.Flow):
-    """A module of `nflows_kconv.step` as a `normflows.flows.Flow`.
+class Step(InvertibleModule, flows.Flow):
+    """A module of `nflows_kconv.step` as a `normflows.flows.Flow`, whose `forward` goes from latent to data.
 
     Args:
         step: Has `forward` from data to latent and `inverse`, both with a log-determinant [B].
@@ -147,13 +122,11 @@ class Step(flows.Flow):
         super().__init__()
         self.step = step
 
-    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """From latent to data; the context is ignored."""
-        return self.step.inverse(z)  # type: ignore[operator]
+    def _run_forward(self, input: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self.step.inverse(input, context)  # type: ignore[operator]
 
-    def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """From data to latent; the context is ignored."""
-        return self.step(x)
+    def _run_inverse(self, input: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self.step(input, context)
 
 
 class ReversibleComposite(flows.Composite):

@@ -20,6 +20,7 @@ from __future__ import annotations
 import collections.abc
 import math
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -71,16 +72,17 @@ class Sequence(step.Sequence):
         steps: Modules with `forward` and `inverse`.
     """
 
-    def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:
-        """From data to latent."""
-        return cascade(input, self._invertible())
+    def _run_forward(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
+        return cascade(input, self._invertible(context))
 
-    def inverse(self, input: Tensor) -> tuple[Tensor, Tensor]:
-        """From latent to data."""
-        return cascade(input, [one.inverted() for one in reversed(self._invertible())])
+    def _run_inverse(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
+        return cascade(input, [one.inverted() for one in reversed(self._invertible(context))])
 
-    def _invertible(self) -> list[Invertible]:
-        return [Invertible(module, module, module.inverse) for module in self.steps]  # type: ignore[arg-type]
+    def _invertible(self, context: Any) -> list[Invertible]:
+        return [
+            Invertible(module, partial(module, context=context), partial(module.inverse, context=context), context)  # type: ignore
+            for module in self.steps
+        ]
 
 
 def cascade(

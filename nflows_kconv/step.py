@@ -1,7 +1,7 @@
 """The steps of the FInC image flow as modules that belong to no library.
 
-Each has `forward(x) -> (y, log_abs_det)` from data to latent and `inverse(y) -> (x, log_abs_det)`, log-determinants [B]
-in float32 at least, like `InvertibleConv2d`. The adapters give them their library's directions.
+Each is an `InvertibleModule` of images, [B, C, H, W], whose `forward` goes from data to latent, like
+`InvertibleConv2d`. The adapters give them their library's directions.
 """
 
 from __future__ import annotations
@@ -12,28 +12,28 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
+from nflows_kconv.invertible import InvertibleModule
 
-class Sequence(nn.Module):
+
+class Sequence(InvertibleModule):
     """Several steps one after the other, the first one next to the data.
 
     Args:
-        steps: Modules with `forward` and `inverse`.
+        steps: Modules with `forward` and `inverse`, both of which take a context.
     """
 
     def __init__(self, steps: Iterable[nn.Module]) -> None:
         super().__init__()
         self.steps = nn.ModuleList(steps)
 
-    def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:
-        """From data to latent."""
-        return _chain(input, [step.forward for step in self.steps])
+    def _run_forward(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
+        return _chain(input, context, self.steps)
 
-    def inverse(self, input: Tensor) -> tuple[Tensor, Tensor]:
-        """From latent to data."""
-        return _chain(input, [step.inverse for step in reversed(self.steps)])
+    def _run_inverse(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
+        return _chain(input, context, [step.inverse for step in reversed(self.steps)])
 
 
-class Inverse(nn.Module):
+class Inverse(InvertibleModule):
     """A step the other way round: Inverse-Flow (Nagar, Varma 2025, arXiv 2410.14634) has its convolutions so.
 
     Args:
@@ -44,16 +44,14 @@ class Inverse(nn.Module):
         super().__init__()
         self.step = step
 
-    def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:
-        """The step's inverse."""
-        return self.step.inverse(input)  # type: ignore[operator]
+    def _run_forward(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
+        return self.step.inverse(input, context)  # type: ignore[operator]
 
-    def inverse(self, input: Tensor) -> tuple[Tensor, Tensor]:
-        """The step's forward direction."""
-        return self.step(input)
+    def _run_inverse(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
+        return self.step(input, context)
 
 
-class ActNorm(nn.Module):
+class ActNorm(InvertibleModule):
     """y = exp(log_scale) (x + shift), channel by channel (Glow, Kingma, Dhariwal 2018, arXiv 1807.03039, section 3.1).
 
     The first batch that passes forward in training mode sets both so that its outputs have mean 0 and variance 1 in
@@ -78,15 +76,13 @@ class ActNorm(nn.Module):
         # What the buffer says, without waiting for the device to tell, and constant under torch.compile.
         self._is_initialized = False
 
-    def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalises, [B, C, H, W]."""
+    def _run_forward(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
         if self.training and not self._is_initialized and input.numel():
             self._initialize(input)
         scale, shift = self.log_scale.exp()[:, None, None], self.shift[:, None, None]
         return (input + shift) * scale, _per_image(self.log_scale, input)
 
-    def inverse(self, input: Tensor) -> tuple[Tensor, Tensor]:
-        """Undoes `forward`."""
+    def _run_inverse(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
         scale, shift = self.log_scale.neg().exp()[:, None, None], self.shift[:, None, None]
         return input * scale - shift, -_per_image(self.log_scale, input)
 
@@ -109,7 +105,7 @@ class ActNorm(nn.Module):
         self._is_initialized = bool(self.initialized)
 
 
-class InvertibleConv1x1(nn.Module):
+class InvertibleConv1x1(InvertibleModule):
     """y = W x at every pixel, W = P L (U + diag(s)) (Glow, arXiv 1807.03039, section 3.2).
 
     P is a fixed permutation, L unit lower and U strictly upper triangular, so that log |det W| = sum log |s|. It starts
@@ -138,15 +134,13 @@ class InvertibleConv1x1(nn.Module):
         self.upper = nn.Parameter(upper.triu(1).to(dtype))
         self.log_scale = nn.Parameter(upper.diagonal().abs().log().to(dtype))
 
-    def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:
-        """Mixes the channels, [B, C, H, W]."""
+    def _run_forward(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
         with torch.autocast(input.device.type, enabled=False):
             lower, upper = self._factors()
             output = _mixed((lower @ upper)[self.permutation], input)
         return output, _per_image(self.log_scale, input)
 
-    def inverse(self, input: Tensor) -> tuple[Tensor, Tensor]:
-        """Undoes `forward`."""
+    def _run_inverse(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
         with torch.autocast(input.device.type, enabled=False):
             output = _mixed(self.inverse_weight(), input)
         return output, -_per_image(self.log_scale, input)
@@ -171,7 +165,7 @@ def _mixed(weight: Tensor, input: Tensor) -> Tensor:
     return (weight @ input.to(weight.dtype).flatten(2)).view(input.shape)
 
 
-class AffineCoupling(nn.Module):
+class AffineCoupling(InvertibleModule):
     """y1 = s(x2) x1 + t(x2), y2 = x2, with log s = 2 tanh(h / 2) and (h, t) = network(x2).
 
     The coupling of FInC Flow (Kallappa, Nagar, Varma 2023, arXiv 2301.09266), whose scale stays between e^-2 and e^2.
@@ -186,14 +180,12 @@ class AffineCoupling(nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:
-        """Transforms the first half of the channels, [B, C, H, W]."""
+    def _run_forward(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
         changed, kept = input.chunk(2, 1)
         log_scale, shift = self._scale_and_shift(kept)
         return torch.cat([changed * log_scale.exp() + shift, kept], 1), _sum(log_scale)
 
-    def inverse(self, input: Tensor) -> tuple[Tensor, Tensor]:
-        """Undoes `forward`."""
+    def _run_inverse(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
         changed, kept = input.chunk(2, 1)
         log_scale, shift = self._scale_and_shift(kept)
         return torch.cat([(changed - shift) * log_scale.neg().exp(), kept], 1), -_sum(log_scale)
@@ -226,10 +218,10 @@ def _zero(convolution: nn.Conv2d) -> nn.Conv2d:
     return convolution
 
 
-def _chain(input: Tensor, functions: Iterable[Any]) -> tuple[Tensor, Tensor]:
+def _chain(input: Tensor, context: Any, functions: Iterable[Any]) -> tuple[Tensor, Tensor]:
     total = None
     for function in functions:
-        input, log_abs_det = function(input)
+        input, log_abs_det = function(input, context)
         total = log_abs_det if total is None else total + log_abs_det
     return input, torch.zeros(len(input), device=input.device) if total is None else total
 

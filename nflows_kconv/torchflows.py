@@ -60,36 +60,23 @@ class InvertibleConv2d(Bijection, layer.InvertibleConv2d):
         self.event_shape, self.context_shape = tuple(event_shape), context_shape
         self.n_dim = math.prod(event_shape)
 
-    def forward(self, x: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
-        """Convolves.
+    def forward(self, x: Tensor, context: Any = None, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
+        """Convolves, or solves.
 
         Args:
-            x: x, [..., C, H, W], in the dtype of the parameters.
+            x: x, or z if `inverse`, [..., C, H, W], in the dtype of the parameters.
             context: Ignored.
+            inverse: Whether to solve for x.
 
         Returns:
-            z, [..., C, H, W], and log |det dz/dx|, [...].
+            z and log |det dz/dx|, or x and log |det dx/dz|: [..., C, H, W] and [...].
 
         Raises:
             TypeError: See `nflows_kconv.functional.conv2d`.
             ValueError: See `nflows_kconv.functional.conv2d`.
         """
-        z, log_abs_det = layer.InvertibleConv2d.forward(self, flatten_batch(x))
-        return z.reshape(x.shape), log_abs_det.reshape(x.shape[:-3])
+        output, log_abs_det = layer.InvertibleConv2d.forward(self, flatten_batch(x), inverse=inverse)
+        return output.reshape(x.shape), log_abs_det.reshape(x.shape[:-3])
 
-    def inverse(self, z: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
-        """Solves.
-
-        Args:
-            z: z, [..., C, H, W], in the dtype of the parameters.
-            context: Ignored.
-
-        Returns:
-            x, [..., C, H, W], and log |det dx/dz|, [...].
-
-        Raises:
-            TypeError: See `nflows_kconv.functional.conv2d_inverse`.
-            ValueError: See `nflows_kconv.functional.conv2d_inverse`.
-        """
-        x, log_abs_det = layer.InvertibleConv2d.inverse(self, flatten_batch(z))
-        return x.reshape(z.shape), log_abs_det.reshape(z.shape[:-3])
+    # Bijection comes first and has an abstract one.
+    inverse = layer.InvertibleConv2d.inverse

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from nflows_kconv import backends, native, reference
+from nflows_kconv import available_backends, native, reference
 from nflows_kconv.testing import register_profiles
 
 register_profiles()
@@ -33,7 +33,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         if metafunc.config.getoption("device") == "cpu":
             kernels = [f"native-{name}" for name in native.instruction_sets()]
         else:
-            kernels = ["cuda"] if backends()["cuda"].available else []
+            kernels = ["cuda"] if available_backends()["cuda"].available else []
         metafunc.parametrize("backend", ["reference", *kernels], indirect=True, scope="session")
 
 

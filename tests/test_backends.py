@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from nflows_kconv import native
-from nflows_kconv.backends import Backend, backends, selected_backends
+from nflows_kconv.backends import Backend, available_backends, selected_backends
 from nflows_kconv.cuda import cache, compiler, driver, runtime
 
 needs_native = pytest.mark.skipif(not native.available, reason=f"no native library: {native.reason}")
@@ -32,7 +32,7 @@ def instruction_set_restored():
 
 
 def test_one_entry_per_backend():
-    found = backends()
+    found = available_backends()
     assert list(found) == ["native", "cuda", "reference"]
     assert all(isinstance(backend, Backend) and backend.name == name for name, backend in found.items())
     assert all(backend.reason for backend in found.values())
@@ -41,11 +41,13 @@ def test_one_entry_per_backend():
 
 def test_backends_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
-        backends()["reference"].available = False
+        available_backends()["reference"].available = False
 
 
 def test_selected_are_those_that_present_devices_run_on():
-    assert {name for name, backend in backends().items() if backend.selected} == set(selected_backends().values())
+    assert {name for name, backend in available_backends().items() if backend.selected} == set(
+        selected_backends().values()
+    )
 
 
 @pytest.fixture
@@ -59,15 +61,15 @@ def gpu(monkeypatch):
 
 @needs_native
 def test_cuda_tells_what_it_runs_with(gpu):
-    assert str(backends()["cuda"]) == (
+    assert str(available_backends()["cuda"]) == (
         "cuda (cuda): selected, NVIDIA H100 80GB HBM3, compiled at run time by NVRTC 13.0, launched from C++"
     )
     assert selected_backends() == {"cpu": "native", "cuda": "cuda"}
-    assert not backends()["reference"].selected
+    assert not available_backends()["reference"].selected
 
 
 def test_without_the_library_cuda_is_launched_from_python(gpu, library_missing):
-    assert backends()["cuda"].reason.endswith(
+    assert available_backends()["cuda"].reason.endswith(
         "launched from Python, slower, since the native library is missing: it was not built: because"
     )
     assert selected_backends() == {"cpu": "reference", "cuda": "cuda"}
@@ -75,9 +77,9 @@ def test_without_the_library_cuda_is_launched_from_python(gpu, library_missing):
 
 def test_cuda_tells_why_it_cannot_run(gpu, monkeypatch):
     monkeypatch.setattr(runtime, "why_not", lambda: "this torch is built for ROCm")
-    assert backends()["cuda"] == Backend("cuda", "cuda", False, False, "this torch is built for ROCm")
+    assert available_backends()["cuda"] == Backend("cuda", "cuda", False, False, "this torch is built for ROCm")
     assert selected_backends()["cuda"] == "reference"
-    assert "cuda" in backends()["reference"].reason
+    assert "cuda" in available_backends()["reference"].reason
 
 
 @needs_native
@@ -87,14 +89,14 @@ def test_native_tells_what_it_runs_with(threads, shown, instruction_set_restored
     torch.set_num_threads(threads)
     native.select_instruction_set("baseline")
     try:
-        assert str(backends()["native"]) == f"native (cpu): selected, baseline instructions, {shown}"
+        assert str(available_backends()["native"]) == f"native (cpu): selected, baseline instructions, {shown}"
     finally:
         torch.set_num_threads(before)
 
 
 def test_without_the_library_the_reference_is_selected(library_missing):
-    assert backends()["native"] == Backend("native", "cpu", False, False, "it was not built: because")
-    assert backends()["reference"].selected
+    assert available_backends()["native"] == Backend("native", "cpu", False, False, "it was not built: because")
+    assert available_backends()["reference"].selected
     assert selected_backends()["cpu"] == "reference"
 
 
@@ -172,7 +174,7 @@ def test_report_on_the_command_line():
     assert f"torch:         {torch.__version__}" in lines
     assert f"Python:        {platform.python_version()}" in lines
     assert f"kernel cache:  {cache.directory()}" in lines
-    for name, backend in backends().items():
+    for name, backend in available_backends().items():
         assert any(line.startswith(f"{name} ({backend.device}): ") for line in lines)
     for device, name in selected_backends().items():
         assert f"{device} tensors run on {name}" in lines

@@ -230,14 +230,14 @@ def test_arguments_on_two_devices():
 
 
 def test_report():
-    backend = nflows_kconv.backends()["cuda"]
+    backend = nflows_kconv.available_backends()["cuda"]
     assert backend.selected
     name = torch.cuda.get_device_name()
     launcher = "C++" if native.available else "Python"
     assert backend.reason.startswith(f"{name}")
     assert f", compiled at run time by NVRTC {torch.version.cuda.split('.')[0]}." in backend.reason
     assert f", launched from {launcher}" in backend.reason
-    assert not nflows_kconv.backends()["reference"].selected
+    assert not nflows_kconv.available_backends()["reference"].selected
 
 
 def in_a_process(script: str, **environment: str) -> str:

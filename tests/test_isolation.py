@@ -55,7 +55,7 @@ images = torch.randn(2, 8, 6, 5)
 output, log_det = layer(images)
 restored, _ = layer.inverse(output)
 (restored.sum() + log_det.sum()).backward()
-print(*nflows_kconv.backends().values())
+print(*nflows_kconv.available_backends().values())
 
 import nflows_kconv.normflows
 flow = nflows_kconv.normflows.finc_flow((1, 8, 8), levels=1, steps=1, hidden_channels=4)

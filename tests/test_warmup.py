@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nflows_kconv import InvertibleConv2d, ops, warmup
-from nflows_kconv.warmup import _differentiate, visit_layers
+from nflows_kconv.precompile import _differentiate, visit_layers
 
 
 class Squeeze(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +11,10 @@ from torch import Tensor, nn
 from nflows_kconv import checks
 from nflows_kconv.images.arguments import at_least_float32, check_images, for_each_image
 from nflows_kconv.images.preprocessing import Logit
+from nflows_kconv.invertible import InvertibleModule
 
 
-class UniformDequantization(nn.Module):
+class UniformDequantization(InvertibleModule):
     """y = (x + u) / levels with u uniform in [0, 1).
 
     With D numbers in an image, log p(y) + log_abs_det is in expectation a lower bound on the probability of x:
@@ -35,7 +37,7 @@ class UniformDequantization(nn.Module):
         super().__init__()
         self.levels = _check_levels(levels)
 
-    def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:
+    def _run_forward(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
         """Adds noise.
 
         Args:
@@ -54,7 +56,7 @@ class UniformDequantization(nn.Module):
         values = _whole_numbers(input, self.levels)
         return (values + _uniform_noise(values, self.levels)) / self.levels, -_log_levels(values, self.levels)
 
-    def inverse(self, input: Tensor) -> tuple[Tensor, Tensor]:
+    def _run_inverse(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
         """Rounds down.
 
         Args:
@@ -75,7 +77,7 @@ class UniformDequantization(nn.Module):
         return f"levels={self.levels}"
 
 
-class VariationalDequantization(nn.Module):
+class VariationalDequantization(InvertibleModule):
     """y = (x + u) / levels with u drawn from a learned q(u | x), which tightens the bound.
 
         log P(x) >= E_q[log p(y) - log q(u | x)] - D log levels
@@ -109,7 +111,7 @@ class VariationalDequantization(nn.Module):
         self.logit = Logit(alpha=0)
         self.couplings = nn.ModuleList(_ConditionalCoupling(channels, hidden_channels, index % 2) for index in range(4))
 
-    def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:
+    def _run_forward(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
         """Adds noise drawn from q(u | x).
 
         Args:
@@ -133,7 +135,7 @@ class VariationalDequantization(nn.Module):
         total = total + log_abs_det + for_each_image(values, math.log1p(-2 * margin) - math.log(self.levels))
         return (values + (margin + (1 - 2 * margin) * noise)) / self.levels, total
 
-    def inverse(self, input: Tensor) -> tuple[Tensor, Tensor]:
+    def _run_inverse(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
         """Rounds down.
 
         Args:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from nflows_kconv.images.arguments import at_least_float32, for_each_image
+from nflows_kconv.invertible import InvertibleModule
 
 
-class Logit(nn.Module):
+class Logit(InvertibleModule):
     """y = logit(p) with p = alpha + (1 - 2 alpha) x, which takes [0, 1] to the real numbers.
 
         log |det dy/dx| = sum log(1 - 2 alpha) - log p - log(1 - p)
@@ -30,7 +32,7 @@ class Logit(nn.Module):
             raise ValueError(f"alpha must be at least 0 and below 1/2, got {alpha}")
         self.alpha = alpha
 
-    def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:
+    def _run_forward(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
         """From [0, 1] to the real numbers.
 
         Args:
@@ -44,7 +46,7 @@ class Logit(nn.Module):
         log_p, log_1_minus_p = ((self.alpha + (1 - 2 * self.alpha) * part).log() for part in (values, 1 - values))
         return (log_p - log_1_minus_p).to(input.dtype), self._log_abs_det(log_p, log_1_minus_p)
 
-    def inverse(self, input: Tensor) -> tuple[Tensor, Tensor]:
+    def _run_inverse(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
         """Undoes `forward`.
 
         Args:
@@ -65,7 +67,7 @@ class Logit(nn.Module):
         return f"alpha={self.alpha}"
 
 
-class Affine(nn.Module):
+class Affine(InvertibleModule):
     """y = scale x + shift, log |det dy/dx| = D log |scale| with D numbers in an image.
 
     The default centres [0, 1], as Glow does (Kingma, Dhariwal 2018, arXiv 1807.03039).
@@ -84,11 +86,11 @@ class Affine(nn.Module):
             raise ValueError(f"scale and shift must be finite and scale not 0, got scale {scale} and shift {shift}")
         self.scale, self.shift = scale, shift
 
-    def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:
+    def _run_forward(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
         """Scales and shifts x, [B, ...]."""
         return input * self.scale + self.shift, self._log_abs_det(input)
 
-    def inverse(self, input: Tensor) -> tuple[Tensor, Tensor]:
+    def _run_inverse(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
         """Undoes `forward`."""
         return (input - self.shift) / self.scale, -self._log_abs_det(input)
 
