@@ -122,7 +122,11 @@ class ImageFlow(Flow):
         self._num_classes = num_classes
 
     def log_prob(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
-        """The log-density of images, [B].
+        """The log-density of images; see `forward`."""
+        return self(inputs, context)
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
+        """The log-density of images, [B], so that the flow can be wrapped by DistributedDataParallel or torch.compile.
 
         Args:
             inputs: [B, C, H, W].
@@ -134,7 +138,8 @@ class ImageFlow(Flow):
                 context does not fit, or is missing, or the flow has no classes.
         """
         images = image_flow.as_parameters_are(inputs, self)
-        return super().log_prob(images, image_flow.as_class_numbers("context", context, self._num_classes, len(images)))
+        classes = image_flow.as_class_numbers("context", context, self._num_classes, images.shape[0])
+        return super()._log_prob(images, classes)
 
     def sample(self, num_samples: int, context: Tensor | None = None, batch_size: int | None = None) -> Tensor:
         """Images, [num_samples, C, H, W], or [B, num_samples, C, H, W] for the classes of a context.

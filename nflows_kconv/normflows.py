@@ -160,7 +160,11 @@ class ImageFlow(MultiscaleFlow):
     """A `normflows.MultiscaleFlow` of images, of any dtype, whose `log_prob` needs no classes where it has none."""
 
     def log_prob(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """The log-density of images, [B].
+        """The log-density of images, [B]; see `forward`, whose negative it is."""
+        return -self(x, y)
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """The negative log-likelihood of each image, [B].
 
         Args:
             x: [B, C, H, W].
@@ -172,7 +176,7 @@ class ImageFlow(MultiscaleFlow):
                 not fit, or is missing, or the flow has no classes.
         """
         images = image_flow.as_parameters_are(x, self)
-        return super().log_prob(images, self._classes(y, len(images)))
+        return -super().log_prob(images, self._classes(y, len(images)))
 
     def sample(
         self, num_samples: int = 1, y: Tensor | None = None, temperature: float | None = None

@@ -163,6 +163,16 @@ def test_glow_differs_in_the_convolution_alone(library):
 
 
 @in_both
+def test_a_call_is_the_loss_of_the_library_and_fires_hooks_once(library):
+    flow, images, calls = build(library), random_images(), []
+    sign = 1 if library == "nflows" else -1  # normflows' forward is the negative log-likelihood
+    flow.register_forward_hook(lambda *_: calls.append("hook"))
+    torch.manual_seed(2)
+    torch.testing.assert_close(sign * flow(images), log_prob(flow, images))
+    assert calls == ["hook"] * 2
+
+
+@in_both
 def test_the_first_batch_normalises(library):
     flow, images = build(library, trained=False), random_images(64)
     flow.train()
