@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from numbers import Integral
+import math
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -23,12 +24,33 @@ def positive(name: str, value: int) -> int:
     return int(value)
 
 
+def is_under_torch_func() -> bool:
+    """Whether a transformation of torch.func is at work, such as vmap; under torch.compile, too, which traces it."""
+    return peek_interpreter_stack() is not None
+
+
+# What torch.compiler.assume_constant_result does, which would import the compiler along with this package.
+is_under_torch_func._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def temperature(value: float) -> float:
+    """The value as a float.
+
+    Raises:
+        TypeError: If it is no number.
+        ValueError: If it is negative or not finite.
+    """
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"temperature must be a number, got {value!r}")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"temperature must be finite and not negative, got {value}")
+    return float(value)
+
+
 def is_plain(tensor: Tensor) -> bool:
     """Whether a tensor is one of numbers, outside torch.compile and torch.func, and no subclass such as a fake one."""
     return (
-        not torch.compiler.is_compiling()
-        and type(tensor) in (Tensor, torch.nn.Parameter)
-        and peek_interpreter_stack() is None
+        not torch.compiler.is_compiling() and type(tensor) in (Tensor, torch.nn.Parameter) and not is_under_torch_func()
     )
 
 

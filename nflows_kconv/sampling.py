@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 import traceback
 import warnings
 from collections import defaultdict
@@ -11,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
-from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -98,7 +96,7 @@ class GraphSampler:
             RuntimeError: If the flow is on several devices, or cannot be captured.
         """
         n = self._check_number(n, labels)
-        _check_temperature(temperature)
+        checks.temperature(temperature)
         draw = self._drawer(labels)
         parts = []
         for start in range(0, n, self._num_samples):
@@ -374,10 +372,3 @@ def _device(flow: nn.Module) -> torch.device:
         found = ", ".join(f"{name} on {device}" for device, name in names.items())
         raise RuntimeError(f"{type(flow).__name__} must be on one device, got {found}")
     return next(iter(names), torch.device("cpu"))
-
-
-def _check_temperature(temperature: float) -> None:
-    if not isinstance(temperature, Real) or isinstance(temperature, bool):
-        raise TypeError(f"temperature must be a number, got {temperature!r}")
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature must be finite and not negative, got {temperature}")

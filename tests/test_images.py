@@ -170,6 +170,23 @@ class TestDequantization:
         with pytest.raises(ValueError, match=r"whole numbers in 0\.\.9, got 10"):
             dequantization(1, 10)(torch.full((1, 1, 1, 1), 10))
 
+    def test_the_first_batch_is_looked_at_where_looking_waits(self, dequantization, monkeypatch):
+        monkeypatch.setattr("nflows_kconv.checks.values_are_at_hand", lambda tensor: False)  # as on a GPU
+        module, wrong = dequantization(1, 256), torch.full((3, 1, 2, 2), 0.5)
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"whole numbers in 0\.\.255, got 0\.5"):
+                module(wrong)
+        module(2 * wrong.ceil())
+        module(wrong)  # a second look would wait for the device again
+
+    def test_images_of_0_and_1_alone_get_a_warning(self, dequantization, recwarn):
+        x = random_images(2, 1, 4, 4, levels=2)
+        for silent, levels in ((x.byte(), 256), (x, 2), (0 * x, 256), (x + 1, 256), (x[:0], 256)):
+            dequantization(1, levels)(silent)
+        assert not recwarn
+        with pytest.warns(UserWarning, match=r"0 and 1 alone .* scaled to 0\.\.1, multiply by 255"):
+            dequantization(1, 256)(x)
+
     def test_images_in_0_to_1_get_a_hint(self, dequantization):
         with pytest.raises(ValueError, match=r"got 0\.25; images in 0\.\.1 times 255, rounded, are such"):
             dequantization(1, 256)(torch.full((1, 1, 1, 1), 0.25))
@@ -211,6 +228,26 @@ class TestDequantization:
 
 
 class TestUniformDequantization:
+    @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+    def test_values_under_compile_and_export(self, compiler):
+        module, wrong = UniformDequantization(), torch.full((3, 1, 2, 2), 0.5)
+        exported = torch.export.export(module, (torch.ones(2, 1, 2, 2),), dynamic_shapes=({0: torch.export.Dim("B")},))
+        for call in (torch.compile(module, backend=compiler, fullgraph=True), exported.module()):
+            assert call(wrong.ceil())[0].shape == wrong.shape
+            with pytest.raises(RuntimeError, match=r"whole numbers in 0\.\.255"):
+                call(wrong)
+        mapped = torch.vmap(lambda image: module(image[None])[0], randomness="different")
+        assert torch.compile(mapped, backend=compiler)(wrong).shape == (3, 1, 1, 2, 2)  # where nothing can be checked
+
+    def test_middle(self):
+        x = random_images(2, 1, 4, 4, levels=7)
+        module = UniformDequantization(7)
+        y, log_abs_det = module.middle(x)
+        torch.testing.assert_close(y, (x + 0.5) / 7)
+        assert torch.equal(log_abs_det, module(x)[1]) and torch.equal(module.inverse(y)[0], x)
+        with pytest.raises(ValueError, match=r"whole numbers in 0\.\.6, got 0\.5"):
+            module.middle(torch.full((1, 1, 1, 1), 0.5))
+
     def test_noise_is_uniform(self, device):
         x = torch.tensor([0.0, 1.0, 128.0, 255.0], device=device).view(1, 4, 1, 1).expand(5000, 4, 2, 1)
         y, _ = UniformDequantization()(x)
@@ -418,13 +455,21 @@ class TestPreprocessing:
             output, log_abs_det = function(input)
             expected, expected_log_abs_det = function(input.float())
             assert output.dtype == dtype and log_abs_det.dtype == torch.float32
-            torch.testing.assert_close(output, expected.to(dtype))
+            assert torch.equal(output, expected.to(dtype))
             torch.testing.assert_close(log_abs_det, expected_log_abs_det)
 
     def test_arguments(self):
         for alpha in (-1e-9, 0.5, 1.0, math.nan):
             with pytest.raises(ValueError, match=f"alpha must be at least 0 and below 1/2, got {alpha}"):
                 Logit(alpha)
+        for function in (Logit(), Logit().inverse, Affine(2, 1), Affine(2, 1).inverse):
+            with pytest.raises(TypeError, match=r"numbers must be .* floating-point dtype, got torch\.int64"):
+                function(torch.tensor([[0, 1]]))
+            with pytest.raises(TypeError, match="numbers must be a tensor of a floating-point dtype, got list"):
+                function([0.5])
+            with pytest.raises(ValueError, match=r"numbers must have the dimensions \[B, \.\.\.\], got shape \(\)"):
+                function(torch.tensor(0.5))
+            assert function(torch.tensor([0.25, 0.5]))[1].shape == (2,)
         for scale, shift in ((0, 0), (math.inf, 0), (math.nan, 0), (1, math.nan), (1, -math.inf)):
             with pytest.raises(ValueError, match=f"scale not 0, got scale {scale} and shift {shift}"):
                 Affine(scale, shift)

@@ -16,6 +16,15 @@ def check_images(input: Tensor) -> None:
         raise ValueError(f"images must have the 4 dimensions [B, C, H, W], got shape {tuple(input.shape)}")
 
 
+def check_numbers(input: Tensor) -> None:
+    """Raises an error unless it is a tensor [B, ...] of floating-point numbers."""
+    if not isinstance(input, Tensor) or not input.is_floating_point():
+        kind = input.dtype if isinstance(input, Tensor) else type(input).__name__
+        raise TypeError(f"numbers must be a tensor of a floating-point dtype, got {kind}")
+    if input.dim() == 0:
+        raise ValueError("numbers must have the dimensions [B, ...], got shape ()")
+
+
 def at_least_float32(input: Tensor) -> Tensor:
     """Half precision as float32, integers in torch's default dtype, float32 and float64 as they are."""
     if not input.is_floating_point():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -14,7 +15,42 @@ from nflows_kconv.images.preprocessing import Logit
 from nflows_kconv.invertible import InvertibleModule
 
 
-class UniformDequantization(InvertibleModule):
+class _Dequantization(InvertibleModule):
+    """Puts whole numbers somewhere into their cells; rounds down on the way back."""
+
+    def __init__(self, levels: int) -> None:
+        super().__init__()
+        self.levels = check_levels("levels", levels)
+        # Only saves repeated looks. A list, which the replicas of DataParallel share.
+        self._devices_looked_at: list[torch.device] = []
+
+    def _whole_numbers(self, input: Tensor) -> Tensor:
+        """The images as floating-point numbers, checked."""
+        check_images(input)
+        values = at_least_float32(input)
+        if not _holds_nothing_else(input.dtype, self.levels):
+            if torch.compiler.is_compiling():
+                if not checks.is_under_torch_func():  # vmap knows no assertion
+                    torch._assert_async(_is_allowed(values, self.levels).all(), _expected(self.levels))
+            elif checks.values_are_at_hand(values):
+                _look(values, self.levels, input.is_floating_point())
+            elif self._may_wait(values):
+                _look(values, self.levels, input.is_floating_point())
+                self._devices_looked_at.append(values.device)
+        return values
+
+    def _may_wait(self, values: Tensor) -> bool:
+        """Whether to wait for a device, once: a failed assertion, which does not wait, would leave it unusable."""
+        capturing = values.is_cuda and torch.cuda.is_current_stream_capturing()
+        device_looked_at = values.device in self._devices_looked_at
+        return checks.is_plain(values) and values.device.type != "meta" and not capturing and not device_looked_at
+
+    def extra_repr(self) -> str:
+        """The levels; submodules print themselves."""
+        return f"levels={self.levels}"
+
+
+class UniformDequantization(_Dequantization):
     """y = (x + u) / levels with u uniform in [0, 1).
 
     With D numbers in an image, log p(y) + log_abs_det is in expectation a lower bound on the probability of x:
@@ -25,59 +61,47 @@ class UniformDequantization(InvertibleModule):
     3.1). The noise takes its values from the midpoints of a grid (2^13 in float32 for 256 levels), which no rounding
     carries out of the cell of x: 0 < y < 1, and `inverse` restores x.
 
+    `forward` takes x, [B, C, H, W], whole numbers 0..levels-1 in any real dtype. It gives y in the dtype of x, but
+    float32 for half precision and torch's default dtype for integers; and log_abs_det = -D log levels, [B].
+
+    `inverse` takes y, [B, C, H, W], of a floating-point dtype; a value outside [0, 1) counts as the nearest inside. It
+    gives x = floor(levels y) in the dtype of y, float32 at least; and D log levels, [B].
+
+    Values are checked in every batch on a CPU; on another device in a module's first batch alone, as each look waits
+    for the device; under torch.compile and torch.export by an assertion inside the compiled code, which raises a
+    RuntimeError (on a GPU it ends the process's use of the device). Under torch.func they pass unchecked.
+
     Args:
         levels: Number of values that x takes, 2 to 65536.
 
     Raises:
-        TypeError: If `levels` is no integer.
-        ValueError: If `levels` is out of its range.
+        TypeError: If `levels` is no integer; in a call, if x is no tensor of real numbers, or y none of floating-point
+            numbers.
+        ValueError: If `levels` is out of its range; in a call, if the images have another number of dimensions, or a
+            value of x is no whole number in 0..levels-1.
+
+    Warns:
+        UserWarning: If x is of a floating-point dtype and a batch holds only 0 and 1, as images scaled to 0..1 may.
     """
 
     def __init__(self, levels: int = 256) -> None:
-        super().__init__()
-        self.levels = _check_levels(levels)
+        super().__init__(levels)
 
     def _run_forward(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
-        """Adds noise.
-
-        Args:
-            input: x, [B, C, H, W], whole numbers 0..levels-1 in any real dtype.
-
-        Returns:
-            y, [B, C, H, W], in the dtype of x, but float32 for half precision and torch's default dtype for integers;
-            and -D log levels, [B].
-
-        Raises:
-            TypeError: If x is no tensor of real numbers.
-            ValueError: If x has another number of dimensions; and, on the CPU, if a value is no whole number in
-                0..levels-1. Elsewhere that look would wait for the device, under torch.compile and torch.func it cannot
-                be had: such values go through.
-        """
-        values = _whole_numbers(input, self.levels)
+        values = self._whole_numbers(input)
         return (values + _uniform_noise(values, self.levels)) / self.levels, -_log_levels(values, self.levels)
 
     def _run_inverse(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
-        """Rounds down.
-
-        Args:
-            input: y, [B, C, H, W], of a floating-point dtype; a value outside [0, 1) counts as the nearest inside.
-
-        Returns:
-            x = floor(levels y), [B, C, H, W], in the dtype of y, float32 at least; and D log levels, [B].
-
-        Raises:
-            TypeError: If y is no tensor of floating-point numbers.
-            ValueError: If y has another number of dimensions.
-        """
         values, _ = _cell(input, self.levels)
         return values, _log_levels(values, self.levels)
 
-    def extra_repr(self) -> str:
-        """The constructor's argument."""
-        return f"levels={self.levels}"
+    def middle(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """Does what `forward` does with u = 1/2, so that equal images have equal results."""
+        values = self._whole_numbers(input)
+        return (values + 0.5) / self.levels, -_log_levels(values, self.levels)
 
 
-class VariationalDequantization(InvertibleModule):
+class VariationalDequantization(_Dequantization):
     """y = (x + u) / levels with u drawn from a learned q(u | x), which tightens the bound.
 
         log P(x) >= E_q[log p(y) - log q(u | x)] - D log levels
@@ -93,6 +117,9 @@ class VariationalDequantization(InvertibleModule):
     The couplings are bounded so that q(u | x) <= e^(8 D). Without that, q could shrink to less than float32 resolves,
     a point at which p(y) is free to grow: a bound that bounds nothing.
 
+    Both directions take and give what those of `UniformDequantization` do, except for the log-determinants:
+    -D log levels - log q(u | x) forward, and its negative, with u = levels y - x, back. They raise the same errors.
+
     Args:
         channels: C.
         levels: Number of values that x takes, 2 to 65536.
@@ -100,31 +127,19 @@ class VariationalDequantization(InvertibleModule):
 
     Raises:
         TypeError: If an argument is no integer.
-        ValueError: If an argument is out of its range.
+        ValueError: If an argument is out of its range; in a call, if the images have not C channels.
     """
 
     def __init__(self, channels: int, *, levels: int = 256, hidden_channels: int = 32) -> None:
-        super().__init__()
+        super().__init__(levels)
         checks.positive("channels", channels)
         checks.positive("hidden_channels", hidden_channels)
-        self.channels, self.levels = channels, _check_levels(levels)
+        self.channels = channels
         self.logit = Logit(alpha=0)
         self.couplings = nn.ModuleList(_ConditionalCoupling(channels, hidden_channels, index % 2) for index in range(4))
 
     def _run_forward(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
-        """Adds noise drawn from q(u | x).
-
-        Args:
-            input: x, [B, C, H, W], whole numbers 0..levels-1 in any real dtype.
-
-        Returns:
-            y, [B, C, H, W], in the dtype that `UniformDequantization` gives; and -D log levels - log q(u | x), [B].
-
-        Raises:
-            TypeError: See `UniformDequantization.forward`.
-            ValueError: See `UniformDequantization.forward`; and if x has not C channels.
-        """
-        values = _whole_numbers(input, self.levels)
+        values = self._whole_numbers(input)
         condition = self._condition(values)
         noise, total = self.logit(_uniform_noise(values, self.levels))
         for coupling in self.couplings:
@@ -136,19 +151,6 @@ class VariationalDequantization(InvertibleModule):
         return (values + (margin + (1 - 2 * margin) * noise)) / self.levels, total
 
     def _run_inverse(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
-        """Rounds down.
-
-        Args:
-            input: y, [B, C, H, W], of a floating-point dtype; a value outside [0, 1) counts as the nearest inside.
-
-        Returns:
-            x = floor(levels y), [B, C, H, W], in the dtype of y, float32 at least; and D log levels + log q(u | x),
-            [B], with u = levels y - x.
-
-        Raises:
-            TypeError: See `UniformDequantization.inverse`.
-            ValueError: See `UniformDequantization.inverse`; and if y has not C channels.
-        """
         values, noise = _cell(input, self.levels)
         condition = self._condition(values)
         margin, eps = _margin(values.dtype, self.levels), torch.finfo(values.dtype).eps
@@ -165,10 +167,6 @@ class VariationalDequantization(InvertibleModule):
         if values.shape[1] != self.channels:
             raise ValueError(f"images must have {self.channels} channels, got shape {tuple(values.shape)}")
         return values * (2 / (self.levels - 1)) - 1
-
-    def extra_repr(self) -> str:
-        """The levels; the couplings print themselves."""
-        return f"levels={self.levels}"
 
 
 class _ConditionalCoupling(nn.Module):
@@ -205,16 +203,31 @@ class _ConditionalCoupling(nn.Module):
         return -2 * torch.sigmoid(raw_scale - 4) * ~kept, 2 * torch.tanh(raw_shift / 2) * ~kept
 
 
-def _whole_numbers(input: Tensor, levels: int) -> Tensor:
-    """The images as floating-point numbers, checked where looking at them costs nothing."""
-    check_images(input)
-    values = at_least_float32(input)
-    if checks.values_are_at_hand(values):
-        wrong = values[~((values >= 0) & (values < levels) & (values == values.floor()))]
-        if len(wrong):
-            hint = f"; images in 0..1 times {levels - 1}, rounded, are such" if 0 < wrong[0] < 1 else ""
-            raise ValueError(f"images must hold whole numbers in 0..{levels - 1}, got {wrong[0].item()}{hint}")
-    return values
+def _holds_nothing_else(dtype: torch.dtype, levels: int) -> bool:
+    """Whether a dtype has no values but 0..levels-1."""
+    if dtype.is_floating_point:
+        return False
+    return dtype == torch.bool or (torch.iinfo(dtype).min == 0 and torch.iinfo(dtype).max < levels)
+
+
+def _is_allowed(values: Tensor, levels: int) -> Tensor:
+    return (values >= 0) & (values < levels) & (values == values.floor())
+
+
+def _expected(levels: int) -> str:
+    return f"images must hold whole numbers in 0..{levels - 1}"
+
+
+def _look(values: Tensor, levels: int, is_floating_point: bool) -> None:
+    wrong = values[~_is_allowed(values, levels)]
+    if wrong.numel():
+        hint = f"; images in 0..1 times {levels - 1}, rounded, are such" if 0 < wrong[0] < 1 else ""
+        raise ValueError(f"{_expected(levels)}, got {wrong[0].item()}{hint}")
+    if is_floating_point and levels > 2 and values.numel() and values.max() == 1:
+        warnings.warn(
+            f"images hold 0 and 1 alone out of 0..{levels - 1}; if they are scaled to 0..1, multiply by {levels - 1}",
+            stacklevel=2,
+        )
 
 
 def _cell(input: Tensor, levels: int) -> tuple[Tensor, Tensor]:
@@ -242,8 +255,13 @@ def _log_levels(values: Tensor, levels: int) -> Tensor:
     return for_each_image(values, math.log(levels))
 
 
-def _check_levels(levels: int) -> int:
-    checks.positive("levels", levels)
-    if not 2 <= levels <= 65536:
-        raise ValueError(f"levels must be between 2 and 65536, got {levels}")
+def check_levels(name: str, levels: int) -> int:
+    """The number of levels as an int.
+
+    Raises:
+        TypeError: If it is no integer.
+        ValueError: If it is not in 2..65536.
+    """
+    if not 2 <= checks.positive(name, levels) <= 65536:
+        raise ValueError(f"{name} must be between 2 and 65536, got {levels}")
     return int(levels)

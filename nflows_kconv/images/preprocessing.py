@@ -8,7 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from nflows_kconv.images.arguments import at_least_float32, for_each_image
+from nflows_kconv.images.arguments import at_least_float32, check_numbers, for_each_image
 from nflows_kconv.invertible import InvertibleModule
 
 
@@ -19,11 +19,16 @@ class Logit(InvertibleModule):
 
     (Dinh, Sohl-Dickstein, Bengio 2017, Real NVP, arXiv 1605.08803, section 4.1).
 
+    Both directions take and give numbers [B, ...] of one floating-point dtype, and a log-determinant [B]; they compute
+    in float32 at least. Where p is outside [0, 1], `forward` gives NaN. What `inverse` gives is at most
+    alpha / (1 - 2 alpha) outside [0, 1].
+
     Args:
         alpha: Distance that p keeps from 0 and 1, at least 0 and below 1/2. With 0, x = 0 and 1 become infinite.
 
     Raises:
-        ValueError: If `alpha` is out of its range.
+        TypeError: In a call, if the numbers are no tensor of floating-point numbers.
+        ValueError: If `alpha` is out of its range; in a call, if there is no batch dimension.
     """
 
     def __init__(self, alpha: float = 1e-6) -> None:
@@ -33,34 +38,21 @@ class Logit(InvertibleModule):
         self.alpha = alpha
 
     def _run_forward(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
-        """From [0, 1] to the real numbers.
-
-        Args:
-            input: x, [B, ...], floating point; NaN comes out where p is outside [0, 1].
-
-        Returns:
-            y in the shape and dtype of x, and log |det dy/dx|, [B]; both are computed in float32 at least.
-        """
+        check_numbers(input)
         values = at_least_float32(input)
         # From 1 - x, which is exact near x = 1: p has lost the digits there that 1 - p would need.
         log_p, log_1_minus_p = ((self.alpha + (1 - 2 * self.alpha) * part).log() for part in (values, 1 - values))
         return (log_p - log_1_minus_p).to(input.dtype), self._log_abs_det(log_p, log_1_minus_p)
 
     def _run_inverse(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
-        """Undoes `forward`.
-
-        Args:
-            input: y, [B, ...], floating point.
-
-        Returns:
-            x in the shape and dtype of y, at most alpha / (1 - 2 alpha) outside [0, 1], and log |det dx/dy|, [B].
-        """
+        check_numbers(input)
         values = at_least_float32(input)
         output = (values.sigmoid() - self.alpha) / (1 - 2 * self.alpha)
         return output.to(input.dtype), -self._log_abs_det(F.logsigmoid(values), F.logsigmoid(-values))
 
     def _log_abs_det(self, log_p: Tensor, log_1_minus_p: Tensor) -> Tensor:
-        return (math.log1p(-2 * self.alpha) - log_p - log_1_minus_p).flatten(1).sum(1)
+        of_each_number = math.log1p(-2 * self.alpha) - log_p - log_1_minus_p
+        return of_each_number.reshape(log_p.shape[0], log_p.shape[1:].numel()).sum(1)
 
     def extra_repr(self) -> str:
         """The constructor's argument."""
@@ -70,14 +62,16 @@ class Logit(InvertibleModule):
 class Affine(InvertibleModule):
     """y = scale x + shift, log |det dy/dx| = D log |scale| with D numbers in an image.
 
-    The default centres [0, 1], as Glow does (Kingma, Dhariwal 2018, arXiv 1807.03039).
+    The default centres [0, 1], as Glow does (Kingma, Dhariwal 2018, arXiv 1807.03039). Both directions take and give
+    numbers [B, ...] of one floating-point dtype, and a log-determinant [B]; they compute in float32 at least.
 
     Args:
         scale: A finite number other than 0.
         shift: A finite number.
 
     Raises:
-        ValueError: If `scale` is 0, or a number is not finite.
+        TypeError: In a call, if the numbers are no tensor of floating-point numbers.
+        ValueError: If `scale` is 0, or a number is not finite; in a call, if there is no batch dimension.
     """
 
     def __init__(self, scale: float = 1.0, shift: float = -0.5) -> None:
@@ -87,12 +81,12 @@ class Affine(InvertibleModule):
         self.scale, self.shift = scale, shift
 
     def _run_forward(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
-        """Scales and shifts x, [B, ...]."""
-        return input * self.scale + self.shift, self._log_abs_det(input)
+        check_numbers(input)
+        return (at_least_float32(input) * self.scale + self.shift).to(input.dtype), self._log_abs_det(input)
 
     def _run_inverse(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
-        """Undoes `forward`."""
-        return (input - self.shift) / self.scale, -self._log_abs_det(input)
+        check_numbers(input)
+        return ((at_least_float32(input) - self.shift) / self.scale).to(input.dtype), -self._log_abs_det(input)
 
     def _log_abs_det(self, input: Tensor) -> Tensor:
         return for_each_image(input, math.log(abs(self.scale)))
