@@ -11,155 +11,361 @@ Dhariwal 2018, arXiv 1807.03039).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from nflows_kconv import checks, images, step
+from nflows_kconv.images.dequantization import check_levels
 from nflows_kconv.layer import InvertibleConv2d
 from nflows_kconv.reversible import Sequence as ReversibleSequence
 
 Corners = str | Sequence[str] | Sequence[Sequence[str]]
+Shape = tuple[int, int, int]
+Context = Tensor | tuple[Tensor | None, Tensor]
 
 
-class Level(NamedTuple):
-    """What happens after a squeeze.
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """What to build: the arguments of `finc_flow` of the adapters, checked.
 
-    Attributes:
-        shape: (C, H, W) of what the steps work on.
-        stack: The steps, the learned prior of the split included.
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument has a wrong value, or the image does not divide into the levels.
     """
 
-    shape: tuple[int, int, int]
-    stack: step.Sequence
+    image_shape: Sequence[int]
+    levels: int
+    steps: int
+    hidden_channels: int
+    kernel_size: int | tuple[int, int] | None
+    corners: Corners
+    diagonal: Literal["unit", "learned"]
+    max_inverse_gain: float | None
+    direction: Literal["forward", "inverse"]
+    num_levels: int
+    preprocessing: Literal["images"] | None
+    num_classes: int | None
+    context_shape: Sequence[int] | None
+    reversible: bool
+
+    def __post_init__(self) -> None:  # noqa: D105
+        _check_shape("image_shape", self.image_shape, {3: "(C, H, W)"})
+        numbers = {name: getattr(self, name) for name in ("levels", "steps", "hidden_channels")}
+        for name, number in [*zip(("channels", "height", "width"), self.image_shape, strict=True), *numbers.items()]:
+            checks.positive(name, number)
+        _, height, width = self.image_shape
+        if height % 2**self.levels or width % 2**self.levels:
+            raise ValueError(
+                f"height and width must be multiples of 2^levels = {2**self.levels} for {self.levels} levels, "
+                f"got {height} x {width}"
+            )
+        if not isinstance(self.reversible, bool):
+            raise TypeError(f"reversible must be True or False, got {self.reversible!r}")
+        if self.direction not in ("forward", "inverse"):
+            raise ValueError(f'direction must be "forward" or "inverse", got {self.direction!r}')
+        if self.preprocessing not in ("images", None):
+            raise ValueError(f'preprocessing must be "images" or None, got {self.preprocessing!r}')
+        if check_levels("num_levels", self.num_levels) != 256 and self.preprocessing is None:
+            raise ValueError(
+                f'num_levels needs preprocessing="images", got {self.num_levels} levels of continuous data'
+            )
+        if self.num_classes is not None:
+            checks.positive("num_classes", self.num_classes)
+        if self.context_shape is not None:
+            _check_shape("context_shape", self.context_shape, {1: "(E,)", 3: "(E, H, W)"})
+            for number in self.context_shape:
+                checks.positive("sizes in context_shape", number)
+
+    @property
+    def level_shapes(self) -> tuple[Shape, ...]:
+        """(C, H, W) of what the steps of each level work on, the level next to the data first."""
+        channels, height, width = self.image_shape
+        return tuple(
+            (2 ** (level + 1) * channels, height >> level, width >> level) for level in range(1, self.levels + 1)
+        )
+
+    @property
+    def latent_shapes(self) -> tuple[Shape, ...]:
+        """(C, H, W) of what each level gives to the latent variable, the first split first."""
+        *splits, last = self.level_shapes
+        return (*((channels // 2, height, width) for channels, height, width in splits), last)
+
+    def build_preprocessing(self) -> Preprocessing:
+        """The way from images, or continuous data, to the numbers that the first level takes."""
+        return Preprocessing(self.image_shape, None if self.preprocessing is None else self.num_levels)
+
+    def build_stacks(self) -> list[step.Sequence]:
+        """The steps of each level, the learned prior of its split included."""
+        context_channels = 0 if self.context_shape is None else self.context_shape[0]
+        kind = ReversibleSequence if self.reversible else step.Sequence
+        built = []
+        for level, (channels, _, _) in enumerate(self.level_shapes, start=1):
+            modules: list[nn.Module] = [self._step(channels, context_channels) for _ in range(self.steps)]
+            if level < self.levels:
+                modules.append(step.learned_prior(channels, context_channels))
+            built.append(kind(modules))
+        return built
+
+    def _step(self, channels: int, context_channels: int) -> step.Sequence:
+        layers: list[nn.Module] = []
+        if self.kernel_size is not None:
+            options = {"diagonal": self.diagonal, "max_inverse_gain": self.max_inverse_gain}
+            layers = convolutions(InvertibleConv2d, channels, self.kernel_size, self.corners, **options)
+        network = step.coupling_network(channels, self.hidden_channels, context_channels)
+        return step.Sequence(
+            [
+                *(step.Inverse(layer) if self.direction == "inverse" else layer for layer in layers),
+                step.ActNorm(channels),
+                step.InvertibleConv1x1(channels),
+                step.AffineCoupling(network, context_channels),
+            ]
+        )
+
+
+def convolutions(
+    layer_class: Callable[..., Any], channels: int, kernel_size: Any, corners: Corners, **options: Any
+) -> list[Any]:
+    """A convolution, or one for each entry where `corners` has several of what a layer takes."""
+    several = isinstance(corners, Sequence) and len(corners) > 0 and not isinstance(corners[0], str)
+    layers = corners if several else (corners,)
+    return [layer_class(channels, kernel_size, corners=each, **options) for each in layers]
 
 
 class Preprocessing(step.Sequence):
-    """Images with values 0..255 -> the real numbers: uniform dequantisation, then the logit with alpha = 1e-6.
+    """Data -> real numbers: for images uniform dequantisation, then the logit with alpha = 1e-6; else as it is.
 
     Args:
         image_shape: (C, H, W).
+        num_levels: Of images; None for continuous data.
 
     Raises:
-        ValueError: If a call has no image, or images of another shape, or values outside 0..255.
+        ValueError: If a call has no image, or images of another shape, or values that are not in 0..num_levels - 1.
     """
 
-    def __init__(self, image_shape: Sequence[int]) -> None:
-        super().__init__([images.UniformDequantization(), images.Logit()])
+    def __init__(self, image_shape: Sequence[int], num_levels: int | None) -> None:
+        super().__init__([] if num_levels is None else [images.UniformDequantization(num_levels), images.Logit()])
         self.image_shape = tuple(image_shape)
 
     def _run_forward(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
+        self._check(input)
+        return super()._run_forward(input, context)
+
+    def middle(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """Does what `forward` does, with the middle of each level in place of noise."""
+        self._check(input)
+        if not self.steps:
+            return super()._run_forward(input, None)
+        dequantization, logit = self.steps
+        values, first = dequantization.middle(input)  # type: ignore[operator]
+        numbers, second = logit(values)
+        return numbers, first + second
+
+    def _check(self, input: Tensor) -> None:
         if input.dim() != 4 or tuple(input.shape[1:]) != self.image_shape:
             expected = ", ".join(map(str, self.image_shape))
             raise ValueError(f"images must have shape [B, {expected}], got {tuple(input.shape)}")
-        if not len(input):
+        if input.shape[0] == 0:
             raise ValueError(f"images must hold at least one image, got shape {tuple(input.shape)}")
-        return super()._run_forward(input, context)
 
 
-def build_levels(
-    image_shape: Sequence[int],
-    levels: int,
-    steps: int,
-    *,
-    hidden_channels: int,
-    kernel_size: int | tuple[int, int] | None,
-    corners: Corners,
-    diagonal: Literal["unit", "learned"],
-    max_inverse_gain: float | None,
-    direction: Literal["forward", "inverse"],
-    reversible: bool,
-) -> list[Level]:
-    """The levels of the flow, the one next to the data first; see `finc_flow` of the adapters.
+class Condition(NamedTuple):
+    """What images depend on.
 
-    Raises:
-        TypeError: If `image_shape` is no sequence, a number no integer, or `reversible` no truth value.
-        ValueError: If a number is too small, the image does not divide into the levels, or a word is unknown.
+    Attributes:
+        classes: [B] of int64, or whatever the library's flow takes beside that; None if the flow has none.
+        tensor: [B, E] or [B, E, H, W] in the dtype of the parameters; None if the flow takes none.
     """
-    if not isinstance(image_shape, Sequence):
-        raise TypeError(f"image_shape must be (C, H, W), got {image_shape!r}")
-    if len(image_shape) != 3:
-        raise ValueError(f"image_shape must be (C, H, W), got {image_shape!r}")
-    numbers = {"levels": levels, "steps": steps, "hidden_channels": hidden_channels}
-    for name, number in [*zip(("channels", "height", "width"), image_shape, strict=True), *numbers.items()]:
-        checks.positive(name, number)
-    channels, height, width = image_shape
-    if height % 2**levels or width % 2**levels:
-        raise ValueError(
-            f"height and width must be multiples of 2^levels = {2**levels} for {levels} levels, got {height} x {width}"
-        )
-    if not isinstance(reversible, bool):
-        raise TypeError(f"reversible must be True or False, got {reversible!r}")
-    if direction not in ("forward", "inverse"):
-        raise ValueError(f'direction must be "forward" or "inverse", got {direction!r}')
 
-    options = {"diagonal": diagonal, "max_inverse_gain": max_inverse_gain}
-    built = []
-    for level in range(1, levels + 1):
-        channels, height, width = 4 * channels, height // 2, width // 2
-        modules: list[nn.Module] = []
-        for _ in range(steps):
-            convolutions = [] if kernel_size is None else _convolutions(channels, kernel_size, corners, options)
-            modules.append(
-                step.Sequence(
-                    [
-                        *(step.Inverse(layer) if direction == "inverse" else layer for layer in convolutions),
-                        step.ActNorm(channels),
-                        step.InvertibleConv1x1(channels),
-                        step.AffineCoupling(step.coupling_network(channels, hidden_channels)),
-                    ]
+    classes: Tensor | None
+    tensor: Tensor | None
+
+    @property
+    def rows(self) -> int | None:
+        """B; None without a condition."""
+        given = self.classes if self.tensor is None else self.tensor
+        return None if given is None else given.shape[0]
+
+
+class Interface(nn.Module):
+    """What the flows of both libraries have in common; the adapters combine it with their library's flow.
+
+    Attributes:
+        architecture: What the flow is made of.
+    """
+
+    architecture: Architecture
+    _takes_one_hot = False
+
+    @property
+    def latent_shapes(self) -> tuple[Shape, ...]:
+        """(C, H, W) of the parts of a latent, the one that leaves next to the data first."""
+        return self.architecture.latent_shapes
+
+    def encode(self, images: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
+        """The latent of images, without noise: each value counts as the middle of its level, (x + 1/2) / num_levels.
+
+        In float32 without TF32, `decode` restores the very images. Where it does not, the flow's inverse amplifies
+        rounding errors: `nflows_kconv.diagnostics.round_trip` tells where.
+
+        Args:
+            images: [B, C, H, W], as `log_prob` takes them.
+            context: What `log_prob` takes; classes may be left out, as they change the latent's distribution alone.
+
+        Returns:
+            The latent, [B, D], D = C H W: parts of the shapes `latent_shapes`, flattened one after the other, the same
+            in both libraries. And log |det d latent / d images|, [B].
+
+        Raises:
+            TypeError: See `log_prob`.
+            ValueError: See `log_prob`.
+        """
+        numbers = self._to_numbers(images)
+        condition = self._condition("context", context, numbers.shape[0], classes_needed=False)
+        numbers, log_abs_det = self._preprocessing.middle(numbers)
+        latent, more = self._to_latent(numbers, condition.tensor)
+        return latent, log_abs_det + more
+
+    def decode(self, latent: Tensor, context: Context | None = None) -> Tensor:
+        """The images of a latent, as `sample` gives them; of a normal latent, an image drawn from the flow.
+
+        With `preprocessing=None`, gradients reach the latent, context and parameters.
+
+        Args:
+            latent: [B, D], as `encode` gives it.
+            context: See `encode`.
+
+        Returns:
+            [B, C, H, W].
+
+        Raises:
+            TypeError: If the latent is no tensor of floating-point numbers, or the context has the wrong type.
+            ValueError: If the latent or the context has another shape.
+        """
+        dimensions = math.prod(self.architecture.image_shape)
+        like = self._parameter()
+        if not isinstance(latent, Tensor) or not latent.is_floating_point():
+            kind = latent.dtype if isinstance(latent, Tensor) else type(latent).__name__
+            raise TypeError(f"latent must be a tensor of floating-point numbers, got {kind}")
+        if latent.dim() != 2 or latent.shape[1] != dimensions or latent.shape[0] == 0:
+            raise ValueError(f"latent must have shape [B, {dimensions}], got {tuple(latent.shape)}")
+        condition = self._condition("context", context, latent.shape[0], classes_needed=False)
+        numbers = self._from_latent(latent.to(like.dtype), condition.tensor)
+        return self._preprocessing.inverse(numbers)[0]
+
+    @property
+    def _preprocessing(self) -> Preprocessing:
+        raise NotImplementedError
+
+    def _to_latent(self, numbers: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """From what the preprocessing gives to the latent, [B, D], with the log-determinant."""
+        raise NotImplementedError
+
+    def _from_latent(self, latent: Tensor, context: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+    def _parameter(self) -> Tensor:
+        """One of the parameters, to tell their dtype and device.
+
+        Raises:
+            TypeError: If it is of half precision.
+        """
+        # Not next(self.parameters()): the replicas of DataParallel have none, but attributes of these names.
+        parameter = next(module for module in self.modules() if isinstance(module, step.ActNorm)).log_scale
+        if parameter.dtype not in (torch.float32, torch.float64):
+            raise TypeError(
+                f"a flow's parameters must be float32 or float64, as its inverse needs their digits, got "
+                f"{parameter.dtype}; for speed run a float32 flow under torch.autocast, where its networks alone use "
+                "half precision"
+            )
+        return parameter
+
+    def _to_numbers(self, images: Tensor) -> Tensor:
+        """The images, of any real dtype, in that of the parameters."""
+        if not isinstance(images, Tensor):
+            raise TypeError(f"images must be a tensor, got {type(images).__name__}")
+        if images.is_complex():
+            raise TypeError(f"images must be of real numbers, got {images.dtype}")
+        if self.architecture.preprocessing is None and not images.is_floating_point():
+            raise TypeError(f"continuous data must be of floating-point numbers, got {images.dtype}")
+        return images.to(self._parameter().dtype)
+
+    def _condition(self, name: str, given: Any, count: int | None, *, classes_needed: bool = True) -> Condition:
+        """The condition of `count` images, or of any number of them, from what the user passed as `name`.
+
+        Raises:
+            TypeError: If a part has the wrong type.
+            ValueError: If a part is missing or unexpected, or their numbers or, looked at on the CPU alone, a class do
+                not fit.
+        """
+        num_classes, context_shape = self.architecture.num_classes, self.architecture.context_shape
+        if context_shape is None:
+            return Condition(self._classes(name, given, count, classes_needed), None)
+        classes = None
+        if num_classes is not None:
+            if not isinstance(given, (tuple, list)) or len(given) != 2:
+                raise TypeError(
+                    f"{name} must be (classes, tensor), as the flow has classes and a context, got "
+                    f"{type(given).__name__}"
                 )
-            )
-        shape = (channels, height, width)
-        if level < levels:
-            modules.append(step.learned_prior(channels))
-            channels //= 2
-        built.append(Level(shape, ReversibleSequence(modules) if reversible else step.Sequence(modules)))
-    return built
+            classes, given = given
+        tensor = _as_context(name, given, context_shape, count).to(self._parameter().dtype)
+        if num_classes is not None:
+            classes = self._classes(name, classes, tensor.shape[0], classes_needed)
+        return Condition(classes, tensor)
+
+    def _classes(self, name: str, classes: Tensor | None, count: int | None, needed: bool) -> Tensor | None:
+        """The classes as int64."""
+        num_classes = self.architecture.num_classes
+        if num_classes is None:
+            if classes is not None:
+                raise ValueError(
+                    f"{name}, the labels, must be None, as the flow has no classes and no context, "
+                    f"got {type(classes).__name__}"
+                )
+            return None
+        if classes is None:
+            if not needed:
+                return None
+            raise ValueError(f"{name} must give the classes of the images, as the flow has classes, got None")
+        wanted = f"{name} must be a tensor of whole numbers, the classes of the images"
+        if not isinstance(classes, Tensor):
+            raise TypeError(f"{wanted}, got {type(classes).__name__}")
+        of_each_image = classes.dim() > 0 and count in (None, classes.shape[0])
+        if self._takes_one_hot and of_each_image and tuple(classes.shape[1:]) == (num_classes,):
+            return classes.to(self._parameter().dtype)
+        if classes.is_floating_point() or classes.is_complex():
+            raise TypeError(f"{wanted}, got {classes.dtype}")
+        if classes.dim() != 1 or not of_each_image:
+            expected = "B" if count is None else count
+            raise ValueError(f"{name} must have shape [{expected}], a class for each image, got {tuple(classes.shape)}")
+        if checks.values_are_at_hand(classes) and not ((classes >= 0) & (classes < num_classes)).all():
+            raise ValueError(f"{name} must be classes from 0 to {num_classes - 1}, got {classes.tolist()}")
+        return classes.long()
 
 
-def _convolutions(
-    channels: int, kernel_size: int | tuple[int, int], corners: Corners, options: dict[str, Any]
-) -> list[nn.Module]:
-    several = isinstance(corners, Sequence) and len(corners) > 0 and not isinstance(corners[0], str)
-    layers = corners if several else (corners,)
-    return [InvertibleConv2d(channels, kernel_size, corners=each, **options) for each in layers]  # type: ignore
+def _as_context(name: str, tensor: Any, shape: Sequence[int], count: int | None) -> Tensor:
+    expected = f"[{', '.join(map(str, ('B' if count is None else count, *shape)))}]"
+    if tensor is None:
+        raise ValueError(f"{name} must be given, a tensor of shape {expected}, as the flow has a context, got None")
+    if not isinstance(tensor, Tensor) or tensor.is_complex():
+        raise TypeError(f"{name} must be a tensor of real numbers of shape {expected}, got {_kind(tensor)}")
+    if tensor.dim() == 0 or tuple(tensor.shape[1:]) != tuple(shape) or count not in (None, tensor.shape[0]):
+        raise ValueError(f"{name} must have shape {expected}, a row for each image, got {tuple(tensor.shape)}")
+    return tensor
 
 
-def as_parameters_are(images: Tensor, flow: nn.Module) -> Tensor:
-    """The images, of any dtype, in that of the flow's parameters.
-
-    Raises:
-        TypeError: If they are no tensor.
-    """
-    if not isinstance(images, Tensor):
-        raise TypeError(f"images must be a tensor, got {type(images).__name__}")
-    return images.to(next(flow.parameters()).dtype)
+def _kind(value: Any) -> str:
+    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
 
 
-def as_class_numbers(name: str, classes: Tensor | None, num_classes: int | None, count: int | None) -> Tensor | None:
-    """The classes of `count` images, or of any number of them, as int64.
-
-    Raises:
-        TypeError: If they are no tensor of integers.
-        ValueError: If they are missing or uncalled for, or their number or, looked at on the CPU alone, a value does
-            not fit.
-    """
-    if num_classes is None:
-        if classes is not None:
-            raise ValueError(
-                f"{name}, the labels, must be None, as the flow has no classes, got {type(classes).__name__}"
-            )
-        return None
-    if classes is None:
-        raise ValueError(f"{name} must give the classes of the images, as the flow has classes, got None")
-    if not isinstance(classes, Tensor) or classes.is_floating_point() or classes.is_complex():
-        kind = classes.dtype if isinstance(classes, Tensor) else type(classes).__name__
-        raise TypeError(f"{name} must be a tensor of whole numbers, the classes of the images, got {kind}")
-    if classes.dim() != 1 or count not in (None, len(classes)):
-        expected = "B" if count is None else count
-        raise ValueError(f"{name} must have shape [{expected}], a class for each image, got {tuple(classes.shape)}")
-    if checks.values_are_at_hand(classes) and not ((classes >= 0) & (classes < num_classes)).all():
-        raise ValueError(f"{name} must be classes from 0 to {num_classes - 1}, got {classes.tolist()}")
-    return classes.long()
+def _check_shape(name: str, shape: Any, forms: dict[int, str]) -> None:
+    expected = f"{name} must be {' or '.join(forms.values())}, got {shape!r}"
+    if not isinstance(shape, Sequence) or isinstance(shape, str):
+        raise TypeError(expected)
+    if len(shape) not in forms:
+        raise ValueError(expected)

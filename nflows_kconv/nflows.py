@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from nflows_kconv import checks, geometry, image_flow, layer
+from nflows_kconv import checks, flow_state, geometry, image_flow, layer
 from nflows_kconv.invertible import InvertibleModule
 from nflows_kconv.reversible import NETWORKS, Invertible, cascade
 
 try:
-    from nflows.distributions import ConditionalDiagonalNormal, Distribution, StandardNormal
+    from nflows.distributions import Distribution
     from nflows.flows import Flow
     from nflows.transforms import CompositeTransform, MultiscaleCompositeTransform, SqueezeTransform
     from nflows.transforms.base import Transform
@@ -96,74 +96,162 @@ class ReversibleCompositeTransform(CompositeTransform):
         ]
 
 
-class _StandardNormal(StandardNormal):
-    """Draws in the dtype of the flow that it is a part of; that of nflows always draws float32."""
+class _Latent(Distribution):
+    """Standard normal, or normal with a mean and a scale for each class, which is the context.
 
-    def __init__(self, shape: Sequence[int]) -> None:
-        super().__init__(shape)
-        self.register_buffer("_like_the_flow", torch.empty(0), persistent=False)
-
-    def _sample(self, num_samples: int, context: Tensor | None) -> Tensor:
-        like: Tensor = self._like_the_flow
-        return torch.randn(num_samples, *self._shape, dtype=like.dtype, device=like.device)
-
-
-class ImageFlow(Flow):
-    """An `nflows.flows.Flow` of images, which may have any dtype, uint8 for instance.
-
-    Args:
-        transform: From images to noise.
-        distribution: Of the noise.
-        num_classes: If given, the context of each call is a class, 0..num_classes - 1, for each image.
+    Those of nflows keep a constant in a float64 buffer, which `to_empty` leaves without value and some devices lack.
     """
 
-    def __init__(self, transform: Transform, distribution: Distribution, num_classes: int | None = None) -> None:
-        super().__init__(transform, distribution)
-        self._num_classes = num_classes
+    def __init__(self, dimensions: int, num_classes: int | None) -> None:
+        super().__init__()
+        self._context_encoder = None
+        if num_classes is not None:
+            self._context_encoder = nn.Embedding(num_classes, 2 * dimensions)  # means, then the logarithms of scales
+            nn.init.zeros_(self._context_encoder.weight)
 
-    def log_prob(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
-        """The log-density of images; see `forward`."""
+    def scaled(self, noise: Tensor, classes: Tensor | None) -> Tensor:
+        """A draw from standard normal noise."""
+        if self._context_encoder is None:
+            return noise
+        mean, log_scale = self._context_encoder(classes).chunk(2, 1)
+        return mean + log_scale.exp() * noise
+
+    def _log_prob(self, inputs: Tensor, context: Tensor | None) -> Tensor:
+        constant = 0.5 * math.log(2 * math.pi) * inputs.shape[1]
+        if self._context_encoder is None:
+            return -0.5 * inputs.square().sum(1) - constant
+        mean, log_scale = self._context_encoder(context).chunk(2, 1)
+        normal = (inputs - mean) * log_scale.neg().exp()
+        return -(0.5 * normal.square() + log_scale).sum(1) - constant
+
+
+class _TransformContext(nn.Module):
+    """What the transform sees of a flow's context, which is all but the classes."""
+
+    def __init__(self, architecture: image_flow.Architecture) -> None:
+        super().__init__()
+        self._architecture = architecture
+
+    def forward(self, context: image_flow.Context | None) -> Tensor | None:
+        if self._architecture.context_shape is None:
+            return None
+        return context[1] if isinstance(context, (tuple, list)) else context
+
+
+class ImageFlow(image_flow.Interface, Flow):
+    """The `nflows.flows.Flow` that `finc_flow` makes.
+
+    Images may have any real dtype. The context of each call is what the flow was made for: classes, [B] whole numbers;
+    a tensor [B, *context_shape]; or a pair of both.
+
+    Args:
+        architecture: What to build.
+    """
+
+    _transform: CompositeTransform
+    _distribution: _Latent
+
+    def __init__(self, architecture: image_flow.Architecture) -> None:
+        multiscale = MultiscaleCompositeTransform(num_transforms=architecture.levels)
+        for stack, shape in zip(architecture.build_stacks(), architecture.level_shapes, strict=True):
+            multiscale.add_transform(CompositeTransform([SqueezeTransform(), Step(stack)]), shape)
+        super().__init__(
+            CompositeTransform([Step(architecture.build_preprocessing()), multiscale]),
+            _Latent(math.prod(architecture.image_shape), architecture.num_classes),
+            _TransformContext(architecture),
+        )
+        self.architecture = architecture
+
+    def forward(self, inputs: Tensor, context: image_flow.Context | None = None) -> Tensor:
+        """The log-density of images, [B]: `log_prob`, for what wraps the flow, as DistributedDataParallel does."""
+        numbers = self._to_numbers(inputs)
+        classes, tensor = self._condition("context", context, numbers.shape[0])
+        latent, log_abs_det = self._transform(numbers, tensor)
+        return self._distribution.log_prob(latent, classes) + log_abs_det
+
+    def log_prob(self, inputs: Tensor, context: image_flow.Context | None = None) -> Tensor:
+        """The log-density of images, [B].
+
+        Args:
+            inputs: [B, C, H, W], whole numbers 0..num_levels - 1, or with `preprocessing=None` floating-point numbers.
+            context: See `ImageFlow`.
+
+        Raises:
+            TypeError: If the images, or a part of the context, have the wrong type, or the flow's parameters are of
+                half precision.
+            ValueError: If the images have another shape than those of the flow, or other values (see
+                `nflows_kconv.images.UniformDequantization` for where they are looked at); if the context does not fit,
+                or is missing, or the flow takes none.
+        """
         return self(inputs, context)
 
-    def forward(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
-        """The log-density of images, [B], so that the flow can be wrapped by DistributedDataParallel or torch.compile.
+    @torch.no_grad()
+    def sample(
+        self, num_samples: int, context: image_flow.Context | None = None, batch_size: int | None = None
+    ) -> Tensor:
+        """Images, [num_samples, C, H, W], or [B, num_samples, C, H, W] for a context of B rows.
+
+        They carry no graph; where gradients of samples are needed, `decode` noise.
 
         Args:
-            inputs: [B, C, H, W].
-            context: Classes, [B] whole numbers, if the flow has classes.
+            num_samples: How many; for each row of the context.
+            context: See `ImageFlow`.
+            batch_size: If given, so many are drawn at a time, for each row of the context.
 
         Raises:
-            TypeError: If the images are no tensor, or the context none of integers.
-            ValueError: If the images have another shape than those of the flow, or values outside 0..255; if the
-                context does not fit, or is missing, or the flow has no classes.
+            TypeError: If a number is no integer; see `log_prob`.
+            ValueError: If a number is not positive; see `log_prob`.
         """
-        images = image_flow.as_parameters_are(inputs, self)
-        classes = image_flow.as_class_numbers("context", context, self._num_classes, images.shape[0])
-        return super()._log_prob(images, classes)
+        checks.positive("num_samples", num_samples)
+        size = num_samples if batch_size is None else checks.positive("batch_size", batch_size)
+        condition = self._condition("context", context, None)
+        parts = []
+        for start in range(0, num_samples, size):
+            latent, _, tensor = self._draw(min(size, num_samples - start), condition)
+            parts.append(_by_row(self._transform.inverse(latent, tensor)[0], condition))
+        return torch.cat(parts, 0 if condition.rows is None else 1)
 
-    def sample(self, num_samples: int, context: Tensor | None = None, batch_size: int | None = None) -> Tensor:
-        """Images, [num_samples, C, H, W], or [B, num_samples, C, H, W] for the classes of a context.
+    @torch.no_grad()
+    def sample_and_log_prob(self, num_samples: int, context: image_flow.Context | None = None) -> tuple[Tensor, Tensor]:
+        """What `sample` draws and its log-density, [num_samples] or [B, num_samples]; raises what `sample` raises."""
+        checks.positive("num_samples", num_samples)
+        condition = self._condition("context", context, None)
+        latent, classes, tensor = self._draw(num_samples, condition)
+        images, log_abs_det = self._transform.inverse(latent, tensor)
+        log_prob = self._distribution.log_prob(latent, classes) - log_abs_det
+        return _by_row(images, condition), _by_row(log_prob, condition)
 
-        Args:
-            num_samples: How many; for each of the classes.
-            context: Classes, [B] whole numbers, if the flow has classes.
-            batch_size: If given, the images are drawn that many at a time.
+    def transform_to_noise(self, inputs: Tensor, context: image_flow.Context | None = None) -> Tensor:
+        """The latent of images with the noise of dequantisation, [B, C H W]; takes and raises what `encode` does."""
+        numbers = self._to_numbers(inputs)
+        condition = self._condition("context", context, numbers.shape[0], classes_needed=False)
+        return self._transform(numbers, condition.tensor)[0]
 
-        Raises:
-            TypeError: See `log_prob`.
-            ValueError: See `log_prob`.
-        """
-        classes = image_flow.as_class_numbers("context", context, self._num_classes, None)
-        return super().sample(num_samples, classes, batch_size)
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """See `torch.nn.Module.load_state_dict`; takes the state_dict of the same flow of normflows, too."""
+        return super().load_state_dict(flow_state.for_nflows(state_dict, self.architecture), strict, assign)
 
-    def sample_and_log_prob(self, num_samples: int, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """What `sample` draws and its log-density, [num_samples] or [B, num_samples]; raises what `log_prob` raises."""
-        classes = image_flow.as_class_numbers("context", context, self._num_classes, None)
-        return super().sample_and_log_prob(num_samples, classes)
+    @property
+    def _preprocessing(self) -> image_flow.Preprocessing:
+        return self._transform._transforms[0].step
 
-    def transform_to_noise(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
-        """The latent variables of images, [B, C H W]; arguments and errors are those of `log_prob`."""
-        return super().transform_to_noise(image_flow.as_parameters_are(inputs, self), context)
+    def _to_latent(self, numbers: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self._transform._transforms[1](numbers, context)
+
+    def _from_latent(self, latent: Tensor, context: Tensor | None) -> Tensor:
+        return self._transform._transforms[1].inverse(latent, context)[0]
+
+    def _draw(self, number: int, condition: image_flow.Condition) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Latents, classes and context of so many images for each row of the condition."""
+        classes, tensor = (None if part is None else part.repeat_interleave(number, 0) for part in condition)
+        like, rows = self._parameter(), number * (1 if condition.rows is None else condition.rows)
+        noise = torch.randn(rows, math.prod(self.architecture.image_shape), dtype=like.dtype, device=like.device)
+        return self._distribution.scaled(noise, classes), classes, tensor
+
+
+def _by_row(values: Tensor, condition: image_flow.Condition) -> Tensor:
+    """[B N, ...] as [B, N, ...] for a condition of B rows."""
+    return values if condition.rows is None else values.unflatten(0, (condition.rows, -1))
 
 
 def finc_flow(
@@ -177,7 +265,10 @@ def finc_flow(
     diagonal: Literal["unit", "learned"] = "unit",
     max_inverse_gain: float | None = None,
     direction: Literal["forward", "inverse"] = "forward",
+    num_levels: int = 256,
+    preprocessing: Literal["images"] | None = "images",
     num_classes: int | None = None,
+    context_shape: Sequence[int] | None = None,
     reversible: bool = False,
 ) -> ImageFlow:
     """A multiscale flow of images in nflows.
@@ -185,9 +276,9 @@ def finc_flow(
     That of FInC Flow (Kallappa, Nagar, Varma 2023, arXiv 2301.09266, section 4). Each of the L levels squeezes 2 x 2
     pixels into channels, takes K steps [k x k convolution -> ActNorm -> invertible 1 x 1 convolution -> affine
     coupling], and, but for the last one, gives half of the channels to the latent variable, by a learned prior.
-    Dequantisation and its log-determinant are inside: `log_prob` takes images
-    with values 0..255, and `sample` returns such images.
-    With the same seed and weights it is the same density as that of `nflows_kconv.normflows.finc_flow`.
+    Dequantisation and its log-determinant are inside: `log_prob` takes images with values 0..255, and `sample` returns
+    such images. With the same seed and weights it is the same density as that of `nflows_kconv.normflows.finc_flow`,
+    whose state_dict it loads.
 
     Args:
         image_shape: (C, H, W); H and W multiples of 2^L.
@@ -201,8 +292,14 @@ def finc_flow(
         max_inverse_gain: See `InvertibleConv2d`.
         direction: "forward" convolves from data to latent, and solves to sample; "inverse" the other way round, as in
             Inverse-Flow (Nagar, Varma 2025, arXiv 2410.14634).
-        num_classes: If given, the latent variable has a mean and a scale for each class; the labels, [B] whole
-            numbers, are the flow's context.
+        num_levels: Images hold whole numbers 0..num_levels - 1; 32 for images of 5 bits.
+        preprocessing: "images", or None for continuous data of any range: `log_prob` is then the density of the data as
+            they are, and `sample` gives such data.
+        num_classes: If given, the latent variable has a mean and a scale for each class; the labels, [B] whole numbers,
+            are the flow's context.
+        context_shape: If given, (E,) or (E, H', W'), each coupling and each learned prior also sees a vector or an
+            image [B, *context_shape], the flow's context: vectors at every pixel, images average-pooled to the level's
+            size. At the start it has no effect. With classes as well, the context is (classes, tensor).
         reversible: Whether to train in memory independent of K, for some more time, see `nflows_kconv.reversible`. The
             state_dict is the same.
 
@@ -217,34 +314,36 @@ def finc_flow(
         >>> import torch
         >>> from nflows_kconv.nflows import finc_flow
         >>> flow = finc_flow((3, 32, 32), levels=3, steps=2, hidden_channels=64)  # 32 and 512: 44 million parameters
-        >>> flow.log_prob(torch.randint(256, (10, 3, 32, 32))).shape
-        torch.Size([10])
+        >>> images = torch.randint(256, (10, 3, 32, 32))
+        >>> loss = -flow(images).mean()  # log_prob, and what DistributedDataParallel and torch.compile wrap
         >>> flow.sample(5).shape
         torch.Size([5, 3, 32, 32])
+        >>> latent, log_abs_det = flow.encode(images)
+        >>> torch.equal(flow.decode(latent), images.float())
+        True
+
+        Data of any range with a context:
+
+        >>> flow = finc_flow((1, 8, 8), levels=1, steps=2, hidden_channels=8, preprocessing=None, context_shape=(5,))
+        >>> flow.log_prob(torch.randn(10, 1, 8, 8), torch.randn(10, 5)).shape
+        torch.Size([10])
+        >>> flow.sample(3, torch.randn(2, 5)).shape  # three for each row
+        torch.Size([2, 3, 1, 8, 8])
     """
-    if num_classes is not None:
-        checks.positive("num_classes", num_classes)
-    built = image_flow.build_levels(
-        image_shape,
-        levels,
-        steps,
+    architecture = image_flow.Architecture(
+        image_shape=image_shape,
+        levels=levels,
+        steps=steps,
         hidden_channels=hidden_channels,
         kernel_size=kernel_size,
         corners=corners,
         diagonal=diagonal,
         max_inverse_gain=max_inverse_gain,
         direction=direction,
+        num_levels=num_levels,
+        preprocessing=preprocessing,
+        num_classes=num_classes,
+        context_shape=context_shape,
         reversible=reversible,
     )
-    multiscale = MultiscaleCompositeTransform(num_transforms=levels)
-    for level in built:
-        multiscale.add_transform(CompositeTransform([SqueezeTransform(), Step(level.stack)]), level.shape)
-    dimensions = math.prod(image_shape)
-    if num_classes is None:
-        base = _StandardNormal([dimensions])
-    else:
-        parameters = nn.Embedding(num_classes, 2 * dimensions)  # means, then the logarithms of scales
-        nn.init.zeros_(parameters.weight)
-        base = ConditionalDiagonalNormal([dimensions], parameters)
-    transform = CompositeTransform([Step(image_flow.Preprocessing(image_shape)), multiscale])
-    return ImageFlow(transform, base, num_classes)
+    return ImageFlow(architecture)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any, Literal
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
-from nflows_kconv import checks, geometry, image_flow, layer
+from nflows_kconv import checks, flow_state, geometry, image_flow, layer
 from nflows_kconv.invertible import InvertibleModule
 from nflows_kconv.reversible import NETWORKS, Invertible, cascade
 
@@ -56,12 +60,11 @@ class InvertibleConv2d(layer.InvertibleConv2d, flows.Flow):
 class GlowBlock(flows.GlowBlock):
     """A step of Glow with a k x k convolution: `normflows.flows.GlowBlock` with `InvertibleConv2d` inside.
 
-    From data to latent: ActNorm -> k x k -> 1x1 -> affine coupling. Usable wherever
-    `normflows.flows.GlowBlock` is. The step of FInC Flow (Kallappa, Nagar, Varma 2023, arXiv 2301.09266),
-    section 3, has the k x k convolution before ActNorm.
+    From data to latent: k x k -> ActNorm -> 1x1 -> affine coupling, the step of FInC Flow (Kallappa, Nagar, Varma 2023,
+    arXiv 2301.09266, section 3). Usable wherever `normflows.flows.GlowBlock` is.
 
     Args:
-        channels: C, a multiple of the number of corners.
+        channels: C, a multiple of the number of corners of a convolution.
         hidden_channels: Width of the coupling's network.
         scale: Whether the coupling scales beside shifting.
         scale_map: "sigmoid", "sigmoid_inv" or "exp".
@@ -71,7 +74,8 @@ class GlowBlock(flows.GlowBlock):
         use_lu: Whether the 1x1 convolution is parametrised by its LU decomposition.
         net_actnorm: Whether the network has ActNorm layers.
         kernel_size: See `nflows_kconv.InvertibleConv2d`.
-        corners: See `nflows_kconv.InvertibleConv2d`.
+        corners: See `nflows_kconv.InvertibleConv2d`; or several of these, one convolution each: (("TL",), ("BR",)) is a
+            pair of full convolutions in opposite corners.
         diagonal: See `nflows_kconv.InvertibleConv2d`.
         max_inverse_gain: See `nflows_kconv.InvertibleConv2d`.
 
@@ -97,18 +101,16 @@ class GlowBlock(flows.GlowBlock):
         net_actnorm: bool = False,
         *,
         kernel_size: int | tuple[int, int] = 3,
-        corners: str | Sequence[str] = geometry.CORNERS,
+        corners: image_flow.Corners = geometry.CORNERS,
         diagonal: Literal["unit", "learned"] = "unit",
         max_inverse_gain: float | None = None,
     ) -> None:
-        convolution = InvertibleConv2d(
-            channels, kernel_size, corners=corners, diagonal=diagonal, max_inverse_gain=max_inverse_gain
-        )
+        options = {"diagonal": diagonal, "max_inverse_gain": max_inverse_gain}
+        convolutions = image_flow.convolutions(InvertibleConv2d, channels, kernel_size, corners, **options)
         super().__init__(
             channels, hidden_channels, scale, scale_map, split_mode, leaky, init_zeros, use_lu, net_actnorm
         )
-        # `flows` runs from latent to data and ends with ActNorm.
-        self.flows.insert(len(self.flows) - 1, convolution)
+        self.flows.extend(reversed(convolutions))  # `flows` runs from latent to data
 
 
 class Step(InvertibleModule, flows.Flow):
@@ -156,49 +158,195 @@ class ReversibleComposite(flows.Composite):
         return [Invertible(flow, flow, flow.inverse) for flow in self._flows]
 
 
-class ImageFlow(MultiscaleFlow):
-    """A `normflows.MultiscaleFlow` of images, of any dtype, whose `log_prob` needs no classes where it has none."""
+class ImageFlow(image_flow.Interface, MultiscaleFlow):
+    """The `normflows.MultiscaleFlow` that `finc_flow` makes.
 
-    def log_prob(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """The log-density of images, [B]; see `forward`, whose negative it is."""
-        return -self(x, y)
+    Images may have any real dtype. The condition of each call is what the flow was made for: classes, [B] whole numbers
+    or [B, num_classes] one-hot; a tensor [B, *context_shape]; or both. Pass it as `y` or as `context`, both as the pair
+    (classes, tensor), or as classes `y` and tensor `context`.
 
-    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """The negative log-likelihood of each image, [B].
+    Args:
+        architecture: What to build.
+    """
+
+    num_levels: int
+    architecture: image_flow.Architecture
+    q0: Any
+    flows: Any
+    merges: Any
+    transform: Any
+    _takes_one_hot = True
+
+    def __init__(self, architecture: image_flow.Architecture) -> None:
+        bases: list[nn.Module] = []
+        for shape in reversed(architecture.latent_shapes):
+            if architecture.num_classes is None:
+                bases.append(DiagGaussian(shape, trainable=False))
+            else:
+                bases.append(ClassCondDiagGaussian(shape, architecture.num_classes))
+        latent_to_data = [[Step(stack), flows.Squeeze()] for stack in reversed(architecture.build_stacks())]
+        merges = [flows.Merge("channel_inv") for _ in bases[1:]]  # the first half of the channels leaves, as in nflows
+        is_conditional = architecture.num_classes is not None or architecture.context_shape is not None
+        preprocessing = Step(architecture.build_preprocessing())
+        super().__init__(bases, latent_to_data, merges, preprocessing, class_cond=is_conditional)
+        self.architecture = architecture
+
+    def forward(self, x: Tensor, y: Tensor | None = None, context: image_flow.Context | None = None) -> Tensor:
+        """The negative log-likelihood of each image, [B]: `-log_prob`, with the same arguments and errors."""
+        latents, log_abs_det, classes = self._analyzed(x, y, context)
+        arguments = () if self.architecture.num_classes is None else (classes,)
+        log_probs = [base.log_prob(latent, *arguments) for base, latent in zip(self.q0, latents, strict=True)]
+        return -sum(log_probs, log_abs_det)
+
+    def forward_kld(self, x: Tensor, y: Tensor | None = None, context: image_flow.Context | None = None) -> Tensor:
+        """The mean of `forward` over the images."""
+        return self(x, y, context).mean()
+
+    def log_prob(self, x: Tensor, y: Tensor | None = None, context: image_flow.Context | None = None) -> Tensor:
+        """The log-density of images, [B].
 
         Args:
-            x: [B, C, H, W].
-            y: Classes, [B] whole numbers or [B, num_classes] one-hot, if the flow has classes.
+            x: [B, C, H, W], whole numbers 0..num_levels - 1, or with `preprocessing=None` floating-point numbers.
+            y: The condition, see `ImageFlow`.
+            context: The condition, or its tensor, see `ImageFlow`.
 
         Raises:
-            TypeError: If the images are no tensor, or y none of integers and not one-hot.
-            ValueError: If the images have another shape than those of the flow, or values outside 0..255; if y does
-                not fit, or is missing, or the flow has no classes.
+            TypeError: If the images, or a part of the condition, have the wrong type, or the flow's parameters are of
+                half precision.
+            ValueError: If the images have another shape than those of the flow, or other values (see
+                `nflows_kconv.images.UniformDequantization` for where they are looked at); if the condition does not
+                fit, or is missing, or the flow takes none.
         """
-        images = image_flow.as_parameters_are(x, self)
-        return -super().log_prob(images, self._classes(y, len(images)))
+        return -self(x, y, context)
 
+    @torch.no_grad()
     def sample(
-        self, num_samples: int = 1, y: Tensor | None = None, temperature: float | None = None
+        self,
+        num_samples: int = 1,
+        y: Tensor | None = None,
+        temperature: float | None = None,
+        context: image_flow.Context | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Images, [B, C, H, W], and their log-density, [B].
 
+        They carry no graph; where gradients of samples are needed, `decode` noise.
+
         Args:
-            num_samples: B, how many without y.
-            y: Classes, as in `log_prob`; without them a flow with classes draws some.
+            num_samples: B, if the images have no condition; else they are as many as its rows.
+            y: The condition, see `ImageFlow`; without classes a flow that has some draws them.
             temperature: If given, scales the noise.
+            context: The condition, or its tensor, see `ImageFlow`.
 
         Raises:
-            TypeError: See `log_prob`.
-            ValueError: See `log_prob`.
+            TypeError: If a number has the wrong type; see `log_prob`.
+            ValueError: If a number is out of its range; see `log_prob`.
         """
-        return super().sample(num_samples, y if y is None else self._classes(y, None), temperature)
+        checks.positive("num_samples", num_samples)
+        if temperature is not None:
+            checks.temperature(temperature)
+        num_classes, has_context = self.architecture.num_classes, self.architecture.context_shape is not None
+        if num_classes is not None and y is None and not isinstance(context, (tuple, list)):
+            if has_context == (context is not None):  # that is all but the classes
+                count = context.shape[0] if isinstance(context, Tensor) and context.dim() else num_samples
+                y = torch.randint(num_classes, (count,), device=self._parameter().device)
+        condition = self._given(y, context, None)
+        count = num_samples if condition.rows is None else condition.rows
+        arguments = (count,) if num_classes is None else (count, condition.classes)
+        for base in self.q0:
+            base.temperature = temperature
+        try:
+            with np.errstate(divide="ignore") if temperature == 0 else nullcontext():  # normflows takes its logarithm
+                latents, log_probs = zip(*(base(*arguments) for base in self.q0), strict=True)
+        finally:
+            for base in self.q0:
+                base.temperature = None
+        images, log_abs_det = self._from_latents(latents, condition.tensor)
+        return images, sum(log_probs) - log_abs_det
 
-    def _classes(self, y: Tensor | None, count: int | None) -> Tensor | None:
-        num_classes = self.q0[0].num_classes if self.class_cond else None
-        if isinstance(y, Tensor) and y.dim() == 2 and y.shape[1] == num_classes and count in (None, len(y)):
-            return y.to(self.q0[0].loc.dtype)  # one-hot
-        return image_flow.as_class_numbers("y", y, num_classes, count)
+    def inverse_and_log_det(
+        self, x: Tensor, y: Tensor | None = None, context: image_flow.Context | None = None
+    ) -> tuple[list[Tensor], Tensor]:
+        """The latents of images with the noise of dequantisation, and the log-determinant, [B].
+
+        Takes and raises what `log_prob` does; classes may be left out. The latents are a list in the order of `q0`, as
+        in any MultiscaleFlow; `encode` gives them in one tensor, the first split first, without noise.
+        """
+        latents, log_abs_det, _ = self._analyzed(x, y, context, classes_needed=False)
+        return latents, log_abs_det
+
+    def forward_and_log_det(
+        self, z: Sequence[Tensor], y: Tensor | None = None, context: image_flow.Context | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Undoes `inverse_and_log_det`."""
+        condition = self._given(y, context, z[0].shape[0], classes_needed=False)
+        dtype = self._parameter().dtype
+        return self._from_latents([part.to(dtype) for part in z], condition.tensor)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """See `torch.nn.Module.load_state_dict`; takes the state_dict of the same flow of nflows, too."""
+        return super().load_state_dict(flow_state.for_normflows(state_dict, self.architecture), strict, assign)
+
+    def _given(self, y: Any, context: Any, count: int | None, *, classes_needed: bool = True) -> image_flow.Condition:
+        name = "y" if context is None and self.architecture.context_shape is None else "context"
+        both = y is not None and context is not None
+        given = (y, context) if both else context if y is None else y
+        return self._condition(name, given, count, classes_needed=classes_needed)
+
+    def _analyzed(
+        self, x: Tensor, y: Any, context: Any, *, classes_needed: bool = True
+    ) -> tuple[list[Tensor], Tensor, Tensor | None]:
+        """The latents of images in the order of `q0`, the log-determinant, and the classes."""
+        numbers = self._to_numbers(x)
+        classes, tensor = self._given(y, context, numbers.shape[0], classes_needed=classes_needed)
+        log_abs_det = 0
+        if self.transform is not None:  # as in any MultiscaleFlow
+            numbers, log_abs_det = self.transform.inverse(numbers)
+        latents, more = self._to_latents(numbers, tensor)
+        return latents, log_abs_det + more, classes
+
+    @property
+    def _preprocessing(self) -> image_flow.Preprocessing:
+        return self.transform.step
+
+    def _to_latent(self, numbers: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        latents, log_abs_det = self._to_latents(numbers, context)
+        return torch.cat([part.flatten(1) for part in reversed(latents)], 1), log_abs_det
+
+    def _from_latent(self, latent: Tensor, context: Tensor | None) -> Tensor:
+        parts = latent.split([math.prod(shape) for shape in self.latent_shapes], 1)
+        latents = [part.unflatten(1, shape) for part, shape in zip(parts, self.latent_shapes, strict=True)]
+        return self._merged(latents[::-1], context)[0]
+
+    def _to_latents(self, numbers: Tensor, context: Tensor | None) -> tuple[list[Tensor], Tensor]:
+        """From what the preprocessing gives to latents in the order of `q0`."""
+        latents: list[Tensor] = []
+        total: Any = 0
+        for level in reversed(range(self.num_levels)):
+            step, squeeze = self.flows[level]
+            numbers, log_abs_det = step.inverse(squeeze.inverse(numbers)[0], context)
+            total = total + log_abs_det
+            if level:
+                (numbers, latent), _ = self.merges[level - 1].inverse(numbers)
+                latents.insert(0, latent)
+        return [numbers, *latents], total
+
+    def _merged(self, latents: Sequence[Tensor], context: Tensor | None) -> tuple[Tensor, Any]:
+        """Undoes `_to_latents`."""
+        numbers, total = latents[0], 0
+        for level in range(self.num_levels):
+            step, squeeze = self.flows[level]
+            if level:
+                numbers, _ = self.merges[level - 1]([numbers, latents[level]])
+            numbers, log_abs_det = step(numbers, context)
+            numbers, total = squeeze(numbers)[0], total + log_abs_det
+        return numbers, total
+
+    def _from_latents(self, latents: Sequence[Tensor], context: Tensor | None) -> tuple[Tensor, Tensor]:
+        numbers, total = self._merged(latents, context)
+        if self.transform is None:
+            return numbers, total
+        images, log_abs_det = self.transform(numbers)
+        return images, total + log_abs_det
 
 
 def finc_flow(
@@ -212,7 +360,10 @@ def finc_flow(
     diagonal: Literal["unit", "learned"] = "unit",
     max_inverse_gain: float | None = None,
     direction: Literal["forward", "inverse"] = "forward",
+    num_levels: int = 256,
+    preprocessing: Literal["images"] | None = "images",
     num_classes: int | None = None,
+    context_shape: Sequence[int] | None = None,
     reversible: bool = False,
 ) -> ImageFlow:
     """A multiscale flow of images in normflows.
@@ -220,9 +371,9 @@ def finc_flow(
     That of FInC Flow (Kallappa, Nagar, Varma 2023, arXiv 2301.09266, section 4). Each of the L levels squeezes 2 x 2
     pixels into channels, takes K steps [k x k convolution -> ActNorm -> invertible 1 x 1 convolution -> affine
     coupling], and, but for the last one, gives half of the channels to the latent variable, by a learned prior.
-    Dequantisation and its log-determinant are inside: `log_prob` takes images
-    with values 0..255, and `sample` returns such images and their log-density.
-    With the same seed and weights it is the same density as that of `nflows_kconv.nflows.finc_flow`.
+    Dequantisation and its log-determinant are inside: `log_prob` takes images with values 0..255, and `sample` returns
+    such images and their log-density. With the same seed and weights it is the same density as that of
+    `nflows_kconv.nflows.finc_flow`, whose state_dict it loads.
 
     Args:
         image_shape: (C, H, W); H and W multiples of 2^L.
@@ -236,8 +387,14 @@ def finc_flow(
         max_inverse_gain: See `InvertibleConv2d`.
         direction: "forward" convolves from data to latent, and solves to sample; "inverse" the other way round, as in
             Inverse-Flow (Nagar, Varma 2025, arXiv 2410.14634).
-        num_classes: If given, the latent variable has a mean and a scale for each class; `log_prob`
-            and `sample` take the classes y.
+        num_levels: Images hold whole numbers 0..num_levels - 1; 32 for images of 5 bits.
+        preprocessing: "images", or None for continuous data of any range: `log_prob` is then the density of the data as
+            they are, and `sample` gives such data.
+        num_classes: If given, the latent variable has a mean and a scale for each class; the labels, [B] whole numbers,
+            are y, or the context.
+        context_shape: If given, (E,) or (E, H', W'), each coupling and each learned prior also sees a vector or an
+            image [B, *context_shape], the context: vectors at every pixel, images average-pooled to the level's size.
+            At the start it has no effect. With classes as well, the context is (classes, tensor).
         reversible: Whether to train in memory independent of K, for some more time, see `nflows_kconv.reversible`. The
             state_dict is the same.
 
@@ -252,36 +409,34 @@ def finc_flow(
         >>> import torch
         >>> from nflows_kconv.normflows import finc_flow
         >>> flow = finc_flow((3, 32, 32), levels=3, steps=2, hidden_channels=64)  # 32 and 512: 44 million parameters
-        >>> flow.log_prob(torch.randint(256, (10, 3, 32, 32))).shape
+        >>> images = torch.randint(256, (10, 3, 32, 32))
+        >>> loss = flow(images).mean()  # the negative log-likelihood; flow.forward_kld(images) is the same
+        >>> samples, log_prob = flow.sample(5)
+        >>> latent, log_abs_det = flow.encode(images)
+        >>> torch.equal(flow.decode(latent), images.float())
+        True
+
+        Data of any range with a context:
+
+        >>> flow = finc_flow((1, 8, 8), levels=1, steps=2, hidden_channels=8, preprocessing=None, context_shape=(5,))
+        >>> flow.log_prob(torch.randn(10, 1, 8, 8), context=torch.randn(10, 5)).shape
         torch.Size([10])
-        >>> images, log_prob = flow.sample(5)
+        >>> samples, log_prob = flow.sample(context=torch.randn(3, 5))  # one for each row
     """
-    if num_classes is not None:
-        checks.positive("num_classes", num_classes)
-    built = image_flow.build_levels(
-        image_shape,
-        levels,
-        steps,
+    architecture = image_flow.Architecture(
+        image_shape=image_shape,
+        levels=levels,
+        steps=steps,
         hidden_channels=hidden_channels,
         kernel_size=kernel_size,
         corners=corners,
         diagonal=diagonal,
         max_inverse_gain=max_inverse_gain,
         direction=direction,
+        num_levels=num_levels,
+        preprocessing=preprocessing,
+        num_classes=num_classes,
+        context_shape=context_shape,
         reversible=reversible,
     )
-    bases: list[nn.Module] = []
-    latent_to_data, merges = [], []
-    for level in reversed(built):
-        channels, height, width = level.shape
-        last = not bases
-        latent_shape = (channels if last else channels // 2, height, width)
-        if num_classes is None:
-            bases.append(DiagGaussian(latent_shape, trainable=False))
-        else:
-            bases.append(ClassCondDiagGaussian(latent_shape, num_classes))
-        latent_to_data.append([Step(level.stack), flows.Squeeze()])
-        if not last:
-            merges.append(flows.Merge("channel_inv"))  # the first half of the channels leaves, as in nflows
-    preprocessing = Step(image_flow.Preprocessing(image_shape))
-    return ImageFlow(bases, latent_to_data, merges, preprocessing, class_cond=num_classes is not None)
+    return ImageFlow(architecture)

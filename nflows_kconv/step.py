@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 
 from nflows_kconv.invertible import InvertibleModule
@@ -172,33 +173,48 @@ class AffineCoupling(InvertibleModule):
     Run back it divides by the same scale, so that only the network's rounding, TF32 on a GPU for instance, can make a
     round trip err.
 
+    Where it has context channels, the network sees the context, too: as it is if [B, E, H, W], else broadcast from
+    [B, E], or average-pooled from another size.
+
     Args:
-        network: Takes the second half of the channels, [B, C/2, H, W], gives [B, C, H, W]: h, then t.
+        network: Takes the second half of the channels and the context, [B, C/2 + E, H, W], gives [B, C, H, W]: h, then
+            t.
+        context_channels: E; with 0, whatever context a call has is ignored.
     """
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, context_channels: int = 0) -> None:
         super().__init__()
         self.network = network
+        self.context_channels = context_channels
 
     def _run_forward(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
         changed, kept = input.chunk(2, 1)
-        log_scale, shift = self._scale_and_shift(kept)
+        log_scale, shift = self._scale_and_shift(kept, context)
         return torch.cat([changed * log_scale.exp() + shift, kept], 1), _sum(log_scale)
 
     def _run_inverse(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
         changed, kept = input.chunk(2, 1)
-        log_scale, shift = self._scale_and_shift(kept)
+        log_scale, shift = self._scale_and_shift(kept, context)
         return torch.cat([(changed - shift) * log_scale.neg().exp(), kept], 1), -_sum(log_scale)
 
-    def _scale_and_shift(self, kept: Tensor) -> tuple[Tensor, Tensor]:
-        raw, shift = self.network(kept).to(kept.dtype).chunk(2, 1)
+    def _scale_and_shift(self, kept: Tensor, context: Any) -> tuple[Tensor, Tensor]:
+        seen = torch.cat([kept, _at_size_of(kept, context)], 1) if self.context_channels else kept
+        raw, shift = self.network(seen).to(kept.dtype).chunk(2, 1)
         return 2 * torch.tanh(raw / 2), shift
 
 
-def coupling_network(channels: int, hidden_channels: int) -> nn.Sequential:
+def _at_size_of(kept: Tensor, context: Tensor) -> Tensor:
+    """The context with a value for each pixel."""
+    _, _, height, width = kept.shape
+    if context.dim() == 2:
+        return context[:, :, None, None].expand(-1, -1, height, width)
+    return context if context.shape[2:] == kept.shape[2:] else F.adaptive_avg_pool2d(context, (height, width))
+
+
+def coupling_network(channels: int, hidden_channels: int, context_channels: int = 0) -> nn.Sequential:
     """3x3 -> ReLU -> 1x1 -> ReLU -> 3x3 that starts at zero: the paper's network for a coupling of C channels."""
     return nn.Sequential(
-        nn.Conv2d(channels // 2, hidden_channels, 3, padding=1),
+        nn.Conv2d(channels // 2 + context_channels, hidden_channels, 3, padding=1),
         nn.ReLU(),
         nn.Conv2d(hidden_channels, hidden_channels, 1),
         nn.ReLU(),
@@ -206,9 +222,10 @@ def coupling_network(channels: int, hidden_channels: int) -> nn.Sequential:
     )
 
 
-def learned_prior(channels: int) -> AffineCoupling:
+def learned_prior(channels: int, context_channels: int = 0) -> AffineCoupling:
     """The learned prior of a split: the last step before the first half of the C channels leaves as standard normal."""
-    return AffineCoupling(_zero(nn.Conv2d(channels // 2, channels, 3, padding=1)))
+    network = _zero(nn.Conv2d(channels // 2 + context_channels, channels, 3, padding=1))
+    return AffineCoupling(network, context_channels)
 
 
 def _zero(convolution: nn.Conv2d) -> nn.Conv2d:
@@ -223,7 +240,7 @@ def _chain(input: Tensor, context: Any, functions: Iterable[Any]) -> tuple[Tenso
     for function in functions:
         input, log_abs_det = function(input, context)
         total = log_abs_det if total is None else total + log_abs_det
-    return input, torch.zeros(len(input), device=input.device) if total is None else total
+    return input, torch.zeros(input.shape[0], device=input.device) if total is None else total
 
 
 def _per_image(log_scale: Tensor, input: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import nflows_kconv.nflows
 import nflows_kconv.normflows
-from nflows_kconv import InvertibleConv2d, image_flow, step
+from nflows_kconv import InvertibleConv2d, step
 from nflows_kconv.sampling import GraphSampler
 
 LIBRARIES = {"nflows": nflows_kconv.nflows.finc_flow, "normflows": nflows_kconv.normflows.finc_flow}
@@ -348,18 +348,8 @@ def test_images_must_be_a_tensor(library):
         log_prob(build(library), random_images().numpy())
 
 
-def test_the_levels_halve_and_grow():
-    built = image_flow.build_levels(
-        (3, 16, 8),
-        3,
-        1,
-        hidden_channels=2,
-        kernel_size=3,
-        corners="TL",
-        diagonal="unit",
-        max_inverse_gain=None,
-        direction="forward",
-        reversible=False,
-    )
-    assert [level.shape for level in built] == [(12, 8, 4), (24, 4, 2), (48, 2, 1)]
-    assert [len(level.stack.steps) for level in built] == [2, 2, 1]
+@in_both
+def test_the_levels_halve_and_grow(library):
+    flow = LIBRARIES[library]((3, 16, 8), 3, 1, hidden_channels=2)
+    assert flow.latent_shapes == ((6, 8, 4), (12, 4, 2), (48, 2, 1))
+    assert flow.architecture.level_shapes == ((12, 8, 4), (24, 4, 2), (48, 2, 1))

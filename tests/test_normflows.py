@@ -91,9 +91,11 @@ def test_rejects_a_wrong_rank(direction):
         getattr(InvertibleConv2d(4), direction)(torch.zeros(4, 3, 3))
 
 
-def test_glow_block_is_the_one_of_normflows_with_the_layer_before_the_last_flow():
+def test_glow_block_is_the_one_of_normflows_with_the_layer_next_to_the_data():
     names = [type(flow).__name__ for flow in GlowBlock(4, 8).flows]
-    assert names == ["AffineCouplingBlock", "Invertible1x1Conv", "InvertibleConv2d", "ActNorm"]
+    assert names == ["AffineCouplingBlock", "Invertible1x1Conv", "ActNorm", "InvertibleConv2d"]
+    pair = GlowBlock(3, 8, corners=(("TL",), ("BR",)), kernel_size=2)
+    assert [flow.corners for flow in pair.flows[3:]] == [("BR",), ("TL",)]  # "TL" next to the data
     ours = inspect.signature(GlowBlock).parameters.values()
     theirs = inspect.signature(nf.flows.GlowBlock).parameters.values()
     positional = [parameter for parameter in ours if parameter.kind is not parameter.KEYWORD_ONLY]
@@ -112,7 +114,11 @@ def multiscale(num_classes=None):
     bases = [nf.distributions.GlowBase(shape, num_classes) for shape in ((8, 2, 1), (2, 4, 2))]
     flows = [
         [GlowBlock(8, 8), GlowBlock(8, 8, corners="TL"), nf.flows.Squeeze()],
-        [GlowBlock(4, 8), InvertibleConv2d(4, diagonal="learned"), InvertibleConv2d(4, corners="BR")],
+        [
+            GlowBlock(4, 8, corners=("TL", ("BR",))),
+            InvertibleConv2d(4, diagonal="learned"),
+            InvertibleConv2d(4, corners="BR"),
+        ],
     ]
     model = nf.MultiscaleFlow(bases, flows, [nf.flows.Merge()], class_cond=num_classes is not None)
     model.log_prob(images(16), torch.zeros(16, dtype=torch.long))
