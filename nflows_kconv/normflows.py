@@ -244,11 +244,12 @@ class ImageFlow(image_flow.Interface, MultiscaleFlow):
         checks.positive("num_samples", num_samples)
         if temperature is not None:
             checks.temperature(temperature)
+        device = self._parameter().device
         num_classes, has_context = self.architecture.num_classes, self.architecture.context_shape is not None
         if num_classes is not None and y is None and not isinstance(context, (tuple, list)):
             if has_context == (context is not None):  # that is all but the classes
                 count = context.shape[0] if isinstance(context, Tensor) and context.dim() else num_samples
-                y = torch.randint(num_classes, (count,), device=self._parameter().device)
+                y = torch.randint(num_classes, (count,), device=device)
         condition = self._given(y, context, None)
         count = num_samples if condition.rows is None else condition.rows
         arguments = (count,) if num_classes is None else (count, condition.classes)

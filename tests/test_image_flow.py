@@ -7,16 +7,22 @@ import math
 import nflows.flows
 import normflows
 import pytest
+import sklearn.datasets
 import torch
 from nflows.transforms import MultiscaleCompositeTransform
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import nflows_kconv.nflows
 import nflows_kconv.normflows
 from nflows_kconv import InvertibleConv2d, step
+from nflows_kconv.diagnostics import round_trip
 from nflows_kconv.sampling import GraphSampler
+from nflows_kconv.testing import check_transform
 
 LIBRARIES = {"nflows": nflows_kconv.nflows.finc_flow, "normflows": nflows_kconv.normflows.finc_flow}
+# `build` changes masked entries, too.
+pytestmark = pytest.mark.filterwarnings("ignore:.* entries other than zero on or above the pivot's diagonal")
 in_both = pytest.mark.parametrize("library", LIBRARIES)
 SHAPE = (3, 8, 12)
 
@@ -208,26 +214,333 @@ def test_classes_shift_the_latent_variable(library):
     assert samples.shape == ((2, 2, *SHAPE) if library == "nflows" else (2, *SHAPE))
 
 
-def test_classes_have_the_same_density_in_both_libraries():
-    of_nflows, of_normflows = (build(library, num_classes=3) for library in LIBRARIES)
-    with torch.no_grad():
-        sizes = [base.d for base in reversed(of_normflows.q0)]
-        means, log_scales = of_nflows._distribution._context_encoder.weight.chunk(2, 1)
-        for base, mean, log_scale in zip(
-            reversed(of_normflows.q0), means.split(sizes, 1), log_scales.split(sizes, 1), strict=True
-        ):
-            base.loc.copy_(mean.T.reshape(base.loc.shape))
-            base.log_scale.copy_(log_scale.T.reshape(base.loc.shape))
-    levels = next(
-        module for module in of_nflows.modules() if isinstance(module, MultiscaleCompositeTransform)
-    )._transforms
-    for level, flows in zip(levels, reversed(of_normflows.flows), strict=True):
-        ours = [part for part in level._transforms if isinstance(part, nflows_kconv.nflows.Step)]
-        theirs = [part for part in reversed(flows) if isinstance(part, nflows_kconv.normflows.Step)]
-        for first, second in zip(ours, theirs, strict=True):
-            second.load_state_dict(first.state_dict())
-    images, labels = random_images(), torch.tensor([2, 0, 1])
-    torch.testing.assert_close(log_prob(of_nflows, images, labels), log_prob(of_normflows, images, labels))
+CONDITIONS = {
+    "none": {},
+    "classes": {"num_classes": 3},
+    "vector": {"context_shape": (5,)},
+    "image": {"context_shape": (2, 5, 7)},
+    "classes and image": {"num_classes": 3, "context_shape": (2, 8, 12)},
+}
+
+
+def random_condition(num_classes: int | None = None, context_shape: tuple[int, ...] | None = None, count: int = 3):
+    """What a flow made with these arguments is conditioned on."""
+    generator = torch.Generator().manual_seed(4)
+    classes = None if num_classes is None else torch.randint(num_classes, (count,), generator=generator)
+    if context_shape is None:
+        return classes
+    tensor = torch.randn(count, *context_shape, generator=generator)
+    return tensor if classes is None else (classes, tensor)
+
+
+@pytest.mark.parametrize("condition", CONDITIONS)
+@pytest.mark.parametrize(("source", "target"), [("nflows", "normflows"), ("normflows", "nflows")])
+def test_states_of_one_library_load_into_the_other(condition, source, target):
+    arguments = CONDITIONS[condition] | {"levels": 3, "shape": (3, 8, 16), "corners": (("TL",), ("BR",))}
+    flow, other, images = (
+        build(source, **arguments),
+        build(target, trained=False, **arguments),
+        random_images(3, (3, 8, 16)),
+    )
+    images, context = random_images(3, (3, 8, 16)), random_condition(**CONDITIONS[condition])
+    state = flow.state_dict()
+    names, metadata = list(state), dict(state._metadata)
+    assert other.load_state_dict(state) == ([], [])
+    assert (list(state), state._metadata) == (names, metadata), "the state_dict was changed"
+    torch.testing.assert_close(*(log_prob(each, images, context) for each in (flow, other)))
+    assert all(map(torch.equal, *(each.encode(images, context) for each in (flow, other))))
+    flow.load_state_dict(other.state_dict())
+    assert all(torch.equal(value, state[name]) for name, value in flow.state_dict().items())
+    wrong = build(target, **arguments | {"corners": (("BR",), ("TL",))})
+    with pytest.raises(RuntimeError, match=r"the corners must be the layer's \('BR',\), got \('TL',\)"):
+        wrong.load_state_dict(state)
+
+
+@in_both
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+def test_every_digit_comes_back_from_its_encoding_through_a_trained_flow(library, direction):
+    digits = sklearn.datasets.load_digits()
+    images, classes = torch.from_numpy(digits.images).float()[:, None], torch.from_numpy(digits.target)
+    torch.manual_seed(0)
+    arguments = {"num_levels": 17, "num_classes": 10, "context_shape": (3,), "direction": direction}
+    flow, tensor = LIBRARIES[library]((1, 8, 8), 2, 2, hidden_channels=16, **arguments), torch.randn(len(images), 3)
+    optimizer = torch.optim.Adam(flow.parameters(), 1e-2)
+    for _ in range(8):
+        chosen = torch.randperm(len(images))[:64]
+        loss = -flow.log_prob(images[chosen], context=(classes[chosen], tensor[chosen])).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    flow.eval()
+    latent, log_abs_det = flow.encode(images, (classes, tensor))
+    assert latent.shape == (len(images), 64) and log_abs_det.shape == (len(images),)
+    assert torch.equal(latent, flow.encode(images, (None, tensor))[0]), "neither noise nor classes are in a latent"
+    assert torch.equal(flow.decode(latent, (None, tensor)), images)
+
+
+@in_both
+def test_continuous_data(library):
+    """The density in data units is that of the latent and the Jacobian, and the latent that of the library."""
+    flow = build(library, (1, 4, 8), preprocessing=None)
+    data = 100 * torch.randn(2, 1, 4, 8, dtype=torch.float64)
+    latent, log_abs_det = flow.encode(data)
+    normal = torch.distributions.Normal(0, 1).log_prob(latent).sum(1)
+    torch.testing.assert_close(flow.log_prob(data), normal + log_abs_det)
+    jacobian = torch.autograd.functional.jacobian(lambda z: flow.decode(z[None])[0].flatten(), latent[0])
+    torch.testing.assert_close(torch.linalg.slogdet(jacobian).logabsdet, -log_abs_det[0])
+    if library == "nflows":
+        assert torch.equal(flow.transform_to_noise(data), latent)
+    else:
+        latents, _ = flow.inverse_and_log_det(data)
+        assert [part.shape[1:] for part in reversed(latents)] == list(flow.latent_shapes)
+        assert torch.equal(torch.cat([part.flatten(1) for part in reversed(latents)], 1), latent)
+    samples = flow.sample(2) if library == "nflows" else flow.sample(2)[0]
+    assert not torch.equal(samples, samples.round())
+    with pytest.raises(TypeError, match=r"continuous data must be of floating-point numbers, got torch\.uint8"):
+        flow.log_prob(data.byte())
+
+
+@in_both
+def test_numbers_of_levels(library):
+    flow = build(library, num_levels=32)
+    images = random_images() % 32
+    assert log_prob(flow, images).isfinite().all()
+    samples = flow.sample(9) if library == "nflows" else flow.sample(9)[0]
+    assert samples.min() >= 0 and 24 < samples.max() <= 31
+    for call in (flow.log_prob, flow.encode):
+        with pytest.raises(ValueError, match=r"whole numbers in 0\.\.31, got 32"):
+            call(torch.full((1, *SHAPE), 32.0))
+
+
+@in_both
+@pytest.mark.parametrize("condition", ["vector", "image", "classes and image"])
+def test_contexts_have_no_effect_at_the_start_and_one_on_every_part_later(library, condition):
+    arguments, images = CONDITIONS[condition], random_images()
+    context = random_condition(**arguments)
+    classes, tensor = context if isinstance(context, tuple) else (None, context)
+    other = tensor + 1 if classes is None else (classes, tensor + 1)
+    for trained in (False, True):
+        flow = build(library, trained=trained, **arguments)
+        there, back = (flow.encode(images, each)[0] for each in (context, other))
+        assert ((there != back).any(0) == trained).all()
+        assert torch.equal(flow.decode(there, context), images)
+    for module in flow.modules():  # the learned prior sees it, too
+        if isinstance(module, step.AffineCoupling) and not isinstance(module.network, nn.Conv2d):
+            nn.init.zeros_(module.network[-1].weight)
+    there, back = (flow.encode(images, each)[0] for each in (context, other))
+    assert (there != back)[:, : there.shape[1] // 2].all()
+
+
+def test_images_as_context_are_averaged():
+    coupling = step.AffineCoupling(nn.Conv2d(4, 4, 1), context_channels=2).double()
+    input, context = torch.randn(3, 4, 2, 3).double(), torch.randn(3, 2, 4, 9).double()
+    small = context.unflatten(3, (3, 3)).unflatten(2, (2, 2)).mean((3, 5))
+    torch.testing.assert_close(coupling(input, context), coupling(input, small))
+    vectors = torch.randn(3, 2).double()
+    torch.testing.assert_close(coupling(input, vectors), coupling(input, vectors[:, :, None, None].expand(3, 2, 2, 3)))
+
+
+@in_both
+@pytest.mark.parametrize("condition", ["vector", "classes and image"])
+def test_contexts_get_gradients_through_reversible_steps(library, condition):
+    gradients = []
+    for reversible in (False, True):
+        flow = build(library, **CONDITIONS[condition], reversible=reversible)
+        context = random_condition(**CONDITIONS[condition])
+        tensor = (context[1] if isinstance(context, tuple) else context).double().requires_grad_()
+        log_prob(flow, random_images(), (context[0], tensor) if isinstance(context, tuple) else tensor).sum().backward()
+        gradients.append([tensor.grad, *(parameter.grad for parameter in flow.parameters())])
+    assert gradients[0][0].abs().min() > 0
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_context_adds_the_information_that_it_has():
+    """Of data y = 1.5 c + noise the context c tells I(y; c) = D/2 log(1 + 1.5^2), by which the log-density rises."""
+
+    def data(count: int) -> tuple[Tensor, Tensor]:
+        context = torch.randn(count, 4)
+        return 1.5 * context.view(count, 1, 2, 2) + torch.randn(count, 1, 2, 2), context
+
+    held_out = []
+    for context_shape in (None, (4,)):
+        torch.manual_seed(0)
+        flow = LIBRARIES["nflows"]((1, 2, 2), 1, 2, hidden_channels=16, preprocessing=None, context_shape=context_shape)
+        optimizer = torch.optim.Adam(flow.parameters(), 0.02)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, 100)
+        for _ in range(100):
+            images, context = data(128)
+            loss = -flow(images, context if context_shape else None).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        images, context = data(4000)
+        with torch.no_grad():
+            held_out.append(flow(images, context if context_shape else None).mean().item())
+    assert held_out[1] - held_out[0] == pytest.approx(2 * math.log(1 + 1.5**2), rel=0.05)
+
+
+@in_both
+@pytest.mark.parametrize("condition", CONDITIONS)
+@pytest.mark.parametrize("preprocessing", ["images", None])
+def test_samples_have_the_documented_shape_and_no_graph(library, condition, preprocessing):
+    flow = build(library, **CONDITIONS[condition], preprocessing=preprocessing)
+    context = random_condition(**CONDITIONS[condition])
+    if library == "nflows":
+        rows = () if context is None else (3,)
+        for batch_size in (None, 1, 4, 6, 9):
+            images = flow.sample(6, context, batch_size)
+            assert images.shape == (*rows, 6, *SHAPE) and not images.requires_grad
+        images, density = flow.sample_and_log_prob(6, context)
+        assert images.shape == (*rows, 6, *SHAPE) and density.shape == (*rows, 6)
+        images, density = images.flatten(0, -4), density.flatten()
+        repeated = random_condition(**CONDITIONS[condition])
+        if isinstance(repeated, tuple):
+            repeated = tuple(part.repeat_interleave(6, 0) for part in repeated)
+        elif repeated is not None:
+            repeated = repeated.repeat_interleave(6, 0)
+    else:
+        images, density = flow.sample(3, context=context)
+        assert images.shape == (3, *SHAPE) and density.shape == (3,)
+        repeated = context
+    assert not images.requires_grad and not density.requires_grad
+    if preprocessing is None:
+        torch.testing.assert_close(flow.log_prob(images, context=repeated), density)
+
+
+@in_both
+def test_each_row_of_samples_has_its_own_class(library):
+    flow = build(library, num_classes=4, preprocessing=None, trained=False)
+    with torch.no_grad():  # means far apart: the class of a latent shows in every number
+        if library == "nflows":
+            flow._distribution._context_encoder.weight.copy_(
+                torch.cat([100.0 * torch.arange(4)[:, None].expand(4, 288), torch.zeros(4, 288)], 1)
+            )
+            samples = flow.sample(6, torch.arange(4), batch_size=4).flatten(0, 1)
+            expected = torch.arange(4).repeat_interleave(6)
+        else:
+            for base in flow.q0:
+                base.loc.copy_(100 * torch.arange(4))
+            samples = flow.sample(y=torch.arange(4))[0]
+            expected = torch.arange(4)
+            drawn = (flow.encode(flow.sample(9)[0])[0] / 100).round()
+            assert (drawn == drawn[:, :1]).all() and len(drawn[:, 0].unique()) > 1, "a class for all levels"
+    assert torch.equal((flow.encode(samples)[0] / 100).round(), expected[:, None].expand(-1, 288).double())
+
+
+def test_conditions_of_normflows_come_as_y_or_as_context():
+    images = random_images()
+    for name, arguments in CONDITIONS.items():
+        flow, context = build("normflows", **arguments), random_condition(**arguments)
+        expected = log_prob(flow, images, context)
+        ways = [{"context": context}, {"y": context}]
+        ways += [{"y": context[0], "context": context[1]}] if name == "classes and image" else []
+        for way in ways:
+            torch.manual_seed(2)
+            assert torch.equal(flow.log_prob(images, **way), expected)
+            torch.manual_seed(2)
+            assert torch.equal(flow.forward_kld(images, **way), -expected.mean())
+            assert flow.sample(3, **way)[0].shape == (3, *SHAPE)
+            latents, _ = flow.inverse_and_log_det(images.byte(), **way)
+            assert torch.equal(flow.forward_and_log_det(latents, **way)[0], images)
+    assert flow.sample(context=context[1])[0].shape == (3, *SHAPE)  # the classes are drawn
+
+
+@in_both
+@pytest.mark.parametrize("condition", ["classes", "vector", "classes and image"])
+def test_the_tools_take_conditional_flows(library, condition):
+    arguments = CONDITIONS[condition]
+    flow, context = build(library, (1, 4, 4), **arguments).float(), random_condition(**arguments, count=2)
+    images = random_images(2, (1, 4, 4))
+    assert round_trip(flow, images, context).error < 1e-4
+    if condition == "classes":
+        check_transform(flow, images.byte(), context=context)
+    if condition != "classes and image":
+        assert GraphSampler(flow, 2)(labels=context).shape == (2, 1, 4, 4)
+
+
+@pytest.mark.parametrize("temperature", [-1, math.inf, math.nan, "warm"])
+def test_temperatures(temperature):
+    flow = build("normflows", num_classes=2)
+    with pytest.raises((TypeError, ValueError), match="temperature must be"):
+        flow.sample(2, temperature=temperature)
+    assert torch.equal(*flow.sample(2, torch.tensor([1, 1]), temperature=0)[0]), "the image of the mean"
+    assert flow.q0[0].temperature is None
+
+
+@in_both
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_parameters_of_half_precision_are_refused(library, dtype):
+    flow = build(library).to(dtype)
+    latent = torch.zeros(2, 288)
+    calls = [lambda: flow.log_prob(random_images().byte()), lambda: flow.sample(2), lambda: flow.decode(latent)]
+    for call in calls:
+        with pytest.raises(TypeError, match=rf"parameters must be float32 or float64, .*, got {dtype}; .*autocast"):
+            call()
+
+
+@in_both
+@pytest.mark.parametrize("condition", ["none", "classes and image"])
+def test_a_float32_flow_makes_no_float64_tensor(library, condition):
+    class No64(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **kwargs or {})
+            for value in torch.utils._pytree.tree_leaves(result):
+                assert not isinstance(value, Tensor) or value.dtype != torch.float64, function
+            return result
+
+    flow, context = build(library, **CONDITIONS[condition]).float(), random_condition(**CONDITIONS[condition])
+    assert all(tensor.dtype != torch.float64 for tensor in (*flow.parameters(), *flow.buffers()))
+    images = random_images().byte()
+    with No64():
+        flow(images, context).sum().backward()
+        flow.decode(flow.encode(images, context)[0], context)
+        flow.sample(3, context)
+
+
+@in_both
+@pytest.mark.parametrize("condition", ["none", "classes and image"])
+def test_flows_from_the_meta_device(library, condition):
+    """Nothing but the state_dict is needed, in whatever way it is loaded."""
+    arguments, context = CONDITIONS[condition], random_condition(**CONDITIONS[condition])
+    flow, images = build(library, **arguments), random_images()
+    with torch.device("meta"):
+        assigned, filled = (LIBRARIES[library](SHAPE, 2, 2, hidden_channels=8, **arguments).eval() for _ in range(2))
+    assigned.load_state_dict(flow.state_dict(), assign=True)
+    filled = filled.double().to_empty(device="cpu")
+    filled.load_state_dict(flow.state_dict())
+    for other in (assigned, filled):
+        assert torch.equal(log_prob(other, images, context), log_prob(flow, images, context))
+        samples = []
+        for each in (flow, other):
+            torch.manual_seed(3)
+            result = each.sample(2, context)
+            samples.append(result if library == "nflows" else result[0])
+        assert torch.equal(*samples)
+
+
+@in_both
+def test_compiled_exported_and_replicated_flows(library):
+    flow, images = build(library, levels=1, steps=1).float(), random_images(4).byte()
+    expected = log_prob(flow, images)
+    sign = 1 if library == "nflows" else -1
+    compiled = torch.compile(flow, backend="eager", fullgraph=True)
+    exported = torch.export.export(flow, (images,), dynamic_shapes=({0: torch.export.Dim("B")},)).module()
+    for call in (compiled, exported, replica(flow)):
+        torch.manual_seed(2)
+        torch.testing.assert_close(sign * call(images), expected)
+    assert exported(images[:3]).shape == (3,)
+
+
+def replica(module: nn.Module) -> nn.Module:
+    """As DataParallel makes them: tensors in place of parameters."""
+    copies = {part: part._replicate_for_data_parallel() for part in module.modules()}
+    for part, copy in copies.items():
+        for name, child in part._modules.items():
+            copy._modules[name] = None if child is None else copies[child]
+        for name, parameter in part._parameters.items():
+            setattr(copy, name, None if parameter is None else parameter * 1)
+    return copies[module]
 
 
 @in_both
@@ -246,6 +559,11 @@ def test_classes_have_the_same_density_in_both_libraries():
         ({"corners": ()}, "corners must name"),
         ({"kernel_size": 0}, "kernel_size must be at least 1"),
         ({"diagonal": "none"}, "diagonal must be"),
+        ({"num_levels": 1}, "num_levels must be between 2 and 65536, got 1"),
+        ({"num_levels": 32, "preprocessing": None}, 'num_levels needs preprocessing="images", got 32'),
+        ({"preprocessing": "logit"}, "preprocessing must be \"images\" or None, got 'logit'"),
+        ({"context_shape": (2, 3)}, r"context_shape must be \(E,\) or \(E, H, W\), got \(2, 3\)"),
+        ({"context_shape": (0,)}, "sizes in context_shape must be at least 1, got 0"),
     ],
 )
 def test_arguments_must_fit(library, arguments, message):
@@ -262,7 +580,14 @@ def test_numbers_must_be_integers(library):
 @in_both
 @pytest.mark.parametrize(
     "name, value",
-    [("corners", None), ("corners", 3), ("image_shape", None), ("image_shape", 32), ("reversible", "yes")],
+    [
+        ("corners", None),
+        ("corners", 3),
+        ("image_shape", None),
+        ("image_shape", 32),
+        ("reversible", "yes"),
+        ("context_shape", 3),
+    ],
 )
 def test_arguments_have_types(library, name, value):
     with pytest.raises(TypeError, match=f"{name} must .*, got {value!r}"):
@@ -329,6 +654,43 @@ def test_classes_must_fit(library):
     for call in (lambda: log_prob(flow, images, torch.zeros(3)), lambda: flow.sample(3, torch.zeros(3))):
         with pytest.raises(ValueError, match=f"{name}, the labels, must be None, as the flow has no classes"):
             call()
+
+
+@in_both
+def test_contexts_must_fit(library):
+    flow, images = build(library, context_shape=(5,)), random_images(3)
+    for wrong, error, message in (
+        (None, ValueError, r"must be given, a tensor of shape \[3, 5\], as the flow has a context, got None"),
+        (torch.zeros(3, 4), ValueError, r"must have shape \[3, 5\], a row for each image, got \(3, 4\)"),
+        (torch.zeros(2, 5), ValueError, r"must have shape \[3, 5\], a row for each image, got \(2, 5\)"),
+        (torch.zeros(3, 5, dtype=torch.complex64), TypeError, "tensor of real numbers .*, got torch.complex64"),
+        ([0.0] * 5, TypeError, "tensor of real numbers .*, got list"),
+    ):
+        for call in (flow.log_prob, flow.encode):
+            with pytest.raises(error, match=f"context {message}|context must be a {message}"):
+                call(images, wrong)
+    assert torch.equal(log_prob(flow, images, torch.ones(3, 5).byte()), log_prob(flow, images, torch.ones(3, 5)))
+    flow = build(library, context_shape=(5,), num_classes=4)
+    for wrong in (torch.zeros(3, 5), torch.zeros(3), (torch.zeros(3),) * 3):
+        with pytest.raises(TypeError, match=r"context must be \(classes, tensor\), as the flow has"):
+            flow.log_prob(images, wrong)
+    with pytest.raises(ValueError, match="context must be classes from 0 to 3"):
+        flow.log_prob(images, (torch.tensor([0, 1, 4]), torch.zeros(3, 5)))
+    with pytest.raises(ValueError, match="context must give the classes of the images"):
+        flow.log_prob(images, (None, torch.zeros(3, 5)))
+
+
+@in_both
+def test_latents_must_fit(library):
+    flow = build(library)
+    for wrong, error, message in (
+        (torch.zeros(2, 287), ValueError, r"shape \[B, 288\], got \(2, 287\)"),
+        (torch.zeros(0, 288), ValueError, r"shape \[B, 288\], got \(0, 288\)"),
+        (torch.zeros(2, 288, dtype=torch.int64), TypeError, "tensor of floating-point numbers, got torch.int64"),
+        (flow.latent_shapes, TypeError, "tensor of floating-point numbers, got tuple"),
+    ):
+        with pytest.raises(error, match=f"latent must .*{message}"):
+            flow.decode(wrong)
 
 
 @in_both

@@ -466,8 +466,10 @@ def test_labels_for_a_flow_without_classes(name: str):
 
 def test_several_devices():
     flow = FLOWS["nflows images"]()
-    flow._transform.to("meta")
-    with pytest.raises(RuntimeError, match=r"Flow must be on one device, got .*_transform.* on meta, .* on cpu"):
+    flow._transform._transforms[1]._transforms[1].to("meta")
+    with pytest.raises(
+        RuntimeError, match=r"Flow must be on one device, got .*_transform.* on cpu, .*_transform.* on meta"
+    ):
         GraphSampler(flow, 2)()
 
 
