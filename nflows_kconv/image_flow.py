@@ -116,13 +116,14 @@ class Architecture:
         if self.kernel_size is not None:
             options = {"diagonal": self.diagonal, "max_inverse_gain": self.max_inverse_gain}
             layers = convolutions(InvertibleConv2d, channels, self.kernel_size, self.corners, **options)
-        network = step.coupling_network(channels, self.hidden_channels, context_channels)
         return step.Sequence(
             [
                 *(step.Inverse(layer) if self.direction == "inverse" else layer for layer in layers),
                 step.ActNorm(channels),
                 step.InvertibleConv1x1(channels),
-                step.AffineCoupling(network, context_channels),
+                step.AffineCoupling(
+                    step.coupling_network(channels, self.hidden_channels, context_channels), context_channels
+                ),
             ]
         )
 
