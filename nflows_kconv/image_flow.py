@@ -234,7 +234,8 @@ class Interface(nn.Module):
     def decode(self, latent: Tensor, context: Context | None = None) -> Tensor:
         """The images of a latent, as `sample` gives them; of a normal latent, an image drawn from the flow.
 
-        With `preprocessing=None`, gradients reach the latent, context and parameters.
+        With `preprocessing=None`, gradients reach the latent, the context and the parameters. Images are whole numbers,
+        through which none can pass, and carry no graph.
 
         Args:
             latent: [B, D], as `encode` gives it.
@@ -247,16 +248,16 @@ class Interface(nn.Module):
             TypeError: If the latent is no tensor of floating-point numbers, or the context has the wrong type.
             ValueError: If the latent or the context has another shape.
         """
-        dimensions = math.prod(self.architecture.image_shape)
-        like = self._parameter()
+        dimensions, dtype = math.prod(self.architecture.image_shape), self._parameter().dtype
         if not isinstance(latent, Tensor) or not latent.is_floating_point():
             kind = latent.dtype if isinstance(latent, Tensor) else type(latent).__name__
             raise TypeError(f"latent must be a tensor of floating-point numbers, got {kind}")
         if latent.dim() != 2 or latent.shape[1] != dimensions or latent.shape[0] == 0:
             raise ValueError(f"latent must have shape [B, {dimensions}], got {tuple(latent.shape)}")
         condition = self._condition("context", context, latent.shape[0], classes_needed=False)
-        numbers = self._from_latent(latent.to(like.dtype), condition.tensor)
-        return self._preprocessing.inverse(numbers)[0]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.architecture.preprocessing is None):
+            numbers = self._from_latent(latent.to(dtype), condition.tensor)
+            return self._preprocessing.inverse(numbers)[0]
 
     @property
     def _preprocessing(self) -> Preprocessing:

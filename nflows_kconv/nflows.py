@@ -207,9 +207,10 @@ class ImageFlow(image_flow.Interface, Flow):
         condition = self._condition("context", context, None)
         parts = []
         for start in range(0, num_samples, size):
-            latent, _, tensor = self._draw(min(size, num_samples - start), condition)
-            parts.append(_by_row(self._transform.inverse(latent, tensor)[0], condition))
-        return torch.cat(parts, 0 if condition.rows is None else 1)
+            number = min(size, num_samples - start)
+            latent, _, tensor = self._draw(number, condition)
+            parts.append(_by_row(self._transform.inverse(latent, tensor)[0], condition, number))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 0 if condition.rows is None else 1)
 
     @torch.no_grad()
     def sample_and_log_prob(self, num_samples: int, context: image_flow.Context | None = None) -> tuple[Tensor, Tensor]:
@@ -219,7 +220,7 @@ class ImageFlow(image_flow.Interface, Flow):
         latent, classes, tensor = self._draw(num_samples, condition)
         images, log_abs_det = self._transform.inverse(latent, tensor)
         log_prob = self._distribution.log_prob(latent, classes) - log_abs_det
-        return _by_row(images, condition), _by_row(log_prob, condition)
+        return _by_row(images, condition, num_samples), _by_row(log_prob, condition, num_samples)
 
     def transform_to_noise(self, inputs: Tensor, context: image_flow.Context | None = None) -> Tensor:
         """The latent of images with the noise of dequantisation, [B, C H W]; takes and raises what `encode` does."""
@@ -249,9 +250,9 @@ class ImageFlow(image_flow.Interface, Flow):
         return self._distribution.scaled(noise, classes), classes, tensor
 
 
-def _by_row(values: Tensor, condition: image_flow.Condition) -> Tensor:
+def _by_row(values: Tensor, condition: image_flow.Condition, number: int) -> Tensor:
     """[B N, ...] as [B, N, ...] for a condition of B rows."""
-    return values if condition.rows is None else values.unflatten(0, (condition.rows, -1))
+    return values if condition.rows is None else values.unflatten(0, (condition.rows, number))
 
 
 def finc_flow(
