@@ -278,7 +278,13 @@ class ImageFlow(image_flow.Interface, MultiscaleFlow):
     def forward_and_log_det(
         self, z: Sequence[Tensor], y: Tensor | None = None, context: image_flow.Context | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Undoes `inverse_and_log_det`."""
+        """Undoes `inverse_and_log_det`; raises a ValueError if the latents are not such as that gives."""
+        shapes = list(reversed(self.latent_shapes))
+        if len(z) != len(shapes) or any(
+            part.shape != (z[0].shape[0], *shape) for part, shape in zip(z, shapes, strict=True)
+        ):
+            got = [tuple(part.shape) for part in z]
+            raise ValueError(f"latents must have the shapes [B, C, H, W] with (C, H, W) of {shapes}, got {got}")
         condition = self._given(y, context, z[0].shape[0], classes_needed=False)
         dtype = self._parameter().dtype
         return self._from_latents([part.to(dtype) for part in z], condition.tensor)

@@ -30,7 +30,8 @@ class _Dequantization(InvertibleModule):
         values = at_least_float32(input)
         if not _holds_nothing_else(input.dtype, self.levels):
             if torch.compiler.is_compiling():
-                if not checks.is_under_torch_func():  # vmap knows no assertion
+                # vmap and devices such as MPS know no assertion.
+                if values.device.type in ("cpu", "cuda") and not checks.is_under_torch_func():
                     torch._assert_async(_is_allowed(values, self.levels).all(), _expected(self.levels))
             elif checks.values_are_at_hand(values):
                 _look(values, self.levels, input.is_floating_point())
@@ -68,8 +69,9 @@ class UniformDequantization(_Dequantization):
     gives x = floor(levels y) in the dtype of y, float32 at least; and D log levels, [B].
 
     Values are checked in every batch on a CPU; on another device in a module's first batch alone, as each look waits
-    for the device; under torch.compile and torch.export by an assertion inside the compiled code, which raises a
-    RuntimeError (on a GPU it ends the process's use of the device). Under torch.func they pass unchecked.
+    for the device; under torch.compile and torch.export, on a CPU or a CUDA device, by an assertion in the compiled
+    code, which raises a RuntimeError (after which the process can no longer use a CUDA device). Under torch.func they
+    pass unchecked.
 
     Args:
         levels: Number of values that x takes, 2 to 65536.
