@@ -696,9 +696,7 @@ def test_latents_must_fit(library):
     if library == "normflows":
         latents, _ = flow.inverse_and_log_det(random_images())
         for wrong in (latents[:1], latents[::-1], flow.encode(random_images())[0]):
-            with pytest.raises(
-                ValueError, match=r"latents must have the shapes .*of .*, got "
-            ):
+            with pytest.raises(ValueError, match=r"latents must have the shapes .*of .*, got "):
                 flow.forward_and_log_det(wrong)
 
 

@@ -115,7 +115,7 @@ def multiscale(num_classes=None):
     flows = [
         [GlowBlock(8, 8), GlowBlock(8, 8, corners="TL"), nf.flows.Squeeze()],
         [
-            GlowBlock(4, 8, corners=("TL", ("BR",))),
+            GlowBlock(4, 8, corners=(("TL",), "BR")),
             InvertibleConv2d(4, diagonal="learned"),
             InvertibleConv2d(4, corners="BR"),
         ],
