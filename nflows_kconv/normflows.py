@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import numpy as np
@@ -253,14 +253,8 @@ class ImageFlow(image_flow.Interface, MultiscaleFlow):
         condition = self._given(y, context, None)
         count = num_samples if condition.rows is None else condition.rows
         arguments = (count,) if num_classes is None else (count, condition.classes)
-        for base in self.q0:
-            base.temperature = temperature
-        try:
-            with np.errstate(divide="ignore") if temperature == 0 else nullcontext():  # normflows takes its logarithm
-                latents, log_probs = zip(*(base(*arguments) for base in self.q0), strict=True)
-        finally:
-            for base in self.q0:
-                base.temperature = None
+        with self._temperature(temperature):
+            latents, log_probs = zip(*(base(*arguments) for base in self.q0), strict=True)
         images, log_abs_det = self._from_latents(latents, condition.tensor)
         return images, sum(log_probs) - log_abs_det
 
@@ -292,6 +286,21 @@ class ImageFlow(image_flow.Interface, MultiscaleFlow):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """See `torch.nn.Module.load_state_dict`; takes the state_dict of the same flow of nflows, too."""
         return super().load_state_dict(flow_state.for_normflows(state_dict, self.architecture), strict, assign)
+
+    @contextmanager
+    def _temperature(self, temperature: float | None) -> Iterator[None]:
+        """That of the bases, None afterwards; without one it stays what `set_temperature` has made it."""
+        if temperature is None:
+            yield
+            return
+        for base in self.q0:
+            base.temperature = temperature
+        try:
+            with np.errstate(divide="ignore"):  # normflows takes its logarithm
+                yield
+        finally:
+            for base in self.q0:
+                base.temperature = None
 
     def _given(self, y: Any, context: Any, count: int | None, *, classes_needed: bool = True) -> image_flow.Condition:
         name = "y" if context is None and self.architecture.context_shape is None else "context"

@@ -468,6 +468,8 @@ def test_temperatures(temperature):
         flow.sample(2, temperature=temperature)
     assert torch.equal(*flow.sample(2, torch.tensor([1, 1]), temperature=0)[0]), "the image of the mean"
     assert flow.q0[0].temperature is None
+    flow.set_temperature(1e-30)
+    assert torch.equal(*flow.sample(2, torch.tensor([1, 1]))[0]), "what set_temperature says holds"
 
 
 @in_both
