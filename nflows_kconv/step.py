@@ -11,8 +11,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack
+from torch._subclasses import FakeTensor
 
+from nflows_kconv import parallel
 from nflows_kconv.invertible import InvertibleModule
 
 
@@ -55,8 +58,12 @@ class Inverse(InvertibleModule):
 class ActNorm(InvertibleModule):
     """y = exp(log_scale) (x + shift), channel by channel (Glow, Kingma, Dhariwal 2018, arXiv 1807.03039, section 3.1).
 
-    The first batch that passes forward in training mode sets both so that its outputs have mean 0 and variance 1 in
-    every channel; all processes of a distributed training together, so that they agree.
+    The first batch that passes forward in training mode while `initialized` is False sets both parameters so that its
+    outputs have mean 0 and variance 1 in every channel. Inside a forward of DistributedDataParallel that is the joint
+    batch of all processes; everywhere else it is the batch at hand, and nothing is communicated.
+
+    Under torch.compile that first batch breaks the graph, and the next one compiles anew. Compiled code goes by what
+    `initialized` said at the last look: at an eager call, when a state_dict was loaded, or when `train` was called.
 
     Args:
         channels: C.
@@ -71,14 +78,30 @@ class ActNorm(InvertibleModule):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.log_scale = nn.Parameter(torch.zeros(channels))
-        self.shift = nn.Parameter(torch.zeros(channels))
-        self.register_buffer("initialized", torch.tensor(False))
-        # What the buffer says, without waiting for the device to tell, and constant under torch.compile.
-        self._is_initialized = False
+        self.log_scale = nn.Parameter(torch.empty(channels))
+        self.shift = nn.Parameter(torch.empty(channels))
+        self.register_buffer("initialized", torch.empty((), dtype=torch.bool))
+        # The buffer and its version when it was last seen to be True.
+        self._seen: tuple[Tensor, int] | None = None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Makes it the identity that waits for its first batch."""
+        nn.init.zeros_(self.log_scale)
+        nn.init.zeros_(self.shift)
+        self.initialized.fill_(False)
+        self._seen = None
+
+    def train(self, mode: bool = True) -> ActNorm:
+        """Sets the mode; compiled code sees here what has become of `initialized`."""
+        super().train(mode)
+        if mode:
+            self._seen = None
+            self._is_initialized()
+        return self
 
     def _run_forward(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
-        if self.training and not self._is_initialized and input.numel():
+        if self.training and not self._is_initialized():
             self._initialize(input)
         scale, shift = self.log_scale.exp()[:, None, None], self.shift[:, None, None]
         return (input + shift) * scale, _per_image(self.log_scale, input)
@@ -87,23 +110,49 @@ class ActNorm(InvertibleModule):
         scale, shift = self.log_scale.neg().exp()[:, None, None], self.shift[:, None, None]
         return input * scale - shift, -_per_image(self.log_scale, input)
 
+    def _is_initialized(self) -> bool:
+        """What the buffer says, or True where it holds no values."""
+        if torch.compiler.is_compiling():
+            return self._seen is not None
+        buffer = self.initialized
+        if buffer.is_meta or isinstance(buffer, FakeTensor):
+            return True
+        # Inference tensors have no version.
+        version = -1 if buffer.is_inference() else buffer._version
+        if buffer.device.type != "cpu" and version >= 0 and self._seen is not None:
+            if self._seen[0] is buffer and self._seen[1] == version:
+                return True  # without waiting for the device
+        if not buffer:
+            self._seen = None
+            return False
+        if self._seen is None or self._seen[1] != version or self._seen[0] is not buffer:
+            self._seen = (buffer, version)
+        return True
+
+    @torch.compiler.disable(reason="ActNorm looks at its first batch; let one pass before it is compiled")
     @torch.no_grad()
     def _initialize(self, input: Tensor) -> None:
-        values = input.double()
-        count = values.new_tensor(values.numel() / values.shape[1])
-        sums = torch.stack([count.expand(values.shape[1]), values.sum((0, 2, 3)), values.square().sum((0, 2, 3))])
-        if distributed.is_available() and distributed.is_initialized():
-            distributed.all_reduce(sums)
-        mean = sums[1] / sums[0]
-        variance = sums[2] / sums[0] - mean.square()
-        self.shift.copy_(-mean)
-        self.log_scale.copy_(-0.5 * (variance.clamp_min(0) + 1e-12).log())
+        if peek_interpreter_stack() is not None:
+            raise RuntimeError("ActNorm must see its first batch, or be in evaluation mode, before torch.func transforms")
+        group = parallel.process_group(self)
+        values = input.to(torch.promote_types(input.dtype, torch.float32))
+        count = values.new_full(values.shape[1:2], values.numel() // values.shape[1])
+        count, total = parallel.total(torch.stack([count, values.sum((0, 2, 3))]), group)
+        if not count[0]:
+            return
+        # About the mean, or float32 would lose the variance of what is far from 0.
+        about = total / count
+        values = values - about[:, None, None]
+        rest, square = parallel.total(torch.stack([values.sum((0, 2, 3)), values.square().sum((0, 2, 3))]), group)
+        rest, square = rest / count, square / count
+        self.shift.copy_(-(about + rest))
+        self.log_scale.copy_(-0.5 * ((square - rest.square()).clamp_min(0) + 1e-12).log())
         self.initialized.fill_(True)
-        self._is_initialized = True
+        self._is_initialized()
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        self._is_initialized = bool(self.initialized)
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._is_initialized()
 
 
 class InvertibleConv1x1(InvertibleModule):
@@ -119,6 +168,8 @@ class InvertibleConv1x1(InvertibleModule):
         lower: Parameter, [C, C], whose strict lower triangle is that of L.
         upper: Parameter, [C, C], whose strict upper triangle is U.
         log_scale: Parameter, [C], log |s|.
+        permutation: Buffer, [C], the row of L (U + diag(s)) that each row of W is.
+        sign: Buffer, [C], the signs of s.
     """
 
     permutation: Tensor
@@ -126,14 +177,25 @@ class InvertibleConv1x1(InvertibleModule):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        rotation = torch.linalg.qr(torch.randn(channels, channels, dtype=torch.float64))[0]
+        self.register_buffer("permutation", torch.empty(channels, dtype=torch.int64))
+        self.register_buffer("sign", torch.empty(channels))
+        self.lower = nn.Parameter(torch.empty(channels, channels))
+        self.upper = nn.Parameter(torch.empty(channels, channels))
+        self.log_scale = nn.Parameter(torch.empty(channels))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws a rotation."""
+        # On the CPU, as not every device has these factorisations.
+        shape, dtype = self.lower.shape, torch.promote_types(self.lower.dtype, torch.float32)
+        rotation = torch.linalg.qr(torch.randn(shape, dtype=dtype, device="cpu"))[0]
         permutation, lower, upper = torch.linalg.lu(rotation)
-        dtype = torch.get_default_dtype()
-        self.register_buffer("permutation", permutation.argmax(1))  # row of the product L U that row i of W is
-        self.register_buffer("sign", upper.diagonal().sign().to(dtype))
-        self.lower = nn.Parameter(lower.tril(-1).to(dtype))
-        self.upper = nn.Parameter(upper.triu(1).to(dtype))
-        self.log_scale = nn.Parameter(upper.diagonal().abs().log().to(dtype))
+        self.permutation.copy_(permutation.argmax(1))
+        self.sign.copy_(upper.diagonal().sign())
+        self.lower.copy_(lower.tril(-1))
+        self.upper.copy_(upper.triu(1))
+        self.log_scale.copy_(upper.diagonal().abs().log())
 
     def _run_forward(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
         with torch.autocast(input.device.type, enabled=False):
