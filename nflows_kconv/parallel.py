@@ -1,4 +1,4 @@
-"""Sums over the processes of a distributed training."""
+"""What a module cannot see of distributed training: whether others run it too, and where its parameters are."""
 
 from __future__ import annotations
 
@@ -18,6 +18,18 @@ def process_group(module: nn.Module) -> distributed.ProcessGroup | None:
     if not isinstance(wrapper, DistributedDataParallel):
         return wrapper
     return wrapper.process_group if any(each is module for each in wrapper.module.modules()) else None
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether `fully_shard` manages the module's parameters: what a forward writes into them is then lost."""
+    if not distributed.is_available():
+        return False
+    from torch.distributed import _composable_state, fsdp
+
+    # torch has no public list of such modules; this one is of all modules that a composable API manages.
+    managed = getattr(_composable_state, "_module_state_mapping", ())
+    roots = [each for each in managed if isinstance(each, fsdp.FSDPModule)]
+    return any(each is module for root in roots for each in root.modules())  # type: ignore[attr-defined]
 
 
 def total(values: Tensor, group: distributed.ProcessGroup | None) -> Tensor:

@@ -133,7 +133,11 @@ class ActNorm(InvertibleModule):
     @torch.no_grad()
     def _initialize(self, input: Tensor) -> None:
         if peek_interpreter_stack() is not None:
-            raise RuntimeError("ActNorm must see its first batch, or be in evaluation mode, before torch.func transforms")
+            raise RuntimeError("ActNorm must see its first batch, or be in evaluation mode, before torch.func uses it")
+        if parallel.is_sharded(self):
+            raise RuntimeError(
+                "ActNorm must see its first batch, or load a state_dict, before fully_shard, which loses what it sets"
+            )
         group = parallel.process_group(self)
         values = input.to(torch.promote_types(input.dtype, torch.float32))
         count = values.new_full(values.shape[1:2], values.numel() // values.shape[1])

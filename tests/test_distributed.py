@@ -23,7 +23,8 @@ def found(tmp_path_factory) -> list[dict[str, str | None]]:
 
 
 @pytest.mark.skipif(
-    sys.platform == "win32" or not distributed.is_available() or not distributed.is_gloo_available(), reason="needs gloo"
+    sys.platform == "win32" or not distributed.is_available() or not distributed.is_gloo_available(),
+    reason="needs gloo",
 )
 @pytest.mark.parametrize("name", two_processes.SCENARIOS)
 def test_two_processes(name: str, found: list[dict[str, str | None]]):

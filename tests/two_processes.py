@@ -132,8 +132,8 @@ def each_flow(function: Callable[[int, str | None, Callable[[], nn.Module]], Non
     """A scenario for the flow of each library, and one for the bare steps."""
     builders = {library: lambda library=library: flow_of(library) for library in LIBRARIES}
     for library, build in {None: Density, **builders}.items():
-        SCENARIOS[f"{function.__name__}, {library or 'steps'}"] = (
-            lambda rank, library=library, build=build: function(rank, library, build)
+        SCENARIOS[f"{function.__name__}, {library or 'steps'}"] = lambda rank, library=library, build=build: function(
+            rank, library, build
         )
 
 

@@ -45,7 +45,7 @@ def conditioning(
     tolerance: float = 1e-5,
     max_iterations: int = 1000,
 ) -> Conditioning:
-    """Measures how much a layer and its inverse can amplify, in float64.
+    """Measures how much a layer and its inverse can amplify, in float64; on the CPU where the device has none.
 
     The norms are estimated from below, by power iteration on A^T A and A^-T A^-1 from several vectors, the same ones at
     each call. Large norms are found quickly and to many digits; those close to 1 come out some thousandths too small.
@@ -80,7 +80,8 @@ def conditioning(
     height, width = (checks.positive(name, size) for name, size in zip(("H", "W"), image_size, strict=True))
     checks.positive("max_iterations", max_iterations)
 
-    weight = layer.weight.double()
+    weight = layer.weight
+    weight = (weight.cpu() if weight.is_mps else weight).double()  # which Apple's GPUs do not have
     start = torch.randn(
         _STARTS, layer.num_channels, height, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
     ).to(weight.device)

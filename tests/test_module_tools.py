@@ -1,0 +1,201 @@
+"""What people do to modules before and during training holds inside flows of both libraries, in both directions."""
+
+from __future__ import annotations
+
+import collections
+import copy
+import io
+import pickle
+from collections.abc import Callable
+
+import nflows.distributions
+import nflows.transforms
+import normflows
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize, prune
+from torch.nn.utils import weight_norm as old_weight_norm
+
+import nflows_kconv.nflows
+import nflows_kconv.normflows
+from nflows_kconv import InvertibleConv2d, step
+
+LIBRARIES = {"nflows": nflows_kconv.nflows.finc_flow, "normflows": nflows_kconv.normflows.finc_flow}
+in_both = pytest.mark.parametrize("library", LIBRARIES)
+FORMS = {
+    "plain": {},
+    "inverse": dict(direction="inverse"),
+    "reversible": dict(reversible=True),
+    "classes": dict(num_classes=3),
+}
+
+# Modules whose methods the host library, or nobody, calls in place of the module itself.
+_NEVER = {nn.ModuleList}
+AROUND = {
+    ("nflows", "log_prob"): _NEVER
+    | {nflows.distributions.StandardNormal, nflows.distributions.ConditionalDiagonalNormal},
+    ("nflows", "sample"): _NEVER
+    | {
+        nflows.distributions.Distribution,  # the flow, too
+        nflows.transforms.CompositeTransform,
+        nflows.transforms.MultiscaleCompositeTransform,
+        nflows.transforms.SqueezeTransform,
+    },
+    ("normflows", "log_prob"): _NEVER
+    | {normflows.distributions.BaseDistribution, normflows.flows.Squeeze, normflows.flows.Merge},
+    ("normflows", "sample"): _NEVER | {normflows.MultiscaleFlow},
+}
+
+
+def build(library: str, **options) -> nn.Module:
+    """A flow whose layers are off the identity, in float64 and evaluation mode."""
+    torch.manual_seed(0)
+    flow = LIBRARIES[library]((1, 8, 8), 2, 1, hidden_channels=4, **options).double().eval()
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return flow
+
+
+def images() -> Tensor:
+    return torch.randint(256, (3, 1, 8, 8), generator=torch.Generator().manual_seed(1))
+
+
+def results(flow: nn.Module, library: str) -> list[Tensor]:
+    """Of both directions, and a gradient."""
+    torch.manual_seed(2)
+    density = flow.log_prob(images())
+    gradients = torch.autograd.grad(density.mean(), [each for each in flow.parameters() if each.requires_grad])
+    torch.manual_seed(3)
+    samples = flow.sample(2)
+    samples = samples if library == "nflows" else samples[0]
+    return [density, samples, sum(gradient.square().sum() for gradient in gradients)]
+
+
+def parts(flow: nn.Module, kind: type) -> list[nn.Module]:
+    return [module for module in flow.modules() if isinstance(module, kind)]
+
+
+@in_both
+@pytest.mark.parametrize("form", FORMS)
+def test_hooks_fire_once_in_either_direction(library: str, form: str):
+    flow = build(library, **FORMS[form])
+    count: collections.Counter = collections.Counter()
+    for name, module in flow.named_modules():
+        module.register_forward_pre_hook(lambda *_, name=name: count.update([name]))
+        module.register_forward_hook(lambda *_, name=name: count.update([name]))
+    classes = torch.tensor([0, 2, 1]) if form == "classes" else None
+    calls = {
+        "log_prob": lambda: flow.log_prob(images(), classes),
+        "sample": lambda: flow.sample(3 if library == "normflows" else 1, classes),
+    }
+    for direction, call in calls.items():
+        count.clear()
+        with torch.no_grad():
+            call()
+        around = tuple(AROUND[library, direction])
+        for name, module in flow.named_modules():
+            assert count[name] == (0 if isinstance(module, around) else 2), (direction, name, type(module))
+
+
+def _couplings(flow: nn.Module) -> list[nn.Module]:
+    return [
+        module.network[0] for module in parts(flow, step.AffineCoupling) if isinstance(module.network, nn.Sequential)
+    ]
+
+
+def _layers(flow: nn.Module) -> list[nn.Module]:
+    return parts(flow, InvertibleConv2d)
+
+
+def _each(choose: Callable, apply: Callable[[nn.Module], object]) -> Callable[[nn.Module], None]:
+    def change(flow: nn.Module) -> None:
+        for module in choose(flow):
+            apply(module)
+
+    return change
+
+
+TOOLS = {
+    "pruned layers": _each(_layers, lambda layer: prune.l1_unstructured(layer, "raw_weight", 0.5)),
+    "pruned networks": _each(_couplings, lambda layer: prune.l1_unstructured(layer, "weight", 0.5)),
+    "old weight_norm": _each(_layers, lambda layer: old_weight_norm(layer, "raw_weight")),
+    "old weight_norm of networks": _each(_couplings, old_weight_norm),
+    "weight_norm": _each(_layers, lambda layer: parametrizations.weight_norm(layer, "raw_weight")),
+    "spectral_norm": _each(_layers, lambda layer: parametrizations.spectral_norm(layer, "raw_weight")),
+    "orthogonal": _each(_layers, lambda layer: parametrizations.orthogonal(layer, "raw_weight")),
+    "parametrize": _each(_layers, lambda layer: parametrize.register_parametrization(layer, "raw_weight", nn.Tanh())),
+    "spectral_norm of networks": _each(_couplings, parametrizations.spectral_norm),
+}
+
+
+@in_both
+@pytest.mark.parametrize("tool", TOOLS)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+def test_tools_that_compute_parameters(library: str, tool: str):
+    """The flow is then that of the parameters computed, before and after a step of training, and after a file."""
+    flow = build(library, diagonal="learned")
+    before = results(flow, library)
+    TOOLS[tool](flow)
+    torch.manual_seed(2)
+    flow.log_prob(images()).mean().backward()
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter += 1e-5 * parameter.grad
+    found = results(flow, library)
+    plain = build(library, diagonal="learned")
+    with torch.no_grad():
+        changed = dict(flow.named_modules())
+        for name, parameter in plain.named_parameters():
+            module, _, attribute = name.rpartition(".")
+            parameter.copy_(getattr(changed[module], attribute))
+    expected = results(plain, library)
+    for actual, value in zip(found[:2], expected[:2], strict=True):
+        torch.testing.assert_close(actual, value)
+    assert not torch.equal(found[0], before[0])
+    file = io.BytesIO()
+    torch.save(flow.state_dict(), file)
+    file.seek(0)
+    other = build(library, diagonal="learned")
+    TOOLS[tool](other)
+    other.load_state_dict(torch.load(file))
+    torch.testing.assert_close(results(other, library)[:2], found[:2])
+
+
+@in_both
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda flow: pickle.loads(pickle.dumps(flow))], ids=["copy", "pickle"]
+)
+def test_duplicates(library: str, duplicate: Callable):
+    flow = build(library)
+    expected = results(flow, library)
+    twin = duplicate(flow)
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter.mul_(2)
+    for actual, value in zip(results(twin, library), expected, strict=True):
+        assert torch.equal(actual, value)
+
+
+@in_both
+def test_functional_call(library: str):
+    flow, other = build(library), build(library)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.1)
+    expected = results(other, library)
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.flow = flow
+
+        def forward(self) -> list[Tensor]:
+            return results(self.flow, library)
+
+    replaced = {
+        f"flow.{name}": value.requires_grad_(value.is_floating_point()) for name, value in other.state_dict().items()
+    }
+    for actual, value in zip(torch.func.functional_call(Both(), replaced), expected, strict=True):
+        torch.testing.assert_close(actual, value)
