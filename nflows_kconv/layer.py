@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from nflows_kconv import bound, checks, functional, geometry
 from nflows_kconv.invertible import InvertibleModule
@@ -130,12 +131,16 @@ class InvertibleConv2d(InvertibleModule):
         sets the parameters.
 
         Raises:
-            TypeError: On assignment, if it is no floating-point tensor; on a change in place.
+            TypeError: On assignment, if it is no floating-point tensor.
             ValueError: On assignment, if the shape or the diagonal does not fit, masked entries are not zero, or
                 `max_inverse_gain` does not hold.
-            RuntimeError: On assignment, if the parameters are themselves computed, as by pruning.
+            RuntimeError: On a change in place; on assignment, if the parameters are themselves computed, as by pruning.
         """
-        weight = self._weight()
+        if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():  # whose tensors count no changes
+            with torch.inference_mode(False), torch.no_grad():
+                weight = self._weight()
+        else:
+            weight = self._weight()
         return weight.as_subclass(_ComputedWeight) if checks.is_plain(weight) else weight
 
     @weight.setter
@@ -161,7 +166,7 @@ class InvertibleConv2d(InvertibleModule):
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Registers a parameter; assigns `weight`, which is none, and refuses what pruning would make of it."""
         if name == "weight" and param is not None:
-            self.weight = param
+            self.weight = param.detach()  # a parameter would come here again
         elif name.startswith("weight"):
             raise TypeError(f"{name} cannot be a parameter: weight is computed, and the parameter is raw_weight")
         else:
@@ -229,8 +234,10 @@ class InvertibleConv2d(InvertibleModule):
     ) -> None:
         try:
             self._check_metadata(local_metadata)
-            self._convert_weight(state_dict, prefix)
             self._check_shapes(state_dict, prefix)
+            if "corners" not in local_metadata:
+                self._check_zeros(state_dict, prefix)
+            self._convert_weight(state_dict, prefix)
         except ValueError as error:
             error_msgs.append(f"{prefix.rstrip('.') or 'state_dict'}: {error}")
             return  # with the layer as it was
@@ -297,6 +304,23 @@ class InvertibleConv2d(InvertibleModule):
             layer = f"{self._get_name()}({self.extra_repr()})"
             raise ValueError(f"shapes must be {expected} for {layer}, got {found}")
 
+    def _check_zeros(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Knows a layer of other corners by its zeros: what lies on and above its pivot's diagonal is never trained."""
+        raw = state_dict.get(prefix + "raw_weight")
+        if raw is None or raw.is_meta or not checks.is_plain(raw):
+            return  # there are no zeros to look at
+        own, found = geometry.parse_corners(self.corners), []
+        for group, corner in zip(raw.unflatten(0, (len(own), -1)), own, strict=True):
+            fitting = [each for each in range(len(geometry.CORNERS)) if not _ignored(group, [each]).any()]
+            if not fitting:
+                return
+            found.append(corner if corner in fitting else fitting[0])
+        if found != own:
+            names = tuple(geometry.CORNERS[corner] for corner in found)
+            raise ValueError(
+                f"the corners must be the layer's {self.corners}, got a raw_weight whose zeros are those of {names}"
+            )
+
     def _warn_of_differences(self, prefix: str, metadata: dict[str, Any]) -> None:
         gain = metadata.get("max_inverse_gain", self.max_inverse_gain)
         if gain != self.max_inverse_gain:
@@ -307,7 +331,7 @@ class InvertibleConv2d(InvertibleModule):
             )
         if self.raw_weight.is_meta:
             return
-        ignored = int(self.raw_weight[~self._mask()[0]].count_nonzero())
+        ignored = int(_ignored(self.raw_weight, geometry.parse_corners(self.corners)).count_nonzero())
         if ignored:
             warnings.warn(
                 f"{prefix}raw_weight has {ignored} entries other than zero on or above the pivot's diagonal, which the "
@@ -331,22 +355,36 @@ class _ComputedWeight(Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
-            own = [value for value in (*args, *kwargs.values()) if isinstance(value, cls) and not value.is_inference()]
+            if torch.compiler.is_compiling():  # cannot ask for versions
+                return func(*args, **kwargs or {})
+            own = [value for value in tree_leaves((args, kwargs)) if isinstance(value, cls)]
             versions = [weight._version for weight in own]
-            result = func(*args, **kwargs)
+            result = func(*args, **kwargs or {})
             if func.__name__ == "__set__" or [weight._version for weight in own] != versions:
-                raise TypeError(
+                # No TypeError, after which Python would go on from `weight *= 2` to `weight * 2`.
+                raise RuntimeError(
                     f"weight must not be changed in place, got {func.__name__}: it is computed from the parameter "
                     "raw_weight; change that, or assign a tensor, layer.weight = ..."
                 )
-            # `.data` is there to be written to.
-            return result.as_subclass(cls) if func is Tensor.data.__get__ else result  # type: ignore[attr-defined]
+            # What shares its memory refuses, too, but `detach()`, which is how one takes the values.
+            if func is not Tensor.detach and type(result) is Tensor and own and _share_memory(result, own[0]):
+                return result.as_subclass(cls)
+            return result
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and files hold the plain tensor."""
         return self.as_subclass(Tensor).__reduce_ex__(protocol)
+
+
+def _ignored(raw_weight: Tensor, groups: Sequence[int]) -> Tensor:
+    """What a raw weight has on and above the pivot's diagonal."""
+    shape, device = raw_weight.shape, raw_weight.device
+    return raw_weight[geometry.masked_entries(shape, groups, device) | geometry.diagonal_entries(shape, groups, device)]
+
+
+def _share_memory(one: Tensor, other: Tensor) -> bool:
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 def _record_options(layer: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import operator
 import pickle
 
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import assert_close
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
 from nflows_kconv import InvertibleConv2d, functional
 from nflows_kconv.testing import assert_log_abs_det_matches_jacobian, check_transform
@@ -359,3 +361,104 @@ def test_layers_work_in_a_sequence_of_modules(device: str):
     input = images(layers[0])
     output = layers[1](layers[0](input)[0])[0]
     assert_close(layers[0].inverse(layers[1].inverse(output)[0])[0], input)
+
+
+# layer.weight, which is computed
+
+IN_PLACE = {
+    "init": lambda layer: nn.init.normal_(layer.weight),
+    "init.orthogonal_": lambda layer: nn.init.orthogonal_(layer.weight),
+    "data": lambda layer: layer.weight.data.normal_(),
+    "data, a part": lambda layer: operator.setitem(layer.weight.data, 0, 1.0),
+    "new data": lambda layer: setattr(layer.weight, "data", torch.zeros(4, 4, 3, 3)),
+    "a part": lambda layer: operator.setitem(layer.weight, 0, 1.0),
+    "a view": lambda layer: layer.weight[0].view(-1).zero_(),
+    "copy_": lambda layer: layer.weight.copy_(torch.zeros(4, 4, 3, 3)),
+    "out": lambda layer: torch.add(torch.zeros(4, 4, 3, 3), 1, out=layer.weight),
+    "foreach": lambda layer: torch._foreach_mul_([layer.weight], 2.0),
+    "*=": lambda layer: setattr(layer, "weight", operator.imul(layer.weight, 2)),
+    "vector_to_parameters": lambda layer: nn.utils.vector_to_parameters(torch.zeros(144), [layer.weight]),
+}
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("change", IN_PLACE)
+def test_the_weight_refuses_changes_in_place(change: str, mode):
+    layer = InvertibleConv2d(4, corners="TL", diagonal="learned")
+    before = layer.weight.detach().clone()
+    with mode(), pytest.raises(RuntimeError, match=r"the parameter raw_weight; .* layer.weight = |out=\.\.\. argument"):
+        IN_PLACE[change](layer)
+    assert torch.equal(layer.weight, before)
+
+
+@pytest.mark.parametrize(
+    "tool",
+    [
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+        lambda layer: parametrizations.weight_norm(layer, "weight"),
+        lambda layer: parametrizations.spectral_norm(layer, "weight"),
+        lambda layer: torch.nn.utils.spectral_norm(layer, "weight"),
+    ],
+)
+def test_the_weight_is_no_parameter(tool):
+    layer = InvertibleConv2d(4)
+    with pytest.raises((TypeError, ValueError, KeyError), match="weight"):
+        tool(layer)
+    check(layer)
+    assert list(dict(layer.named_parameters())) == ["raw_weight"]
+
+
+@pytest.mark.parametrize(
+    "make", [torch.clone, nn.Parameter, torch.Tensor.double], ids=["tensor", "parameter", "float64"]
+)
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@every_option
+def test_the_weight_can_be_assigned(options: dict, mode, make):
+    layer, other = (trained(InvertibleConv2d(4, **options), seed) for seed in (0, 7))
+    with mode():
+        layer.weight = make(other.weight.detach())
+    torch.testing.assert_close(layer.weight, other.weight)
+    check(layer)
+    layer(images(layer))[0].sum().backward()
+    assert layer.raw_weight.grad is not None
+    wrong = layer.weight.detach().clone()
+    wrong[1] = -7.0
+    with pytest.raises(ValueError, match="must be"):
+        layer.weight = wrong
+    with pytest.raises(TypeError, match="weight must be a tensor of floating-point numbers, got int"):
+        layer.weight = 1
+    torch.testing.assert_close(layer.weight, other.weight)
+
+
+def test_what_is_computed_from_the_weight_is_plain():
+    layer = trained(InvertibleConv2d(4, corners="TL"))
+    input = images(layer)
+    assert_close(functional.conv2d(input, layer.weight, "TL"), layer(input)[0])
+    (gradient,) = torch.autograd.grad(layer.weight.square().sum(), layer.raw_weight)
+    assert gradient.abs().max() > 0
+    file = io.BytesIO()
+    torch.save(layer.weight, file)
+    file.seek(0)
+    results = {
+        "saved": torch.load(file),
+        "copied": copy.deepcopy(layer.weight.detach()),
+        "product": layer.weight * 2,
+        "detached": layer.weight.detach(),
+        "vmap": torch.func.vmap(lambda scale: layer.weight * scale)(torch.ones(2)),
+        "compiled": torch.compile(lambda: layer.weight * 2, backend="eager", fullgraph=True)(),
+        "of a compiled function": torch.compile(lambda w: w * 2, backend="eager", fullgraph=True)(layer.weight),
+    }
+    assert {name: type(result) for name, result in results.items()} == dict.fromkeys(results, torch.Tensor)
+    (grad,) = torch.func.grad(lambda raw: torch.func.functional_call(_Weight(layer), {"layer.raw_weight": raw}, ()))(
+        layer.raw_weight.detach()
+    ).unsqueeze(0)
+    assert_close(grad, gradient)
+
+
+class _Weight(nn.Module):
+    def __init__(self, layer: InvertibleConv2d) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self) -> torch.Tensor:
+        return self.layer.weight.square().sum()

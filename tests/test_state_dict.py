@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 import re
 import warnings
 from collections import OrderedDict
@@ -12,10 +13,14 @@ import oracles
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
+import nflows_kconv.distributions
+import nflows_kconv.freia
 import nflows_kconv.nflows
 import nflows_kconv.normflows
-from nflows_kconv import InvertibleConv2d, functional
+import nflows_kconv.torchflows
+from nflows_kconv import InvertibleConv2d, functional, step
 
 LAYERS = {
     "unit": {},
@@ -195,6 +200,33 @@ def test_refused(state_dict: Callable[[], dict[str, Any]], message: str):
     refused(trained(InvertibleConv2d(4, bias=True)), state_dict(), re.escape(message))
 
 
+@pytest.mark.parametrize("prefix", ["", "0."])
+@pytest.mark.parametrize(
+    ("saved", "loading"),
+    [("TL", "BR"), (("TL", "TR", "BL", "BR"), ("TL", "TR", "BR", "BL")), (("BL", "TL"), ("BL", "BL"))],
+)
+def test_other_corners_are_known_without_metadata(saved, loading, prefix: str):
+    """As from safetensors: what lies at the pivot is zero, and says where the pivot is."""
+    state_dict = {
+        prefix + name: value for name, value in trained(InvertibleConv2d(8, corners=saved)).state_dict().items()
+    }
+    layer = InvertibleConv2d(8, corners=loading)
+    names = (saved,) if isinstance(saved, str) else saved
+    message = re.escape(
+        f"the corners must be the layer's {layer.corners}, got a raw_weight whose zeros are those of {names}"
+    )
+    refused(nn.Sequential(layer) if prefix else layer, state_dict, message)
+
+
+@pytest.mark.parametrize("raw", [torch.zeros(4, 4, 3, 3), torch.ones(4, 4, 3, 3)], ids=["zeros", "none"])
+def test_zeros_that_tell_nothing(raw: Tensor):
+    layer = InvertibleConv2d(4, corners="BR")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        layer.load_state_dict({"raw_weight": raw})
+    assert torch.equal(layer.raw_weight, raw)
+
+
 def test_versions_of_later_releases_are_refused():
     layer = InvertibleConv2d(4)
     state_dict = trained(InvertibleConv2d(4)).state_dict()
@@ -215,12 +247,116 @@ def test_missing_and_further_names_are_torchs_errors():
     assert not other.bias.any()
 
 
-def test_layers_on_meta_are_assigned_files():
-    layer = trained(InvertibleConv2d(4, diagonal="learned"))
+# However the parameters come, the layer is theirs
+
+OPTIONS = dict(diagonal="learned", bias=True)
+ADAPTERS: dict[str, Callable[[], nn.Module]] = {
+    "core": lambda: InvertibleConv2d(4, **OPTIONS),
+    "nflows": lambda: nflows_kconv.nflows.InvertibleConv2d(4, **OPTIONS),
+    "normflows": lambda: nflows_kconv.normflows.InvertibleConv2d(4, **OPTIONS),
+    "freia": lambda: nflows_kconv.freia.InvertibleConv2d([(4, 5, 5)], **OPTIONS),
+    "torchflows": lambda: nflows_kconv.torchflows.InvertibleConv2d((4, 5, 5), **OPTIONS),
+    "distributions": lambda: nflows_kconv.distributions.InvertibleConv2d(4, cache_size=1, **OPTIONS),
+    "steps": lambda: step.Sequence([step.ActNorm(4), step.InvertibleConv1x1(4), step.learned_prior(4)]),
+}
+
+
+def both_directions(module: nn.Module) -> list[Tensor]:
+    input = torch.randn(3, 4, 5, 5, generator=torch.Generator().manual_seed(1)).to(next(module.parameters()))
+    if isinstance(module, torch.distributions.Transform):
+        return [module(input), module.inv(input), module.log_abs_det_jacobian(input, input)]
+    if isinstance(module, nflows_kconv.freia.InvertibleConv2d):
+        (output,), log_abs_det = module([input])
+        return [output, module([input], rev=True)[0][0], log_abs_det]
+    return [*module(input), *module.inverse(input)]
+
+
+def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
     with torch.device("meta"):
-        other = InvertibleConv2d(4, diagonal="learned")
-    other.load_state_dict(layer.state_dict(), assign=True)
-    assert torch.equal(other.weight, layer.weight)
-    other.to("meta").load_state_dict(
-        {name: value.to("meta") for name, value in layer.state_dict().items()}, assign=True
+        return build()
+
+
+def fake(build: Callable[[], nn.Module]) -> nn.Module:
+    with FakeTensorMode():
+        return build()
+
+
+def emptied(build: Callable[[], nn.Module]) -> nn.Module:
+    """With whatever memory held."""
+    module = on_meta(build).to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in (*module.parameters(), *module.buffers()):
+            tensor.fill_(math.nan if tensor.is_floating_point() else 1)
+    return module
+
+
+def in_place(module: nn.Module, source: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        for one, two in zip(tensors_of(module), tensors_of(source), strict=True):
+            one.copy_(two)
+    return module
+
+
+def tensors_of(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def loaded(module: nn.Module, source: nn.Module, **options: Any) -> nn.Module:
+    module.load_state_dict(source.state_dict(), **options)
+    return module
+
+
+def used_in_inference_mode(module: nn.Module) -> nn.Module:
+    with torch.inference_mode():
+        both_directions(module)
+    both_directions(module)[0].sum().backward()
+    return module
+
+
+WAYS: dict[str, Callable[[Callable[[], nn.Module], nn.Module], nn.Module]] = {
+    "to_empty": lambda build, source: loaded(emptied(build), source),
+    "assigned to meta": lambda build, source: loaded(on_meta(build), source, assign=True),
+    "assigned": lambda build, source: loaded(build(), source, assign=True),
+    "assigned, float64": lambda build, source: loaded(build(), copy.deepcopy(source).double(), assign=True),
+    "fake": lambda build, source: loaded(fake(build), source, assign=True),
+    "in place": lambda build, source: in_place(build(), source),
+    "in place after to_empty": lambda build, source: in_place(emptied(build), source),
+    "float64 and back": lambda build, source: loaded(build(), source).double().float(),
+    "deepcopy": lambda build, source: copy.deepcopy(source),
+    "inference mode": lambda build, source: used_in_inference_mode(loaded(build(), source)),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_nothing_but_the_state_counts(adapter: str, way: str):
+    torch.manual_seed(0)
+    build = ADAPTERS[adapter]
+    source = build()
+    with torch.no_grad():
+        for parameter in source.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what is masked is not zero
+        other = WAYS[way](build, source)
+    both_directions(other)  # the first call sets what it may
+    expected = both_directions(source)
+    for actual, value in zip(both_directions(other), expected, strict=True):
+        torch.testing.assert_close(actual.float(), value, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_emptied_modules_can_be_reset(adapter: str):
+    module = emptied(ADAPTERS[adapter])
+    for each in module.modules():
+        if hasattr(each, "reset_parameters"):
+            each.reset_parameters()
+    assert all(tensor.isfinite().all() for tensor in both_directions(module))
+    assert not any(
+        norm.initialized and norm.shift.eq(0).all() for norm in module.modules() if isinstance(norm, step.ActNorm)
     )
+
+
+def test_meta_takes_meta():
+    layer = InvertibleConv2d(4, diagonal="learned").to("meta")
+    layer.load_state_dict(layer.state_dict(), assign=True)
