@@ -18,6 +18,9 @@ from torch._subclasses import FakeTensor
 from nflows_kconv import parallel
 from nflows_kconv.invertible import InvertibleModule
 
+# Elsewhere to look at a value waits for the device.
+_LOOKS_ARE_FREE = ("cpu",)
+
 
 class Sequence(InvertibleModule):
     """Several steps one after the other, the first one next to the data.
@@ -82,7 +85,7 @@ class ActNorm(InvertibleModule):
         self.shift = nn.Parameter(torch.empty(channels))
         self.register_buffer("initialized", torch.empty((), dtype=torch.bool))
         # The buffer and its version when it was last seen to be True.
-        self._seen: tuple[Tensor, int] | None = None
+        self._seen: tuple[Tensor, int | None] | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -117,17 +120,16 @@ class ActNorm(InvertibleModule):
         buffer = self.initialized
         if buffer.is_meta or isinstance(buffer, FakeTensor):
             return True
-        # Inference tensors have no version.
-        version = -1 if buffer.is_inference() else buffer._version
-        if buffer.device.type != "cpu" and version >= 0 and self._seen is not None:
-            if self._seen[0] is buffer and self._seen[1] == version:
-                return True  # without waiting for the device
+        # Inference tensors have none.
+        version = None if buffer.is_inference() else buffer._version
+        known = version is not None and self._seen is not None and self._seen[0] is buffer and self._seen[1] == version
+        if known and buffer.device.type not in _LOOKS_ARE_FREE:
+            return True
         if not buffer:
             self._seen = None
-            return False
-        if self._seen is None or self._seen[1] != version or self._seen[0] is not buffer:
+        elif not known:
             self._seen = (buffer, version)
-        return True
+        return self._seen is not None
 
     @torch.compiler.disable(reason="ActNorm looks at its first batch; let one pass before it is compiled")
     @torch.no_grad()

@@ -8,8 +8,9 @@ import torch
 from cases import Case
 from oracles import assert_close
 from torch import nn
+from torch._dynamo.utils import counters
 
-from nflows_kconv import InvertibleConv2d, functional
+from nflows_kconv import InvertibleConv2d, functional, step
 
 LAYERS = {
     "unit": {},
@@ -74,8 +75,8 @@ def test_training_step(options: dict, device: str):
     model = Flow(options, device)
     other = copy.deepcopy(model)
     fast = compiled(other)
-    for step in range(3):
-        torch.manual_seed(step)
+    for seed in range(3):
+        torch.manual_seed(seed)
         input = images(device=device)
         losses = []
         for flow, call in ((model, model), (other, fast)):
@@ -139,6 +140,44 @@ def test_parameters_that_change_are_seen(device: str):
         for parameter in layer.parameters():
             parameter.mul_(0.5)
     assert_close(fast(input)[0], layer(input)[0])
+
+
+def steps_with_actnorm(device: str) -> step.Sequence:
+    torch.manual_seed(0)
+    return step.Sequence([step.Sequence([a_layer({}, device), step.ActNorm(4)]) for _ in range(3)]).to(device)
+
+
+def test_actnorm_compiles_once_more_after_its_first_batch(device: str):
+    """The first one breaks the graph; from the second one on it is one graph, whatever happens to the buffer."""
+    model, input = steps_with_actnorm(device), images(device=device)
+    expected, other = copy.deepcopy(model), copy.deepcopy(model)
+    fast = torch.compile(model, backend="aot_eager")
+    for function in (fast, expected):
+        function(input)
+    for one, two in zip(model.parameters(), expected.parameters(), strict=True):
+        assert_close(one, two)
+    counters.clear()
+    assert_close(fast(2 * input)[0], expected(2 * input)[0])
+    assert counters["stats"]["unique_graphs"] == 1
+    norms = [module for module in model.modules() if isinstance(module, step.ActNorm)]
+    with torch.compiler.set_stance("fail_on_recompile"):
+        fast(input)
+        for norm in norms:
+            norm.initialized.fill_(True)  # as the broadcasts of DistributedDataParallel do at each step
+        model.eval().train()
+        fast(input)
+        model.load_state_dict(model.state_dict())
+        fast(input)
+    shift = norms[1].shift.clone()
+    norms[1].initialized.fill_(False)
+    model.train()
+    fast(input + 5)
+    assert norms[1].initialized
+    assert not torch.equal(norms[1].shift, shift)
+
+    other(input)  # after which there is one graph from the start
+    torch.compiler.reset()
+    assert_close(compiled(other)(input)[0], other(input)[0])
 
 
 @pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])

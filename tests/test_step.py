@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nflows_kconv import InvertibleConv2d, step
 from nflows_kconv.testing import check_transform
@@ -65,6 +67,99 @@ def test_the_first_batch_in_training_mode_sets_actnorm():
     torch.testing.assert_close(
         again, 2 * y + norm.shift[:, None, None] * -norm.log_scale.exp()[:, None, None], rtol=1e-4, atol=1e-3
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_actnorm_of_numbers_far_from_zero(dtype):
+    """Their variance is what float32 loses of the mean of squares."""
+    norm = step.ActNorm(2)
+    x = (torch.randn(40, 2, 8, 8) * torch.tensor([1, 100.0])[:, None, None] + 1e4).to(dtype)
+    norm.to(dtype)(x)
+    exact = x.double()
+    torch.testing.assert_close(norm.shift.double(), -exact.mean((0, 2, 3)), atol=0, rtol=1e-6)
+    deviation = exact.std((0, 2, 3), correction=0)
+    torch.testing.assert_close(norm.log_scale.double(), -deviation.log(), atol=1e-5, rtol=0)
+
+
+RESETS = {
+    "fill_": lambda norm, fresh: norm.initialized.fill_(False),
+    "data": lambda norm, fresh: norm.initialized.data.fill_(False),
+    "in inference mode": lambda norm, fresh: torch.inference_mode()(norm.initialized.fill_)(False),
+    "new buffer": lambda norm, fresh: setattr(norm, "initialized", torch.tensor(False)),
+    "load_state_dict": lambda norm, fresh: norm.load_state_dict(fresh.state_dict()),
+    "load_state_dict, assigned": lambda norm, fresh: norm.load_state_dict(fresh.state_dict(), assign=True),
+    "state_dict in place": lambda norm, fresh: [
+        value.copy_(fresh.state_dict()[name]) for name, value in norm.state_dict().items()
+    ],
+    "reset_parameters": lambda norm, fresh: norm.reset_parameters(),
+}
+
+
+@pytest.mark.parametrize("reset", RESETS)
+def test_the_buffer_of_actnorm_decides(reset):
+    norm, x = step.ActNorm(3), torch.randn(9, 3, 4, 4) + 5
+    norm(x)
+    set_by_first = norm.shift.clone()
+    norm(x + 1)
+    assert torch.equal(norm.shift, set_by_first)
+    RESETS[reset](norm, step.ActNorm(3))
+    norm.eval()(x)
+    assert not norm.initialized
+    norm.train()(x + 1)
+    assert norm.initialized
+    torch.testing.assert_close(norm.shift, set_by_first - 1)
+    norm.reset_parameters()
+    norm.initialized.fill_(True)  # as a copy of another's parameters and buffers does
+    norm(x)
+    assert not norm.shift.any()
+
+
+def test_actnorm_waits_for_a_batch_with_values():
+    norm, x = step.ActNorm(3), torch.randn(9, 3, 4, 4) + 5
+    norm(x[:0])
+    assert not norm.initialized
+    parameters = dict(norm.named_parameters())
+    with pytest.raises(RuntimeError, match=r"must see its first batch, or be in evaluation mode, before torch\.func"):
+        torch.func.grad(lambda values: torch.func.functional_call(norm, values, (x,))[0].sum())(parameters)
+    norm(x)
+    torch.func.grad(lambda values: torch.func.functional_call(norm, values, (x,))[0].sum())(parameters)
+    with torch.device("meta"):
+        step.ActNorm(3)(torch.empty(9, 3, 4, 4))
+    with FakeTensorMode():
+        step.ActNorm(3)(torch.empty(9, 3, 4, 4))
+    with torch.inference_mode():
+        made_there = step.ActNorm(3)
+        for _ in range(2):
+            made_there(x)
+    assert torch.equal(made_there.shift, norm.shift)
+
+
+class OneLook(TorchDispatchMode):
+    """Counts how often values are asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.looks = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.looks += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_other_devices_are_asked_once(monkeypatch):
+    """Where each look waits for the device: only the first, and after a change."""
+    norm, x = step.ActNorm(3), torch.randn(9, 3, 4, 4) + 5
+    norm(x)
+    monkeypatch.setattr(step, "_LOOKS_ARE_FREE", ())
+    with OneLook() as counter:
+        for _ in range(3):
+            norm(x)
+    assert counter.looks == 0
+    norm.initialized.fill_(True)
+    with OneLook() as counter:
+        for _ in range(3):
+            norm(x)
+    assert counter.looks == 1
 
 
 def test_running_back_sets_nothing():
