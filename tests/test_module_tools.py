@@ -9,6 +9,7 @@ import pickle
 from collections.abc import Callable
 
 import nflows.distributions
+import nflows.flows
 import nflows.transforms
 import normflows
 import pytest
@@ -33,11 +34,10 @@ FORMS = {
 # Modules whose methods the host library, or nobody, calls in place of the module itself.
 _NEVER = {nn.ModuleList}
 AROUND = {
-    ("nflows", "log_prob"): _NEVER
-    | {nflows.distributions.StandardNormal, nflows.distributions.ConditionalDiagonalNormal},
+    ("nflows", "log_prob"): _NEVER | {nflows.distributions.Distribution},  # but the flow, which is one
     ("nflows", "sample"): _NEVER
     | {
-        nflows.distributions.Distribution,  # the flow, too
+        nflows.distributions.Distribution,
         nflows.transforms.CompositeTransform,
         nflows.transforms.MultiscaleCompositeTransform,
         nflows.transforms.SqueezeTransform,
@@ -96,7 +96,8 @@ def test_hooks_fire_once_in_either_direction(library: str, form: str):
             call()
         around = tuple(AROUND[library, direction])
         for name, module in flow.named_modules():
-            assert count[name] == (0 if isinstance(module, around) else 2), (direction, name, type(module))
+            called = not isinstance(module, around) or (module is flow and direction == "log_prob")
+            assert count[name] == 2 * called, (direction, name, type(module))
 
 
 def _couplings(flow: nn.Module) -> list[nn.Module]:
@@ -132,7 +133,7 @@ TOOLS = {
 
 @in_both
 @pytest.mark.parametrize("tool", TOOLS)
-@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning", "ignore:.*entries other than zero")
 def test_tools_that_compute_parameters(library: str, tool: str):
     """The flow is then that of the parameters computed, before and after a step of training, and after a file."""
     flow = build(library, diagonal="learned")
@@ -199,3 +200,26 @@ def test_functional_call(library: str):
     }
     for actual, value in zip(torch.func.functional_call(Both(), replaced), expected, strict=True):
         torch.testing.assert_close(actual, value)
+
+
+@in_both
+def test_data_parallel_on_the_cpu_is_the_module(library: str):
+    flow = build(library)
+    torch.manual_seed(2)
+    expected = flow(images())
+    torch.manual_seed(2)
+    assert torch.equal(nn.DataParallel(flow)(images()), expected)
+
+
+def test_the_core_layer_in_a_flow_of_nflows():
+    """It takes a context, which it ignores."""
+    flow = nflows.flows.Flow(
+        nflows.transforms.CompositeTransform(
+            [InvertibleConv2d(4), nflows.transforms.InverseTransform(InvertibleConv2d(4))]
+        ),
+        nflows.distributions.StandardNormal((4, 3, 3)),
+    )
+    context = torch.randn(2, 5)
+    samples, log_prob = flow.sample_and_log_prob(3, context)
+    assert samples.shape == (2, 3, 4, 3, 3)
+    torch.testing.assert_close(flow.log_prob(samples[0], context[:1].expand(3, -1)), log_prob[0])

@@ -345,6 +345,17 @@ def test_nothing_but_the_state_counts(adapter: str, way: str):
         torch.testing.assert_close(actual.float(), value, atol=1e-5, rtol=1e-4)
 
 
+def test_files_of_earlier_versions():
+    """Whose layers had their masks as buffers, which were not saved, and whose ActNorm had a flag of its own."""
+    keys = {
+        InvertibleConv2d(4, **OPTIONS): ["raw_weight", "log_diagonal", "bias"],
+        step.ActNorm(4): ["log_scale", "shift", "initialized"],
+        step.InvertibleConv1x1(4): ["lower", "upper", "log_scale", "permutation", "sign"],
+    }
+    for module, names in keys.items():
+        assert sorted(module.state_dict()) == sorted(names)
+
+
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_emptied_modules_can_be_reset(adapter: str):
     module = emptied(ADAPTERS[adapter])

@@ -7,6 +7,7 @@ import datetime
 import traceback
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -282,6 +283,16 @@ def sharded_steps(rank):
             train(lambda f=function, x=images: f(x)[0].square().mean() - f(x)[1].mean() / 64, model.parameters())
     for one, two in zip(alone.parameters(), sharded.parameters(), strict=True):
         torch.testing.assert_close(two.full_tensor(), one, atol=1e-5, rtol=1e-5)
+
+
+@scenario
+def sharded_before_the_first_batch(rank):
+    """What ActNorm sets would be lost."""
+    sharded = shard(Density().steps)
+    with pytest.raises(
+        RuntimeError, match="ActNorm must see its first batch, or load a state_dict, before fully_shard"
+    ):
+        sharded(numbers())
 
 
 def sharded_flow(rank: int, library: str) -> None:
