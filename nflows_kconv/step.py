@@ -12,8 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._C._functorch import peek_interpreter_stack
-from torch._subclasses import FakeTensor
+from torch._C._functorch import is_functorch_wrapped_tensor, peek_interpreter_stack
 
 from nflows_kconv import parallel
 from nflows_kconv.invertible import InvertibleModule
@@ -105,7 +104,9 @@ class ActNorm(InvertibleModule):
 
     def _run_forward(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
         if self.training and not self._is_initialized():
-            self._initialize(input)
+            # The decorator of torch.compiler would import the compiler with this package.
+            initialize = self._initialize_uncompiled if torch.compiler.is_compiling() else self._initialize
+            initialize(input)
         scale, shift = self.log_scale.exp()[:, None, None], self.shift[:, None, None]
         return (input + shift) * scale, _per_image(self.log_scale, input)
 
@@ -118,7 +119,7 @@ class ActNorm(InvertibleModule):
         if torch.compiler.is_compiling():
             return self._seen is not None
         buffer = self.initialized
-        if buffer.is_meta or isinstance(buffer, FakeTensor):
+        if buffer.is_meta or type(buffer) is not Tensor or is_functorch_wrapped_tensor(buffer):
             return True
         # Inference tensors have none.
         version = None if buffer.is_inference() else buffer._version
@@ -131,7 +132,6 @@ class ActNorm(InvertibleModule):
             self._seen = (buffer, version)
         return self._seen is not None
 
-    @torch.compiler.disable(reason="ActNorm looks at its first batch; let one pass before it is compiled")
     @torch.no_grad()
     def _initialize(self, input: Tensor) -> None:
         if peek_interpreter_stack() is not None:
@@ -155,6 +155,8 @@ class ActNorm(InvertibleModule):
         self.log_scale.copy_(-0.5 * ((square - rest.square()).clamp_min(0) + 1e-12).log())
         self.initialized.fill_(True)
         self._is_initialized()
+
+    _initialize_uncompiled = torch._disable_dynamo(_initialize)
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)

@@ -226,7 +226,7 @@ def test_gradients_stay_right_where_inverses_explode(monkeypatch):
             norm.log_scale.copy_(torch.tensor([0.1, 0.1, 1.5, 1.5]).log())
         return step.Sequence([norm, step.AffineCoupling(smooth_network(2, 4)), step.InvertibleConv1x1(4)]).eval()
 
-    steps = [squeezing_step() for _ in range(40)]
+    steps = [squeezing_step() for _ in range(56)]
     inputs = images(dtype=torch.float32)
     expected = gradients(step.Sequence(steps), inputs)
     assert error(gradients(reversible.Sequence(steps), inputs), expected) < 1e-5

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -127,6 +129,9 @@ def test_actnorm_waits_for_a_batch_with_values():
         torch.func.grad(lambda values: torch.func.functional_call(norm, values, (x,))[0].sum())(parameters)
     norm(x)
     torch.func.grad(lambda values: torch.func.functional_call(norm, values, (x,))[0].sum())(parameters)
+    parameters, buffers = torch.func.stack_module_state([norm, copy.deepcopy(norm)])  # an ensemble in training
+    together = torch.func.vmap(lambda *state: torch.func.functional_call(norm, state, (x,))[0])(parameters, buffers)
+    torch.testing.assert_close(together, norm(x)[0].expand(2, -1, -1, -1, -1))
     with torch.device("meta"):
         step.ActNorm(3)(torch.empty(9, 3, 4, 4))
     with FakeTensorMode():
