@@ -32,7 +32,7 @@ FORMS = {
 }
 
 # Modules whose methods the host library, or nobody, calls in place of the module itself.
-_NEVER = {nn.ModuleList}
+_NEVER = {nn.ModuleList, nflows_kconv.nflows._TransformContext}
 AROUND = {
     ("nflows", "log_prob"): _NEVER | {nflows.distributions.Distribution},  # but the flow, which is one
     ("nflows", "sample"): _NEVER

@@ -190,13 +190,15 @@ def assert_trained_from(saved: dict[str, Tensor], flow: nn.Module) -> None:
             torch.testing.assert_close(value, saved[name], atol=0.1, rtol=0, msg=name)
 
 
-@scenario
-def as_one_process_on_the_joined_batch(rank):
+@each_flow
+def as_one_process_on_the_joined_batch(rank, library, build):
     torch.manual_seed(3)
-    alone = Density()
+    alone = Density() if library is None else flow_of(library, preprocessing=None)
     together = DistributedDataParallel(copy.deepcopy(alone))
-    train(lambda: alone(numbers()).mean(), alone.parameters())  # and it waits for nobody
-    train_together(together, rank)
+    images = numbers() if library is None else numbers().view(8, 1, 8, 8)[:, :, ::2, ::2]
+    for model, own in ((alone, images), (together, half(images, rank))):  # the first one waits for nobody
+        train(lambda f=model, x=own: negative_log_likelihood(library or "normflows", f, x), model.parameters())
+    assert_equal_in_both(together)
     for one, two in zip(alone.state_dict().values(), together.module.state_dict().values(), strict=True):
         torch.testing.assert_close(two, one, atol=1e-5, rtol=1e-5)
 
