@@ -112,7 +112,8 @@ class InvertibleConv2d(InvertibleModule):
         They follow from the shape, so they are no buffers, which `to_empty` would leave without values.
         """
         device, dtype = self.raw_weight.device, self.raw_weight.dtype
-        if (device, dtype) in self._masks:
+        # A compiler would take the sizes of kept masks for dynamic ones.
+        if not torch.compiler.is_compiling() and (device, dtype) in self._masks:
             return self._masks[device, dtype]
         shape, groups = self.raw_weight.shape, geometry.parse_corners(self.corners)
         with torch.inference_mode(False):  # autograd could not save the tensors of that mode later
