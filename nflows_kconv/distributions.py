@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor, nn
-from torch.distributions import Transform, constraints
+from torch.distributions import ComposeTransform, Transform, constraints
 
-from nflows_kconv import layer
+from nflows_kconv import bijection, layer
 from nflows_kconv.batch import flatten_batch
 
 __all__ = ["InvertibleConv2d"]
@@ -116,3 +117,33 @@ class InvertibleConv2d(layer.InvertibleConv2d, Transform):
     def __getstate__(self) -> dict[str, Any]:
         """What a copy and a file take: neither the inverse, which belongs to this transform, nor what is cached."""
         return {**super().__getstate__(), "_inv": None, "_cached_x_y": (None, None)}
+
+
+def run_transform(transform: Transform, value: Tensor) -> tuple[Tensor, Tensor]:
+    """What a transform makes of values [B, ...], and its log-determinants, [B]: those of a sample's events summed."""
+    value = value.view_as(value)  # another tensor than the one whose result is cached
+    output = transform(value)
+    log_abs_det = transform.log_abs_det_jacobian(value, output)
+    expected = value.shape[: value.dim() - transform.domain.event_dim]
+    if log_abs_det.shape != expected:
+        raise ValueError(
+            f"{type(transform).__name__} must return log-determinants of shape {list(expected)}, got "
+            f"{list(log_abs_det.shape)}"
+        )
+    return output, log_abs_det.flatten(1).sum(1) if log_abs_det.dim() > 1 else log_abs_det
+
+
+def _run(transform: Transform, value: Tensor, context: Any, inverse: bool) -> tuple[Tensor, Tensor]:
+    if context is not None:
+        raise TypeError(f"context must be None for a torch Transform, which takes none, got {type(context).__name__}")
+    return run_transform(transform.inv if inverse else transform, value)
+
+
+bijection.register(
+    Transform,
+    forward=partial(_run, inverse=False),
+    inverse=partial(_run, inverse=True),
+    # Transforms of Pyro whose inverse is what they have cached.
+    says_no_inverse=lambda error: isinstance(error, KeyError) and "cache" in str(error),
+)
+bijection.register(ComposeTransform, parts=lambda transform, context: transform.parts)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
-from nflows_kconv import layer
+from nflows_kconv import bijection, layer
 
 try:
     from FrEIA.modules import InvertibleModule
@@ -82,3 +83,16 @@ class InvertibleConv2d(InvertibleModule, layer.InvertibleConv2d):
     def output_dims(self, input_dims: Sequence[tuple[int, ...]]) -> Sequence[tuple[int, ...]]:
         """The shapes of the inputs."""
         return input_dims
+
+
+def _run(module: InvertibleModule, value: bijection.Value, context: Any, rev: bool) -> tuple[bijection.Value, Tensor]:
+    inputs = (value,) if isinstance(value, Tensor) else tuple(value)
+    # Modules that take no conditions do not have the argument.
+    conditions = {} if context is None else {"c": [context] if isinstance(context, Tensor) else list(context)}
+    outputs, log_abs_det = module(inputs, rev=rev, **conditions)
+    if not isinstance(outputs, Tensor) and len(outputs) == 1:
+        (outputs,) = outputs
+    return outputs, bijection.per_sample(log_abs_det, inputs)
+
+
+bijection.register(InvertibleModule, forward=partial(_run, rev=False), inverse=partial(_run, rev=True))

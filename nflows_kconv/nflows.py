@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from nflows_kconv import checks, flow_state, geometry, image_flow, layer
+from nflows_kconv import bijection, checks, flow_state, geometry, image_flow, layer
 from nflows_kconv.invertible import InvertibleModule
 from nflows_kconv.reversible import NETWORKS, Invertible, cascade
 
@@ -18,7 +18,7 @@ try:
     from nflows.distributions import Distribution
     from nflows.flows import Flow
     from nflows.transforms import CompositeTransform, MultiscaleCompositeTransform, SqueezeTransform
-    from nflows.transforms.base import Transform
+    from nflows.transforms.base import InverseNotAvailable, Transform
     from nflows.transforms.coupling import CouplingTransform
 except ImportError as error:
     raise ImportError(
@@ -348,3 +348,24 @@ def finc_flow(
         reversible=reversible,
     )
     return ImageFlow(architecture)
+
+
+def _forward(flow: Flow, inputs: Tensor, context: Any) -> tuple[Tensor, Tensor]:
+    return flow._transform(inputs, flow._embedding_net(context))
+
+
+def _inverse(flow: Flow, noise: Tensor, context: Any) -> tuple[Tensor, Tensor]:
+    return flow._transform.inverse(noise, flow._embedding_net(context))
+
+
+def _sample(flow: Flow, num_samples: int, context: Any) -> Tensor:
+    return flow.sample(num_samples) if context is None else flow.sample(1, context)[:, 0]
+
+
+def _says_no_inverse(error: Exception) -> bool:
+    return isinstance(error, InverseNotAvailable)
+
+
+bijection.register(Flow, forward=_forward, inverse=_inverse, sample=_sample, says_no_inverse=_says_no_inverse)
+bijection.register(Transform, says_no_inverse=_says_no_inverse)
+bijection.register(CouplingTransform, networks=("transform_net",))

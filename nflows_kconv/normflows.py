@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nflows_kconv import checks, flow_state, geometry, image_flow, layer
+from nflows_kconv import bijection, checks, flow_state, geometry, image_flow, layer
 from nflows_kconv.invertible import InvertibleModule
 from nflows_kconv.reversible import NETWORKS, Invertible, cascade
 
 try:
-    from normflows import MultiscaleFlow, flows
+    from normflows import ClassCondFlow, MultiscaleFlow, NormalizingFlow, flows
     from normflows.distributions import ClassCondDiagGaussian, DiagGaussian
     from normflows.flows.neural_spline.coupling import Coupling
 except ImportError as error:
@@ -456,3 +457,47 @@ def finc_flow(
         reversible=reversible,
     )
     return ImageFlow(architecture)
+
+
+def _forward(flow: flows.Flow, value: bijection.Value, context: Any) -> tuple[bijection.Value, Tensor]:
+    output, log_abs_det = flow(value) if context is None else flow(value, context)
+    return output, bijection.per_sample(log_abs_det, value)
+
+
+def _inverse(flow: flows.Flow, value: bijection.Value, context: Any) -> tuple[bijection.Value, Tensor]:
+    output, log_abs_det = flow.inverse(value) if context is None else flow.inverse(value, context)
+    return output, bijection.per_sample(log_abs_det, value)
+
+
+def _encode(flow: NormalizingFlow, x: Tensor, context: Any) -> tuple[bijection.Value, Tensor]:
+    return flow.inverse_and_log_det(x, *_context(flow.inverse_and_log_det, context))
+
+
+def _decode(flow: NormalizingFlow, z: bijection.Value, context: Any) -> tuple[Tensor, Tensor]:
+    return flow.forward_and_log_det(z, *_context(flow.forward_and_log_det, context))
+
+
+def _context(method: Any, context: Any) -> tuple[Any, ...]:
+    """Labels, which choose the base distribution alone, are not for the transformation."""
+    return (context,) if context is not None and "context" in inspect.signature(method).parameters else ()
+
+
+def _sample(flow: NormalizingFlow, num_samples: int, context: Any) -> Tensor:
+    if context is None:
+        return flow.sample(num_samples)[0]
+    parameters = inspect.signature(flow.sample).parameters
+    for name in ("context", "y"):
+        if name in parameters and getattr(flow, "class_cond", True):
+            return flow.sample(num_samples, **{name: context})[0]
+    raise ValueError(f"labels must be None, as {type(flow).__name__} is not conditional")
+
+
+bijection.register(flows.Flow, forward=_forward, inverse=_inverse)
+for _whole_flow in (NormalizingFlow, ClassCondFlow, MultiscaleFlow):
+    bijection.register(_whole_flow, forward=_encode, inverse=_decode, sample=_sample)
+for _coupling, _names in {
+    flows.AffineCoupling: ("param_map",),
+    flows.MaskedAffineFlow: ("s", "t"),
+    Coupling: ("transform_net",),
+}.items():
+    bijection.register(_coupling, networks=_names)

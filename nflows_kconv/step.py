@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor, peek_interpreter_stack
 
-from nflows_kconv import parallel
+from nflows_kconv import bijection, parallel
 from nflows_kconv.invertible import InvertibleModule
 
 # Elsewhere to look at a value waits for the device.
@@ -322,3 +322,6 @@ def _per_image(log_scale: Tensor, input: Tensor) -> Tensor:
 
 def _sum(log_scale: Tensor) -> Tensor:
     return log_scale.to(torch.promote_types(log_scale.dtype, torch.float32)).sum((1, 2, 3))
+
+
+bijection.register(AffineCoupling, networks=("network",))

@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-from nflows_kconv import layer
+from nflows_kconv import bijection, layer
 from nflows_kconv.batch import flatten_batch
 
 try:
     from torchflows.bijections.base import Bijection
+    from torchflows.flows import Flow
 except ImportError as error:
     raise ImportError(
         'nflows_kconv.torchflows needs torchflows, which comes with pip install "nflows-kconv[torchflows]"'
@@ -80,3 +81,15 @@ class InvertibleConv2d(Bijection, layer.InvertibleConv2d):
 
     # Bijection comes first and has an abstract one.
     inverse = layer.InvertibleConv2d.inverse
+
+
+def _sample(flow: Flow, num_samples: int, context: Any) -> Tensor:
+    return flow.sample(num_samples, context)
+
+
+bijection.register(
+    Flow,
+    forward=lambda flow, x, context: flow.bijection(x, context),
+    inverse=lambda flow, z, context: flow.bijection.inverse(z, context),
+    sample=_sample,
+)

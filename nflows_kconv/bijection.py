@@ -1,0 +1,303 @@
+"""What an invertible transformation is, and the registry that makes one of anybody's module.
+
+`as_bijection(module)` gives a `Bijection`: forward and inverse with log-determinants, a context, a device, samples. The
+tools of this package, `testing`, `diagnostics`, `reversible` and `sampling`, take their modules through it. Modules of
+nflows, normflows, torch.distributions, Pyro, zuko, FrEIA and torchflows are known. So is whatever has
+`forward(x) -> (y, log_abs_det)` and `inverse`. Other modules are known after a call of `register`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Bijection", "NoInverse", "as_bijection", "networks", "register"]
+
+# A tensor, or several where a module splits what it is given.
+Value = Tensor | Sequence[Tensor]
+Direction = str | Callable[[Any, Any, Any], Any]
+
+# Which adapter registers the classes of a package. It is imported when the first such class is met.
+_ADAPTERS = {
+    "FrEIA": "nflows_kconv.freia",
+    "nflows": "nflows_kconv.nflows",
+    "normflows": "nflows_kconv.normflows",
+    "pyro": "nflows_kconv.pyro",
+    "torch.distributions": "nflows_kconv.distributions",
+    "torchflows": "nflows_kconv.torchflows",
+    "zuko": "nflows_kconv.zuko",
+}
+
+_EXPECTED = (
+    "must have forward(x) -> (y, log_abs_det) and inverse, as in nflows and normflows, be a transform or a flow of "
+    "nflows, normflows, torch.distributions, Pyro, zuko, FrEIA or torchflows, or be of a class that "
+    "nflows_kconv.bijection.register has been told of"
+)
+
+# What each class tells. A class that tells nothing of a kind is asked for that of its bases, in the order of its MRO.
+_registry: dict[type, dict[str, Any]] = {}
+
+
+class NoInverse(NotImplementedError):
+    """The transformation says that it has no inverse, or none that it can compute."""
+
+
+class Bijection:
+    """An invertible transformation. Made by `as_bijection`.
+
+    It holds the module and nothing else, so it follows every change of it. Errors that the module raises come through
+    as they are, but for those that say that there is no inverse.
+
+    Attributes:
+        module: What it was made of.
+    """
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+
+    def __repr__(self) -> str:
+        """The class of the module."""
+        return f"Bijection({type(self.module).__name__})"
+
+    def forward(self, x: Value, context: Any = None) -> tuple[Value, Tensor]:
+        """y = f(x) and log |det dy/dx|. From data to latent for whole flows, else what the library calls forward.
+
+        Args:
+            x: [B, ...].
+            context: What the transformation is conditioned on, one row a sample; None leaves it out.
+
+        Returns:
+            [B, ...], or a list of such tensors where the module gives several; and [B].
+
+        Raises:
+            TypeError: If the module does not return outputs and log-determinants.
+            ValueError: If the log-determinants have another shape than [B].
+        """
+        return self._checked("forward", x, self._call("forward", x, context))
+
+    def inverse(self, y: Value, context: Any = None) -> tuple[Value, Tensor]:
+        """x = f^-1(y) and log |det dx/dy|; it computes, whatever the module has cached.
+
+        Args:
+            y: What `forward` returns.
+            context: As in `forward`.
+
+        Returns:
+            As `forward`. Where the module returns x alone, the log-determinant is the negative of that of `forward`.
+
+        Raises:
+            NoInverse: If the module says that it has no inverse.
+            TypeError: As `forward`.
+            ValueError: As `forward`.
+        """
+        try:
+            result = self._call("inverse", y, context)
+        except Exception as error:
+            if _says_no_inverse(error) or _told(type(self.module), "says_no_inverse", _says_no_inverse)(error):
+                raise NoInverse(f"{type(self.module).__name__} has no inverse: {error}") from error
+            raise
+        if isinstance(result, Tensor):
+            result = result, -self.forward(result, context)[1]
+        return self._checked("inverse", y, result)
+
+    def sample(self, num_samples: int, context: Any = None) -> Tensor:
+        """Samples of a whole flow, [num_samples, ...].
+
+        Args:
+            num_samples: How many.
+            context: What they are conditioned on, one row a sample.
+
+        Raises:
+            TypeError: If the module cannot sample.
+            ValueError: If there is a context, and the flow takes none.
+        """
+        function = _told(type(self.module), "sample", "sample")
+        if isinstance(function, str) and not callable(getattr(self.module, function, None)):
+            raise TypeError(f"{type(self.module).__name__} must have a method sample, or be registered with one")
+        return _apply(function, self.module, num_samples, context)
+
+    def parts(self, context: Any = None) -> list[Bijection]:
+        """The transformations that are this one when applied one after the other, as far as the library tells."""
+        parts = _told(type(self.module), "parts", _no_parts)(self.module, context)
+        return [self] if parts is None else [inner for part in parts for inner in as_bijection(part).parts(context)]
+
+    @property
+    def methods(self) -> set[str]:
+        """The names of the methods through which other modules run it, in either direction."""
+        directions = (_told(type(self.module), direction, direction) for direction in ("forward", "inverse"))
+        names = {"forward", "inverse", *(name for name in directions if isinstance(name, str))}
+        return {name for name in names if callable(getattr(self.module, name, None))}
+
+    @property
+    def device(self) -> torch.device:
+        """Where all parameters and buffers are; the CPU if there are none.
+
+        Raises:
+            RuntimeError: If they are on several devices.
+        """
+        if not isinstance(self.module, nn.Module):
+            return torch.device("cpu")
+        tensors = chain(self.module.named_parameters(), self.module.named_buffers())
+        names = {tensor.device: name for name, tensor in tensors}
+        if len(names) > 1:
+            found = ", ".join(f"{name} on {device}" for device, name in names.items())
+            raise RuntimeError(f"{type(self.module).__name__} must be on one device, got {found}")
+        return next(iter(names), torch.device("cpu"))
+
+    def _call(self, direction: str, value: Value, context: Any) -> Any:
+        return _apply(_told(type(self.module), direction, direction), self.module, value, context)
+
+    def _checked(self, direction: str, value: Value, result: Any) -> tuple[Value, Tensor]:
+        name = f"{type(self.module).__name__}.{direction}"
+        if not isinstance(result, (tuple, list)) or len(result) != 2:
+            raise TypeError(f"{name} must return outputs and log-determinants, got {_describe(result)}")
+        output, log_abs_det = result
+        batch = list((value if isinstance(value, Tensor) else value[0]).shape[:1])
+        if not isinstance(log_abs_det, Tensor) or list(log_abs_det.shape) != batch:
+            raise ValueError(f"{name} must return log-determinants of shape {batch}, got {_describe(log_abs_det)}")
+        return output, log_abs_det
+
+
+def as_bijection(module: Any) -> Bijection:
+    """Makes a `Bijection` of a module of any library.
+
+    Args:
+        module: A transform or a flow of nflows, normflows, torch.distributions, Pyro, zuko, FrEIA or torchflows;
+            anything with `forward(x) -> (y, log_abs_det)` and `inverse`, which may take a context as their second
+            argument; anything that `register` has been told of; or a `Bijection`, which is returned.
+
+    Raises:
+        TypeError: If it is none of these.
+
+    Examples:
+        >>> import torch
+        >>> from torch.distributions import SigmoidTransform
+        >>> from nflows_kconv.bijection import as_bijection
+        >>> y, log_abs_det = as_bijection(SigmoidTransform()).forward(torch.zeros(2, 3))
+        >>> log_abs_det.shape
+        torch.Size([2])
+    """
+    if isinstance(module, Bijection):
+        return module
+    if not is_bijection(module):
+        raise TypeError(f"{type(module).__name__} {_EXPECTED}")
+    return Bijection(module)
+
+
+def is_bijection(module: Any) -> bool:
+    """Whether `as_bijection` takes it."""
+    if isinstance(module, type):
+        return False
+    directions = [_told(type(module), direction, direction) for direction in ("forward", "inverse")]
+    return all(not isinstance(name, str) or callable(getattr(module, name, None)) for name in directions)
+
+
+def register(
+    cls: type,
+    *,
+    forward: Direction | None = None,
+    inverse: Direction | None = None,
+    sample: Direction | None = None,
+    parts: Callable[[Any, Any], Sequence[Any] | None] | None = None,
+    networks: Sequence[str] | None = None,
+    says_no_inverse: Callable[[Exception], bool] | None = None,
+) -> None:
+    """Tells how modules of a class, and of its subclasses, are invertible transformations.
+
+    What is left out is as for its base classes, in the end `forward(x) -> (y, log_abs_det)` and `inverse`.
+
+    Args:
+        cls: The class.
+        forward: The name of the method, or a function of (module, x, context). Either returns outputs and
+            log-determinants, [B].
+        inverse: The same for the other direction. It may return the result alone.
+        sample: For a whole flow: the method, or a function of (module, num_samples, context), that returns that many
+            samples, one for each row of the context. Raises a ValueError for a context that the flow does not take.
+        parts: A function of (module, context) that returns the transformations that are the module when applied one
+            after the other, or None.
+        networks: For couplings: the names of the attributes that hold their networks, which both directions evaluate,
+            each once, with the same values.
+        says_no_inverse: Which of the exceptions raised in `inverse` say that there is none; beside NotImplementedError.
+
+    Raises:
+        TypeError: If `cls` is no class.
+
+    Examples:
+        >>> from torch import nn
+        >>> from nflows_kconv import bijection
+        >>> class Scale(nn.Module):
+        ...     def forward(self, x):
+        ...         return 2 * x, x.new_full([len(x)], x[0].numel() * 0.6931)
+        ...
+        ...     def reverse(self, y):
+        ...         return y / 2
+        >>> bijection.register(Scale, inverse="reverse")
+    """
+    if not isinstance(cls, type):
+        raise TypeError(f"cls must be a class, got {cls!r}")
+    told = dict(
+        forward=forward,
+        inverse=inverse,
+        sample=sample,
+        parts=parts,
+        networks=networks,
+        says_no_inverse=says_no_inverse,
+    )
+    _registry.setdefault(cls, {}).update({kind: value for kind, value in told.items() if value is not None})
+
+
+def networks(module: nn.Module) -> tuple[str, ...]:
+    """The names of a coupling's attributes that hold its networks; none for other modules."""
+    return tuple(_told(type(module), "networks", ()))
+
+
+def per_sample(log_abs_det: Any, value: Value) -> Any:
+    """A log-determinant [B] of a library that gives one number where it is the same for all samples."""
+    if isinstance(log_abs_det, Tensor) and log_abs_det.dim():
+        return log_abs_det
+    first = value if isinstance(value, Tensor) else value[0]
+    dtype = log_abs_det.dtype if isinstance(log_abs_det, Tensor) else torch.promote_types(first.dtype, torch.float32)
+    return torch.as_tensor(log_abs_det, dtype=dtype, device=first.device).expand(first.shape[:1])
+
+
+def _told(cls: type, kind: str, default: Any) -> Any:
+    for base in cls.__mro__:
+        _import_adapter(base.__module__)
+        if kind in _registry.get(base, {}):
+            return _registry[base][kind]
+    return default
+
+
+@functools.cache
+def _import_adapter(module_name: str) -> None:
+    """Has the adapter of a library register, given the name of one of its modules."""
+    for package, adapter in _ADAPTERS.items():
+        if f"{module_name}.".startswith(f"{package}."):
+            importlib.import_module(adapter)
+
+
+def _apply(function: Direction, module: Any, value: Any, context: Any) -> Any:
+    if not isinstance(function, str):
+        return function(module, value, context)
+    # Through __call__, for hooks.
+    method = module if function == "forward" and callable(module) else getattr(module, function)
+    return method(value) if context is None else method(value, context)
+
+
+def _no_parts(module: Any, context: Any) -> None:
+    return None
+
+
+def _says_no_inverse(error: Exception) -> bool:
+    # torch says "not implemented for 'Half'" where it has no kernel for a dtype.
+    return isinstance(error, NotImplementedError) and "not implemented for '" not in str(error)
+
+
+def _describe(value: Any) -> str:
+    return f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
