@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Bijection", "NoInverse", "as_bijection", "networks", "register"]
+__all__ = ["Bijection", "NoInverse", "as_bijection", "is_bijection", "register"]
 
 # A tensor, or several where a module splits what it is given.
 Value = Tensor | Sequence[Tensor]
@@ -52,7 +52,7 @@ class Bijection:
     """An invertible transformation. Made by `as_bijection`.
 
     It holds the module and nothing else, so it follows every change of it. Errors that the module raises come through
-    as they are, but for those that say that there is no inverse.
+    as they are, except those that say that there is no inverse.
 
     Attributes:
         module: What it was made of.
@@ -114,17 +114,28 @@ class Bijection:
             context: What they are conditioned on, one row a sample.
 
         Raises:
-            TypeError: If the module cannot sample.
             ValueError: If there is a context, and the flow takes none.
         """
-        function = _told(type(self.module), "sample", "sample")
-        if isinstance(function, str) and not callable(getattr(self.module, function, None)):
-            raise TypeError(f"{type(self.module).__name__} must have a method sample, or be registered with one")
-        return _apply(function, self.module, num_samples, context)
+        return _apply(_told(type(self.module), "sample", "sample"), self.module, num_samples, context)
+
+    @property
+    def can_sample(self) -> bool:
+        """Whether it is a whole flow, which `sample` can draw from."""
+        return _is_there(self.module, _told(type(self.module), "sample", "sample"))
+
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """The names of the attributes that hold a coupling's networks; none for other modules."""
+        return tuple(_told(type(self.module), "networks", ()))
+
+    @property
+    def why_not_captured(self) -> str | None:
+        """What a CUDA graph with it would do wrong in its present state, if the library tells."""
+        return _told(type(self.module), "why_not_captured", _nothing)(self.module)
 
     def parts(self, context: Any = None) -> list[Bijection]:
         """The transformations that are this one when applied one after the other, as far as the library tells."""
-        parts = _told(type(self.module), "parts", _no_parts)(self.module, context)
+        parts = _told(type(self.module), "parts", _nothing)(self.module, context)
         return [self] if parts is None else [inner for part in parts for inner in as_bijection(part).parts(context)]
 
     @property
@@ -132,7 +143,7 @@ class Bijection:
         """The names of the methods through which other modules run it, in either direction."""
         directions = (_told(type(self.module), direction, direction) for direction in ("forward", "inverse"))
         names = {"forward", "inverse", *(name for name in directions if isinstance(name, str))}
-        return {name for name in names if callable(getattr(self.module, name, None))}
+        return {name for name in names if _is_there(self.module, name)}
 
     @property
     def device(self) -> torch.device:
@@ -194,8 +205,7 @@ def is_bijection(module: Any) -> bool:
     """Whether `as_bijection` takes it."""
     if isinstance(module, type):
         return False
-    directions = [_told(type(module), direction, direction) for direction in ("forward", "inverse")]
-    return all(not isinstance(name, str) or callable(getattr(module, name, None)) for name in directions)
+    return all(_is_there(module, _told(type(module), direction, direction)) for direction in ("forward", "inverse"))
 
 
 def register(
@@ -207,6 +217,7 @@ def register(
     parts: Callable[[Any, Any], Sequence[Any] | None] | None = None,
     networks: Sequence[str] | None = None,
     says_no_inverse: Callable[[Exception], bool] | None = None,
+    why_not_captured: Callable[[Any], str | None] | None = None,
 ) -> None:
     """Tells how modules of a class, and of its subclasses, are invertible transformations.
 
@@ -223,7 +234,9 @@ def register(
             after the other, or None.
         networks: For couplings: the names of the attributes that hold their networks, which both directions evaluate,
             each once, with the same values.
-        says_no_inverse: Which of the exceptions raised in `inverse` say that there is none; beside NotImplementedError.
+        says_no_inverse: Which of the exceptions raised in `inverse` say that there is none, besides
+            NotImplementedError.
+        why_not_captured: A function of the module that returns what a CUDA graph with it would do wrong, or None.
 
     Raises:
         TypeError: If `cls` is no class.
@@ -248,13 +261,10 @@ def register(
         parts=parts,
         networks=networks,
         says_no_inverse=says_no_inverse,
+        why_not_captured=why_not_captured,
     )
     _registry.setdefault(cls, {}).update({kind: value for kind, value in told.items() if value is not None})
-
-
-def networks(module: nn.Module) -> tuple[str, ...]:
-    """The names of a coupling's attributes that hold its networks; none for other modules."""
-    return tuple(_told(type(module), "networks", ()))
+    _told.cache_clear()
 
 
 def per_sample(log_abs_det: Any, value: Value) -> Any:
@@ -266,6 +276,7 @@ def per_sample(log_abs_det: Any, value: Value) -> Any:
     return torch.as_tensor(log_abs_det, dtype=dtype, device=first.device).expand(first.shape[:1])
 
 
+@functools.lru_cache(maxsize=4096)
 def _told(cls: type, kind: str, default: Any) -> Any:
     for base in cls.__mro__:
         _import_adapter(base.__module__)
@@ -274,7 +285,7 @@ def _told(cls: type, kind: str, default: Any) -> Any:
     return default
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def _import_adapter(module_name: str) -> None:
     """Has the adapter of a library register, given the name of one of its modules."""
     for package, adapter in _ADAPTERS.items():
@@ -290,7 +301,11 @@ def _apply(function: Direction, module: Any, value: Any, context: Any) -> Any:
     return method(value) if context is None else method(value, context)
 
 
-def _no_parts(module: Any, context: Any) -> None:
+def _is_there(module: Any, function: Direction) -> bool:
+    return not isinstance(function, str) or callable(getattr(module, function, None))
+
+
+def _nothing(*arguments: Any) -> None:
     return None
 
 

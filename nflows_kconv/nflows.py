@@ -20,6 +20,7 @@ try:
     from nflows.transforms import CompositeTransform, MultiscaleCompositeTransform, SqueezeTransform
     from nflows.transforms.base import InverseNotAvailable, Transform
     from nflows.transforms.coupling import CouplingTransform
+    from nflows.transforms.linear import Linear
 except ImportError as error:
     raise ImportError(
         'nflows_kconv.nflows needs nflows, which comes with pip install "nflows-kconv[nflows]"'
@@ -369,3 +370,9 @@ def _says_no_inverse(error: Exception) -> bool:
 bijection.register(Flow, forward=_forward, inverse=_inverse, sample=_sample, says_no_inverse=_says_no_inverse)
 bijection.register(Transform, says_no_inverse=_says_no_inverse)
 bijection.register(CouplingTransform, networks=("transform_net",))
+bijection.register(
+    Linear,
+    why_not_captured=lambda layer: (
+        "would go on using the matrices that it has cached: call use_cache(False)" if layer.using_cache else None
+    ),
+)

@@ -489,7 +489,7 @@ def _sample(flow: NormalizingFlow, num_samples: int, context: Any) -> Tensor:
     for name in ("context", "y"):
         if name in parameters and getattr(flow, "class_cond", True):
             return flow.sample(num_samples, **{name: context})[0]
-    raise ValueError(f"labels must be None, as {type(flow).__name__} is not conditional")
+    raise ValueError(f"context must be None, as {type(flow).__name__} is not conditional")
 
 
 bijection.register(flows.Flow, forward=_forward, inverse=_inverse)

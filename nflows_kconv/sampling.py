@@ -2,39 +2,44 @@
 
 from __future__ import annotations
 
-import inspect
 import traceback
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
-from itertools import chain
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import vmap
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from nflows_kconv import checks
-from nflows_kconv.step import InvertibleConv1x1
+from nflows_kconv.attributes import replaced
+from nflows_kconv.bijection import Bijection
+from nflows_kconv.step import InvertibleConv1x1, inverse_weight
 
 _GRAPH_DEVICE = "cuda"
+# What the flow is conditioned on, one row an image.
+Labels = Tensor | tuple[Tensor, ...]
+
 _WARM_UP = 2  # draws before the one that is watched: they compile kernels and let cuDNN choose its algorithms
 
 
 class GraphSampler:
     """Draws images from a flow, as its own `sample` does; on a GPU as one CUDA graph.
 
-    To sample launches thousands of small kernels, which takes the CPU longer than it takes the GPU to run them. The
-    first call on a GPU captures them in a graph, and every call replays it. On other devices each call runs the flow.
-    Either way all matrices of a size among the flow's `step.InvertibleConv1x1` are inverted in one batch.
+    Sampling launches thousands of small kernels; launching them takes longer than running them. The first call on a GPU
+    captures them in a graph, and every call replays it. On other devices each call runs the flow. Either way all
+    matrices of a size among the flow's `step.InvertibleConv1x1` are inverted in one batch; layers with forward
+    pre-hooks, such as those of pruning, invert their own.
 
-    Any flow that has the `sample` of nflows or normflows will do. On a GPU no layer may wait for it, to look at a value
-    or to copy from the CPU, since a graph cannot: those of nflows_kconv do not, but normflows' ActNorm and
-    the 1x1 convolutions of both libraries do. Such a flow is refused by an error that says where it waits.
+    Any flow will do that `nflows_kconv.bijection` can draw samples from. On a GPU no layer may wait for it, to look at a
+    value or to copy from the CPU, since a graph cannot: those of nflows_kconv do not, but normflows' ActNorm and the 1x1
+    convolutions of both libraries do. Such a flow is refused by an error that says where it waits.
 
     - Noise is fresh at each call. It comes from torch's default generator for the device: after `torch.manual_seed` the
       same calls give the same images, and one for `num_samples` images gives those of the flow's `sample`.
@@ -64,25 +69,25 @@ class GraphSampler:
     """
 
     def __init__(self, flow: nn.Module, num_samples: int) -> None:
-        if not isinstance(flow, nn.Module) or not callable(getattr(flow, "sample", None)):
+        self._flow = Bijection(flow)  # which need not have the direction to the latent variable
+        if not isinstance(flow, nn.Module) or not self._flow.can_sample:
             raise TypeError(
-                "flow must be a torch.nn.Module with a method sample, as the flows of nflows and normflows are, "
-                f"got {type(flow).__name__}"
+                "flow must be a torch.nn.Module with a method sample, or one that nflows_kconv.bijection knows to draw "
+                f"from, got {type(flow).__name__}"
             )
-        self._flow = flow
         self._num_samples = checks.positive("num_samples", num_samples)
         self._graph: _Graph | None = None
 
     # Buffers made in inference mode could not be written outside it, at a later call.
     @torch.inference_mode(False)
     @torch.no_grad()
-    def __call__(self, n: int | None = None, *, labels: Tensor | None = None, temperature: float = 1.0) -> Tensor:
+    def __call__(self, n: int | None = None, *, labels: Labels | None = None, temperature: float = 1.0) -> Tensor:
         """Draws images.
 
         Args:
             n: How many; as many as labels by default, and `num_samples` without labels.
-            labels: What the flow is conditioned on, [n, ...], on any device: the `context` of nflows, or the `y` or
-                `context` of normflows, one row an image.
+            labels: What the flow is conditioned on, [n, ...], on any device, one row an image: the `context` of its
+                library, or the `y` of normflows. Tuples hold several such tensors.
             temperature: What each standard normal number that the flow draws (with `torch.randn` or
                 `torch.randn_like`) is multiplied with. 0 gives the image of the base distribution's mean.
 
@@ -101,36 +106,38 @@ class GraphSampler:
         parts = []
         for start in range(0, n, self._num_samples):
             number = min(self._num_samples, n - start)
-            part = draw(number, None if labels is None else labels[start : start + number], temperature)
-            parts.append(part)
+            rows = slice(start, start + number)
+            parts.append(draw(number, tree_map_only(Tensor, lambda label: label[rows], labels), temperature))  # noqa: B023
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _check_number(self, n: int | None, labels: Tensor | None) -> int:
+    def _check_number(self, n: int | None, labels: Labels | None) -> int:
         if labels is None:
             return self._num_samples if n is None else checks.positive("n", n)
-        if not isinstance(labels, Tensor):
-            raise TypeError(f"labels must be a tensor, got {type(labels).__name__}")
-        if labels.dim() == 0 or len(labels) == 0:
-            raise ValueError(f"labels must have one row for each image, got shape {tuple(labels.shape)}")
-        if n is not None and checks.positive("n", n) != len(labels):
-            raise ValueError(f"labels must have one row for each of the {n} images, got {len(labels)} rows")
-        _label_name(self._flow)
-        return len(labels)
+        several = labels if isinstance(labels, tuple) and labels else (labels,)
+        for label in several:
+            if not isinstance(label, Tensor):
+                raise TypeError(f"labels must be a tensor, or a tuple of tensors, got {type(label).__name__}")
+            if label.dim() == 0 or len(label) == 0:
+                raise ValueError(f"labels must have one row for each image, got shape {tuple(label.shape)}")
+            rows = len(several[0]) if n is None else checks.positive("n", n)
+            if rows != len(label):
+                raise ValueError(f"labels must have one row for each of the {rows} images, got {len(label)} rows")
+        return rows
 
-    def _drawer(self, labels: Tensor | None) -> Callable[[int, Tensor | None, float], Tensor]:
+    def _drawer(self, labels: Labels | None) -> Callable[[int, Labels | None, float], Tensor]:
         if self._graph is None or not self._graph.is_current(labels):
             self._graph = None  # its memory goes to the next one
-            device = _device(self._flow)
+            device = self._flow.device
             if device.type != _GRAPH_DEVICE:
                 return partial(self._draw_plainly, device)
             self._graph = _Graph(self._flow, self._num_samples, labels, device)
         return self._graph.draw
 
-    def _draw_plainly(self, device: torch.device, number: int, labels: Tensor | None, temperature: float) -> Tensor:
-        labels = None if labels is None else labels.to(device)
+    def _draw_plainly(self, device: torch.device, number: int, labels: Labels | None, temperature: float) -> Tensor:
+        labels = tree_map_only(Tensor, lambda label: label.to(device), labels)
         if temperature == 1:  # without looking at each torch call, which costs about as much as a small call
-            with _evaluating(self._flow), _inverted_together(self._flow):
-                return _library_sample(self._flow, number, labels)
+            with _evaluating(self._flow.module), _inverted_together(self._flow.module):
+                return self._flow.sample(number, labels)
         drawn = _sample(self._flow, number, labels, temperature)
         drawn.check_temperature(temperature)
         return drawn.images
@@ -150,11 +157,11 @@ class _Drawn(NamedTuple):
 class _Graph:
     """A capture, with the tensors through which numbers get into it."""
 
-    def __init__(self, flow: nn.Module, num_samples: int, labels: Tensor | None, device: torch.device) -> None:
+    def __init__(self, flow: Bijection, num_samples: int, labels: Labels | None, device: torch.device) -> None:
         self._key = _key(labels)
         self._slots = [
             (table, name)
-            for module in flow.modules()
+            for module in flow.module.modules()
             for table in (module._parameters, module._buffers)
             for name, tensor in table.items()
             if tensor is not None
@@ -162,15 +169,19 @@ class _Graph:
         # Kept alive, so that an address that is still the same is that of the same memory.
         self._weights = [table[name].detach() for table, name in self._slots]  # type: ignore[union-attr]
         self._addresses = self._current_addresses()
-        self._temperature = torch.ones((), dtype=torch.float64, device=device)
-        self._labels = None
-        if labels is not None:  # rows that no image needs must hold something valid
-            self._labels = labels[:1].to(device).expand(num_samples, *labels.shape[1:]).clone()
+        # In float64 if the flow is, which some devices do not have.
+        dtypes = [weight.dtype for weight in self._weights if weight.is_floating_point()]
+        dtype = reduce(torch.promote_types, dtypes, torch.float32)
+        self._temperature = torch.ones((), dtype=dtype, device=device)
+        # Rows that no image needs must hold something valid.
+        self._labels = tree_map_only(
+            Tensor, lambda label: label[:1].to(device).expand(num_samples, *label.shape[1:]).clone(), labels
+        )
         self._drawn, self._replay = _capture(
             flow, lambda: _sample(flow, num_samples, self._labels, self._temperature), device
         )
 
-    def is_current(self, labels: Tensor | None) -> bool:
+    def is_current(self, labels: Labels | None) -> bool:
         """Whether a replay does what the flow would do."""
         return self._current_addresses() == self._addresses and _key(labels) == self._key
 
@@ -178,32 +189,32 @@ class _Graph:
         tensors = [table.get(name) for table, name in self._slots]
         return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
 
-    def draw(self, number: int, labels: Tensor | None, temperature: float) -> Tensor:
+    def draw(self, number: int, labels: Labels | None, temperature: float) -> Tensor:
         """Replays."""
         self._drawn.check_temperature(temperature)
         self._temperature.fill_(temperature)
-        if self._labels is not None:
-            self._labels[:number] = labels  # type: ignore[assignment]
+        for slot, label in zip(tree_leaves(self._labels), tree_leaves(labels), strict=True):
+            if slot is not None:
+                slot[:number] = label
         self._replay()
         return self._drawn.images[:number].clone()
 
 
-def _key(labels: Tensor | None) -> tuple[Any, ...]:
-    kind = None if labels is None else (labels.dtype, labels.shape[1:])
-    return kind, torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+def _key(labels: Labels | None) -> tuple[Any, ...]:
+    kinds = tree_map_only(Tensor, lambda label: (label.dtype, tuple(label.shape[1:])), labels)
+    return kinds, torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
 
 
-def _capture(flow: nn.Module, draw: Callable[[], _Drawn], device: torch.device) -> tuple[_Drawn, Callable[[], None]]:
+def _capture(flow: Bijection, draw: Callable[[], _Drawn], device: torch.device) -> tuple[_Drawn, Callable[[], None]]:
     """Captures a draw: what it returns, and how to do it again.
 
     Raises:
         RuntimeError: If that is impossible.
     """
-    if any(getattr(module, "using_cache", False) for module in flow.modules()):
-        raise RuntimeError(
-            f"{type(flow).__name__} cannot be captured in a CUDA graph, which would go on using the matrices that its "
-            "layers have cached: call use_cache(False) on those"
-        )
+    for name, module in flow.module.named_modules():
+        reason = Bijection(module).why_not_captured
+        if reason is not None:
+            raise RuntimeError(f"{type(flow.module).__name__} cannot be captured in a CUDA graph, as {name} {reason}")
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     graph = torch.cuda.CUDAGraph()
@@ -236,14 +247,14 @@ def _capture(flow: nn.Module, draw: Callable[[], _Drawn], device: torch.device) 
     return drawn, graph.replay
 
 
-def _refusal(flow: nn.Module, error: Exception) -> RuntimeError:
+def _refusal(flow: Bijection, error: Exception) -> RuntimeError:
     """The error that says why, and at which line of the flow: the innermost that is not torch's."""
     torch_folder = str(Path(torch.__file__).parent)
     frames = [
         frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(torch_folder)
     ]
     place = f"; {frames[-1].filename}, line {frames[-1].lineno}: {frames[-1].line}"
-    return RuntimeError(f"{type(flow).__name__} cannot be captured in a CUDA graph: {error}{place}")
+    return RuntimeError(f"{type(flow.module).__name__} cannot be captured in a CUDA graph: {error}{place}")
 
 
 @contextmanager
@@ -258,32 +269,10 @@ def _synchronization_forbidden() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode(mode)
 
 
-def _sample(flow: nn.Module, number: int, labels: Tensor | None, temperature: float | Tensor) -> _Drawn:
-    with _evaluating(flow), _inverted_together(flow), _NormalNumbers(temperature) as noise:
-        images = _library_sample(flow, number, labels)
+def _sample(flow: Bijection, number: int, labels: Labels | None, temperature: float | Tensor) -> _Drawn:
+    with _evaluating(flow.module), _inverted_together(flow.module), _NormalNumbers(temperature) as noise:
+        images = flow.sample(number, labels)
     return _Drawn(images, noise.drawn)
-
-
-def _library_sample(flow: Any, number: int, labels: Tensor | None) -> Tensor:
-    if hasattr(flow, "q0"):  # normflows: one row of the condition for each image; with the log-density
-        arguments = {} if labels is None else {_label_name(flow): labels}
-        return flow.sample(number, **arguments)[0]
-    if labels is None:
-        return flow.sample(number)
-    return flow.sample(1, context=labels)[:, 0]  # nflows: as many images for each row
-
-
-def _label_name(flow: Any) -> str:
-    """What `sample` calls its condition.
-
-    Raises:
-        ValueError: If it takes none.
-    """
-    parameters = inspect.signature(flow.sample).parameters
-    for name in ("y", "context"):
-        if name in parameters and getattr(flow, "class_cond", True):
-            return name
-    raise ValueError(f"labels must be None, as {type(flow).__name__} is not conditional")
 
 
 class _NormalNumbers(TorchFunctionMode):
@@ -328,16 +317,15 @@ def _inverted_together(flow: nn.Module) -> Iterator[None]:
     """Gives every `InvertibleConv1x1` its inverse weight, computed for all of a size in one batch."""
     sizes = defaultdict(list)
     for module in flow.modules():
-        if isinstance(module, InvertibleConv1x1):
+        # A hook may give a layer other weights when it is called, as pruning and FSDP do.
+        if isinstance(module, InvertibleConv1x1) and not module._forward_pre_hooks:
             sizes[module.lower.shape, module.lower.dtype].append(module)
-    try:
-        for layers in sizes.values():
-            for layer, weight in zip(layers, inverse_weights(layers), strict=True):
-                layer.inverse_weight = lambda weight=weight: weight  # type: ignore[method-assign, misc]
+    with replaced(
+        (layer, "inverse_weight", lambda weight=weight: weight)
+        for layers in sizes.values()
+        for layer, weight in zip(layers, inverse_weights(layers), strict=True)
+    ):
         yield
-    finally:
-        for layer in chain.from_iterable(sizes.values()):
-            vars(layer).pop("inverse_weight", None)
 
 
 def inverse_weights(layers: list[InvertibleConv1x1]) -> Tensor:
@@ -346,29 +334,5 @@ def inverse_weights(layers: list[InvertibleConv1x1]) -> Tensor:
     Args:
         layers: N layers of equal size.
     """
-    function = _InverseWeight(layers[0])
-    states = [dict(chain(layer.named_parameters(), layer.named_buffers())) for layer in layers]
-    stacked = {f"layer.{name}": torch.stack([state[name] for state in states]) for name in states[0]}
-    return vmap(lambda state: functional_call(function, state, ()))(stacked)
-
-
-class _InverseWeight(nn.Module):
-    def __init__(self, layer: InvertibleConv1x1) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self) -> Tensor:
-        return self.layer.inverse_weight()
-
-
-def _device(flow: nn.Module) -> torch.device:
-    """Where the flow is.
-
-    Raises:
-        RuntimeError: If it is on several devices.
-    """
-    names = {tensor.device: name for name, tensor in chain(flow.named_parameters(), flow.named_buffers())}
-    if len(names) > 1:
-        found = ", ".join(f"{name} on {device}" for device, name in names.items())
-        raise RuntimeError(f"{type(flow).__name__} must be on one device, got {found}")
-    return next(iter(names), torch.device("cpu"))
+    # Attributes, not parameters: a parametrization computes them.
+    return vmap(inverse_weight)(*map(torch.stack, zip(*(layer.tensors() for layer in layers), strict=True)))

@@ -207,7 +207,7 @@ class InvertibleConv1x1(InvertibleModule):
 
     def _run_forward(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
         with torch.autocast(input.device.type, enabled=False):
-            lower, upper = self._factors()
+            lower, upper = _factors(self.lower, self.upper, self.log_scale, self.sign)
             output = _mixed((lower @ upper)[self.permutation], input)
         return output, _per_image(self.log_scale, input)
 
@@ -218,17 +218,26 @@ class InvertibleConv1x1(InvertibleModule):
 
     def inverse_weight(self) -> Tensor:
         """The inverse of W, [C, C]."""
-        # Half precision has no triangular solver.
-        dtype = torch.promote_types(self.lower.dtype, torch.float32)
-        lower, upper = (factor.to(dtype) for factor in self._factors())
-        permuted = torch.eye(len(lower), dtype=dtype, device=lower.device)[:, self.permutation]
-        half_solved = torch.linalg.solve_triangular(lower, permuted, upper=False, unitriangular=True)
-        return torch.linalg.solve_triangular(upper, half_solved, upper=True).to(self.lower.dtype)
+        return inverse_weight(*self.tensors())
 
-    def _factors(self) -> tuple[Tensor, Tensor]:
-        identity = torch.eye(len(self.lower), dtype=self.lower.dtype, device=self.lower.device)
-        scale = self.sign * self.log_scale.exp()
-        return self.lower.tril(-1) + identity, self.upper.triu(1) + torch.diag(scale)
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What `inverse_weight` takes."""
+        return self.lower, self.upper, self.log_scale, self.sign, self.permutation
+
+
+def inverse_weight(lower: Tensor, upper: Tensor, log_scale: Tensor, sign: Tensor, permutation: Tensor) -> Tensor:
+    """The inverse of W, [C, C], as a function of an `InvertibleConv1x1`'s tensors."""
+    # Half precision has no triangular solver.
+    dtype = torch.promote_types(lower.dtype, torch.float32)
+    left, right = (factor.to(dtype) for factor in _factors(lower, upper, log_scale, sign))
+    permuted = torch.eye(len(left), dtype=dtype, device=left.device)[:, permutation]
+    half_solved = torch.linalg.solve_triangular(left, permuted, upper=False, unitriangular=True)
+    return torch.linalg.solve_triangular(right, half_solved, upper=True).to(lower.dtype)
+
+
+def _factors(lower: Tensor, upper: Tensor, log_scale: Tensor, sign: Tensor) -> tuple[Tensor, Tensor]:
+    identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+    return lower.tril(-1) + identity, upper.triu(1) + torch.diag(sign * log_scale.exp())
 
 
 def _mixed(weight: Tensor, input: Tensor) -> Tensor:

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nflows_kconv import sampling
+from nflows_kconv import bijection, sampling
 from nflows_kconv.sampling import GraphSampler, inverse_weights
 from nflows_kconv.step import InvertibleConv1x1
 
@@ -371,6 +372,40 @@ def test_what_layers_cached_in_evaluation_mode_is_dropped():
     assert torch.equal(GraphSampler(flow, 2)(), torch.full((2, 1), 2.0))
 
 
+class Handwritten(nn.Module):
+    """A flow that no library knows, conditioned on classes and vectors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.means = nn.Parameter(torch.arange(6.0).view(3, 2))
+
+    def draw(self, count: int, classes: Tensor, vectors: Tensor) -> Tensor:
+        return self.means[classes] + vectors + torch.randn(count, 2, device=self.means.device)
+
+
+def test_handwritten_flows_and_labels_of_several_tensors(place: torch.device):
+    bijection.register(Handwritten, sample=lambda flow, count, context: flow.draw(count, *context))
+    sampler = GraphSampler(Handwritten().to(place), 2)
+    classes, vectors = torch.tensor([2, 0, 1]), torch.tensor([[10.0, 20], [30, 40], [50, 60]])
+    for order in ([0, 1, 2], [2, 0, 1]):
+        images = sampler(labels=(classes[order], vectors[order]), temperature=0).cpu()
+        assert torch.equal(images, torch.tensor([[14.0, 25], [30, 41], [52, 63]])[order])
+    with pytest.raises(ValueError, match="labels must have one row for each of the 3 images, got 2 rows"):
+        sampler(labels=(classes, vectors[:2]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_dtype_is_that_of_the_flow(dtype: torch.dtype, captures: Captures):
+    """Some devices have no float64."""
+    flow = FLOWS["nflows images"]().to(dtype)
+    recording = Recording()
+    with recording:
+        images = GraphSampler(flow, 2)(temperature=0.7)
+    assert images.dtype == dtype
+    found = {leaf.dtype for call in recording.calls for leaf in tree_leaves(call) if isinstance(leaf, Tensor)}
+    assert (torch.float64 in found) == (dtype == torch.float64)
+
+
 def test_inference_mode_does_not_stick(place: torch.device):
     sampler = GraphSampler(CONDITIONAL["normflows"]().to(place), 2)
     with torch.inference_mode():
@@ -391,6 +426,31 @@ def test_inverses_in_one_batch_are_those_of_each_layer(channels: int, dtype: tor
         torch.testing.assert_close(
             inverse_weights(layers), torch.linalg.inv(torch.stack(weights)), rtol=1e-4, atol=1e-4
         )
+
+
+class Doubled(nn.Module):
+    """A parametrization: half of each entry is stored."""
+
+    def forward(self, half: Tensor) -> Tensor:
+        return 2 * half
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: prune.random_unstructured(layer, "lower", 0.5),
+        lambda layer: parametrize.register_parametrization(layer, "upper", Doubled()),
+    ],
+    ids=["pruned", "parametrized"],
+)
+def test_inverses_in_one_batch_heed_what_users_make_of_layers(change: Callable[[nn.Module], Any], place: torch.device):
+    flow = FLOWS["nflows images"]().to(place).eval()
+    layers = [module for module in flow.modules() if isinstance(module, InvertibleConv1x1)]
+    change(layers[1])
+    scrambled(flow)
+    attributes = {name: set(vars(module)) for name, module in flow.named_modules()}
+    assert_current(GraphSampler(flow, 3), flow)
+    assert {name: set(vars(module)) for name, module in flow.named_modules()} == attributes
 
 
 def test_a_draw_solves_once_for_every_size_of_matrix():
@@ -448,7 +508,7 @@ def test_wrong_numbers(num_samples: Any, error: type[Exception]):
         ({"temperature": -0.1}, ValueError, r"temperature must be finite and not negative, got -0\.1"),
         ({"temperature": float("nan")}, ValueError, "temperature must be finite and not negative, got nan"),
         ({"temperature": "hot"}, TypeError, "temperature must be a number, got 'hot'"),
-        ({"labels": [1, 2]}, TypeError, "labels must be a tensor, got list"),
+        ({"labels": [1, 2]}, TypeError, "labels must be a tensor, or a tuple of tensors, got list"),
         ({"labels": torch.tensor(1)}, ValueError, r"labels must have one row for each image, got shape \(\)"),
         ({"n": 3, "labels": torch.tensor([1, 2])}, ValueError, "one row for each of the 3 images, got 2 rows"),
     ],
@@ -460,7 +520,7 @@ def test_wrong_arguments(arguments: dict[str, Any], error: type[Exception], matc
 
 @pytest.mark.parametrize("name", ["normflows images", "normflows vectors"])
 def test_labels_for_a_flow_without_classes(name: str):
-    with pytest.raises(ValueError, match=r"labels must be None, as .*Flow is not conditional"):
+    with pytest.raises(ValueError, match=r"context must be None, as .*Flow is not conditional"):
         GraphSampler(FLOWS[name](), 2)(labels=torch.tensor([0, 1]))
 
 
@@ -574,7 +634,7 @@ def test_what_caches_its_matrices_is_refused(monkeypatch: pytest.MonkeyPatch):
     cuda = CudaDouble(monkeypatch)
     layer = nflows.transforms.NaiveLinear(4, orthogonal_initialization=False, using_cache=True)
     flow = nflows_flows.Flow(layer, nflows.distributions.StandardNormal([4]))
-    with pytest.raises(RuntimeError, match=r"matrices that its layers have cached: call use_cache\(False\)"):
+    with pytest.raises(RuntimeError, match=r"as _transform would go on using the matrices .* call use_cache\(False\)"):
         GraphSampler(flow, 2)()
     assert not cuda.log
 
