@@ -13,8 +13,8 @@ _MISSING = object()
 def replaced(replacements: Iterable[tuple[Any, str, Any]]) -> Iterator[None]:
     """While it is entered, (object, name, value): the object's attribute has this value.
 
-    It hides what the class, or a module's table of submodules, has of that name. Afterwards all is as it was, also after
-    an error.
+    It hides what the class, or a module's table of submodules, has of that name. Afterwards all is as it was, also
+    after an error.
     """
     before = []
     try:

@@ -55,11 +55,11 @@ class Bijection:
     as they are, except those that say that there is no inverse.
 
     Attributes:
-        module: What it was made of.
+        module: What it was made of; where torch.compile made that of a module, this module.
     """
 
     def __init__(self, module: Any) -> None:
-        self.module = module
+        self.module = _unwrapped(module)
 
     def __repr__(self) -> str:
         """The class of the module."""
@@ -99,7 +99,7 @@ class Bijection:
         try:
             result = self._call("inverse", y, context)
         except Exception as error:
-            if _says_no_inverse(error) or _told(type(self.module), "says_no_inverse", _says_no_inverse)(error):
+            if _says_no_inverse(error) or _told(self.module, "says_no_inverse", _says_no_inverse)(error):
                 raise NoInverse(f"{type(self.module).__name__} has no inverse: {error}") from error
             raise
         if isinstance(result, Tensor):
@@ -116,32 +116,32 @@ class Bijection:
         Raises:
             ValueError: If there is a context, and the flow takes none.
         """
-        return _apply(_told(type(self.module), "sample", "sample"), self.module, num_samples, context)
+        return _apply(_told(self.module, "sample", "sample"), self.module, num_samples, context)
 
     @property
     def can_sample(self) -> bool:
         """Whether it is a whole flow, which `sample` can draw from."""
-        return _is_there(self.module, _told(type(self.module), "sample", "sample"))
+        return _is_there(self.module, _told(self.module, "sample", "sample"))
 
     @property
     def networks(self) -> tuple[str, ...]:
         """The names of the attributes that hold a coupling's networks; none for other modules."""
-        return tuple(_told(type(self.module), "networks", ()))
+        return tuple(_told(self.module, "networks", ()))
 
     @property
     def why_not_captured(self) -> str | None:
         """What a CUDA graph with it would do wrong in its present state, if the library tells."""
-        return _told(type(self.module), "why_not_captured", _nothing)(self.module)
+        return _told(self.module, "why_not_captured", _nothing)(self.module)
 
     def parts(self, context: Any = None) -> list[Bijection]:
         """The transformations that are this one when applied one after the other, as far as the library tells."""
-        parts = _told(type(self.module), "parts", _nothing)(self.module, context)
+        parts = _told(self.module, "parts", _nothing)(self.module, context)
         return [self] if parts is None else [inner for part in parts for inner in as_bijection(part).parts(context)]
 
     @property
     def methods(self) -> set[str]:
         """The names of the methods through which other modules run it, in either direction."""
-        directions = (_told(type(self.module), direction, direction) for direction in ("forward", "inverse"))
+        directions = (_told(self.module, direction, direction) for direction in ("forward", "inverse"))
         names = {"forward", "inverse", *(name for name in directions if isinstance(name, str))}
         return {name for name in names if _is_there(self.module, name)}
 
@@ -162,7 +162,7 @@ class Bijection:
         return next(iter(names), torch.device("cpu"))
 
     def _call(self, direction: str, value: Value, context: Any) -> Any:
-        return _apply(_told(type(self.module), direction, direction), self.module, value, context)
+        return _apply(_told(self.module, direction, direction), self.module, value, context)
 
     def _checked(self, direction: str, value: Value, result: Any) -> tuple[Value, Tensor]:
         name = f"{type(self.module).__name__}.{direction}"
@@ -205,7 +205,8 @@ def is_bijection(module: Any) -> bool:
     """Whether `as_bijection` takes it."""
     if isinstance(module, type):
         return False
-    return all(_is_there(module, _told(type(module), direction, direction)) for direction in ("forward", "inverse"))
+    module = _unwrapped(module)
+    return all(_is_there(module, _told(module, direction, direction)) for direction in ("forward", "inverse"))
 
 
 def register(
@@ -264,7 +265,7 @@ def register(
         why_not_captured=why_not_captured,
     )
     _registry.setdefault(cls, {}).update({kind: value for kind, value in told.items() if value is not None})
-    _told.cache_clear()
+    _told_by_class.cache_clear()
 
 
 def per_sample(log_abs_det: Any, value: Value) -> Any:
@@ -276,13 +277,23 @@ def per_sample(log_abs_det: Any, value: Value) -> Any:
     return torch.as_tensor(log_abs_det, dtype=dtype, device=first.device).expand(first.shape[:1])
 
 
+def _told(module: Any, kind: str, default: Any) -> Any:
+    """What the class of a module tells of a kind, or the default."""
+    return _told_by_class(type(module), kind, default)  # type: ignore[arg-type]
+
+
 @functools.lru_cache(maxsize=4096)
-def _told(cls: type, kind: str, default: Any) -> Any:
+def _told_by_class(cls: type, kind: str, default: Any) -> Any:
     for base in cls.__mro__:
         _import_adapter(base.__module__)
         if kind in _registry.get(base, {}):
             return _registry[base][kind]
     return default
+
+
+def _unwrapped(module: Any) -> Any:
+    """The module that torch.compile has wrapped, whose class tells what it is."""
+    return getattr(module, "_orig_mod", module)
 
 
 @functools.lru_cache(maxsize=4096)

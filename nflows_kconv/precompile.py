@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
-from nflows_kconv import functional
+from nflows_kconv import ops
+from nflows_kconv.bijection import as_bijection, is_bijection
 from nflows_kconv.layer import InvertibleConv2d
 
 
-def warmup(module: nn.Module, input_shape: Sequence[int], **arguments: Any) -> None:
+def warmup(module: nn.Module, input_shape: Sequence[int], context: Any = None) -> None:
     """Compiles and loads the CUDA kernels that a module will need for inputs of this shape.
 
     Kernels are compiled when they are first needed, which takes up to a second each, and cannot be inside the capture
@@ -21,15 +24,15 @@ def warmup(module: nn.Module, input_shape: Sequence[int], **arguments: Any) -> N
     shape that each `InvertibleConv2d` in the module is given. Another shape may need more, another batch size rarely
     does.
 
-    A copy of the module is called once, in evaluation mode, on an image whose values are all 0.5: through its
-    `log_prob`, as flows of nflows and normflows are trained, or itself if it has none. The module, its gradients and
+    A copy of the module is called once, in evaluation mode, on an image whose values are all 0.5: from data to latent
+    if it is a flow, as `nflows_kconv.bijection` runs it, or itself if it is no bijection. The module, its gradients and
     the state of random number generators stay as they are. For layers that are not on a CUDA device there is nothing to
     compile, and nothing happens.
 
     Args:
         module: Anything that contains an `InvertibleConv2d`, or is one.
         input_shape: [B, C, H, W] of what the module is called with.
-        arguments: Further arguments of the call, such as a context.
+        context: If given, the second argument of the call.
 
     Raises:
         TypeError: If `module` is no module.
@@ -45,61 +48,65 @@ def warmup(module: nn.Module, input_shape: Sequence[int], **arguments: Any) -> N
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
-    if not _layers(module):
+    layers = _layers(module)
+    if not layers:
         raise ValueError(f"module must contain an InvertibleConv2d, got a {type(module).__name__} without one")
-    if any(layer.raw_weight.is_cuda for layer in _layers(module)):
-        visit_layers(module, input_shape, _differentiate, **arguments)
+    if any(layer.raw_weight.is_cuda for layer in layers):
+        for problem in problems(module, input_shape, context):
+            differentiate(problem)
 
 
-def visit_layers(
-    module: nn.Module,
-    input_shape: Sequence[int],
-    visit: Callable[[InvertibleConv2d, Tensor], None],
-    **arguments: Any,
-) -> None:
-    """Calls visit(layer, input) for every kind of layer, and every shape of its input, that a call of the module runs.
+def problems(module: nn.Module, input_shape: Sequence[int], context: Any = None) -> list[tuple[Any, ...]]:
+    """The arguments of `ops.conv` and `ops.solve` in a call of a module, once for each shape, dtype and device.
 
     Args:
         module: See `warmup`.
         input_shape: See `warmup`.
-        visit: What to do; layer and input belong to a copy of the module.
-        arguments: See `warmup`.
+        context: See `warmup`.
 
     Raises:
         RuntimeError: If the call fails.
     """
-    module = copy.deepcopy(module).eval()
-    layers = _layers(module)
-    visited = set()
-
-    def visiting(layer: InvertibleConv2d, function: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapped(input: Tensor, *args: Any, **kwargs: Any) -> Any:
-            seen = (layer.corners, layer.raw_weight.shape, input.dtype, input.device, input.shape)
-            if seen not in visited:
-                visited.add(seen)
-                visit(layer, input)
-            return function(input, *args, **kwargs)
-
-        return wrapped
-
-    for layer in layers:
-        layer.forward, layer.inverse = visiting(layer, layer.forward), visiting(layer, layer.inverse)  # type: ignore
-    weight = layers[0].raw_weight
-    devices = {layer.raw_weight.device for layer in layers if layer.raw_weight.is_cuda}
-    call = getattr(module, "log_prob", module)
+    twin = copy.deepcopy(module).eval()
+    weights = [layer.raw_weight for layer in _layers(twin)]
+    devices = {weight.device for weight in weights if weight.is_cuda}
+    arguments = () if context is None else (context,)
+    call = as_bijection(twin).forward if is_bijection(twin) else twin
     try:
-        with torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"), torch.no_grad():
-            call(torch.full(tuple(input_shape), 0.5, dtype=weight.dtype, device=weight.device), **arguments)
+        with (
+            torch.random.fork_rng(devices),
+            torch.compiler.set_stance("force_eager"),
+            torch.no_grad(),
+            _Problems() as seen,
+        ):
+            call(torch.full(tuple(input_shape), 0.5, dtype=weights[0].dtype, device=weights[0].device), *arguments)
     except Exception as error:
         name = type(module).__name__
         raise RuntimeError(f"calling {name} with an input of shape {tuple(input_shape)} failed: {error}") from error
+    return list(seen.found.values())
 
 
-def _differentiate(layer: InvertibleConv2d, input: Tensor) -> None:
+class _Problems(TorchDispatchMode):
+    """Notes the arguments of convolutions and solutions, in whatever way layers are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[str, tuple[Any, ...]] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if function in (ops.conv, ops.solve):
+            kind = tree_map_only(Tensor, lambda tensor: (tensor.shape, tensor.dtype, tensor.device), args)
+            self.found.setdefault(repr(kind), args)
+        return function(*args, **(kwargs or {}))
+
+
+def differentiate(problem: tuple[Any, ...]) -> None:
+    """Runs the convolution and the solution of a problem, and their first derivatives."""
     with torch.enable_grad():
-        leaves = [tensor.detach().requires_grad_() for tensor in (input, layer.weight)]
-        for function in (functional.conv2d, functional.conv2d_inverse):
-            output = function(leaves[0], leaves[1], layer.corners)
+        for operator in (ops.conv, ops.solve):
+            arguments = tree_map_only(Tensor, lambda tensor: tensor.detach().requires_grad_(), problem)
+            output = operator(*arguments)
+            leaves = [argument for argument in arguments if isinstance(argument, Tensor)]
             torch.autograd.grad(output, leaves, torch.ones_like(output))
 
 

@@ -32,14 +32,14 @@ _WARM_UP = 2  # draws before the one that is watched: they compile kernels and l
 class GraphSampler:
     """Draws images from a flow, as its own `sample` does; on a GPU as one CUDA graph.
 
-    Sampling launches thousands of small kernels; launching them takes longer than running them. The first call on a GPU
-    captures them in a graph, and every call replays it. On other devices each call runs the flow. Either way all
+    Sampling launches thousands of small kernels; launching them takes longer than running them. The first call on a
+    GPU captures them in a graph, and every call replays it. On other devices each call runs the flow. Either way all
     matrices of a size among the flow's `step.InvertibleConv1x1` are inverted in one batch; layers with forward
     pre-hooks, such as those of pruning, invert their own.
 
-    Any flow will do that `nflows_kconv.bijection` can draw samples from. On a GPU no layer may wait for it, to look at a
-    value or to copy from the CPU, since a graph cannot: those of nflows_kconv do not, but normflows' ActNorm and the 1x1
-    convolutions of both libraries do. Such a flow is refused by an error that says where it waits.
+    Any flow will do that `nflows_kconv.bijection` can draw samples from. On a GPU no layer may wait for it, to look at
+    a value or to copy from the CPU, since a graph cannot: those of nflows_kconv do not, but normflows' ActNorm and the
+    1x1 convolutions of both libraries do. Such a flow is refused by an error that says where it waits.
 
     - Noise is fresh at each call. It comes from torch's default generator for the device: after `torch.manual_seed` the
       same calls give the same images, and one for `num_samples` images gives those of the flow's `sample`.
@@ -70,7 +70,7 @@ class GraphSampler:
 
     def __init__(self, flow: nn.Module, num_samples: int) -> None:
         self._flow = Bijection(flow)  # which need not have the direction to the latent variable
-        if not isinstance(flow, nn.Module) or not self._flow.can_sample:
+        if not isinstance(self._flow.module, nn.Module) or not self._flow.can_sample:
             raise TypeError(
                 "flow must be a torch.nn.Module with a method sample, or one that nflows_kconv.bijection knows to draw "
                 f"from, got {type(flow).__name__}"
@@ -167,7 +167,7 @@ class _Graph:
             if tensor is not None
         ]
         # Kept alive, so that an address that is still the same is that of the same memory.
-        self._weights = [table[name].detach() for table, name in self._slots]  # type: ignore[union-attr]
+        self._weights = [table[name].detach() for table, name in self._slots]
         self._addresses = self._current_addresses()
         # In float64 if the flow is, which some devices do not have.
         dtypes = [weight.dtype for weight in self._weights if weight.is_floating_point()]

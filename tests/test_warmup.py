@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from nflows_kconv import InvertibleConv2d, ops, warmup
-from nflows_kconv.precompile import _differentiate, visit_layers
+from nflows_kconv.precompile import differentiate, problems
 
 
 class Squeeze(nn.Module):
@@ -30,20 +31,12 @@ class Squeeze(nn.Module):
         return self.second(nn.functional.pixel_unshuffle(input, 2))[0] + torch.rand(())
 
 
-def visited(module: nn.Module, input_shape: tuple[int, ...], **arguments) -> list[tuple]:
-    found = []
-
-    def visit(layer: InvertibleConv2d, input: Tensor) -> None:
-        assert not layer.training
-        assert not torch.is_grad_enabled()
-        found.append((layer.num_channels, tuple(input.shape)))
-
-    visit_layers(module, input_shape, visit, **arguments)
-    return found
+def visited(module: nn.Module, input_shape: tuple[int, ...], context: Any = None) -> list[tuple]:
+    return [(problem[1].shape[0], tuple(problem[0].shape)) for problem in problems(module, input_shape, context)]
 
 
 def test_every_kind_of_layer_and_every_shape_is_seen_once():
-    assert visited(Squeeze(), (5, 4, 6, 8), repeat=3) == [(4, (5, 4, 6, 8)), (16, (5, 16, 3, 4))]
+    assert visited(Squeeze(), (5, 4, 6, 8), 3) == [(4, (5, 4, 6, 8)), (16, (5, 16, 3, 4))]
 
 
 def test_a_layer_alone_is_a_module():
@@ -86,17 +79,25 @@ def test_flows_of_normflows_are_called_by_their_density():
     assert not any(part.data_dep_init_done for part in flow.modules() if isinstance(part, normflows.flows.ActNorm))
 
 
+def test_layers_are_seen_where_libraries_go_around_their_call():
+    """normflows' Reverse calls `forward` of its flow, and torchflows' composition that of its layers."""
+    normflows = pytest.importorskip("normflows")
+    from nflows_kconv.normflows import InvertibleConv2d
+
+    assert visited(normflows.flows.Reverse(InvertibleConv2d(4)), (2, 4, 3, 5)) == [(4, (2, 4, 3, 5))]
+
+
 def test_both_directions_and_their_gradients_run(monkeypatch: pytest.MonkeyPatch):
     ran = []
+    (problem,) = problems(InvertibleConv2d(4), (2, 4, 3, 3))
     for name in ("conv", "solve"):
-        operator = getattr(ops, name)
 
-        def recording(input, weight, corners, transpose, name=name, operator=operator):
-            ran.append((name, transpose))
-            return operator(input, weight, corners, transpose)
+        def recording(*args, name=name, operator=getattr(ops, name)):  # noqa: B008
+            ran.append((name, args[-1]))
+            return operator(*args)
 
         monkeypatch.setattr(ops, name, recording)
-    visit_layers(InvertibleConv2d(4), (2, 4, 3, 3), _differentiate)
+    differentiate(problem)
     assert {("conv", False), ("conv", True), ("solve", False), ("solve", True)} <= set(ran)
 
 
