@@ -70,7 +70,7 @@ class Checkpointed(step.Sequence):
         return input, total
 
 
-STACKS = {"ordinary": step.Sequence, "reversible": reversible.Sequence, "checkpoint": Checkpointed}
+STACKS = {"ordinary": step.Sequence, "reversible": reversible.Chain, "checkpoint": Checkpointed}
 
 
 def build(size: Size, steps: int, device: str) -> tuple[list[nn.Module], Tensor]:

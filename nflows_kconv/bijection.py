@@ -96,15 +96,15 @@ class Bijection:
             TypeError: As `forward`.
             ValueError: As `forward`.
         """
-        try:
-            result = self._call("inverse", y, context)
-        except Exception as error:
-            if _says_no_inverse(error) or _told(self.module, "says_no_inverse", _says_no_inverse)(error):
-                raise NoInverse(f"{type(self.module).__name__} has no inverse: {error}") from error
-            raise
+        result = self._inverted(y, context)
         if isinstance(result, Tensor):
             result = result, -self.forward(result, context)[1]
         return self._checked("inverse", y, result)
+
+    def undo(self, y: Value, context: Any = None) -> Value:
+        """What `inverse` returns first, in one call of the module; raises NoInverse as it does."""
+        result = self._inverted(y, context)
+        return result if isinstance(result, Tensor) else result[0]
 
     def sample(self, num_samples: int, context: Any = None) -> Tensor:
         """Samples of a whole flow, [num_samples, ...].
@@ -163,6 +163,14 @@ class Bijection:
 
     def _call(self, direction: str, value: Value, context: Any) -> Any:
         return _apply(_told(self.module, direction, direction), self.module, value, context)
+
+    def _inverted(self, y: Value, context: Any) -> Any:
+        try:
+            return self._call("inverse", y, context)
+        except Exception as error:
+            if _says_no_inverse(error) or _told(self.module, "says_no_inverse", _says_no_inverse)(error):
+                raise NoInverse(f"{type(self.module).__name__} has no inverse: {error}") from error
+            raise
 
     def _checked(self, direction: str, value: Value, result: Any) -> tuple[Value, Tensor]:
         name = f"{type(self.module).__name__}.{direction}"
@@ -293,7 +301,7 @@ def _told_by_class(cls: type, kind: str, default: Any) -> Any:
 
 def _unwrapped(module: Any) -> Any:
     """The module that torch.compile has wrapped, whose class tells what it is."""
-    return getattr(module, "_orig_mod", module)
+    return getattr(module, "_modules", {}).get("_orig_mod", module)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from nflows_kconv import checks, images, step
 from nflows_kconv.images.dequantization import check_levels
 from nflows_kconv.layer import InvertibleConv2d
-from nflows_kconv.reversible import Sequence as ReversibleSequence
+from nflows_kconv.reversible import Chain
 
 Corners = str | Sequence[str] | Sequence[Sequence[str]]
 Shape = tuple[int, int, int]
@@ -102,7 +102,7 @@ class Architecture:
     def build_stacks(self) -> list[step.Sequence]:
         """The steps of each level, the learned prior of its split included."""
         context_channels = 0 if self.context_shape is None else self.context_shape[0]
-        kind = ReversibleSequence if self.reversible else step.Sequence
+        kind = Chain if self.reversible else step.Sequence
         built = []
         for level, (channels, _, _) in enumerate(self.level_shapes, start=1):
             modules: list[nn.Module] = [self._step(channels, context_channels) for _ in range(self.steps)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from nflows_kconv import bijection, checks, flow_state, geometry, image_flow, layer
 from nflows_kconv.invertible import InvertibleModule
-from nflows_kconv.reversible import NETWORKS, Invertible, cascade
+from nflows_kconv.reversible import cascade
 
 try:
     from nflows.distributions import Distribution
@@ -27,8 +26,6 @@ except ImportError as error:
     ) from error
 
 __all__ = ["ImageFlow", "InvertibleConv2d", "ReversibleCompositeTransform", "Step", "finc_flow"]
-
-_NETWORKS = {**NETWORKS, CouplingTransform: ("transform_net",)}
 
 
 class InvertibleConv2d(layer.InvertibleConv2d, Transform):
@@ -66,7 +63,7 @@ class Step(InvertibleModule, Transform):
         return self.step.inverse(input, context)  # type: ignore[operator]
 
 
-class ReversibleCompositeTransform(CompositeTransform):
+class ReversibleCompositeTransform(InvertibleModule, CompositeTransform):
     """`nflows.transforms.CompositeTransform` that trains in memory independent of the number of transforms.
 
     Parameters, state_dict and results are the same. One transform's activations exist at a time, so give it those of a
@@ -82,19 +79,11 @@ class ReversibleCompositeTransform(CompositeTransform):
         >>> transform = ReversibleCompositeTransform(steps)
     """
 
-    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """From data to noise; see `nflows_kconv.reversible.cascade` for what is raised."""
-        return cascade(inputs, self._steps(context), _NETWORKS)
+    def _run_forward(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
+        return cascade(input, self._transforms, context)  # type: ignore[arg-type]
 
-    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """From noise to data; see `nflows_kconv.reversible.cascade` for what is raised."""
-        return cascade(inputs, [step.inverted() for step in reversed(self._steps(context))], _NETWORKS)
-
-    def _steps(self, context: Tensor | None) -> list[Invertible]:
-        return [
-            Invertible(each, partial(each, context=context), partial(each.inverse, context=context), context)
-            for each in self._transforms
-        ]
+    def _run_inverse(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
+        return cascade(input, self._transforms, context, inverse=True)  # type: ignore[arg-type]
 
 
 class _Latent(Distribution):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nflows_kconv import bijection, checks, flow_state, geometry, image_flow, layer
 from nflows_kconv.invertible import InvertibleModule
-from nflows_kconv.reversible import NETWORKS, Invertible, cascade
+from nflows_kconv.reversible import cascade
 
 try:
     from normflows import ClassCondFlow, MultiscaleFlow, NormalizingFlow, flows
@@ -26,13 +26,6 @@ except ImportError as error:
     ) from error
 
 __all__ = ["GlowBlock", "ImageFlow", "InvertibleConv2d", "ReversibleComposite", "Step", "finc_flow"]
-
-_NETWORKS = {
-    **NETWORKS,
-    flows.AffineCoupling: ("param_map",),
-    flows.MaskedAffineFlow: ("s", "t"),
-    Coupling: ("transform_net",),
-}
 
 
 class InvertibleConv2d(layer.InvertibleConv2d, flows.Flow):
@@ -132,7 +125,7 @@ class Step(InvertibleModule, flows.Flow):
         return self.step(input, context)
 
 
-class ReversibleComposite(flows.Composite):
+class ReversibleComposite(InvertibleModule, flows.Composite):
     """`normflows.flows.Composite` that trains in memory independent of the number of flows.
 
     Parameters, state_dict and results are the same. One flow's activations exist at a time, so give it steps such as
@@ -147,16 +140,11 @@ class ReversibleComposite(flows.Composite):
         >>> level = [ReversibleComposite([GlowBlock(12, 64) for _ in range(4)]), Squeeze()]
     """
 
-    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """From latent to data; see `nflows_kconv.reversible.cascade` for what is raised."""
-        return cascade(z, self._steps(), _NETWORKS)
+    def _run_forward(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
+        return cascade(input, self._flows, context)  # type: ignore[arg-type]
 
-    def inverse(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """From data to latent; see `nflows_kconv.reversible.cascade` for what is raised."""
-        return cascade(x, [step.inverted() for step in reversed(self._steps())], _NETWORKS)
-
-    def _steps(self) -> list[Invertible]:
-        return [Invertible(flow, flow, flow.inverse) for flow in self._flows]
+    def _run_inverse(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
+        return cascade(input, self._flows, context, inverse=True)  # type: ignore[arg-type]
 
 
 class ImageFlow(image_flow.Interface, MultiscaleFlow):

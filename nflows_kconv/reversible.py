@@ -17,120 +17,113 @@ evaluations and the derivative, which costs two more, in place of one and the de
 
 from __future__ import annotations
 
-import collections.abc
 import math
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import get_device_states
 
 from nflows_kconv import step
-from nflows_kconv.shared_networks import Networks, evaluated_once
-
-NETWORKS: Networks = {step.AffineCoupling: ("network",)}
+from nflows_kconv.bijection import Bijection, as_bijection
+from nflows_kconv.shared_networks import evaluated_once
 
 Gradients = dict[Tensor, Tensor]
 
 _KEPT_INPUTS = 8
 
 
-class Invertible(NamedTuple):
-    """A step of a stack, in the direction in which the stack runs.
-
-    Attributes:
-        module: Holds the parameters.
-        forward: From the input to the output and the log-determinant, [B].
-        inverse: From the output to the input and its log-determinant.
-        context: What both depend on beside these.
-    """
-
-    module: nn.Module
-    forward: Callable[[Tensor], tuple[Tensor, Tensor]]
-    inverse: Callable[[Tensor], tuple[Tensor, Tensor]]
-    context: Tensor | None = None
-
-    def inverted(self) -> Invertible:
-        """The same step for a stack that runs the other way."""
-        return self._replace(forward=self.inverse, inverse=self.forward)
-
-    def sources(self) -> list[Tensor]:
-        """What gets gradients beside the input."""
-        tensors = (self.context, *self.module.parameters())
-        return [tensor for tensor in tensors if tensor is not None and tensor.requires_grad]
-
-
-class Sequence(step.Sequence):
+class Chain(step.Sequence):
     """`step.Sequence` that trains in memory independent of the number of steps, see `cascade`.
 
     Its parameters, state_dict and results are the same.
 
     Args:
-        steps: Modules with `forward` and `inverse`.
+        steps: Modules with `forward` and `inverse`, or any others that `nflows_kconv.bijection` knows.
     """
 
     def _run_forward(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
-        return cascade(input, self._invertible(context))
+        return cascade(input, self.steps, context)
 
     def _run_inverse(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
-        return cascade(input, [one.inverted() for one in reversed(self._invertible(context))])
-
-    def _invertible(self, context: Any) -> list[Invertible]:
-        return [
-            Invertible(module, partial(module, context=context), partial(module.inverse, context=context), context)  # type: ignore
-            for module in self.steps
-        ]
+        return cascade(input, self.steps, context, inverse=True)
 
 
 def cascade(
-    input: Tensor, steps: collections.abc.Sequence[Invertible], networks: Networks = NETWORKS
+    input: Tensor, modules: Iterable[Any], context: Any = None, *, inverse: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Applies steps one after the other, with gradients in memory independent of their number.
+    """Applies modules one after the other, with gradients in memory independent of their number.
 
-    Input, contexts and the steps' parameters get the ordinary gradients but for rounding, which cannot be
-    differentiated again. What a step computes must depend on these alone; ActNorm may look at its first batch. Neither
-    input nor output may be changed in place before the backward pass. torch.compile breaks its graph here, and CUDA
-    graphs cannot capture it.
+    Input, context and the modules' parameters get the ordinary gradients but for rounding, which cannot be
+    differentiated again. What a module computes must depend on these alone; ActNorm may look at its first batch.
+    Neither input nor output may be changed in place before the backward pass. torch.compile breaks its graph here, and
+    CUDA graphs cannot capture it.
+
+    Where a class of couplings has told `nflows_kconv.bijection.register` of its `networks`, what both directions of a
+    coupling evaluate is evaluated once.
 
     Args:
-        input: [B, ...], in float32 or float64. Steps must keep this dtype, as half precision does not hold what their
-            inverses need; under autocast, networks alone may compute in half precision.
-        steps: The first one takes the input.
-        networks: For each class of couplings that the steps may have, the names of the attributes that hold its
-            networks, `{MyCoupling: ("network",)}`: what both directions of a coupling evaluate is evaluated once.
+        input: [B, ...], in float32 or float64. The modules must keep this dtype, as half precision does not hold what
+            their inverses need; under autocast, networks alone may compute in half precision.
+        modules: What `nflows_kconv.bijection.as_bijection` takes. The first one takes the input, or gives the output if
+            `inverse`.
+        context: What each of them is conditioned on: None, a tensor, or a tuple of such.
+        inverse: Whether to apply the inverses, from the last to the first.
 
     Returns:
         The output of the last step, and the sum of the log-determinants, [B].
 
     Raises:
-        TypeError: If gradients are recorded, and the input or a step's output has another dtype.
-        ValueError: If gradients are recorded, and a module in training mode normalises by its batch, as BatchNorm does.
-        RuntimeError: If gradients are recorded, and the steps draw random numbers, as dropout does.
+        TypeError: If something is no bijection; if gradients are recorded, and the input or an output has another
+            dtype.
+        RuntimeError: If gradients are recorded, and the modules draw random numbers, as dropout does, or change buffers
+            whenever they are called, as BatchNorm and spectral_norm do in training mode.
     """
+    steps = [_Step(as_bijection(module), context, inverse) for module in modules]
+    if inverse:
+        steps.reverse()
     if not torch.is_grad_enabled():
         return _run(input, steps)
     if input.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"input must be float32 or float64, so that steps can be undone, got {input.dtype}")
-    for module in (module for one in steps for module in one.module.modules()):
-        if module.training and getattr(module, "running_mean", None) is not None:
-            raise ValueError(
-                "no module may normalise by its batch, as it would count batches again when steps are repeated, "
-                f"got {type(module).__name__} in training mode"
-            )
     sources = dict.fromkeys(source for one in steps for source in one.sources())
-    return _Cascade.apply(steps, networks, input, *sources)
+    return _Cascade.apply(steps, input, *sources)
+
+
+class _Step(NamedTuple):
+    """A bijection in the direction in which the cascade runs."""
+
+    bijection: Bijection
+    context: Any
+    is_inverted: bool
+
+    @property
+    def module(self) -> nn.Module:
+        return self.bijection.module
+
+    def run(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        direction = self.bijection.inverse if self.is_inverted else self.bijection.forward
+        return direction(input, self.context)  # type: ignore[return-value]
+
+    def undo(self, output: Tensor) -> Tensor:
+        if self.is_inverted:
+            return self.bijection.forward(output, self.context)[0]  # type: ignore[return-value]
+        return self.bijection.undo(output, self.context)  # type: ignore[return-value]
+
+    def sources(self) -> list[Tensor]:
+        """What gets gradients besides the input."""
+        tensors = (*tree_leaves(self.context), *self.module.parameters())
+        return [tensor for tensor in tensors if isinstance(tensor, Tensor) and tensor.requires_grad]
 
 
 class _Cascade(torch.autograd.Function):
     """All steps as one function."""
 
     @staticmethod
-    def forward(
-        ctx: Any, steps: collections.abc.Sequence[Invertible], networks: Networks, input: Tensor, *sources: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, steps: Sequence[_Step], input: Tensor, *sources: Tensor) -> tuple[Tensor, Tensor]:
         device_type = input.device.type
         ctx.autocast = {
             "device_type": device_type,
@@ -139,8 +132,8 @@ class _Cascade(torch.autograd.Function):
             # On older torch it keeps casts of weights that are not recorded, and uses them where gradients are needed.
             "cache_enabled": False,
         }
-        random_state = _random_state(input)
-        ctx.networks, ctx.sources = networks, sources
+        random_state, buffers = _random_state(input), _buffers(steps)
+        ctx.sources = sources
         length = max(1, math.ceil(len(steps) / _KEPT_INPUTS))
         ctx.segments = [steps[start : start + length] for start in range(0, len(steps), length)]
         kept, total = [input], input.new_zeros(len(input))
@@ -149,6 +142,8 @@ class _Cascade(torch.autograd.Function):
                 output, log_abs_det = _run(kept[-1], segment, keep_dtype=True)
                 kept.append(output)
                 total = total + log_abs_det
+            if _changed(buffers, _buffers(steps)):
+                _check_that_buffers_stay(input, steps)
         if not all(map(torch.equal, random_state, _random_state(input))):
             raise RuntimeError("steps must not draw random numbers, as dropout does, since they are computed again")
         ctx.save_for_backward(*kept, *sources)  # the sources, so that autograd notices if they have changed since
@@ -168,21 +163,21 @@ class _Cascade(torch.autograd.Function):
                 found, _ = _differentiate(ctx, segment, inputs, output, gradient, log_abs_det_gradient)
             gradient = found.pop(input)
             _add(total, found)
-        return None, None, gradient, *map(total.get, ctx.sources)
+        return None, gradient, *map(total.get, ctx.sources)
 
 
-def _inputs(ctx: Any, steps: collections.abc.Sequence[Invertible], input: Tensor) -> list[Tensor]:
+def _inputs(ctx: Any, steps: Sequence[_Step], input: Tensor) -> list[Tensor]:
     """The input of each step, computed from that of the first."""
     inputs = [input]
     with torch.autocast(**ctx.autocast):
         for one in steps[:-1]:
-            inputs.append(one.forward(inputs[-1])[0])
+            inputs.append(one.run(inputs[-1])[0])
     return inputs
 
 
 def _differentiate(
     ctx: Any,
-    steps: collections.abc.Sequence[Invertible],
+    steps: Sequence[_Step],
     inputs: list[Tensor],
     output: Tensor,
     gradient: Tensor,
@@ -194,11 +189,11 @@ def _differentiate(
     """
     total: Gradients = {}
     for index, one in reversed(list(enumerate(steps))):
-        with torch.autocast(**ctx.autocast), evaluated_once(one.module, ctx.networks):
-            input = inputs[index] if index < len(inputs) else one.inverse(output)[0]
+        with torch.autocast(**ctx.autocast), evaluated_once(one.module):
+            input = inputs[index] if index < len(inputs) else one.undo(output)
             leaf = input.detach().requires_grad_()
             with torch.enable_grad():
-                results = one.forward(leaf)
+                results = one.run(leaf)
         if index == 0 and len(inputs) < len(steps) and not _is_close(output, results[0], ctx.autocast):
             return {}, False
         weighted = zip(results, (gradient, log_abs_det_gradient), strict=True)
@@ -222,10 +217,10 @@ def _is_close(restored: Tensor, expected: Tensor, autocast: dict[str, Any]) -> b
     return bool((error <= resolution ** (2 / 3) * scale).all())
 
 
-def _run(input: Tensor, steps: collections.abc.Sequence[Invertible], keep_dtype: bool = False) -> tuple[Tensor, Tensor]:
+def _run(input: Tensor, steps: Sequence[_Step], keep_dtype: bool = False) -> tuple[Tensor, Tensor]:
     output, total = input, input.new_zeros(len(input))
     for one in steps:
-        output, log_abs_det = one.forward(output)
+        output, log_abs_det = one.run(output)
         if keep_dtype and output.dtype != input.dtype:
             raise TypeError(
                 f"steps must keep the dtype of the input, {input.dtype}, so that they can be undone, "
@@ -243,3 +238,35 @@ def _add(total: Gradients, gradients: Gradients) -> None:
 def _random_state(input: Tensor) -> list[Tensor]:
     """What changes when random numbers are drawn."""
     return [torch.get_rng_state(), *get_device_states(input)[1]]
+
+
+def _buffers(steps: Sequence[_Step]) -> dict[str, tuple[Tensor, int]]:
+    """The buffers of all steps with their versions, which change with every write: no device need be waited for."""
+    return {
+        f"{type(one.module).__name__} {index}, {name}": (buffer, 0 if buffer.is_inference() else buffer._version)
+        for index, one in enumerate(steps)
+        for name, buffer in one.module.named_buffers()
+    }
+
+
+def _changed(before: dict[str, tuple[Tensor, int]], after: dict[str, tuple[Tensor, int]]) -> list[str]:
+    return [
+        name
+        for name, (buffer, version) in after.items()
+        if name not in before or before[name][0] is not buffer or before[name][1] != version
+    ]
+
+
+def _check_that_buffers_stay(input: Tensor, steps: Sequence[_Step]) -> None:
+    """Runs steps again, as the backward pass will do, after a run that has changed buffers.
+
+    Initialising by the first batch, as ActNorm does, changes nothing the second time.
+    """
+    before = _buffers(steps)
+    _run(input, steps)
+    changed = _changed(before, _buffers(steps))
+    if changed:
+        raise RuntimeError(
+            "steps must not change buffers whenever they are called, as BatchNorm and spectral_norm do in training "
+            f"mode, since they are computed again, got changes of {'; '.join(changed)}"
+        )

@@ -6,44 +6,35 @@ network with the same values.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-# The attributes that hold the networks of each kind of coupling. A direction calls each of them once.
-Networks = Mapping[type[nn.Module], tuple[str, ...]]
+from nflows_kconv.attributes import replaced
+from nflows_kconv.bijection import Bijection
 
 
 @contextmanager
-def evaluated_once(module: nn.Module, networks: Networks) -> Iterator[None]:
+def evaluated_once(module: nn.Module) -> Iterator[None]:
     """While it is entered, a step that is undone and then repeated evaluates each of its networks once.
 
     What a network gives where it is called without gradients is recorded, and taken where it is next called with
-    gradients, differentiable as if it came from the input given then, which may differ by rounding.
+    gradients, differentiable as if it came from the arguments given then, which may differ by rounding.
 
     Args:
-        module: Holds couplings.
-        networks: Which of their modules are networks.
+        module: Holds couplings, whose classes have told `nflows_kconv.bijection.register` of their networks.
     """
-    couplings = [
-        (coupling, name)
-        for coupling in module.modules()
-        for kind, names in networks.items()
-        if isinstance(coupling, kind)
-        for name in names
+    with replaced(
+        (coupling, name, _SharedNetwork(getattr(coupling, name)))
+        for coupling in list(module.modules())
+        for name in Bijection(coupling).networks
         if isinstance(getattr(coupling, name), nn.Module)
-    ]
-    for coupling, name in couplings:
-        # An attribute of the instance hides the module of that name, which stays where it is.
-        vars(coupling)[name] = _SharedNetwork(getattr(coupling, name))
-    try:
+    ):
         yield
-    finally:
-        for coupling, name in couplings:
-            del vars(coupling)[name]
 
 
 class _SharedNetwork:
@@ -51,35 +42,45 @@ class _SharedNetwork:
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network
-        self.evaluations: list[tuple[list[Any], Tensor]] = []
+        self.evaluations: list[tuple[list[Tensor], Tensor]] = []
 
     def __getattr__(self, name: str) -> Any:
         """An attribute of the network, as couplings may read."""
         return getattr(self.network, name)
 
-    def __call__(self, input: Tensor, *context: Any) -> Tensor:
+    def __call__(self, *arguments: Any, **options: Any) -> Tensor:
         """The network's output; where the step is undone it is recorded, and where it is repeated taken from there."""
         if not torch.is_grad_enabled():
-            leaf = input.detach().requires_grad_()
+            # What is no leaf here, such as a context that the coupling has resized, may have a history when repeated.
+            arguments, options = tree_map_only(Tensor, _leaf, (arguments, options))
             with torch.enable_grad():
-                output = self.network(leaf, *context)
-            self.evaluations.append(([leaf, *context, *self.network.parameters()], output))
+                output = self.network(*arguments, **options)
+            self.evaluations.append((self._sources(arguments, options), output))
             return output.detach().clone()  # the coupling may change it in place
         if not self.evaluations:  # the step's input was known
-            return self.network(input, *context)
-        return _Repeated.apply(self.evaluations.pop(), input, *context, *self.network.parameters())
+            return self.network(*arguments, **options)
+        return _Repeated.apply(self.evaluations.pop(), *self._sources(arguments, options))
+
+    def _sources(self, *arguments: Any) -> list[Tensor]:
+        given = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
+        return [*given, *self.network.parameters()]
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_() if tensor.is_floating_point() else tensor
 
 
 class _Repeated(torch.autograd.Function):
-    """A recorded evaluation, as if it had been with this input."""
+    """A recorded evaluation, as if it had been with these arguments."""
 
     @staticmethod
-    def forward(ctx: Any, evaluation: tuple[list[Any], Tensor], *sources: Any) -> Tensor:
+    def forward(ctx: Any, evaluation: tuple[list[Tensor], Tensor], *sources: Tensor) -> Tensor:
         ctx.sources, ctx.output = evaluation
         return ctx.output.detach()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        sources = [source for source in ctx.sources if isinstance(source, Tensor) and source.requires_grad]
+        needed = zip(ctx.sources, ctx.needs_input_grad[1:], strict=True)
+        sources = [source for source, is_needed in needed if is_needed]
         found = dict(zip(sources, torch.autograd.grad(ctx.output, sources, gradients, allow_unused=True), strict=True))
         return None, *map(found.get, ctx.sources)

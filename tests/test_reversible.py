@@ -6,6 +6,7 @@ import contextlib
 import copy
 import json
 import sys
+from collections.abc import Callable
 from importlib import util
 from pathlib import Path
 
@@ -18,10 +19,11 @@ from nflows import transforms
 from nflows.distributions import StandardNormal
 from nflows.flows import Flow
 from torch import Tensor, distributed, nn
+from torch.nn.utils import prune
 
 import nflows_kconv.nflows
 import nflows_kconv.normflows
-from nflows_kconv import InvertibleConv2d, reversible, step
+from nflows_kconv import InvertibleConv2d, bijection, reversible, step
 from nflows_kconv.nflows import ReversibleCompositeTransform
 from nflows_kconv.normflows import ReversibleComposite
 
@@ -111,8 +113,8 @@ class OrdinaryComposite(nf.flows.Composite):
 
 # name: a step, and the ordinary and the reversible container.
 LIBRARIES = {
-    "neutral": (neutral_step, step.Sequence, reversible.Sequence),
-    "neutral, inverse": (inverse_step, step.Sequence, reversible.Sequence),
+    "neutral": (neutral_step, step.Sequence, reversible.Chain),
+    "neutral, inverse": (inverse_step, step.Sequence, reversible.Chain),
     "nflows": (nflows_step, transforms.CompositeTransform, ReversibleCompositeTransform),
     "nflows, splines": (nflows_splines, transforms.CompositeTransform, ReversibleCompositeTransform),
     "normflows": (normflows_step, OrdinaryComposite, ReversibleComposite),
@@ -229,9 +231,9 @@ def test_gradients_stay_right_where_inverses_explode(monkeypatch):
     steps = [squeezing_step() for _ in range(56)]
     inputs = images(dtype=torch.float32)
     expected = gradients(step.Sequence(steps), inputs)
-    assert error(gradients(reversible.Sequence(steps), inputs), expected) < 1e-5
+    assert error(gradients(reversible.Chain(steps), inputs), expected) < 1e-5
     monkeypatch.setattr(reversible, "_is_close", lambda *arguments: True)
-    assert error(gradients(reversible.Sequence(steps), inputs), expected) > 1e-4  # else this tests nothing
+    assert error(gradients(reversible.Chain(steps), inputs), expected) > 1e-4  # else this tests nothing
 
 
 @pytest.mark.parametrize(
@@ -263,7 +265,7 @@ def test_image_flows_train_reversibly(library, direction):
         flow.log_prob(inputs).mean().backward()
         found.append({name: parameter.grad for name, parameter in flow.named_parameters()})
         keys.append(list(flow.state_dict()))
-        assert any(isinstance(module, reversible.Sequence) for module in flow.modules()) == is_reversible
+        assert any(isinstance(module, reversible.Chain) for module in flow.modules()) == is_reversible
     assert keys[0] == keys[1]
     assert_equal(*reversed(found))
 
@@ -281,7 +283,7 @@ def test_each_network_is_evaluated_twice_in_a_training_step(library):
 
 def test_the_first_batch_initialises_once():
     steps = [neutral_step() for _ in range(STEPS)]
-    ordinary, other = step.Sequence(copy.deepcopy(steps)), reversible.Sequence(steps)
+    ordinary, other = step.Sequence(copy.deepcopy(steps)), reversible.Chain(steps)
     inputs = 3 + 2 * images(20, torch.float32)
     found, expected = gradients(other, inputs), gradients(ordinary, inputs)
     assert error(found, expected) < 1e-5
@@ -297,6 +299,67 @@ def test_contexts_get_gradients():
     assert_equal(found, expected)
     context = context.detach()
     assert_equal(gradients(other, inputs, context), gradients(ordinary, inputs, context))
+
+
+class AddedContext(nn.Module):
+    """A network with a second argument, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image, self.linear = smooth_network(2, 4), nn.Linear(3, 4)
+
+    def forward(self, kept, context):
+        return self.image(kept) + self.linear(context)[:, :, None, None]
+
+
+class Shifted(nn.Module):
+    """A coupling of no library, whose directions are called otherwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = AddedContext()
+
+    def forward(self, x, context):
+        log_scale, shift = self._computed(x, context)
+        y = torch.cat([x[:, :2], x[:, 2:] * log_scale.exp() + shift], 1)
+        return y.flip(1), log_scale.sum((1, 2, 3))
+
+    def reverse(self, y, context):
+        y = y.flip(1)
+        log_scale, shift = self._computed(y, context)
+        return torch.cat([y[:, :2], (y[:, 2:] - shift) * (-log_scale).exp()], 1)
+
+    def _computed(self, x, context):
+        classes, values = context
+        # The network's context has a history where gradients are recorded, and none where the step is undone.
+        log_scale, shift = self.net(x[:, :2], context=values.mean(1) * (1 + classes[:, None])).chunk(2, 1)
+        return 0.1 * log_scale.tanh(), shift
+
+
+def test_contexts_of_several_tensors_and_handwritten_steps():
+    bijection.register(Shifted, inverse="reverse", networks=("net",))
+    modules = nn.ModuleList(Shifted() for _ in range(STEPS)).double()
+    calls = []
+    for module in modules:
+        module.net.image.register_forward_hook(lambda module, *_: calls.append(module))
+    classes, values = torch.tensor([2, 0, 1, 1, 0]), torch.randn(5, 2, 3, dtype=torch.float64, requires_grad=True)
+    found = []
+    inputs = images().requires_grad_()
+    for run in (reversible.cascade, ordinary_cascade):
+        outputs, log_abs_det = run(inputs, modules, (classes, values))
+        loss = outputs.pow(3).sum() - log_abs_det.pow(2).sum()
+        found.append(torch.autograd.grad(loss, [inputs, values, *modules.parameters()]))
+    for actual, expected in zip(*found, strict=True):
+        torch.testing.assert_close(actual, expected)
+    assert all(calls.count(module.net.image) == 2 + 1 for module in modules)  # and once in the ordinary way
+
+
+def ordinary_cascade(inputs, modules, context):
+    total = 0
+    for module in modules:
+        inputs, log_abs_det = module(inputs, context)
+        total = total + log_abs_det
+    return inputs, total
 
 
 def test_gradients_accumulate_in_parameters_as_ever():
@@ -320,7 +383,7 @@ def test_a_step_that_occurs_twice_gets_both_gradients():
     steps = [neutral_step().double() for _ in range(6)] * 4
     inputs = images()
     step.Sequence(steps)(inputs)  # ActNorm looks at its first batch
-    assert_equal(gradients(reversible.Sequence(steps), inputs), gradients(step.Sequence(steps), inputs))
+    assert_equal(gradients(reversible.Chain(steps), inputs), gradients(step.Sequence(steps), inputs))
 
 
 def test_one_of_the_results_is_enough():
@@ -395,7 +458,7 @@ def test_distributed_training_hears_of_the_gradients(tmp_path):
 
 @pytest.mark.filterwarnings("ignore")  # of torch.compile, about its graph breaks
 def test_torch_compile_breaks_its_graph():
-    module = reversible.Sequence([step.AffineCoupling(smooth_network(2, 4)) for _ in range(10)]).double()
+    module = reversible.Chain([step.AffineCoupling(smooth_network(2, 4)) for _ in range(10)]).double()
     inputs = images()
     results = []
     for function in (module, torch.compile(module, backend="aot_eager")):
@@ -446,28 +509,63 @@ class AddNoise(nn.Module):
 def test_random_numbers_are_refused(draws):
     if isinstance(draws, nn.Dropout):
         draws = step.AffineCoupling(nn.Sequential(draws, smooth_network(2, 4)))
-    module = reversible.Sequence([neutral_step(), draws])
+    module = reversible.Chain([neutral_step(), draws])
     with pytest.raises(RuntimeError, match="random numbers, as dropout does"):
         module(images(dtype=torch.float32))
     if not isinstance(draws, AddNoise):
         module.eval()(images(dtype=torch.float32))
 
 
-def test_normalising_by_the_batch_is_refused_before_anything_is_computed():
-    network = nn.Sequential(nn.BatchNorm2d(2), smooth_network(2, 4))
-    module = reversible.Sequence([neutral_step(), step.AffineCoupling(network)])
-    state = copy.deepcopy(module.state_dict())
-    with pytest.raises(ValueError, match=r"may normalise by its batch.* got BatchNorm2d in training mode"):
-        module(images(dtype=torch.float32))
-    for name, value in module.state_dict().items():
-        assert torch.equal(value, state[name])
-    module.eval()(images(dtype=torch.float32))
-    with pytest.raises(ValueError, match="got BatchNorm in training mode"):
+def normalised(normalise: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    network = smooth_network(2, 4)
+    network[0] = normalise(network[0])
+    return reversible.Chain([neutral_step(), step.AffineCoupling(network)])
+
+
+STATEFUL = {
+    "BatchNorm": lambda convolution: nn.Sequential(nn.BatchNorm2d(2), convolution),
+    "InstanceNorm": lambda convolution: nn.Sequential(nn.InstanceNorm2d(2, track_running_stats=True), convolution),
+    "spectral_norm": nn.utils.spectral_norm,
+    "spectral_norm, a parametrization": nn.utils.parametrizations.spectral_norm,
+}
+
+
+@pytest.mark.parametrize("normalise", STATEFUL.values(), ids=STATEFUL.keys())
+def test_networks_that_change_whenever_they_are_called_are_refused(normalise):
+    module = normalised(normalise).double()
+    with pytest.raises(RuntimeError, match=r"must not change buffers .* got changes of AffineCoupling 1, network\.0\."):
+        module(images())
+    module.eval()
+    inputs = images()
+    assert_equal(gradients(module, inputs), gradients(step.Sequence(module.steps), inputs))
+    with torch.no_grad():
+        module.train()(inputs)
+
+
+@pytest.mark.parametrize(
+    "normalise",
+    [
+        nn.utils.weight_norm,
+        nn.utils.parametrizations.weight_norm,
+        lambda convolution: prune.random_unstructured(convolution, "weight", 0.5),
+    ],
+    ids=["weight_norm", "weight_norm, a parametrization", "pruning"],
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+def test_networks_whose_weights_are_computed_get_the_ordinary_gradients(normalise):
+    steps = [step.AffineCoupling(normalised(normalise).steps[1].network) for _ in range(STEPS)]
+    inputs = images()
+    ordinary = step.Sequence(steps).double()
+    assert_equal(gradients(reversible.Chain(steps), inputs), gradients(ordinary, inputs))
+
+
+def test_a_flow_whose_steps_normalise_by_the_batch_is_refused():
+    with pytest.raises(RuntimeError, match=r"got changes of BatchNorm 0, running_mean; BatchNorm 0, running_var"):
         ReversibleCompositeTransform([transforms.BatchNorm(3)])(torch.randn(4, 3))
 
 
 def test_half_precision_is_refused():
-    module = reversible.Sequence([neutral_step()])
+    module = reversible.Chain([neutral_step()])
     with pytest.raises(TypeError, match=r"input must be float32 or float64.* got torch.bfloat16"):
         module.bfloat16()(images(dtype=torch.bfloat16))
 

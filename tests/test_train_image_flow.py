@@ -313,7 +313,7 @@ def test_reversible_training_is_the_same_but_for_rounding(tmp_path):
         run = tmp_path / f"run{len(states)}"
         checkpoint = train(run, 2, "--flow-steps", "9", *arguments)
         flow = train_image_flow.build_flow(checkpoint["hyper_parameters"])
-        assert any(isinstance(module, reversible.Sequence) for module in flow.modules()) == bool(arguments)
+        assert any(isinstance(module, reversible.Chain) for module in flow.modules()) == bool(arguments)
         curves.append(scalars(run, "validation_bits_per_dim"))
         states.append(list(checkpoint["state_dict"]))
     assert states[0] == states[1]
