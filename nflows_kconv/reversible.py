@@ -78,7 +78,7 @@ def cascade(
 
     Raises:
         TypeError: If something is no bijection; if gradients are recorded, and the input or an output has another
-            dtype.
+            dtype, or a module's parameters are sharded by themselves.
         RuntimeError: If gradients are recorded, and the modules draw random numbers, as dropout does, or change buffers
             whenever they are called, as BatchNorm and spectral_norm do in training mode.
     """
@@ -89,8 +89,20 @@ def cascade(
         return _run(input, steps)
     if input.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"input must be float32 or float64, so that steps can be undone, got {input.dtype}")
+    _check_that_parameters_are_whole(steps)
     sources = dict.fromkeys(source for one in steps for source in one.sources())
     return _Cascade.apply(steps, input, *sources)
+
+
+def _check_that_parameters_are_whole(steps: Sequence[_Step]) -> None:
+    """Refuses steps that compute with other parameters than they have, which would get no gradient."""
+    for one in steps:
+        for name, parameter in one.module.named_parameters():
+            if hasattr(parameter, "device_mesh"):  # a DTensor
+                raise TypeError(
+                    "parameters of steps must be whole when the steps are called: give fully_shard what holds the "
+                    f"steps, not the steps, got a {type(parameter).__name__} for {name} of {type(one.module).__name__}"
+                )
 
 
 class _Step(NamedTuple):

@@ -3,11 +3,16 @@
 import copy
 import math
 from itertools import chain, pairwise
+from typing import Any
 
+import FrEIA.framework
+import FrEIA.modules
 import normflows as nf
 import oracles
 import pytest
 import torch
+import zuko
+from adapters import scatter
 from cases import CORNERS
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,11 +20,16 @@ from nflows import transforms
 from nflows.distributions import StandardNormal
 from nflows.flows import Flow
 from nflows.nn.nets import ConvResidualNet
+from pyro.distributions import transforms as pyro_transforms
 from torch import Tensor, nn
+from torch.distributions import ComposeTransform, TanhTransform
 
+import nflows_kconv.distributions
+import nflows_kconv.freia
 import nflows_kconv.nflows
 import nflows_kconv.normflows
-from nflows_kconv import InvertibleConv2d, step
+import nflows_kconv.torchflows
+from nflows_kconv import InvertibleConv2d, bijection, step
 from nflows_kconv.diagnostics import conditioning, round_trip
 
 SIZES = (1, 2, 4, 8, 12)
@@ -272,10 +282,10 @@ def test_errors_are_told_where_they_are_born_and_where_they_arrive():
     """A step that undoes itself up to a known error, between steps that pass errors on as they are."""
 
     class Off(nn.Module):
-        def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        def forward(self, input: Tensor, context: None = None) -> tuple[Tensor, Tensor]:
             return input.flip(3), input.new_zeros(len(input))
 
-        def inverse(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        def inverse(self, input: Tensor, context: None = None) -> tuple[Tensor, Tensor]:
             return input.flip(3) + 0.01 * input.abs().max(), input.new_zeros(len(input))
 
     first, off, last = round_trip(step.Sequence([step.ActNorm(4), Off(), step.ActNorm(4)]), images(3, 4, 8, 8)).steps
@@ -288,7 +298,7 @@ def test_errors_are_told_where_they_are_born_and_where_they_arrive():
 
 def test_it_blames_an_inverse_that_is_wrong():
     class Wrong(step.ActNorm):
-        def inverse(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        def inverse(self, input: Tensor, context: None = None) -> tuple[Tensor, Tensor]:
             return 1.001 * input, input.new_zeros(len(input))
 
     result = round_trip(stack(Wrong(4)), images(3, 4, 8, 8))
@@ -317,11 +327,11 @@ def test_an_error_between_steps_is_not_blamed_on_them():
             super().__init__()
             self.inner = InvertibleConv2d(4)
 
-        def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        def forward(self, input: Tensor, context: None = None) -> tuple[Tensor, Tensor]:
             output, log_abs_det = self.inner(input)
             return output**3, log_abs_det
 
-        def inverse(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        def inverse(self, input: Tensor, context: None = None) -> tuple[Tensor, Tensor]:
             return self.inner.inverse(input.sign() * input.abs() ** 0.33)
 
     result = round_trip(Cubed(), images(3, 4, 8, 8))
@@ -369,10 +379,10 @@ def test_rounding_to_whole_numbers_is_no_loss():
     """Dequantisation's noise may lie so close to the edge of a cell that any error makes a difference of one."""
 
     class Edge(nn.Module):
-        def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        def forward(self, input: Tensor, context: None = None) -> tuple[Tensor, Tensor]:
             return input + 1e-6, input.new_zeros(len(input))
 
-        def inverse(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        def inverse(self, input: Tensor, context: None = None) -> tuple[Tensor, Tensor]:
             return (input - 1e-5).floor(), input.new_zeros(len(input))
 
     result = round_trip(step.Sequence([Edge(), InvertibleConv2d(4)]), images(3, 4, 8, 8).mul(10).round())
@@ -417,6 +427,150 @@ def test_other_flows():
     assert [one.name for one in round_trip(InvertibleConv2d(4), images(3, 4, 8, 8)).steps] == ["(flow)"]
 
 
+class GlowConvolution(nn.Module):
+    """The idiom of many repositories: `forward` gives a log-determinant, `reverse` does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = layer_with(0.1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.layer(x)
+
+    def reverse(self, y: Tensor) -> Tensor:
+        return self.layer.inverse(y)[0]
+
+
+class GlowScale(nn.Module):
+    """Another idiom: one method, that adds to a log-determinant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.randn(4, 1, 1))
+
+    def forward(self, input: Tensor, logdet: Tensor, reverse: bool = False) -> tuple[Tensor, Tensor]:
+        sign = -1 if reverse else 1
+        log_abs_det = sign * self.log_scale.sum() * input[0, 0].numel()
+        return input * (sign * self.log_scale).exp(), logdet + log_abs_det
+
+
+class Glow(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution, self.scale = GlowConvolution(), GlowScale()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x, log_abs_det = self.convolution(x)
+        return self.scale(x, log_abs_det)
+
+    def reverse(self, y: Tensor) -> Tensor:
+        y, _ = self.scale(y, y.new_zeros(len(y)), reverse=True)
+        return self.convolution.reverse(y)
+
+
+def handwritten_glow() -> nn.Module:
+    for kind in (Glow, GlowConvolution):
+        bijection.register(kind, inverse="reverse")
+    bijection.register(
+        GlowScale,
+        forward=lambda step, x, context: step(x, x.new_zeros(len(x))),
+        inverse=lambda step, y, context: step(y, y.new_zeros(len(y)), reverse=True),
+    )
+    return Glow()
+
+
+def freia_sequence() -> nn.Module:
+    flow = FrEIA.framework.SequenceINN(4, 8, 8)
+    flow.append(nflows_kconv.freia.InvertibleConv2d, corners="TL")
+    flow.append(FrEIA.modules.PermuteRandom)
+    flow.append(
+        FrEIA.modules.AllInOneBlock,
+        cond=0,
+        cond_shape=(3, 8, 8),
+        subnet_constructor=lambda inputs, outputs: nn.Conv2d(inputs, outputs, 3, padding=1),
+    )
+    return flow
+
+
+def freia_graph() -> nn.Module:
+    framework = FrEIA.framework
+    start = framework.InputNode(4, 8, 8)
+    layer = framework.Node(start, nflows_kconv.freia.InvertibleConv2d, {})
+    split = framework.Node(layer, FrEIA.modules.Split, {})
+    merge = framework.Node([split.out0, split.out1], FrEIA.modules.Concat, {})
+    norm = framework.Node(merge, FrEIA.modules.ActNorm, {})
+    return framework.GraphINN([start, layer, split, merge, norm, framework.OutputNode(norm)])
+
+
+def zuko_layers() -> nn.Module:
+    layers = [zuko.lazy.UnconditionalTransform(Held(), nflows_kconv.distributions.InvertibleConv2d(4))]
+    scale = zuko.lazy.UnconditionalTransform(zuko.transforms.MonotonicAffineTransform, torch.ones(8), torch.ones(8))
+    base = zuko.lazy.UnconditionalDistribution(
+        zuko.distributions.DiagNormal, torch.zeros(4, 8, 8), torch.ones(4, 8, 8), ndims=3
+    )
+    return zuko.flows.Flow([*layers, scale], base)
+
+
+class Held(nn.Module):
+    def forward(self, transform: Any) -> Any:
+        return transform
+
+
+def torch_layers() -> Any:
+    first, second = (nflows_kconv.distributions.InvertibleConv2d(4) for _ in range(2))
+    return ComposeTransform([first, ComposeTransform([TanhTransform().inv, second.inv]).inv])
+
+
+def of_classes(library: Any) -> nn.Module:
+    return library.finc_flow((4, 8, 8), 1, 1, hidden_channels=4, num_classes=3)
+
+
+IMAGE_FLOW = ["UniformDequantization", "Logit"]
+STEP = ["InvertibleConv2d", "ActNorm", "InvertibleConv1x1", "AffineCoupling"]
+ANY_KIND = {
+    "nflows, classes": (lambda: of_classes(nflows_kconv.nflows), [*IMAGE_FLOW, "SqueezeTransform", *STEP]),
+    "normflows, classes": (lambda: of_classes(nflows_kconv.normflows), [*IMAGE_FLOW, "Squeeze", *STEP]),
+    "FrEIA, a layer": (lambda: nflows_kconv.freia.InvertibleConv2d([(4, 8, 8)]), ["InvertibleConv2d"]),
+    "FrEIA, a sequence": (freia_sequence, ["InvertibleConv2d", "PermuteRandom", "AllInOneBlock"]),
+    "FrEIA, a graph": (freia_graph, ["InvertibleConv2d", "ActNorm"]),
+    "zuko, layers": (zuko_layers, ["InvertibleConv2d", "MonotonicAffineTransform"]),
+    "zuko, autoregressive": (lambda: zuko.flows.NSF(4, 2, transforms=2), ["AutoregressiveTransform"] * 2),
+    "torch.distributions": (torch_layers, ["InvertibleConv2d", "InvertibleConv2d", "TanhTransform"]),
+    "Pyro": (lambda: pyro_transforms.affine_autoregressive(4), ["AffineAutoregressive"]),
+    "Pyro, conditional": (lambda: pyro_transforms.conditional_spline(4, 2), ["ConditionedSpline"]),
+    "torchflows": (lambda: nflows_kconv.torchflows.InvertibleConv2d((4, 8, 8)), ["InvertibleConv2d"]),
+    "by hand": (handwritten_glow, ["InvertibleConv2d", "GlowScale"]),
+}
+
+
+@pytest.mark.parametrize("name", ANY_KIND)
+def test_flows_of_every_library(name: str):
+    build, kinds = ANY_KIND[name]
+    flow = scatter(build()) if isinstance(build(), nn.Module) else build()
+    input, context = images(3, 4, 8, 8), None
+    if "classes" in name:
+        input, context = torch.randint(0, 256, (3, 4, 8, 8)), torch.tensor([2, 0, 1])
+    elif name == "FrEIA, a sequence":
+        context = images(3, 3, 8, 8)
+    elif name in ("zuko, autoregressive", "Pyro", "Pyro, conditional"):
+        input, context = images(3, 4), None if name == "Pyro" else images(3, 2)
+    before = {part: set(vars(part)) for part in flow.modules()} if isinstance(flow, nn.Module) else {}
+    result = round_trip(flow, input, context)
+    assert [one.kind for one in result.steps] == kinds
+    assert len({one.name for one in result.steps}) == len(kinds)
+    assert "nothing is lost" in result.verdict
+    assert {part: set(vars(part)) for part in before} == before
+
+
+def test_what_has_no_inverse_is_told():
+    """In Pyro some find their inverse in a cache only."""
+    cached = pyro_transforms.Planar(4)
+    cached._cache_size, cached._cached_x_y = 1, (None, None)
+    for flow in (cached, ComposeTransform([cached]), nf.flows.Planar((4,))):
+        with pytest.raises(bijection.NoInverse, match="Planar has no inverse"):
+            round_trip(flow, images(3, 4))
+
+
 def test_it_prints_a_table():
     result = round_trip(stack(layer_with(0.5, corners="TL")), images(3, 4, 8, 8))
     lines = str(result).splitlines()
@@ -435,10 +589,10 @@ class Straight(nn.Module):
         super().__init__()
         self.steps = nn.ModuleList(steps)
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:
         for each in self.steps:
             input = each(input)[0]
-        return input
+        return input, input.new_zeros(len(input))
 
     def inverse(self, input: Tensor) -> Tensor:
         for each in self.steps:
@@ -449,11 +603,15 @@ class Straight(nn.Module):
 @pytest.mark.parametrize(
     ("flow", "error", "match"),
     [
-        (torch.exp, TypeError, "flow must be a torch.nn.Module, got builtin_function_or_method"),
+        (
+            torch.exp,
+            TypeError,
+            r"builtin_function_or_method must have forward\(x\) -> .* or be of a class that .*register",
+        ),
         (
             nn.Linear(2, 2),
             TypeError,
-            "flow must be a flow of nflows or normflows, or have forward and inverse, got Linear",
+            r"Linear must have forward\(x\) -> \(y, log_abs_det\) and inverse, as in",
         ),
         (
             Straight(step.ActNorm(4), InvertibleConv2d(4)),
@@ -461,7 +619,9 @@ class Straight(nn.Module):
             r"got \[steps.0, steps.1\] there and, reversed, \[st",
         ),
         (
-            nf.NormalizingFlow(nf.distributions.DiagGaussian(4), []),
+            nf.MultiscaleFlow(
+                [nf.distributions.DiagGaussian((2, 8, 8))] * 2, [[], []], [nf.flows.Merge()], None, False
+            ),
             ValueError,
             r"got \[\] there and, reversed, \[\] back",
         ),

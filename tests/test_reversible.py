@@ -456,6 +456,26 @@ def test_distributed_training_hears_of_the_gradients(tmp_path):
         torch.testing.assert_close(found.grad, expected.grad, rtol=1e-3, atol=1e-3)
 
 
+def test_sharding_around_the_steps_trains_and_of_each_step_is_refused(tmp_path):
+    ordinary, other = twins("neutral", 10, torch.float32)
+    inputs = images(dtype=torch.float32)
+    ordinary(inputs)[0].square().sum().backward()
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = distributed.device_mesh.init_device_mesh("cpu", (1,))
+        distributed.fsdp.fully_shard(other, mesh=mesh)
+        other(inputs)[0].square().sum().backward()
+        for found, expected in zip(other.parameters(), ordinary.parameters(), strict=True):
+            torch.testing.assert_close(found.grad.full_tensor(), expected.grad, rtol=1e-3, atol=1e-3)
+        module = twins("neutral", 2, torch.float32)[1]
+        distributed.fsdp.fully_shard(module.steps[1], mesh=mesh)
+        distributed.fsdp.fully_shard(module, mesh=mesh)
+        with pytest.raises(TypeError, match=r"must be whole .* got a DTensor for steps\.0\.raw_weight of FSDPSequence"):
+            module(inputs)
+    finally:
+        distributed.destroy_process_group()
+
+
 @pytest.mark.filterwarnings("ignore")  # of torch.compile, about its graph breaks
 def test_torch_compile_breaks_its_graph():
     module = reversible.Chain([step.AffineCoupling(smooth_network(2, 4)) for _ in range(10)]).double()

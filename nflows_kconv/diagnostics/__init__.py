@@ -3,7 +3,7 @@
 docs/numerics.md tells how to read the numbers, and what helps.
 """
 
-from nflows_kconv.diagnostics.conditioning import Conditioning, conditioning
-from nflows_kconv.diagnostics.round_trip import RoundTrip, StepError, round_trip
+from nflows_kconv.diagnostics.amplification import Conditioning, conditioning
+from nflows_kconv.diagnostics.reconstruction import RoundTrip, StepError, round_trip
 
 __all__ = ["Conditioning", "RoundTrip", "StepError", "conditioning", "round_trip"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from nflows_kconv.attributes import replaced
+from nflows_kconv.bijection import Bijection, as_bijection, is_bijection
 from nflows_kconv.layer import InvertibleConv2d
 
 _HARMLESS = 1e-4  # 1/40 of a gray level of 256
@@ -73,27 +75,31 @@ class RoundTrip(NamedTuple):
 
 
 @torch.no_grad()
-def round_trip(flow: nn.Module, images: Tensor, context: Tensor | None = None) -> RoundTrip:
+def round_trip(flow: Any, images: Tensor, context: Any = None) -> RoundTrip:
     """Sends images to latent variables and back, and finds the steps at which errors arise and grow.
 
-    A step is a module with `forward` and `inverse` from one tensor to another that does not consist of such modules, or
-    that has parameters of its own; containers of any kind are looked through. A copy of the flow runs, in evaluation
-    mode; the flow, its gradients and random numbers stay as they are.
+    A step is a module that `nflows_kconv.bijection` knows, from one tensor to another, that does not consist of such
+    modules, or that has parameters of its own; containers of any kind are looked through. So are transforms of
+    torch.distributions and zuko that are made of others. A copy of the flow runs, in evaluation mode; the flow, its
+    gradients and random numbers stay as they are.
 
     With images of a data set it tells about density and reconstruction. What `sample` returns may lie where the flow
     amplifies more: give it samples, too.
 
     Args:
-        flow: A flow of nflows or normflows, or any module whose `forward` and `inverse` return a tensor or a tuple that
-            begins with one; the latter runs forward first.
+        flow: A flow or a transform that `nflows_kconv.bijection` knows: of nflows, normflows, torch.distributions,
+            Pyro, zuko, FrEIA or torchflows, anything with `forward` and `inverse`, or of a class that has been
+            registered. Whole flows run from data to latent first, others in their library's forward direction.
         images: [B, ...], as the flow's `log_prob` takes them; converted to the dtype of the parameters.
-        context: If given, the condition, as the second argument of each call.
+        context: If given, what the flow is conditioned on. Labels that matter to the base distribution alone may be
+            there or not.
 
     Returns:
         The errors, a verdict and what helps.
 
     Raises:
-        TypeError: If `flow` is no module with two directions, or `images` no tensor.
+        TypeError: If `flow` is none of these, or `images` no tensor.
+        NotImplementedError: If the flow says that it has no inverse (`nflows_kconv.bijection.NoInverse`).
         ValueError: If it has no steps, or the way back does not run through them in the reverse order.
 
     Examples:
@@ -106,23 +112,31 @@ def round_trip(flow: nn.Module, images: Tensor, context: Tensor | None = None) -
     """
     if not isinstance(images, Tensor):
         raise TypeError(f"images must be a tensor, got {type(images).__name__}")
-    flow = _checked_copy(flow)
-    names = {module: name or "(flow)" for name, module in flow.named_modules()}
-    recorder = _Recorder(flow)
-    images = images.to(next((parameter.dtype for parameter in flow.parameters()), images.dtype))
-    devices = {tensor.device for tensor in (images, *flow.parameters()) if tensor.is_cuda}
-    there, back = _directions(flow, () if context is None else (context,))
-    with torch.random.fork_rng(devices):
+    bijection = as_bijection(_evaluating_copy(as_bijection(flow).module))
+    parts = bijection.parts(context)
+    if parts[0].module is not bijection.module:
+        # Their transforms have been made for the context. A module among them has not been copied with the flow.
+        context = None
+        if not isinstance(bijection.module, nn.Module):
+            parts = [as_bijection(_evaluating_copy(part.module)) for part in parts]
+    names, modules = _names(bijection.module, parts)
+    parameters = [parameter for module in modules for parameter in module.parameters(recurse=False)]
+    images = images.to(next((parameter.dtype for parameter in parameters), images.dtype))
+    devices = {tensor.device for tensor in (images, *parameters) if tensor.is_cuda}
+    recorder = _Recorder()
+    there = [(part.module, partial(_forward, part, context)) for part in parts]
+    back = [(part.module, partial(part.undo, context=context)) for part in reversed(parts)]
+    with torch.random.fork_rng(devices), replaced(recorder.replacements(modules)):
         latent, encoding = recorder.record(there, images.clone())
         _, decoding = recorder.record(back, latent)
         decoding.reverse()
-        if not encoding or [call.module for call in encoding] != [call.module for call in decoding]:
-            there_and_back = (", ".join(names[call.module] for call in calls) for calls in (encoding, decoding))
+        if not encoding or [id(call.module) for call in encoding] != [id(call.module) for call in decoding]:
+            there_and_back = (", ".join(names[id(call.module)] for call in calls) for calls in (encoding, decoding))
             raise ValueError(
-                "flow must consist of modules with forward and inverse that the way back calls in reverse order, got "
-                "[{}] there and, reversed, [{}] back".format(*there_and_back)
+                "flow must consist of bijections that the way back calls in reverse order, got [{}] there and, "
+                "reversed, [{}] back".format(*there_and_back)
             )
-        undone = [_first(call.opposite(call.output.clone())) for call in encoding]
+        undone = [second.repeat(first.output.clone()) for first, second in zip(encoding, decoding, strict=True)]
 
     rounding = torch.finfo(encoding[0].output.dtype).eps
     steps, errors = [], [0.0]
@@ -134,7 +148,7 @@ def round_trip(flow: nn.Module, images: Tensor, context: Tensor | None = None) -
         else:
             growth = 1.0 if leaving == arriving else leaving / max(arriving, rounding)
             errors.append(leaving)
-        steps.append(StepError(names[first.module], type(first.module).__name__, local, arriving, leaving, growth))
+        steps.append(StepError(names[id(first.module)], type(first.module).__name__, local, arriving, leaving, growth))
     error = max(errors)
     settings = _settings(encoding[0].output.device.type)
     verdict, cure = _judge(encoding, steps, error, rounding, settings)
@@ -142,36 +156,46 @@ def round_trip(flow: nn.Module, images: Tensor, context: Tensor | None = None) -
 
 
 class _Call(NamedTuple):
-    """A step's call in one direction, with the function of the other one."""
+    """A step's call in one direction, and how to do it again with another input."""
 
-    module: nn.Module
+    module: Any
     input: Tensor
     output: Tensor
-    opposite: Callable[[Tensor], Any]
+    repeat: Callable[[Tensor], Tensor]
 
 
 class _Recorder:
-    """Records the calls of a flow's steps, after it has replaced the methods of its modules."""
+    """Records the calls of steps, which run through what it puts in place of their methods."""
 
-    def __init__(self, flow: nn.Module) -> None:
+    def __init__(self) -> None:
         self._calls: list[_Call] | None = None
-        for module in flow.modules():
-            if callable(getattr(module, "inverse", None)):
-                forward, inverse = module.forward, module.inverse
-                vars(module).update(
-                    forward=self._recording(module, forward, inverse), inverse=self._recording(module, inverse, forward)
-                )
 
-    def record(self, function: Callable[[Any], Any], input: Any) -> tuple[Any, list[_Call]]:
-        """What a function returns, and the calls of steps in it."""
+    def replacements(self, modules: list[nn.Module]) -> Iterator[tuple[nn.Module, str, Callable[..., Any]]]:
+        """What to replace: in each bijection the methods through which others run it."""
+        for module in modules:
+            if is_bijection(module):
+                for name in as_bijection(module).methods:
+                    yield module, name, self._recording(module, getattr(module, name))
+
+    def record(self, parts: Sequence[tuple[Any, Callable[[Any], Any]]], input: Any) -> tuple[Any, list[_Call]]:
+        """What the parts, (module, function), give one after the other, and the calls of their steps.
+
+        A part that calls no steps is one.
+        """
         calls: list[_Call] = []
         self._calls = calls
         try:
-            return function(input), calls
+            for module, function in parts:
+                count, given = len(calls), _clone(input)
+                input = function(input)
+                returned = _clone(input)
+                if len(calls) == count and given is not None and returned is not None:
+                    calls.append(_Call(module, given, returned, function))
+            return input, calls
         finally:
             self._calls = None
 
-    def _recording(self, module: nn.Module, function: Any, opposite: Any) -> Callable[..., Any]:
+    def _recording(self, module: Any, function: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(input: Any, *args: Any, **kwargs: Any) -> Any:
             if self._calls is None:
                 return function(input, *args, **kwargs)
@@ -184,10 +208,35 @@ class _Recorder:
                 return result
             del self._calls[start:]
             if given is not None and returned is not None:
-                self._calls.append(_Call(module, given, returned, lambda output: opposite(output, *args, **kwargs)))
+
+                def repeat(other: Tensor) -> Tensor:
+                    again = function(other if isinstance(input, Tensor) else [other], *args, **kwargs)
+                    return _only_tensor(_first(again))  # type: ignore[return-value]
+
+                self._calls.append(_Call(module, given, returned, repeat))
             return result
 
         return wrapped
+
+
+def _forward(part: Bijection, context: Any, x: Any) -> Any:
+    return part.forward(x, context)[0]
+
+
+def _evaluating_copy(flow: Any) -> Any:
+    """A copy in evaluation mode of a module; torch's transforms have no mode, and not all of them can be copied."""
+    return copy.deepcopy(flow).eval() if isinstance(flow, nn.Module) else flow
+
+
+def _names(flow: Any, parts: list[Bijection]) -> tuple[dict[int, str], list[nn.Module]]:
+    """What to call each part and each module inside, by its id, as torch's transforms have no hash; and the modules."""
+    names = {id(part.module): str(index) for index, part in enumerate(parts)} | {id(flow): "(flow)"}
+    modules: dict[int, nn.Module] = {}
+    for owner in (flow, *(part.module for part in parts)):
+        if isinstance(owner, nn.Module):
+            modules |= {id(module): module for module in owner.modules()}
+            names |= {id(module): name for name, module in owner.named_modules() if name}
+    return names, list(modules.values())
 
 
 def _is_container(module: nn.Module, begins: bool, ends: bool) -> bool:
@@ -200,38 +249,20 @@ def _is_container(module: nn.Module, begins: bool, ends: bool) -> bool:
     return (begins and ends) or ((begins or ends) and not has_parameters)
 
 
-def _checked_copy(flow: nn.Module) -> nn.Module:
-    if not isinstance(flow, nn.Module):
-        raise TypeError(f"flow must be a torch.nn.Module, got {type(flow).__name__}")
-    if not (hasattr(flow, "inverse_and_log_det") or hasattr(flow, "transform_to_noise") or hasattr(flow, "inverse")):
-        raise TypeError(
-            f"flow must be a flow of nflows or normflows, or have forward and inverse, got {type(flow).__name__}"
-        )
-    return copy.deepcopy(flow).eval()
+def _clone(value: Any) -> Tensor | None:
+    tensor = _only_tensor(value)
+    return None if tensor is None else tensor.clone()
 
 
-def _directions(flow: Any, context: tuple[Tensor, ...]) -> tuple[Callable[[Any], Any], ...]:
-    """From images to latent variables, and back."""
-    if hasattr(flow, "inverse_and_log_det"):  # normflows
-        functions = flow.inverse_and_log_det, flow.forward_and_log_det
-    elif hasattr(flow, "transform_to_noise"):  # nflows
-        context = tuple(map(flow._embedding_net, context))
-        functions = flow._transform, flow._transform.inverse
-    else:
-        functions = flow.forward, flow.inverse
-    return tuple(partial(_called, function, context) for function in functions)
-
-
-def _called(function: Callable[..., Any], context: tuple[Tensor, ...], input: Any) -> Any:
-    return _first(function(input, *context))
+def _only_tensor(value: Any) -> Tensor | None:
+    """The tensor, which FrEIA puts into a tuple; None for several."""
+    if isinstance(value, (tuple, list)) and len(value) == 1:
+        (value,) = value
+    return value if isinstance(value, Tensor) else None
 
 
 def _first(result: Any) -> Any:
     return result[0] if isinstance(result, tuple) else result
-
-
-def _clone(value: Any) -> Tensor | None:
-    return value.clone() if isinstance(value, Tensor) else None
 
 
 def _same(first: Tensor, second: Tensor | None) -> bool:
@@ -240,10 +271,11 @@ def _same(first: Tensor, second: Tensor | None) -> bool:
 
 def _error(actual: Tensor, expected: Tensor) -> float:
     """The largest error over the largest entry; infinity if something is not finite."""
-    difference = (actual.double() - expected.double()).abs()
+    dtype = torch.promote_types(actual.dtype, torch.float32)  # some devices have no float64
+    difference = (actual.to(dtype) - expected.to(dtype)).abs()
     if not difference.numel() or not difference.any():
         return 0.0
-    error = (difference.max() / expected.double().abs().max()).item()
+    error = (difference.max() / expected.to(dtype).abs().max()).item()
     return error if math.isfinite(error) else math.inf
 
 
