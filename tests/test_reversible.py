@@ -19,6 +19,8 @@ from nflows import transforms
 from nflows.distributions import StandardNormal
 from nflows.flows import Flow
 from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import prune
 
 import nflows_kconv.nflows
@@ -462,14 +464,14 @@ def test_sharding_around_the_steps_trains_and_of_each_step_is_refused(tmp_path):
     ordinary(inputs)[0].square().sum().backward()
     distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        mesh = distributed.device_mesh.init_device_mesh("cpu", (1,))
-        distributed.fsdp.fully_shard(other, mesh=mesh)
+        mesh = init_device_mesh("cpu", (1,))
+        fully_shard(other, mesh=mesh)
         other(inputs)[0].square().sum().backward()
         for found, expected in zip(other.parameters(), ordinary.parameters(), strict=True):
             torch.testing.assert_close(found.grad.full_tensor(), expected.grad, rtol=1e-3, atol=1e-3)
         module = twins("neutral", 2, torch.float32)[1]
-        distributed.fsdp.fully_shard(module.steps[1], mesh=mesh)
-        distributed.fsdp.fully_shard(module, mesh=mesh)
+        fully_shard(module.steps[1], mesh=mesh)
+        fully_shard(module, mesh=mesh)
         with pytest.raises(TypeError, match=r"must be whole .* got a DTensor for steps\.0\.raw_weight of FSDPSequence"):
             module(inputs)
     finally:
