@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
+
+import nflows_kconv
 
 # An audit hook sees what Python does; what a library does below Python, the files that are there afterwards.
 CHILD = """
@@ -35,7 +39,8 @@ sys.addaudithook(watch)
 import importlib, importlib.util, pkgutil
 
 # What the libraries do by themselves is theirs: matplotlib, which nflows imports, makes a list of fonts.
-for library in ("torch", "matplotlib.pyplot", "nflows.transforms", "normflows", "FrEIA", "torchflows", "hypothesis"):
+libraries = ("FrEIA", "hypothesis", "nflows.transforms", "normflows", "pyro.distributions", "torchflows", "zuko")
+for library in ("torch", "matplotlib.pyplot", *libraries):
     if importlib.util.find_spec(library.partition(".")[0]):
         importlib.import_module(library)
 before_the_package, files_before = len(seen), files()
@@ -83,3 +88,11 @@ def test_no_network_no_program_no_file(tmp_path: Path):
     command = [sys.executable, "-B", "-c", CHILD]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_every_module_is_what_its_name_gives():
+    """`import nflows_kconv.X as x` takes the attribute X of the package, which a function of that name would hide."""
+    for _, name, _ in pkgutil.walk_packages(nflows_kconv.__path__, "nflows_kconv."):
+        if name != "nflows_kconv._native":  # which is loaded by torch
+            package, _, attribute = name.rpartition(".")
+            assert importlib.import_module(name) is getattr(sys.modules[package], attribute), name
