@@ -79,8 +79,11 @@ class InvertibleConv2d(Bijection, layer.InvertibleConv2d):
         output, log_abs_det = layer.InvertibleConv2d.forward(self, flatten_batch(x), inverse=inverse)
         return output.reshape(x.shape), log_abs_det.reshape(x.shape[:-3])
 
-    # Bijection comes first and has an abstract one.
-    inverse = layer.InvertibleConv2d.inverse
+    def inverse(self, z: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
+        """Undoes `forward`."""
+        if "forward" in vars(self):  # torchflows' `invert` has exchanged the two methods of this instance
+            return type(self).forward(self, z, context, inverse=True)
+        return layer.InvertibleConv2d.inverse(self, z, context)
 
 
 def _sample(flow: Flow, num_samples: int, context: Any) -> Tensor:
