@@ -211,8 +211,8 @@ NORMFLOWS_KINDS = [
     "Shift",
     "Squeeze",
     "Invertible1x1Conv",
-    "ActNorm",
     "InvertibleConv2d",
+    "ActNorm",
     "Invertible1x1Conv",
     "AffineCouplingBlock",
     "InvertibleConv2d",
@@ -521,8 +521,8 @@ def torch_layers() -> Any:
     return ComposeTransform([first, ComposeTransform([TanhTransform().inv, second.inv]).inv])
 
 
-def of_classes(library: Any) -> nn.Module:
-    return library.finc_flow((4, 8, 8), 1, 1, hidden_channels=4, num_classes=3)
+def of_classes(library: Any, **options: Any) -> nn.Module:
+    return library.finc_flow((4, 8, 8), 1, 1, hidden_channels=4, num_classes=3, **options)
 
 
 IMAGE_FLOW = ["UniformDequantization", "Logit"]
@@ -530,6 +530,14 @@ STEP = ["InvertibleConv2d", "ActNorm", "InvertibleConv1x1", "AffineCoupling"]
 ANY_KIND = {
     "nflows, classes": (lambda: of_classes(nflows_kconv.nflows), [*IMAGE_FLOW, "SqueezeTransform", *STEP]),
     "normflows, classes": (lambda: of_classes(nflows_kconv.normflows), [*IMAGE_FLOW, "Squeeze", *STEP]),
+    "nflows, classes and contexts": (
+        lambda: of_classes(nflows_kconv.nflows, context_shape=(2,)),
+        [*IMAGE_FLOW, "SqueezeTransform", *STEP],
+    ),
+    "normflows, classes and contexts": (
+        lambda: of_classes(nflows_kconv.normflows, context_shape=(2,), reversible=True),
+        [*IMAGE_FLOW, "Squeeze", *STEP],
+    ),
     "FrEIA, a layer": (lambda: nflows_kconv.freia.InvertibleConv2d([(4, 8, 8)]), ["InvertibleConv2d"]),
     "FrEIA, a sequence": (freia_sequence, ["InvertibleConv2d", "PermuteRandom", "AllInOneBlock"]),
     "FrEIA, a graph": (freia_graph, ["InvertibleConv2d", "ActNorm"]),
@@ -550,6 +558,7 @@ def test_flows_of_every_library(name: str):
     input, context = images(3, 4, 8, 8), None
     if "classes" in name:
         input, context = torch.randint(0, 256, (3, 4, 8, 8)), torch.tensor([2, 0, 1])
+        context = (context, images(3, 2)) if "contexts" in name else context
     elif name == "FrEIA, a sequence":
         context = images(3, 3, 8, 8)
     elif name in ("zuko, autoregressive", "Pyro", "Pyro, conditional"):

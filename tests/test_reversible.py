@@ -257,15 +257,18 @@ def test_the_memory_is_independent_of_the_number_of_steps(library, direction):
 def test_image_flows_train_reversibly(library, direction):
     finc_flow = {"nflows": nflows_kconv.nflows, "normflows": nflows_kconv.normflows}[library].finc_flow
     inputs = torch.randint(256, (4, 1, 8, 8)).double()
+    context = torch.tensor([1, 0, 0, 2]), torch.randn(4, 2, 3, 3, dtype=torch.float64, requires_grad=True)
     found, keys = [], []
     for is_reversible in (False, True):
         torch.manual_seed(1)
-        flow = finc_flow((1, 8, 8), 2, 17, hidden_channels=4, direction=direction, reversible=is_reversible).double()
+        options = dict(hidden_channels=4, direction=direction, num_classes=3, context_shape=(2, 3, 3))
+        flow = finc_flow((1, 8, 8), 2, 17, reversible=is_reversible, **options).double()
         with torch.no_grad():
             for parameter in flow.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.05)
-        flow.log_prob(inputs).mean().backward()
-        found.append({name: parameter.grad for name, parameter in flow.named_parameters()})
+        flow.log_prob(inputs, context).mean().backward()
+        found.append({name: parameter.grad for name, parameter in flow.named_parameters()} | {"": context[1].grad})
+        context[1].grad = None
         keys.append(list(flow.state_dict()))
         assert any(isinstance(module, reversible.Chain) for module in flow.modules()) == is_reversible
     assert keys[0] == keys[1]

@@ -240,6 +240,16 @@ def test_classes_are_given_to_the_library_as_it_expects(library: str, place: tor
     assert_same_images(GraphSampler(flow, 3)(labels=labels), expected)
 
 
+@pytest.mark.parametrize("library", [nflows_kconv.nflows, nflows_kconv.normflows], ids=["nflows", "normflows"])
+def test_classes_with_a_context(library: Any, place: torch.device):
+    flow = image_flow(library, num_classes=3, context_shape=(2,)).to(place)
+    sampler = GraphSampler(flow, 2)
+    labels = torch.tensor([2, 0, 2]), torch.tensor([[0.0, 1], [2, 3], [4, 5]])
+    images = sampler(labels=labels, temperature=0)
+    assert len(images.flatten(1).unique(dim=0)) == 3
+    assert_same_images(sampler(labels=tuple(part.flip(0) for part in labels), temperature=0), images.flip(0))
+
+
 def test_one_hot_and_no_labels_follow_each_other(place: torch.device):
     sampler = GraphSampler(CONDITIONAL["normflows"]().to(place), 3)
     labels = torch.tensor([2, 0, 1])
