@@ -502,6 +502,16 @@ def test_networks_may_be_compiled():
     assert_equal(gradients(other, inputs), gradients(ordinary, inputs))
 
 
+@pytest.mark.parametrize("library", ["neutral", "nflows", "normflows"])
+def test_hooks_of_the_containers_fire_once_in_either_direction(library):
+    module, calls = twins(library, 2)[1], []
+    module.register_forward_hook(lambda *_: calls.append("hook"))
+    outputs, _ = module(images())
+    assert calls == ["hook"]
+    torch.testing.assert_close(module(module.inverse(outputs)[0])[0], outputs)
+    assert calls == ["hook"] * 3
+
+
 def test_states_are_those_of_the_ordinary_containers():
     for library in LIBRARIES:
         ordinary, other = twins(library, 3)
