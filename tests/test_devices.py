@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 import nflows_kconv.nflows
 import nflows_kconv.normflows
 from nflows_kconv import InvertibleConv2d, step
+from nflows_kconv.diagnostics import round_trip
 
 LIBRARIES = {"nflows": nflows_kconv.nflows.finc_flow, "normflows": nflows_kconv.normflows.finc_flow}
 
@@ -43,6 +44,7 @@ def test_a_float32_flow_makes_no_float64(library: str, form: dict):
             optimizer.step()
         flow.sample(4 if library == "normflows" else 1, labels)
         flow.load_state_dict(flow.state_dict())
+        round_trip(flow, images, labels)
 
 
 def test_neither_do_layers_and_steps():
