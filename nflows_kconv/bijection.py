@@ -134,9 +134,12 @@ class Bijection:
         return _told(self.module, "why_not_captured", _nothing)(self.module)
 
     def parts(self, context: Any = None) -> list[Bijection]:
-        """The transformations that are this one when applied one after the other, as far as the library tells."""
+        """The transformations that are this one when applied one after the other; itself if the library tells none.
+
+        Those that the library tells take no context: they have been made for this one.
+        """
         parts = _told(self.module, "parts", _nothing)(self.module, context)
-        return [self] if parts is None else [inner for part in parts for inner in as_bijection(part).parts(context)]
+        return [inner for part in parts for inner in as_bijection(part).parts()] if parts else [self]
 
     @property
     def methods(self) -> set[str]:
@@ -240,7 +243,7 @@ def register(
         sample: For a whole flow: the method, or a function of (module, num_samples, context), that returns that many
             samples, one for each row of the context. Raises a ValueError for a context that the flow does not take.
         parts: A function of (module, context) that returns the transformations that are the module when applied one
-            after the other, or None.
+            after the other, without a context, or None.
         networks: For couplings: the names of the attributes that hold their networks, which both directions evaluate,
             each once, with the same values.
         says_no_inverse: Which of the exceptions raised in `inverse` say that there is none, besides

@@ -143,9 +143,8 @@ def test_both_directions_and_their_log_determinants(name: str):
     blocks = jacobian.reshape(D, 5, D).movedim(1, 0)
     assert_close(torch.linalg.slogdet(blocks).logabsdet, log_abs_det, check_dtype=False)
     value = x
-    parts = one.parts(context)
-    for part in parts:
-        value = part.forward(value, context if len(parts) == 1 and part.module is module else None)[0]
+    for part in one.parts(context):
+        value = part.forward(value, context if part.module is module else None)[0]
     assert_close(value, y)
 
 
