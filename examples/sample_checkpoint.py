@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 from image_flow_evaluation import save_picture
+from image_flow_training import build_flow
 from torch import nn
-from train_image_flow import build_flow
 
 from nflows_kconv.images import grid
 from nflows_kconv.sampling import GraphSampler

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain, cycle
 from pathlib import Path
+from typing import Any
 
 import image_files
 import numpy as np
@@ -32,6 +33,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 import image_data  # noqa: E402
 import image_flow_evaluation  # noqa: E402
+import image_flow_training  # noqa: E402
 import sample_checkpoint  # noqa: E402
 import train_image_flow  # noqa: E402
 
@@ -228,8 +230,9 @@ def test_images_with_other_values_or_sizes_are_refused(tmp_path, monkeypatch, ca
             ("--batch-size", "9", "--devices", "2"),
             "--batch-size must be a multiple of the number of devices, got 9 for 2",
         ),
-        (("--training-steps", "0"), "--training-steps must be at least 1, got 0"),
+        (("--training-steps", "0"), "--training-steps must be positive, got 0"),
         (("--learning-rate", "0"), "--learning-rate must be positive, got 0.0"),
+        (("--minutes", "0"), "--minutes must be positive, got 0.0"),
         (("--ema-decay", "2"), "Invalid decay value 2.0"),
         (("--image-size", "16"), "an image size goes with celeba and directory only, got 16 for digits"),
         (("--download",), "argument --download: not allowed with argument --output"),
@@ -269,7 +272,7 @@ def test_batches_are_a_function_of_seed_and_step(draw):
     batch_size, first_step = share * world_size, draw.draw(st.integers(0, 2))
 
     def taken(steps: int, **arguments) -> list[list[int]]:
-        batches = iter(train_image_flow.Batches(num_images, batch_size, seed=3, **arguments))
+        batches = iter(image_flow_training.Batches(num_images, batch_size, seed=3, **arguments))
         return [next(batches) for _ in range(steps)]
 
     steps = 2 * num_images
@@ -283,10 +286,10 @@ def test_batches_are_a_function_of_seed_and_step(draw):
 
 
 def test_epochs_and_seeds_have_orders_of_their_own():
-    batches = iter(train_image_flow.Batches(100, 100, seed=0))
+    batches = iter(image_flow_training.Batches(100, 100, seed=0))
     first, second = next(batches), next(batches)
     assert first != second
-    assert next(iter(train_image_flow.Batches(100, 100, seed=1))) != first
+    assert next(iter(image_flow_training.Batches(100, 100, seed=1))) != first
 
 
 @pytest.fixture(scope="module")
@@ -312,7 +315,7 @@ def test_reversible_training_is_the_same_but_for_rounding(tmp_path):
     for arguments in ([], ["--reversible"]):
         run = tmp_path / f"run{len(states)}"
         checkpoint = train(run, 2, "--flow-steps", "9", *arguments)
-        flow = train_image_flow.build_flow(checkpoint["hyper_parameters"])
+        flow = image_flow_training.build_flow(checkpoint["hyper_parameters"])
         assert any(isinstance(module, reversible.Chain) for module in flow.modules()) == bool(arguments)
         curves.append(scalars(run, "validation_bits_per_dim"))
         states.append(list(checkpoint["state_dict"]))
@@ -336,31 +339,96 @@ def test_weights_are_averaged_and_the_learning_rate_warms_up(tmp_path):
 
 
 def test_the_decay_of_averages_grows_to_its_value():
-    update = train_image_flow.growing_average(0.9)
+    update = image_flow_training.growing_average(0.9)
     for steps, decay in ((0, 0.1), (71, 72 / 81), (80, 0.9), (1000, 0.9)):
         averages = [torch.zeros(2)]
         update(averages, [torch.ones(2)], torch.tensor(steps))
         torch.testing.assert_close(averages[0], torch.full((2,), 1 - decay))
 
 
-def test_an_interrupt_ends_the_training_with_a_checkpoint(whole_run, tmp_path, monkeypatch, capsys):
-    step = train_image_flow.ImageFlow.training_step
+@pytest.fixture
+def ten_seconds_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the clock of the training."""
+    seconds, step = [0], image_flow_training.ImageFlow.training_step
 
-    def interrupted(module, batch, batch_idx):
-        if module.trainer.global_step == 2:
+    def timed(module: nn.Module, batch: list[Tensor], batch_idx: int) -> Tensor:
+        seconds[0] += 10
+        return step(module, batch, batch_idx)
+
+    monkeypatch.setattr(image_flow_training.ImageFlow, "training_step", timed)
+    monkeypatch.setattr(image_flow_training.time, "monotonic", lambda: seconds[0])
+
+
+def interrupt_in_step(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = image_flow_training.ImageFlow.training_step
+
+    def interrupted(module: nn.Module, batch: list[Tensor], batch_idx: int) -> Tensor:
+        if module.trainer.global_step + 1 == number:
             os.kill(os.getpid(), signal.SIGINT)
         return step(module, batch, batch_idx)
 
-    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(image_flow_training.ImageFlow, "training_step", interrupted)
+
+
+@pytest.mark.usefixtures("ten_seconds_a_step")
+@pytest.mark.parametrize("end", ["Ctrl-C", "minutes"])
+def test_an_early_end_leaves_a_checkpoint_pictures_and_figures(end, whole_run, tmp_path, monkeypatch, capsys):
+    run, before = tmp_path / "run", signal.getsignal(signal.SIGINT)
+    limits = ("--minutes", "0.5") if end == "minutes" else ("--training-steps", "10")
     with monkeypatch.context() as patch:
-        patch.setattr(train_image_flow.ImageFlow, "training_step", interrupted)
-        assert train(tmp_path / "run", 10, "--flip")["global_step"] == 3
+        if end == "Ctrl-C":
+            interrupt_in_step(3, patch)
+        train_image_flow.main(["--output", str(run), *SMALL, "--flip", *limits])
     assert signal.getsignal(signal.SIGINT) is before
-    output = capsys.readouterr().out
-    assert "stopped after step 3; the same command with --resume goes on" in output
-    assert "test bits per dimension" not in output
-    resumed, whole = train(tmp_path / "run", 10, "--flip", "--resume"), torch.load(whole_run / "last.ckpt")
+    printed = capsys.readouterr().out
+    assert ("Ctrl-C: ends after this step" in printed) == (end == "Ctrl-C")
+    assert f"3 steps are in {run / 'last.ckpt'}" in printed
+    assert "test bits per dimension" in printed
+    assert {path.stem for path in run.glob("*.png")} == {"samples", "temperatures", "interpolations", "levels"}
+    resumed, whole = train(run, 10, "--flip", "--resume"), torch.load(whole_run / "last.ckpt")
     assert_identical(resumed["state_dict"], whole["state_dict"])
+
+
+class Bar(list):
+    """What a progress bar is told."""
+
+    def __call__(self, initial: int, **_: Any) -> Bar:
+        self.n = initial
+        return self
+
+    def update(self, steps: int) -> bool:
+        self.n += steps
+        self.append((steps, self.n, self.total))
+        return True
+
+    def set_postfix(self, values: dict[str, str]) -> None:
+        assert "train_bits_per_dim" in values
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.usefixtures("ten_seconds_a_step")
+def test_the_progress_bar_goes_on_where_the_training_does(tmp_path, monkeypatch):
+    """Steps of before do not count as steps of this part, which would make it look fast."""
+    run, bar = tmp_path / "run", Bar()
+    monkeypatch.setattr(image_flow_training, "tqdm", bar)
+    train(run, 2)
+    assert bar == [(1, 1, 2), (1, 2, 2)]
+    bar.clear()
+    train_image_flow.main(["--output", str(run), *SMALL, "--resume", "--minutes", "0.5"])
+    assert bar == [(1, 3, 5), (1, 4, 5), (1, 5, 5)]
+
+
+def test_ten_minutes_are_the_limit_where_none_is_given():
+    for arguments, minutes in (([], 10), (["--training-steps", "2"], math.inf), (["--minutes", "3"], 3)):
+        assert train_image_flow.parse_arguments(["--output", "run", *arguments])[1].minutes == minutes
+
+
+def test_a_training_that_is_over_is_evaluated_again(whole_run, capsys):
+    before = torch.load(whole_run / "last.ckpt")
+    assert_identical(train(whole_run, 4, "--flip", "--resume")["state_dict"], before["state_dict"])
+    assert "10 steps are in" in capsys.readouterr().out
 
 
 def test_images_are_drawn_from_a_checkpoint(whole_run, tmp_path, monkeypatch, capsys):
@@ -398,13 +466,13 @@ def test_tensorboard_has_the_curves(whole_run):
 
 
 def test_two_processes_train_as_one(whole_run, tmp_path):
-    """Five steps started by Lightning, and five by torchrun."""
+    """A step started by Lightning, whose time is over then, and nine by torchrun."""
     run = tmp_path / "run"
     script = str(EXAMPLES / "train_image_flow.py")
     common = [script, *SMALL, "--flip", "--output", str(run)]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     for command in (
-        [sys.executable, *common, "--training-steps", "5", "--devices", "2"],
+        [sys.executable, *common, "--minutes", "1e-9", "--devices", "2"],
         [*torchrun, *common, "--training-steps", "10", "--resume"],
     ):
         done = subprocess.run(command, capture_output=True, text=True)
@@ -468,7 +536,7 @@ def test_codecs_give_the_latent_variables_of_the_library(library):
         "conditional": False,
         "reversible": False,
     }
-    flow = train_image_flow.build_flow(configuration).eval()
+    flow = image_flow_training.build_flow(configuration).eval()
     images = torch.randint(256, (4, 1, 8, 8)).float()
     codec = image_flow_evaluation.CODECS[library](flow, 3)
     with torch.no_grad():
@@ -528,7 +596,7 @@ def test_what_a_run_prints_and_writes(library, tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
     train(run, 1, "--library", library, "--conditional", "--corners", "TL", "BR", "--importance-samples", "2")
     output = capsys.readouterr().out
-    mean, error = re.search(r"test bits per dimension (\S+) \+- (\S+) .* over 397 images, 2 draws", output).groups()
+    mean, error = re.search(r"test bits per dimension (\S+) \+- (\S+), .* over 397 images, 2 draws", output).groups()
     assert 6 < float(mean) < 9
     assert 0 < float(error) < 0.1
     assert float(re.search(r"round-trip error (\S+),", output)[1]) < 1e-3
