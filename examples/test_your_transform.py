@@ -8,13 +8,11 @@ be. The second test shows how a mistake is found: one wrong factor, and an image
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from nflows.transforms import Transform
 from torch import nn
 
-from nflows_kconv.testing import check_transform, register_profiles, strategies
-
-register_profiles()  # of hypothesis, none with a deadline; in a test suite this stands in conftest.py
+from nflows_kconv.testing import check_transform, strategies
 
 CHANNELS = 3
 
@@ -48,12 +46,14 @@ class WrongChannelScale(ChannelScale):
         return self.log_scale.sum().expand(len(inputs))
 
 
+@settings(deadline=None)  # busy machines take longer than the 200 ms that hypothesis allows
 @given(images=strategies.images(CHANNELS))
 def test_channel_scale(images):
     """Nothing to find."""
     check_transform(ChannelScale(), images)
 
 
+@settings(deadline=None)
 @given(images=strategies.images(CHANNELS, height=2))
 def test_the_mistake_is_found(images):
     """Whatever the images are."""

@@ -5,11 +5,11 @@ import re
 import runpy
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import settings
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SWAPS = sorted(path.name for path in (EXAMPLES / "swap").iterdir())
@@ -38,6 +38,18 @@ def run_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     return run
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Sees that a script takes one thread where it is offered two."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    taken = torch.get_num_threads()
+    torch.set_num_threads(before)
+    assert taken == 1
+
+
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("library", ["nflows", "normflows"])
 def test_train_digits(run_here, library: str, tmp_path: Path):
     output = run_here("train_digits.py", "--library", library, "--steps", "3", "--output", str(tmp_path))
@@ -49,6 +61,7 @@ def test_train_digits(run_here, library: str, tmp_path: Path):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_inverse_direction(run_here):
     output = run_here("inverse_direction.py", "--steps", "3")
     before, after = (float(value) for value in re.findall(r"training: +(\S+) \+-", output))
@@ -56,6 +69,7 @@ def test_inverse_direction(run_here):
     assert float(re.search(r"round-trip error: (\S+)", output)[1]) < 1e-3
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_two_dimensions(run_here):
     output = run_here("two_dimensions.py", "--steps", "60")
     gaussian, channels, pixels, *_ = (float(value) for value in re.findall(r"(\S+) nats", output))
@@ -78,22 +92,23 @@ def test_graph_sampling(run_here):
     assert float(re.search(r"10 images, changed by (\S+)", output)[1]) > 0
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_torch_distributions(run_here):
     output = run_here("torch_distributions.py", "--steps", "200")
     true, fitted = (float(value) for value in re.findall(r"(\S+) nats", output))
     assert true < fitted < true + 1
 
 
-def test_test_your_transform():
-    tests = [
-        value for name, value in runpy.run_path(str(EXAMPLES / "test_your_transform.py")).items() if "test_" in name
-    ]
+def test_test_your_transform(impatient: None):
+    names = runpy.run_path(str(EXAMPLES / "test_your_transform.py"))
+    tests = [value for name, value in names.items() if name.startswith("test_")]
     assert len(tests) == 2
     for test in tests:
-        settings(max_examples=5)(test)()
+        test()
 
 
 @pytest.mark.filterwarnings("ignore:torch.(triangular_solve|lu) is deprecated")
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("which", ["before", "after"])
 @pytest.mark.parametrize("swap", SWAPS)
 def test_swap_runs(run_here, swap: str, which: str):
