@@ -25,8 +25,8 @@ class InvertibleConv2d(layer.InvertibleConv2d, Transform):
     `torch.distributions.TransformedDistribution` takes transforms from noise to data. With `inv` it convolves for the
     density and solves for samples; without, the other way round (Inverse-Flow, Nagar, Varma 2025, arXiv 2410.14634).
     It does not hold the parameters: keep the transform itself in a module, or give it to `pyro.module`. In zuko, whose
-    flows run from data to noise, `zuko.lazy.UnconditionalTransform(lambda transform: transform, InvertibleConv2d(12))`
-    holds it.
+    flows run from data to noise, `zuko.lazy.UnconditionalTransform(torch.nn.Identity(), InvertibleConv2d(12))` holds
+    it.
 
     Args:
         num_channels: C, a multiple of the number of corners.

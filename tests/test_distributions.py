@@ -1,6 +1,7 @@
 """The transform of torch.distributions: its contract, and work inside torch's, Pyro's and zuko's flows."""
 
 import copy
+import io
 import math
 import pickle
 import re
@@ -265,7 +266,7 @@ def test_in_pyro_a_model_learns_the_parameters():
 def test_in_zuko_a_flow_holds_the_parameters():
     transforms = [scatter(InvertibleConv2d(4, corners=corner, diagonal="learned")) for corner in ("TL", "BR")]
     flow = zuko.flows.Flow(
-        [zuko.lazy.UnconditionalTransform(lambda transform: transform, transform) for transform in transforms],
+        [zuko.lazy.UnconditionalTransform(nn.Identity(), transform) for transform in transforms],
         zuko.lazy.UnconditionalDistribution(noise),
     )
     assert len(list(flow.parameters())) == 4
@@ -275,4 +276,8 @@ def test_in_zuko_a_flow_holds_the_parameters():
     z, second = transforms[1].forward(z)
     assert_close(flow().log_prob(x), standard_normal_log_prob(z) + first + second, rtol=1e-4, atol=1e-4)
     assert_close(log_prob, flow().log_prob(x), rtol=1e-4, atol=1e-4)
+    file = io.BytesIO()
+    torch.save(flow, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=False)().log_prob(x), flow().log_prob(x))
     check_training(flow, lambda: -flow().log_prob(torch.randn(64, *SHAPE).cumsum(2) + 1).mean())
