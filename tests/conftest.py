@@ -2,9 +2,11 @@
 
 import os
 from collections.abc import Iterator
+from datetime import timedelta
 
 import pytest
 import torch
+from hypothesis import settings
 
 from nflows_kconv import available_backends, native, reference
 from nflows_kconv.testing import register_profiles
@@ -42,6 +44,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip("needs a CUDA device"))
+
+
+@pytest.fixture
+def impatient() -> Iterator[None]:
+    """A hypothesis profile in which no test is fast enough: what users copy runs without a profile of ours."""
+    before = settings.get_current_profile_name()
+    settings.register_profile("impatient", max_examples=5, deadline=timedelta(microseconds=1))
+    settings.load_profile("impatient")
+    yield
+    settings.load_profile(before)
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ from documents import PAGES, ROOT, commands, installs, page_id
 BLOCKS = {page_id(page): [block for block in commands(page) if not installs(block)] for page in PAGES}
 
 # What is put behind a script's arguments, where it outdoes those of the page.
-FLOW = "--levels 1 --flow-steps 1 --hidden-channels 4 --training-steps 2 --validate-every 1 --warm-up 2 --batch-size 4"
+FLOW = "--levels 1 --flow-steps 1 --hidden-channels 4 --minutes 1e-9 --validate-every 1 --warm-up 2 --batch-size 4"
 TINY = {
     "benchmarks/evidence.py": "--seconds 0.1 --seeds 0 --steps 1 --widths 4 --device DEVICE",
     "benchmarks/layer.py": "--tiny --seconds 0.01 --device DEVICE",

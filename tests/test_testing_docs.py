@@ -16,7 +16,7 @@ def rounded(text: str) -> str:
 
 
 @pytest.mark.filterwarnings("ignore:torch.triangular_solve is deprecated")
-def test_the_page_runs_as_it_says(capsys: pytest.CaptureFixture):
+def test_the_page_runs_as_it_says(capsys: pytest.CaptureFixture, impatient: None):
     names: dict = {"__name__": "test_flows"}
     for code, output in BLOCKS:
         exec(compile(code, "testing.md", "exec"), names)
