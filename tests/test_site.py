@@ -1,14 +1,19 @@
-"""The documentation site: it builds without a warning, its links lead somewhere, and it needs no other host."""
+"""The documentation site: builds without a warning, links lead somewhere, nothing is cut, no other host is needed."""
 
+import html
 import importlib
 import json
 import pkgutil
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from html.parser import HTMLParser
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from urllib.parse import unquote, urlsplit
 
 import pytest
@@ -98,6 +103,53 @@ def test_equations_are_rendered(site: dict[Path, Page]):
     assert "merror" not in {tag for page in site.values() for tag in page.tags}
     text = "".join(path.read_text() for path in site)
     assert 'class="arithmatex"' not in text
+
+
+WIDTHS = (1280, 390)  # of a small screen and of a telephone, in pixels
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync --hide-scrollbars --virtual-time-budget=100000 --dump-dom"
+)
+# Shows one page after the other, and lists what is wider than the place that it has.
+MEASURE = """<!doctype html><body><script>
+async function measure(address, width) {
+  const frame = document.createElement("iframe");
+  frame.sandbox = "allow-same-origin";
+  frame.width = width;
+  frame.src = address;
+  await new Promise(loaded => { frame.onload = loaded; document.body.append(frame); });
+  const page = frame.contentDocument;
+  const cut = [...page.querySelectorAll(".md-content, .md-content :is(code, pre, table, .math, h1, h2, h3)")]
+    .filter(element => element.clientWidth && element.scrollWidth > element.clientWidth + 1)
+    .map(element => `${address}, ${width}: ${element.tagName} ${element.textContent.trim().slice(0, 60)}`);
+  const size = page.documentElement.clientWidth;
+  frame.remove();
+  return {size, cut};
+}
+(async () => {
+  const found = [];
+  for (const [address, width] of CASES) found.push(await measure(address, width));
+  document.body.textContent = "FOUND" + JSON.stringify(found);
+})();
+</script>"""
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs chromium")
+def test_nothing_is_cut(site: dict[Path, Page], tmp_path: Path):
+    folder = folder_of(site)
+    cases = [(str(path.relative_to(folder)), width) for path in site for width in WIDTHS]
+    (folder / "measure.html").write_text(MEASURE.replace("CASES", json.dumps(cases)))
+    handler = partial(SimpleHTTPRequestHandler, directory=str(folder))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever).start()
+        address = f"http://127.0.0.1:{server.server_port}/measure.html"
+        command = [BROWSER, *FLAGS.split(), f"--user-data-dir={tmp_path}", address]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        server.shutdown()
+    found = json.loads(html.unescape(re.search(r"FOUND(.*?)</body>", done.stdout, re.DOTALL)[1]))
+    assert [each["size"] for each in found] == [width for _, width in cases]
+    assert not [line for each in found for line in each["cut"]]
 
 
 def public_names() -> Iterator[set[str]]:
