@@ -489,8 +489,8 @@ def test_mixed_precision_leaves_the_layer_in_float32(tmp_path, monkeypatch):
     def watch(kind: type) -> None:
         forward = kind.forward
 
-        def watched(self, input: Tensor, *arguments, **options) -> Tensor | tuple[Tensor, Tensor]:
-            output = forward(self, input, *arguments, **options)
+        def watched(self, *arguments: Any, **keywords: Any) -> Tensor | tuple[Tensor, Tensor]:
+            output = forward(self, *arguments, **keywords)
             if torch.is_autocast_enabled("cpu"):
                 seen[kind].add((output if isinstance(output, Tensor) else output[0]).dtype)
             return output
