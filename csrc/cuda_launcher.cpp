@@ -11,6 +11,7 @@
 #include <cstring>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <shared_mutex>
 #include <stdexcept>
 #include <string>
@@ -28,7 +29,7 @@ struct Launch {
   void* function;
   std::array<unsigned, 3> grid;
   unsigned block, shared;
-  std::vector<char> arguments;  // its first four pointers are those of the call
+  std::vector<char> arguments;  // its first five pointers are those of the call
 };
 
 struct Plan {
@@ -42,7 +43,7 @@ struct Plan {
 
 namespace {
 
-constexpr size_t kPointers = 4 * sizeof(void*);
+constexpr size_t kPointers = 5 * sizeof(void*);
 constexpr size_t kMaxArguments = 4096;  // of a kernel, in bytes
 constexpr size_t kMaxPlans = 4096;
 
@@ -151,10 +152,13 @@ std::shared_ptr<const Plan> make(const Key& key, const Problem& problem) {
   return plan;
 }
 
-void launch(const Plan& plan, const Tensor& first, const Tensor& second, const Tensor& output, const View& like) {
+void launch(const Plan& plan, const Tensor& first, const Tensor& second, const std::optional<Tensor>& bias,
+            const Tensor& output, const View& like) {
   Tensor memory = output;  // stands for none
-  const void* pointers[4] = {first.const_data_ptr(), second.const_data_ptr(), output.mutable_data_ptr(), nullptr};
-  STD_TORCH_CHECK(pointers[0] && pointers[1], "the memory of both tensors must not have been freed");
+  const void* pointers[5] = {first.const_data_ptr(), second.const_data_ptr(), output.mutable_data_ptr(), nullptr,
+                             bias ? bias->const_data_ptr() : nullptr};
+  STD_TORCH_CHECK(pointers[0] && pointers[1] && (!bias || pointers[4]),
+                  "the memory of the tensors must not have been freed");
   void* stream;
   check_torch(driver.get_stream(like.device, &stream), "tell the current stream");
   if (plan.scratch > 0) {
@@ -178,32 +182,33 @@ void launch(const Plan& plan, const Tensor& first, const Tensor& second, const T
   }
 }
 
-// `last` is the fourth argument of the operator.
-template <typename Last>
-Tensor by_reference(const char* name, const Tensor& first, const Tensor& second, const std::vector<int64_t>& corners,
-                    const Last& last) {
-  std::array<StableIValue, 4> stack{torch::stable::detail::from(first), torch::stable::detail::from(second),
-                                    torch::stable::detail::from(corners), torch::stable::detail::from(last)};
+template <typename... Arguments>
+Tensor by_reference(const char* name, const Arguments&... arguments) {
+  std::array<StableIValue, sizeof...(Arguments)> stack{torch::stable::detail::from(arguments)...};
   check_torch(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION), "run the reference implementation");
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// What differs between the operators; `Last` is the type of their fourth argument.
-template <typename Last>
+// What differs between the operators.
 struct Operator {
   int64_t number;
-  const char* reference;
   bool transpose;
   const int64_t* kernel_size;
   const int64_t* output_sizes;
-  const Last& last;
 };
 
-template <typename Last>
-Tensor run(const Operator<Last>& op, const Tensor& first, const Tensor& second, const std::vector<int64_t>& corners) {
+// Calls reference() where no kernel can run.
+template <typename Reference>
+Tensor run(const Operator& op, const Tensor& first, const Tensor& second, const std::optional<Tensor>& bias,
+           const std::vector<int64_t>& corners, const Reference& reference) {
   const View a = view(first), b = view(second);
-  STD_TORCH_CHECK(a.dtype == b.dtype, "both tensors must have one dtype");
-  STD_TORCH_CHECK(a.device_type == b.device_type && a.device == b.device, "both tensors must be on one device");
+  const auto check_match = [&](const View& other) {
+    STD_TORCH_CHECK(a.dtype == other.dtype, "all tensors must have one dtype");
+    STD_TORCH_CHECK(a.device_type == other.device_type && a.device == other.device,
+                    "all tensors must be on one device");
+  };
+  check_match(b);
+  if (bias) check_match(view(*bias));
   for (int64_t corner : corners) STD_TORCH_CHECK(corner >= 0 && corner < 4, "corners must be 0, 1, 2 or 3");
   const bool images = op.output_sizes == a.sizes;
   if (first.numel() == 0) {
@@ -212,14 +217,15 @@ Tensor run(const Operator<Last>& op, const Tensor& first, const Tensor& second, 
   }
 
   thread_local Key key;
-  key.assign({op.number, a.dtype, a.device_type, a.device, op.transpose, op.kernel_size[0], op.kernel_size[1]});
+  key.assign({op.number, a.dtype, a.device_type, a.device, op.transpose, bias.has_value(), op.kernel_size[0],
+              op.kernel_size[1]});
   key.insert(key.end(), a.sizes, a.sizes + 4);
   key.insert(key.end(), a.strides, a.strides + 4);
   key.insert(key.end(), b.strides, b.strides + 4);
   key.insert(key.end(), corners.begin(), corners.end());
   std::shared_ptr<const Plan> plan = find(key);
   if (plan == nullptr) {
-    Problem problem{op.number, dtype_number(first),     a.device,      op.transpose, {}, {}, {}, {},
+    Problem problem{op.number, dtype_number(first),     a.device,      op.transpose, bias.has_value(), {}, {}, {}, {},
                     {},        int64_t(corners.size()), corners.data()};
     std::copy_n(a.sizes, 4, problem.shape);
     std::copy_n(op.kernel_size, 2, problem.kernel_size);
@@ -232,31 +238,39 @@ Tensor run(const Operator<Last>& op, const Tensor& first, const Tensor& second, 
     }
     plan = make(Key(key), problem);
   }
-  if (plan->by_reference) return by_reference(op.reference, first, second, corners, op.last);
+  if (plan->by_reference) return reference();
   const Tensor output = allocate(4, op.output_sizes, plan->output_strides, a.dtype, a);
-  launch(*plan, first, second, output, a);
+  launch(*plan, first, second, bias, output, a);
   return output;
 }
 
 Tensor run_on_images(int64_t number, const char* reference, const Tensor& input, const Tensor& weight,
-                     const std::vector<int64_t>& corners, bool transpose) {
+                     std::optional<Tensor> bias, const std::vector<int64_t>& corners, bool transpose) {
   const int64_t groups = int64_t(corners.size());
   STD_TORCH_CHECK(input.dim() == 4 && weight.dim() == 4, "input and weight must have 4 dimensions");
   const View images = view(input), taps = view(weight);
   STD_TORCH_CHECK(groups > 0 && taps.sizes[0] == images.sizes[1] && taps.sizes[1] * groups == images.sizes[1] &&
                       taps.sizes[2] > 0 && taps.sizes[3] > 0,
                   "weight must have shape [C, C/G, kh, kw] for an input of C channels and G corners");
-  return run<bool>({number, reference, transpose, taps.sizes + 2, images.sizes, transpose}, input, weight, corners);
+  if (bias) {
+    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == images.sizes[1],
+                    "bias must have shape [C] for an input of C channels");
+    if (bias->stride(0) != 1) bias = telling("allocate memory", [&] { return torch::stable::contiguous(*bias); });
+  }
+  return run({number, transpose, taps.sizes + 2, images.sizes}, input, weight, bias, corners,
+             [&] { return by_reference(reference, input, weight, bias, corners, transpose); });
 }
 
 }  // namespace
 
-Tensor conv(const Tensor& input, const Tensor& weight, std::vector<int64_t> corners, bool transpose) {
-  return run_on_images(0, "nflows_kconv::conv_reference", input, weight, corners, transpose);
+Tensor conv(const Tensor& input, const Tensor& weight, std::optional<Tensor> bias, std::vector<int64_t> corners,
+            bool transpose) {
+  return run_on_images(0, "nflows_kconv::conv_reference", input, weight, bias, corners, transpose);
 }
 
-Tensor solve(const Tensor& input, const Tensor& weight, std::vector<int64_t> corners, bool transpose) {
-  return run_on_images(1, "nflows_kconv::solve_reference", input, weight, corners, transpose);
+Tensor solve(const Tensor& input, const Tensor& weight, std::optional<Tensor> bias, std::vector<int64_t> corners,
+             bool transpose) {
+  return run_on_images(1, "nflows_kconv::solve_reference", input, weight, bias, corners, transpose);
 }
 
 Tensor weight_gradient(const Tensor& input, const Tensor& grad, std::vector<int64_t> corners,
@@ -269,9 +283,9 @@ Tensor weight_gradient(const Tensor& input, const Tensor& grad, std::vector<int6
   STD_TORCH_CHECK(kernel_size.size() == 2 && kernel_size[0] > 0 && kernel_size[1] > 0,
                   "kernel_size must be two positive numbers");
   const int64_t sizes[] = {images.sizes[1], images.sizes[1] / groups, kernel_size[0], kernel_size[1]};
-  return run<std::vector<int64_t>>(
-      {2, "nflows_kconv::weight_gradient_reference", false, kernel_size.data(), sizes, kernel_size}, input, grad,
-      corners);
+  return run({2, false, kernel_size.data(), sizes}, input, grad, std::nullopt, corners, [&] {
+    return by_reference("nflows_kconv::weight_gradient_reference", input, grad, corners, kernel_size);
+  });
 }
 
 }  // namespace kconv::cuda

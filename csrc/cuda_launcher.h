@@ -8,15 +8,16 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 namespace kconv::cuda {
 
 // See nflows_kconv/ops.py for what they compute. All throw std::runtime_error.
 torch::stable::Tensor conv(const torch::stable::Tensor& input, const torch::stable::Tensor& weight,
-                           std::vector<int64_t> corners, bool transpose);
+                           std::optional<torch::stable::Tensor> bias, std::vector<int64_t> corners, bool transpose);
 torch::stable::Tensor solve(const torch::stable::Tensor& input, const torch::stable::Tensor& weight,
-                            std::vector<int64_t> corners, bool transpose);
+                            std::optional<torch::stable::Tensor> bias, std::vector<int64_t> corners, bool transpose);
 torch::stable::Tensor weight_gradient(const torch::stable::Tensor& input, const torch::stable::Tensor& grad,
                                       std::vector<int64_t> corners, std::vector<int64_t> kernel_size);
 
@@ -37,7 +38,7 @@ struct Driver {
 struct Problem {
   int64_t operation;  // 0: conv, 1: solve, 2: weight_gradient
   int64_t dtype;      // 0: float32, 1: float64, 2: float16, 3: bfloat16
-  int64_t device, transpose;
+  int64_t device, transpose, bias;
   int64_t shape[4], kernel_size[2];
   int64_t first_strides[4], second_strides[4], output_strides[4];
   int64_t groups;

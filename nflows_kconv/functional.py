@@ -30,16 +30,15 @@ def conv2d(input: Tensor, weight: Tensor, corners: str | Sequence[str], bias: Te
         bias: [C], added to each channel.
 
     Returns:
-        y, [B, C, H, W], in the dtype and memory format of the input. Half precision accumulates in float32. Under
-        autocast the layer computes in, and returns, float32.
+        y, [B, C, H, W], in the dtype and memory format of the input. Half precision accumulates in float32 and rounds
+        once, bias included. Under autocast the layer computes in, and returns, float32.
 
     Raises:
         TypeError: If an argument is no dense floating-point tensor, or the dtypes differ.
         ValueError: If shapes, devices or corners do not fit.
     """
     groups = _check_arguments(input, weight, corners, bias)
-    output = ops.call(ops.conv, input, weight, groups)
-    return output if bias is None else output + bias.view(-1, 1, 1)
+    return ops.call(ops.conv, input, weight, bias, groups)
 
 
 def conv2d_inverse(input: Tensor, weight: Tensor, corners: str | Sequence[str], bias: Tensor | None = None) -> Tensor:
@@ -64,8 +63,7 @@ def conv2d_inverse(input: Tensor, weight: Tensor, corners: str | Sequence[str], 
             not finite. Elsewhere that look would wait for the device: infinities and NaNs come out.
     """
     groups = _check_arguments(input, weight, corners, bias)
-    shifted = input if bias is None else input - bias.view(-1, 1, 1)
-    return ops.call(ops.solve, shifted, weight, groups)
+    return ops.call(ops.solve, input, weight, bias, groups)
 
 
 def log_abs_det(weight: Tensor, corners: str | Sequence[str], height: int, width: int) -> Tensor:

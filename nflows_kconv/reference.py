@@ -24,29 +24,33 @@ from torch.nn.grad import conv2d_weight
 from nflows_kconv import geometry
 
 
-def conv(input: Tensor, weight: Tensor, corners: Sequence[int], transpose: bool) -> Tensor:
-    """y = A x, or y = A^T x; the arguments are those of `solve`."""
+def conv(input: Tensor, weight: Tensor, bias: Tensor | None, corners: Sequence[int], transpose: bool) -> Tensor:
+    """y = A x + b, or y = A^T x + b; the arguments are those of `solve`."""
     output = torch.empty_like(input)
     if input.numel() == 0:
         return output
     weight, corners, _ = _operator(weight, corners, transpose)
-    groups = zip(input.to(weight.dtype).chunk(len(corners), 1), weight.chunk(len(corners)), corners, strict=True)
+    count, dtype = len(corners), weight.dtype
+    biases = [None] * count if bias is None else bias.to(dtype).chunk(count)
+    groups = zip(input.to(dtype).chunk(count, 1), weight.chunk(count), biases, corners, strict=True)
     with _without_tf32(input.device):
-        outputs = [F.conv2d(F.pad(x, geometry.padding(corner, w.shape[-2:])), w) for x, w, corner in groups]
+        outputs = [F.conv2d(F.pad(x, geometry.padding(corner, w.shape[-2:])), w, b) for x, w, b, corner in groups]
     return output.copy_(torch.cat(outputs, 1))
 
 
-def solve(input: Tensor, weight: Tensor, corners: Sequence[int], transpose: bool) -> Tensor:
-    """x = A^-1 y, or x = A^-T y, one anti-diagonal a step.
+def solve(input: Tensor, weight: Tensor, bias: Tensor | None, corners: Sequence[int], transpose: bool) -> Tensor:
+    """x = A^-1 (y - b), or x = A^-T (y - b), one anti-diagonal a step.
 
     Args:
         input: y, [B, C, H, W].
         weight: [C, C/G, kh, kw]; the pivot's entries with c_in > c_out count as zero.
+        bias: b, [C], or None.
         corners: One corner a group.
         transpose: Whether A^T stands for A.
 
     Returns:
-        x, with the shape, dtype and memory format of y. Half precision is computed in float32 and rounded once.
+        x, with the shape, dtype and memory format of y. Half precision is computed in float32 and rounded once, bias
+        included.
 
     Raises:
         ValueError: If the pivot's diagonal has an entry that is zero or not finite.
@@ -56,9 +60,12 @@ def solve(input: Tensor, weight: Tensor, corners: Sequence[int], transpose: bool
         geometry.check_diagonal(geometry.pivot_diagonal(weight, corners))
     weight, corners, upper = _operator(weight, corners, transpose)
     groups, (rows, columns) = len(corners), weight.shape[-2:]
+    rhs = input.to(weight.dtype)
+    if bias is not None:
+        rhs = rhs - bias.to(weight.dtype).view(-1, 1, 1)
 
     # Every group mirrored to corner TL, whose pivot is the last tap; groups and their channels are dimensions 1 and 2.
-    y = torch.stack([_flip(g, c) for g, c in zip(input.to(weight.dtype).chunk(groups, 1), corners, strict=True)], 1)
+    y = torch.stack([_flip(g, c) for g, c in zip(rhs.chunk(groups, 1), corners, strict=True)], 1)
     taps = torch.stack([_flip(w, c) for w, c in zip(weight.chunk(groups), corners, strict=True)]).flatten(-2)
     pivot, others = taps[..., -1], taps[..., :-1]
     tap_row = torch.arange(rows, device=input.device).repeat_interleave(columns)[:-1, None]
@@ -71,8 +78,8 @@ def solve(input: Tensor, weight: Tensor, corners: Sequence[int], transpose: bool
         w = diagonal - h
         neighbours = x[..., h + tap_row, w + tap_column]  # [B, G, C/G, taps, pixels]
         known = torch.einsum("goit,bgitp->bgop", others, neighbours)
-        rhs = (y[..., h, w] - known).permute(1, 2, 0, 3).flatten(2)  # [G, C/G, B * pixels]
-        pixels = torch.linalg.solve_triangular(pivot, rhs, upper=upper)
+        left = (y[..., h, w] - known).permute(1, 2, 0, 3).flatten(2)  # [G, C/G, B * pixels]
+        pixels = torch.linalg.solve_triangular(pivot, left, upper=upper)
         solved[..., h, w] = pixels.unflatten(2, (batch, len(h))).permute(2, 0, 1, 3)
 
     mirrored = [_flip(solved[:, group], corner) for group, corner in enumerate(corners)]

@@ -40,6 +40,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     layout: str = "contiguous"
     seed: int = 0
+    biased: bool = False  # for what is compiled with or without a bias
 
     @property
     def channels(self) -> int:
@@ -71,6 +72,10 @@ class Case:
         oracles.set_diagonal(weight, self.corners, size * sign)
         layout = "contiguous" if self.layout == "expanded" else self.layout
         return LAYOUTS[layout](weight.to(self.dtype).to(device))
+
+    def bias(self, device: str = "cpu") -> Tensor:
+        """Normal noise, one number for each channel."""
+        return torch.randn(self.channels, generator=self._generator(2), dtype=torch.float64).to(self.dtype).to(device)
 
     def integers(self, device: str = "cpu") -> tuple[Tensor, Tensor]:
         """An input and a weight of small integers, the diagonal of powers of two: float32 computes them exactly."""

@@ -16,7 +16,8 @@ from torch import Tensor
 
 # A sum of n terms of either sign errs by about sqrt(n) roundings, n is below 10,000 here, and the inverses of the table
 # of cases have norms of a few: 64 units in the last place of the largest entry. Half precision must be the result in
-# float32 rounded once, so that each entry is right to one unit, the neighbour where float32's own error decides.
+# float32 rounded once: each entry is right to half a unit, or to one unit of another such result, beside float32's own
+# error.
 ROUNDINGS = 64
 HALF_PRECISION = (torch.float16, torch.bfloat16)
 
@@ -24,8 +25,9 @@ MIRRORED = {"columns": dict(TL="TR", TR="TL", BL="BR", BR="BL"), "rows": dict(TL
 
 
 def assert_close(actual: Tensor, expected: Tensor, factor: float = 1) -> None:
-    """Asserts equality to the rounding of the dtype of `actual`; a `factor` forgives that many times more."""
+    """Asserts equality to the rounding of the dtype of `actual`; a `factor` forgives that many times more of sums."""
     half = actual.dtype in HALF_PRECISION
+    roundings = 1 if expected.dtype == actual.dtype else 1 / 2
     computed = torch.float32 if half else actual.dtype
     actual_, expected_ = (tensor.detach().to("cpu", torch.float64) for tensor in (actual, expected))
     finite = expected_[expected_.isfinite()].abs()
@@ -33,7 +35,7 @@ def assert_close(actual: Tensor, expected: Tensor, factor: float = 1) -> None:
     torch.testing.assert_close(
         actual_,
         expected_,
-        rtol=factor * torch.finfo(actual.dtype).eps if half else 0,
+        rtol=roundings * torch.finfo(actual.dtype).eps if half else 0,
         atol=factor * ROUNDINGS * torch.finfo(computed).eps * scale,
         equal_nan=True,
     )

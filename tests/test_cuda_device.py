@@ -188,8 +188,9 @@ def test_launched_from_python(case: Case):
     corners = geometry.parse_corners(case.corners)
     for transpose in (False, True):
         for name in ("conv", "solve"):
-            output = getattr(launcher, name)(input, weight, corners, transpose)
-            assert torch.equal(output, getattr(ops, name)(input, weight, corners, transpose))
+            bias = case.bias("cuda") if transpose else None
+            output = getattr(launcher, name)(input, weight, bias, corners, transpose)
+            assert torch.equal(output, getattr(ops, name)(input, weight, bias, corners, transpose))
             assert output.stride() == input.stride()
     gradient = launcher.weight_gradient(input, grad, corners, case.kernel_size)
     assert torch.equal(gradient, ops.weight_gradient(input, grad, corners, case.kernel_size))
@@ -226,7 +227,7 @@ def test_arguments_on_two_devices():
         with pytest.raises(ValueError, match="input and weight must be on one device"):
             functional.conv2d(input, weight, case.corners)
         with pytest.raises((RuntimeError, ValueError)):
-            ops.solve(input, weight, [0, 1, 2, 3], False)
+            ops.solve(input, weight, None, [0, 1, 2, 3], False)
 
 
 def test_report():

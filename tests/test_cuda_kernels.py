@@ -7,6 +7,7 @@ draws the rest. The profile "thorough" adds the table of `cases`.
 import re
 from collections import defaultdict
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import cuda_emulator as emulator
@@ -33,27 +34,30 @@ SMALL = Device((8, 0), multiprocessors=2, shared_memory=48 * 1024)
 TABLE = (
     (Case(), H100),
     # Several output channels, or parts of them, a thread
-    (Case((TL,), per_group=12, batch=3, height=9, width=7), H100),
+    (Case((TL,), per_group=12, batch=3, height=9, width=7, biased=True), H100),
     (Case((BR, TL, TR), per_group=6, kernel_size=(2, 2), batch=9, height=4, width=4), H100),
-    (Case((BR, TL), per_group=7, batch=9, height=6, width=5), SMALL),
+    (Case((BR, TL), per_group=7, batch=9, height=6, width=5, biased=True), SMALL),
     (Case((BL, TR), per_group=11, kernel_size=(5, 7), batch=3, height=5, width=6, dtype=torch.float64), SMALL),
     # Bands and chunks
     (Case((BR, TL), per_group=3, kernel_size=(2, 3), height=70, width=5), H100),
-    (Case((TL, BL), per_group=2, kernel_size=(3, 2), height=1, width=70, dtype=torch.float16), H100),
-    (Case((TR,), per_group=4, batch=1, height=33, width=34, dtype=torch.float64), SMALL),
+    (Case((TL, BL), per_group=2, kernel_size=(3, 2), height=1, width=70, dtype=torch.float16, biased=True), H100),
+    (Case((TR,), per_group=4, batch=1, height=33, width=34, dtype=torch.float64, biased=True), SMALL),
     # Clipped kernels, and kernels of many taps
-    (Case((BL, TR), per_group=3, kernel_size=(9, 4), height=3, width=2, dtype=torch.bfloat16), H100),
+    (Case((BL, TR), per_group=3, kernel_size=(9, 4), height=3, width=2, dtype=torch.bfloat16, biased=True), H100),
     (Case((BR,), per_group=1, kernel_size=(11, 9), batch=2, height=17, width=33, dtype=torch.float64), H100),
     # The least there is
     (Case((TR,), per_group=1, kernel_size=(1, 1), batch=1, height=1, width=1), H100),
-    (Case((TL, BR) * 9, per_group=1, batch=13, height=3, width=3), H100),
+    (Case((TL, BR) * 9, per_group=1, batch=13, height=3, width=3, biased=True), H100),
     (Case((BL,), per_group=5, kernel_size=(1, 1), batch=33, height=2, width=3), H100),
     # Many channels
-    (Case((TL,), per_group=48, batch=2, height=6, width=5), H100),
+    (Case((TL,), per_group=48, batch=2, height=6, width=5, biased=True), H100),
     (Case((TR, BL), per_group=18, batch=2, height=19, width=22, dtype=torch.float64), SMALL),
     (Case((BR, TL), per_group=24, kernel_size=(5, 7), batch=2, height=5, width=6, dtype=torch.float64), H100),
-    (Case((BL,), per_group=68, kernel_size=(2, 1), batch=2, height=3, width=5, dtype=torch.bfloat16), H100),
-    (Case((TR,), per_group=66, kernel_size=(1, 2), batch=9, height=5, width=7), SMALL),
+    (
+        Case((BL,), per_group=68, kernel_size=(2, 1), batch=2, height=3, width=5, dtype=torch.bfloat16, biased=True),
+        H100,
+    ),
+    (Case((TR,), per_group=66, kernel_size=(1, 2), batch=9, height=5, width=7, biased=True), SMALL),
 )
 thorough = settings.default.max_examples > 100
 if thorough:
@@ -92,17 +96,25 @@ def call(
     operation: str, case: Case, device: Device, first: Tensor, second: Tensor, *, seed: int = INCREASING, **options: Any
 ) -> Tensor:
     corners = geometry.parse_corners(case.corners)
+    if case.biased and operation != "weight_gradient":
+        options["bias"] = case.bias()
     return emulator.call(operation, first, second, corners, device=device, seed=seed, **options)
 
 
 def expected(operation: str, case: Case, transpose: bool) -> Tensor:
     """By dense linear algebra, or where the matrices are too large by the reference in float64."""
-    input, weight = case.input(), case.weight()
-    if case.per_group * case.height * case.width <= MAX_UNKNOWNS:
-        oracle = oracles.solve if operation == "solve" else oracles.multiply
-        return oracle(input, weight, case.corners, transpose)
-    operator = reference.solve if operation == "solve" else reference.conv
-    return operator(input.double(), weight.double(), geometry.parse_corners(case.corners), transpose)
+    input, weight, solves = case.input().double(), case.weight(), operation == "solve"
+    bias = case.bias().double() if case.biased else torch.zeros(case.channels, dtype=torch.float64)
+    bias = bias[:, None, None]
+    if case.per_group * case.height * case.width > MAX_UNKNOWNS:
+        operator = reference.solve if solves else reference.conv
+        given = input - bias if solves else input
+        output = operator(given, weight.double(), None, geometry.parse_corners(case.corners), transpose)
+    elif solves:
+        output = oracles.solve(input - bias, weight, case.corners, transpose)
+    else:
+        output = oracles.multiply(input, weight, case.corners, transpose)
+    return output if solves else output + bias
 
 
 @pytest.mark.parametrize("transpose", BOTH, ids=["plain", "transposed"])
@@ -185,9 +197,9 @@ def test_masked_entries_are_never_read(case: Case, device: Device):
 
 # Constants that decide between branches of a kernel, and sizes that do not always divide others.
 BRANCHES = {
-    "solve_rows": ("BANDED", "CHUNKED", "PARTS", "TRANSPOSE"),
-    "solve_channels": ("BANDED", "CHUNKED", "REPLICAS"),
-    "convolution": ("IMAGES", "SPLITS", "PIXELS", "OUTPUTS"),
+    "solve_rows": ("BANDED", "CHUNKED", "PARTS", "TRANSPOSE", "BIAS"),
+    "solve_channels": ("BANDED", "CHUNKED", "REPLICAS", "BIAS"),
+    "convolution": ("IMAGES", "SPLITS", "PIXELS", "OUTPUTS", "BIAS"),
     "weight_gradient_parts": ("PARTS", "SPLITS", "WIDTH_REMAINDER"),
     "products": ("BLOCK_M", "BLOCK_N"),
 }
@@ -206,7 +218,10 @@ def test_the_table_reaches_every_kernel_and_branch():
         input, weight, corners = case.input(), case.weight(), geometry.parse_corners(case.corners)
         problems = [
             emulator.problem("weight_gradient", input, input, corners, kernel_size=case.kernel_size),
-            *(emulator.problem(operation, input, weight, corners, t) for operation in ("solve", "conv") for t in BOTH),
+            *(
+                emulator.problem(operation, input, weight, corners, transpose, biased=case.biased)
+                for operation, transpose in product(("solve", "conv"), BOTH)
+            ),
         ]
         sizes = dict(BATCH=case.batch, HEIGHT=case.height, WIDTH=case.width)
         for problem in problems:

@@ -19,7 +19,7 @@ from oracles import assert_close
 from nflows_kconv import geometry, native, reference
 from nflows_kconv.cuda import planning, runtime
 from nflows_kconv.cuda.native_launcher import NativeLauncher
-from nflows_kconv.cuda.plan import Launch, Plan, Problem, arguments, kernel
+from nflows_kconv.cuda.plan import POINTER_BYTES, Launch, Plan, Problem, arguments, kernel
 from nflows_kconv.cuda.python_launcher import PythonLauncher
 from nflows_kconv.cuda.runtime import Runtime
 
@@ -68,10 +68,11 @@ EMULATED = (
 @pytest.mark.parametrize("case", EMULATED, ids=str)
 def test_results_are_those_of_the_reference(launcher: SimpleNamespace, case: Case):
     input, weight, grad, corners = case.input(), case.weight(), case.input(seed=2), numbers(case)
+    bias = case.bias().repeat_interleave(2)[::2]
     for transpose in (False, True):
-        for name in ("conv", "solve"):
-            output = getattr(launcher, name)(input, weight, corners, transpose)
-            assert_close(output, getattr(reference, name)(input, weight, corners, transpose))
+        for name, b in (("conv", None), ("conv", bias), ("solve", bias if transpose else None)):
+            output = getattr(launcher, name)(input, weight, b, corners, transpose)
+            assert_close(output, getattr(reference, name)(input, weight, b, corners, transpose))
             assert output.stride() == torch.empty_like(input).stride()
     gradient = launcher.weight_gradient(input, grad, corners, case.kernel_size)
     assert_close(gradient, reference.weight_gradient(input, grad, corners, case.kernel_size), factor=4)
@@ -106,7 +107,7 @@ def planner(monkeypatch: pytest.MonkeyPatch, launcher: SimpleNamespace) -> Plann
 
 def call(launcher: SimpleNamespace, **options) -> torch.Tensor:
     case = Case(**options)
-    return launcher.solve(case.input(), case.weight(), numbers(case), False)
+    return launcher.solve(case.input(), case.weight(), None, numbers(case), False)
 
 
 @pytest.mark.parametrize("name", ["conv", "solve", "weight_gradient"])
@@ -116,7 +117,7 @@ def test_the_problem_is_that_of_the_call(launcher: SimpleNamespace, planner: Pla
     if name == "weight_gradient":
         second, output = grad, launcher.weight_gradient(input, grad, numbers(case), case.kernel_size)
     else:
-        second, output = weight, getattr(launcher, name)(input, weight, numbers(case), True)
+        second, output = weight, getattr(launcher, name)(input, weight, case.bias(), numbers(case), True)
     assert planner.problems == [
         Problem(
             operation=name,
@@ -128,6 +129,7 @@ def test_the_problem_is_that_of_the_call(launcher: SimpleNamespace, planner: Pla
             first_strides=input.stride(),
             second_strides=second.stride(),
             output_strides=output.stride(),
+            bias=name != "weight_gradient",
         )
     ]
     assert output.shape == (case.weight_shape if name == "weight_gradient" else case.input_shape)
@@ -136,32 +138,35 @@ def test_the_problem_is_that_of_the_call(launcher: SimpleNamespace, planner: Pla
 
 def test_launches_are_those_of_the_plan(launcher: SimpleNamespace, planner: Planner):
     case = Case()
-    input, weight = case.input(), case.weight()
+    input, weight, bias = case.input(), case.weight(), case.bias()
     seen = []
 
     def run(launch: Launch) -> None:
-        first, second, output, scratch = struct.unpack("=4q", launch.arguments[:32])
-        seen.append((first, second, output, ctypes.string_at(scratch, 600)))
+        first, second, output, scratch, bias = struct.unpack("=5q", launch.arguments[:POINTER_BYTES])
+        seen.append((first, second, output, bias, ctypes.string_at(scratch, 600)))
         ctypes.memset(scratch, 1, 1000)
 
     launcher.driver.run = run
-    output = launcher.solve(input, weight, numbers(case), False)
-    pointers = input.data_ptr(), weight.data_ptr(), output.data_ptr()
+    output = launcher.solve(input, weight, bias, numbers(case), False)
+    pointers = input.data_ptr(), weight.data_ptr(), output.data_ptr(), bias.data_ptr()
     assert seen == [(*pointers, bytes(600)), (*pointers, b"\1" * 600)]
     assert launcher.driver.zeroed == [600]
     planned = planner(planner.problems[0], None).launches
     launched, streams, contexts = zip(*launcher.driver.launches, strict=True)
-    assert [replace(launch, arguments=bytes(32) + launch.arguments[32:]) for launch in launched] == list(planned)
+    assert [
+        replace(launch, arguments=bytes(POINTER_BYTES) + launch.arguments[POINTER_BYTES:]) for launch in launched
+    ] == list(planned)
     assert set(streams) == {STREAM}
     assert set(contexts) == {CONTEXT}
 
 
 def test_every_call_has_pointers_of_its_own(launcher: SimpleNamespace, planner: Planner):
     inputs, weight = [Case().input(seed=seed) for seed in range(3)], Case().weight()
-    outputs = [launcher.solve(input, weight, [0, 1, 2, 3], False) for input in inputs]
-    firsts = [struct.unpack_from("=4q", launch.arguments) for launch, _, _ in launcher.driver.launches[::2]]
-    assert [first[:3] for first in firsts] == [
-        (input.data_ptr(), weight.data_ptr(), output.data_ptr()) for input, output in zip(inputs, outputs, strict=True)
+    outputs = [launcher.solve(input, weight, None, [0, 1, 2, 3], False) for input in inputs]
+    firsts = [struct.unpack_from("=5q", launch.arguments) for launch, _, _ in launcher.driver.launches[::2]]
+    assert [(*first[:3], first[4]) for first in firsts] == [
+        (input.data_ptr(), weight.data_ptr(), output.data_ptr(), 0)
+        for input, output in zip(inputs, outputs, strict=True)
     ]
 
 
@@ -181,18 +186,19 @@ def test_a_problem_is_planned_once(launcher: SimpleNamespace, planner: Planner):
     for _ in range(3):
         for change in changes:
             call(launcher, **change)
-    launcher.solve(Case().input(), Case().weight(), [0, 1, 2, 3], True)
-    launcher.conv(Case().input(), Case().weight(), [0, 1, 2, 3], False)
-    assert len(planner.problems) == len(set(planner.problems)) == len(changes) + 2
+    launcher.solve(Case().input(), Case().weight(), None, [0, 1, 2, 3], True)
+    launcher.solve(Case().input(), Case().weight(), Case().bias(), [0, 1, 2, 3], False)
+    launcher.conv(Case().input(), Case().weight(), None, [0, 1, 2, 3], False)
+    assert len(planner.problems) == len(set(planner.problems)) == len(changes) + 3
 
 
 def test_plans_are_bounded_and_kernels_stay(launcher: SimpleNamespace, planner: Planner):
     weight = torch.ones(1, 1, 1, 1)
     images = torch.ones(1, 1, 1, 1).expand(5000, 1, 1, 1)
     for batch in range(1, 4200):
-        launcher.solve(images[:batch], weight, [0], False)
+        launcher.solve(images[:batch], weight, None, [0], False)
     assert len(planner.problems) == 4199
-    launcher.solve(images[:1], weight, [0], False)
+    launcher.solve(images[:1], weight, None, [0], False)
     assert len(planner.problems) == 4200
     assert len(launcher.driver.loaded) == 1
 
@@ -200,7 +206,7 @@ def test_plans_are_bounded_and_kernels_stay(launcher: SimpleNamespace, planner: 
 def test_empty_tensors_need_no_launch(launcher: SimpleNamespace, planner: Planner):
     for size in ("batch", "height", "width"):
         case = Case(layout="channels_last", **{size: 0})
-        output = launcher.solve(case.input(), case.weight(), numbers(case), False)
+        output = launcher.solve(case.input(), case.weight(), None, numbers(case), False)
         assert output.shape == case.input_shape
         gradient = launcher.weight_gradient(case.input(), case.input(), numbers(case), (3, 3))
         assert torch.equal(gradient, torch.zeros(case.weight_shape))
@@ -247,12 +253,16 @@ def test_nothing_is_compiled_inside_a_capture(launcher: SimpleNamespace, planner
     assert len(launcher.driver.loaded) == 1
 
 
+ALL = [0, 1, 2, 3]
 WRONG = {
-    "channels": lambda x, w: (x[:, :7], w, [0, 1, 2, 3], False),
-    "corners": lambda x, w: (x, w, [0, 1], False),
-    "dtype": lambda x, w: (x, w.double(), [0, 1, 2, 3], False),
-    "size of the kernel": lambda x, w: (x, w[..., :0], [0, 1, 2, 3], False),
-    "rank": lambda x, w: (x[0], w, [0, 1, 2, 3], False),
+    "channels": lambda x, w, b: (x[:, :7], w, b, ALL, False),
+    "corners": lambda x, w, b: (x, w, b, [0, 1], False),
+    "dtype": lambda x, w, b: (x, w.double(), b, ALL, False),
+    "size of the kernel": lambda x, w, b: (x, w[..., :0], b, ALL, False),
+    "rank": lambda x, w, b: (x[0], w, b, ALL, False),
+    "bias's channels": lambda x, w, b: (x, w, b[:7], ALL, False),
+    "bias's rank": lambda x, w, b: (x, w, b[None], ALL, False),
+    "bias's dtype": lambda x, w, b: (x, w, b.double(), ALL, False),
 }
 
 
@@ -262,14 +272,16 @@ WRONG = {
 def test_wrong_arguments_are_not_launched(launcher: SimpleNamespace, planner: Planner, arguments):
     for name in ("conv", "solve"):
         with pytest.raises(RuntimeError, match="must"):
-            getattr(launcher, name)(*arguments(Case().input(), Case().weight()))
+            getattr(launcher, name)(*arguments(Case().input(), Case().weight(), Case().bias()))
     assert not planner.problems
 
 
 def test_wrong_shapes_are_not_launched(launcher: SimpleNamespace, planner: Planner):
     input, weight = Case().input(), Case().weight()
     with pytest.raises((RuntimeError, ValueError), match="shape"):
-        launcher.solve(input, weight[:4], [0, 1, 2, 3], False)
+        launcher.solve(input, weight[:4], None, [0, 1, 2, 3], False)
+    with pytest.raises((RuntimeError, ValueError), match="shape"):
+        launcher.conv(input, weight, input.new_ones(7), [0, 1, 2, 3], False)
     with pytest.raises((RuntimeError, ValueError), match="shape"):
         launcher.weight_gradient(input, input[:1], [0, 1, 2, 3], (3, 3))
     assert not planner.problems
@@ -323,7 +335,7 @@ def test_arguments_must_fit(native_alone: SimpleNamespace, planner: Planner, mon
         return Plan((Launch(kernel(problem, "made_up.cu", "first"), (1, 1, 1), 1, 0, bytes(5000)),))
 
     monkeypatch.setattr(planning, "plan", plan)
-    with pytest.raises(RuntimeError, match="must have 32 to 4096 bytes, got 5000"):
+    with pytest.raises(RuntimeError, match="must have 40 to 4096 bytes, got 5000"):
         call(native_alone)
 
 
@@ -335,10 +347,10 @@ def test_the_reference_runs_where_kernels_cannot(name: str):
     NativeLauncher(native.loaded(), Runtime(driver), driver, lambda: True).connect()
     try:
         _, operators = native_operators()
-        last = (3, 3) if name == "weight_gradient" else True
-        second = Case().input(seed=2) if name == "weight_gradient" else Case().weight()
-        output = getattr(operators, name)(Case().input(), second, [0, 1, 2, 3], last)
-        assert torch.equal(output, getattr(reference, name)(Case().input(), second, [0, 1, 2, 3], last))
+        arguments = Case().input(), Case().weight(), Case().bias(), [0, 1, 2, 3], True
+        if name == "weight_gradient":
+            arguments = Case().input(), Case().input(seed=2), [0, 1, 2, 3], (3, 3)
+        assert torch.equal(getattr(operators, name)(*arguments), getattr(reference, name)(*arguments))
         assert not driver.launches
     finally:
         connected.connect()

@@ -48,9 +48,9 @@ def problems(channels: int, side: int, image: tuple[int, int, int], dtype: torch
     total = channels * len(corners)
     input = torch.empty(batch, total, height, width, dtype=dtype, device="meta")
     weight = torch.empty(total, channels, side, side, dtype=dtype, device="meta")
-    for transpose in (False, True):
-        yield emulator.problem("solve", input, weight, corners, transpose)
-        yield emulator.problem("conv", input, weight, corners, transpose)
+    for transpose in (False, True):  # a bias takes registers: where it fits, so does the same without one
+        for operation in ("solve", "conv"):
+            yield emulator.problem(operation, input, weight, corners, transpose, biased=not transpose)
     yield emulator.problem("weight_gradient", input, input, corners, kernel_size=(side, side))
 
 

@@ -40,6 +40,12 @@ def gradients(output: torch.Tensor, grad: torch.Tensor, *arguments: torch.Tensor
     return torch.autograd.grad((output * grad.to(output)).sum(), arguments)
 
 
+def with_bias(oracle, input, weight, bias, corners) -> torch.Tensor:
+    """The oracle of the convolution with its bias added, or that of the inverse with the bias taken off first."""
+    bias = bias[:, None, None]
+    return oracle(input, weight, corners) + bias if oracle is oracles.conv else oracle(input - bias, weight, corners)
+
+
 # Gradients
 
 
@@ -51,17 +57,17 @@ def test_gradients_are_those_of_the_oracle(case: Case, name: str, backend: str, 
     if not case.per_group * case.height * case.width <= 200 or case.batch == 0:
         return  # the oracle's gradient in the weight goes through the dense matrices
     grad_ = case.input(seed=2)
-    leaves = [t.detach().requires_grad_() for t in (case.input(device), case.weight(device))]
-    actual = gradients(function(*leaves, case.corners), grad_, *leaves)
-    expected_leaves = [t.detach().to("cpu", torch.float64).requires_grad_() for t in leaves]
+    leaves = [t.detach().requires_grad_() for t in (case.input(device), case.weight(device), case.bias(device))]
+    actual = gradients(function(*leaves[:2], case.corners, leaves[2]), grad_, *leaves)
+    exact = [t.detach().to("cpu", torch.float64).requires_grad_() for t in leaves]
     if 0 in case.input_shape:
-        expected = [torch.zeros_like(t) for t in expected_leaves]
+        expected = [torch.zeros_like(t) for t in exact]
     else:
-        expected = gradients(oracle(*expected_leaves, case.corners), grad_, *expected_leaves)
-    for one, other, leaf in zip(actual, expected, leaves, strict=True):
+        expected = gradients(with_bias(oracle, *exact, case.corners), grad_, *exact)
+    for index, (one, other, leaf) in enumerate(zip(actual, expected, leaves, strict=True)):
         assert one.dtype == leaf.dtype
-        if name == "conv2d_inverse" and case.dtype in oracles.HALF_PRECISION:
-            # The weight's gradient is computed from two solutions that were rounded: right as a whole, not by entry.
+        if name == "conv2d_inverse" and index == 1 and case.dtype in oracles.HALF_PRECISION:
+            # It is computed from the solution, which was rounded: right as a whole, not by entry.
             assert (one.cpu() - other).norm() <= torch.finfo(case.dtype).eps * other.norm()
         else:
             assert_close(one, other, factor=4)
@@ -109,13 +115,13 @@ def test_gradgradcheck(case: Case, name: str, device: str):
 @every_small_case
 def test_gradcheck_of_the_operators(case: Case, backend: str, device: str):
     """The transposed operators and the weight gradient too."""
-    input, weight, _ = arguments(case, device)
+    input, weight, bias = arguments(case, device)
     corners = geometry.parse_corners(case.corners)
     for transpose in (False, True):
         for operator in (ops.conv, ops.solve):
-            function = lambda x, w, op=operator, t=transpose: op(x, w, corners, t)  # noqa: E731
-            assert gradcheck(function, (input, weight), check_forward_ad=True)
-            assert gradgradcheck(function, (input, weight))
+            function = lambda x, w, b, op=operator, t=transpose: op(x, w, b, corners, t)  # noqa: E731
+            assert gradcheck(function, (input, weight, bias), check_forward_ad=True)
+            assert gradgradcheck(function, (input, weight, bias))
     function = lambda x, g: ops.weight_gradient(x, g, corners, case.kernel_size)  # noqa: E731
     images = input, replace(case, dtype=torch.float64).input(device, seed=2).requires_grad_()
     assert gradcheck(function, images, check_forward_ad=True, check_batched_grad=True)
@@ -234,6 +240,38 @@ def test_function_transforms(transform, case: Case, name: str, device: str):
         assert_close(one, other, factor=10)
 
 
+@pytest.mark.parametrize("dtype", oracles.HALF_PRECISION, ids=str)
+@every_direction
+def test_tangents_and_maps_of_half_precision_are_rounded_once(name: str, dtype: torch.dtype, device: str):
+    function, oracle = FUNCTIONS[name]
+    case = Case((TL, BR), per_group=3, batch=3, dtype=dtype)
+    arguments = case.input(device), case.weight(device), case.bias(device)
+    other = replace(case, seed=1)
+    others = other.input(device), other.weight(device), other.bias(device)
+
+    def call(input, weight, bias):
+        return function(input, weight, case.corners, bias)
+
+    def exact(input, weight, bias):
+        return with_bias(oracle, input, weight, bias, case.corners)
+
+    tangent = jvp(call, arguments, others)[1]
+    expected = jvp(exact, *(tuple(t.double().cpu() for t in tensors) for tensors in (arguments, others)))[1]
+    if name == "conv2d":
+        assert_close(tangent, expected)
+    else:  # computed from the solution, which was rounded: right as a whole
+        assert (tangent.cpu() - expected).norm() <= torch.finfo(dtype).eps * expected.norm()
+
+    for mapped in ((2,), (1, 2), (0, 1, 2)):
+        stacked = [
+            torch.stack(pair) if i in mapped else pair[0] for i, pair in enumerate(zip(arguments, others, strict=True))
+        ]
+        outputs = vmap(call, tuple(0 if i in mapped else None for i in range(3)))(*stacked)
+        for index, output in enumerate(outputs):
+            each = (t[index] if i in mapped else t for i, t in enumerate(stacked))
+            assert_close(output, exact(*(t.double().cpu() for t in each)))
+
+
 def test_gradients_of_each_sample_through_the_layer(device: str):
     torch.manual_seed(0)
     layer = InvertibleConv2d(4, diagonal="learned", bias=True).to(device, torch.float64)
@@ -256,10 +294,10 @@ def test_gradients_of_each_sample_through_the_layer(device: str):
 @every_small_case
 def test_opcheck(case: Case, device: str):
     corners = geometry.parse_corners(case.corners)
-    input, weight, _ = arguments(case, device)
+    input, weight, bias = arguments(case, device)
     for transpose in (False, True):
-        torch.library.opcheck(ops.conv, (input, weight, corners, transpose))
-        torch.library.opcheck(ops.solve, (input, weight, corners, transpose))
+        torch.library.opcheck(ops.conv, (input, weight, bias if transpose else None, corners, transpose))
+        torch.library.opcheck(ops.solve, (input, weight, None if transpose else bias, corners, transpose))
     other = input.detach().clone().requires_grad_()
     torch.library.opcheck(ops.weight_gradient, (input, other, corners, list(case.kernel_size)))
 

@@ -136,28 +136,33 @@ def test_a_diagonal_whose_reciprocal_overflows_has_no_inverse(dtype: torch.dtype
 def test_operators_refuse_tensors_without_memory(name: str, suffix: str):
     """Of a CPU and a meta tensor torch takes the operator for meta tensors, which left the result uninitialised."""
     operator = getattr(torch.ops.nflows_kconv, name + suffix)
-    second, last = (images(), [3, 3]) if name == "weight_gradient" else (weight(), False)
+    second, others = (images(), ([0], [3, 3])) if name == "weight_gradient" else (weight(), (None, [0], False))
     for operands in ((images(), second.to("meta")), (images().to("meta"), second)):
         with pytest.raises(ValueError, match=r"needs a second tensor of shape .* and (cpu|meta), got"):
-            operator(*operands, [0], last)
+            operator(*operands, *others)
+    if name != "weight_gradient":
+        with pytest.raises(ValueError, match=r"needs a bias of shape \(2,\), .* and cpu, got \(2,\), .* and meta"):
+            operator(images(), second, torch.zeros(2, device="meta"), [0], False)
 
 
 def test_operators_of_the_reference_check_shapes():
     """It went on with what F.conv2d and broadcasting made of them."""
     for operator in (torch.ops.nflows_kconv.conv_reference, torch.ops.nflows_kconv.solve_reference):
         with pytest.raises(ValueError, match=r"needs a second tensor of shape \(2, 2, 3, 3\)"):
-            operator(images(), weight()[:1], [0], False)
+            operator(images(), weight()[:1], None, [0], False)
+        with pytest.raises(ValueError, match=r"needs a bias of shape \(2,\), torch.float32 and cpu, got \(1,\)"):
+            operator(images(), weight(), torch.zeros(1), [0], False)
         with pytest.raises(ValueError, match="one of the corners 0 to 3 for each group"):
-            operator(images(), weight(), [7], False)
+            operator(images(), weight(), None, [7], False)
     with pytest.raises(ValueError, match="of positive size"):
         torch.ops.nflows_kconv.weight_gradient(images(), images(), [0], [0, 3])
 
 
 @pytest.mark.skipif(not native.available, reason="what is freed is seen by the native library")
-@pytest.mark.parametrize("freed", ["input", "weight"])
+@pytest.mark.parametrize("freed", ["input", "weight", "bias"])
 def test_freed_memory_is_not_read(freed: str):
     """As of parameters between the uses of sharded training; torch itself crashes in most of its operators."""
-    arguments = dict(input=images(), weight=weight())
+    arguments = dict(input=images(), weight=weight(), bias=torch.zeros(2))
     arguments[freed].untyped_storage().resize_(0)
     with pytest.raises(RuntimeError, match="must not have been freed"), torch.no_grad():
         conv2d(**arguments, corners="TL")
@@ -184,4 +189,4 @@ def test_errors_of_the_native_launcher_get_their_type_back():
         raise RuntimeError("out of memory: CUDA out of memory. Tried to allocate 20.00 GiB.")
 
     with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
-        ops._below_autograd(fail, images(), weight(), [0], False)
+        ops._below_autograd(fail, images(), weight(), None, [0], False)

@@ -182,6 +182,7 @@ struct Strip {
   const Plan& plan;
   bool flip_rows, flip_columns;
   int64_t images;  // lanes in use, where lanes are images
+  const T* bias;   // of the group's channels, or null
   T* buffer;
   int64_t* places;
 
@@ -199,30 +200,42 @@ struct Strip {
     }
   }
 
-  // Calls move(channel's pixels, count, channel's place) with the pixels contiguous where the tensor's are.
-  template <bool kToBuffer, typename Pointer>
+  // Moves the rows, taking the bias off on their way to the buffer or adding it on their way back, if there is one and
+  // kShift says so.
+  template <bool kToBuffer, bool kShift, typename Pointer>
   void move(Pointer group_pixels, const Strides& strides, int64_t begin, int64_t end) const {
+    if (kShift && bias)
+      move_shifted<kToBuffer, true>(group_pixels, strides, begin, end);
+    else
+      move_shifted<kToBuffer, false>(group_pixels, strides, begin, end);
+  }
+
+ private:
+  template <bool kToBuffer, bool kShift, typename Pointer>
+  void move_shifted(Pointer group_pixels, const Strides& strides, int64_t begin, int64_t end) const {
     const int64_t first_row = flip_rows ? problem.height - end : begin;
     const int64_t rows = end - begin, width = problem.width;
     const bool contiguous = strides.column == 1 && (strides.row == width || rows == 1);
     for (int64_t channel = 0; channel < plan.channels; ++channel) {
       Pointer pixels = group_pixels + channel * strides.channel + first_row * strides.row;
       T* lanes = buffer + (problem.transpose ? plan.channels - 1 - channel : channel) * plan.channel_pitch;
+      const T shift = !kShift ? T(0) : kToBuffer ? -bias[channel] : bias[channel];
       if (contiguous) {
-        move_run<kToBuffer>(pixels, 1, strides.batch, rows * width, places, lanes);
+        move_run<kToBuffer, kShift>(pixels, 1, strides.batch, rows * width, places, lanes, shift);
       } else {
         for (int64_t row = 0; row < rows; ++row)
-          move_run<kToBuffer>(pixels + row * strides.row, strides.column, strides.batch, width, places + row * width,
-                              lanes);
+          move_run<kToBuffer, kShift>(pixels + row * strides.row, strides.column, strides.batch, width,
+                                      places + row * width, lanes, shift);
       }
     }
   }
 
-  template <bool kToBuffer, typename Pointer>
+  // Moves pixels of one channel of all images.
+  template <bool kToBuffer, bool kShift, typename Pointer>
   void move_run(Pointer pixels, int64_t stride, int64_t batch_stride, int64_t count, const int64_t* run_places,
-                T* lanes) const {
+                T* lanes, T shift) const {
     if (plan.lanes_are_rows) {
-      for (int64_t p = 0; p < count; ++p) copy<kToBuffer>(pixels + p * stride, lanes + run_places[p]);
+      for (int64_t p = 0; p < count; ++p) copy<kToBuffer, kShift>(pixels + p * stride, lanes + run_places[p], shift);
       return;
     }
     constexpr int n = kLanes<T>;
@@ -231,15 +244,17 @@ struct Strip {
       Pointer images_pixels = pixels + first * batch_stride;
       int64_t p = 0;
       for (; stride == 1 && p + n <= count; p += n)
-        move_square<kToBuffer>(images_pixels + p, batch_stride, present, run_places + p, lanes + first);
+        move_square<kToBuffer, kShift>(images_pixels + p, batch_stride, present, run_places + p, lanes + first, shift);
       for (; p < count; ++p)
         for (int64_t image = 0; image < present; ++image)
-          copy<kToBuffer>(images_pixels + image * batch_stride + p * stride, lanes + run_places[p] + first + image);
+          copy<kToBuffer, kShift>(images_pixels + image * batch_stride + p * stride,
+                                  lanes + run_places[p] + first + image, shift);
     }
   }
 
-  template <bool kToBuffer, typename Pointer>
-  static void move_square(Pointer pixels, int64_t batch_stride, int64_t present, const int64_t* run_places, T* lanes) {
+  template <bool kToBuffer, bool kShift, typename Pointer>
+  static void move_square(Pointer pixels, int64_t batch_stride, int64_t present, const int64_t* run_places, T* lanes,
+                          T shift) {
     constexpr int n = kLanes<T>;
     Vector<T> square[n];
     for (int i = 0; i < n; ++i) {
@@ -247,6 +262,7 @@ struct Strip {
         square[i] = i < present ? load(pixels + i * batch_stride) : Vector<T>{};
       else
         square[i] = load(lanes + run_places[i]);
+      if constexpr (kShift) square[i] = square[i] + shift;
     }
     transpose<1, T>(square);
     if constexpr (kToBuffer)
@@ -255,12 +271,12 @@ struct Strip {
       for (int64_t i = 0; i < present; ++i) store(pixels + i * batch_stride, square[i]);
   }
 
-  template <bool kToBuffer, typename Pointer>
-  static void copy(Pointer pixel, T* lane) {
+  template <bool kToBuffer, bool kShift, typename Pointer>
+  static void copy(Pointer pixel, T* lane, T shift) {
     if constexpr (kToBuffer)
-      *lane = *pixel;
+      *lane = kShift ? *pixel + shift : *pixel;
     else
-      *pixel = *lane;
+      *pixel = kShift ? *lane + shift : *lane;
   }
 };
 
@@ -302,7 +318,8 @@ void run_task(const Problem<T>& problem, const Plan& plan, const T* packed, int6
       problem.input + first_image * problem.input_strides.batch + first_channel * problem.input_strides.channel;
   T* output =
       problem.output + first_image * problem.output_strides.batch + first_channel * problem.output_strides.channel;
-  const Strip<T> strip{problem, plan, (corner & 2) != 0, (corner & 1) != 0, images, buffer, places};
+  const T* bias = problem.bias ? problem.bias + first_channel : nullptr;
+  const Strip<T> strip{problem, plan, (corner & 2) != 0, (corner & 1) != 0, images, bias, buffer, places};
 
   const int64_t vectors = divide_up(images, plan.lanes_per_vector);
   TileKernel<T> kernels[kMaxTile];
@@ -317,12 +334,12 @@ void run_task(const Problem<T>& problem, const Plan& plan, const T* packed, int6
     if (halo_top < top) {
       strip.place(halo_top, top, top);
       if constexpr (kSolve)
-        strip.template move<true>(const_cast<const T*>(output), problem.output_strides, halo_top, top);
+        strip.template move<true, false>(const_cast<const T*>(output), problem.output_strides, halo_top, top);
       else
-        strip.template move<true>(input, problem.input_strides, halo_top, top);
+        strip.template move<true, false>(input, problem.input_strides, halo_top, top);
     }
     strip.place(top, bottom, top);
-    strip.template move<true>(input, problem.input_strides, top, bottom);
+    strip.template move<true, kSolve>(input, problem.input_strides, top, bottom);
 
     const int64_t lines = plan.lanes_are_rows ? 1 : bottom - top;
     const int64_t steps = plan.lanes_are_rows ? problem.width + bottom - top - 1 : problem.width;
@@ -332,7 +349,7 @@ void run_task(const Problem<T>& problem, const Plan& plan, const T* packed, int6
       for (int64_t j = 0; j < steps; ++j)
         compute_position<kSolve>(line + (kSolve ? j : steps - 1 - j) * plan.position_pitch, plan, packed, kernels);
     }
-    strip.template move<false>(output, problem.output_strides, top, bottom);
+    strip.template move<false, !kSolve>(output, problem.output_strides, top, bottom);
   }
 }
 

@@ -9,12 +9,14 @@ struct Strides {  // in elements
   int64_t batch, channel, row, column;
 };
 
-// output = A input, A^T input, A^-1 input or A^-T input, see nflows_kconv/reference.py for A.
+// output = A input + bias, A^T input + bias, A^-1 (input - bias) or A^-T (input - bias), see nflows_kconv/reference.py
+// for A.
 template <typename T>
 struct Problem {
   const T* input;   // [batch, channels, height, width]
   T* output;        // the same shape, not overlapping the input
   const T* weight;  // [channels, channels / groups, kernel_height, kernel_width], contiguous
+  const T* bias;    // [channels], contiguous; null stands for zero
   Strides input_strides, output_strides;
   int64_t batch, channels, height, width;
   int64_t groups, kernel_height, kernel_width;

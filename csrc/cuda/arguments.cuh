@@ -3,7 +3,7 @@
 // A kernel only knows the *canonical* operator: corner TL, lower triangular pivot. Row 0, column 0 is the pixel that
 // depends on no other; lag (a, b) reads a rows above and b columns to the left; lag (0, 0) is the pivot:
 //
-//     y[o, r, s] = sum_{i, a, b} W(o, i, a, b) x[i, r - a, s - b],   W(o, i, 0, 0) = 0 for i > o
+//     y[o, r, s] = sum_{i, a, b} W(o, i, a, b) x[i, r - a, s - b] + bias(o),   W(o, i, 0, 0) = 0 for i > o
 //
 // Every corner and the transpose are this operator behind strides of either sign: a corner reverses rows or columns,
 // the transpose has the opposite corner, the same lags, exchanged channels of the weight and a reversed channel order,
@@ -24,6 +24,7 @@ struct Arguments {
   const void* second;  // the weight [C, C/G, kh, kw], or the gradient [B, C, H, W]
   void* output;
   char* scratch;               // 256-byte aligned
+  const void* bias;            // [C], contiguous, or null
   long long first_strides[4];  // all strides in elements
   long long second_strides[4];
   long long output_strides[4];
@@ -64,6 +65,11 @@ __device__ inline ImageView<T> image_view(T* data, const long long (&strides)[4]
     view.column = -view.column;
   }
   return view;
+}
+
+__device__ inline Accumulator bias_of(const Arguments& arguments, int group, int channel) {
+  const int at = group * CHANNELS + (TRANSPOSE ? CHANNELS - 1 - channel : channel);
+  return load(static_cast<const SCALAR*>(arguments.bias) + at);
 }
 
 // W(o, i, a, b) of one group lies at data[o * out + i * in + a * row + b * column]; the mask is the reader's.

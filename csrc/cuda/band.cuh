@@ -19,6 +19,7 @@
 //   CHUNKED       1 if there may be several chunks
 //   BANDED        1 if there are several bands; then ROWS >= kHalo
 //   THREADS       in a block
+//   BIAS          1 if there is one to take off y
 // Arguments: offsets[0] = int counters: the ticket, then one of each band;
 // offsets[1] = the last kHalo rows of every band, [band][kHalo][CHANNELS][width].
 #pragma once
@@ -115,6 +116,19 @@ struct Band {
     });
   }
 
+  // Takes the bias off a chunk of y that has arrived. A thread takes it off what it has copied itself, so that no
+  // barrier is needed.
+  __device__ void subtract_bias(int chunk) const {
+    for_each_pixel(chunk, [&](int row, int time, int, int first_channel) {
+      Accumulator* values = given_at(chunk, row, time);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int channel = first_channel + i;
+        if (channel < CHANNELS) values[channel] -= bias_of(arguments, place.group, channel);
+      }
+    });
+  }
+
   // Waits for the band above, then copies what this chunk reads of its last rows.
   __device__ void fetch_halo(int chunk) const {
     if (place.index == 0) return;
@@ -174,6 +188,7 @@ struct Band {
     for (int chunk = 0; chunk * STEPS < times; ++chunk) {
       const bool last = !CHUNKED || (chunk + 1) * STEPS >= times;
       wait_for_copies();
+      if (BIAS) subtract_bias(chunk);
       synchronize();
       if (BANDED) {
         fetch_halo(chunk);

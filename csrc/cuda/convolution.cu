@@ -1,5 +1,5 @@
-// y = A x and, by TRANSPOSE, y = A^T x: all groups and images in one launch, corners by index, nothing padded or
-// copied.
+// y = A x + bias and, by TRANSPOSE, y = A^T x + bias: all groups and images in one launch, corners by index, nothing
+// padded or copied.
 //
 // A block computes TILE_OUTPUTS channels of IMAGES x ROWS x COLUMNS pixels of one group. It goes through the input
 // channels CHUNK at a time and through the kernel TAPS_H x TAPS_W taps at a time; each such stage is copied to shared
@@ -15,7 +15,7 @@
 // barrier after it are what remains; the prediction is 3 us for (100, 12, 16, 16).
 //
 // The host's constants: OUTPUTS, PIXELS, TILE_OUTPUTS, SPLITS, IMAGES, ROWS, COLUMNS, their ROW_TILES and
-// COLUMN_TILES, PITCH, CHUNK, TAPS_H, TAPS_W.
+// COLUMN_TILES, PITCH, CHUNK, TAPS_H, TAPS_W; BIAS, 1 if there is one.
 #include "tile.cuh"
 
 constexpr int kRowSlots = ROWS / PIXELS, kOutputSlots = TILE_OUTPUTS / OUTPUTS;
@@ -178,11 +178,15 @@ extern "C" __global__ void __launch_bounds__(kThreads, kResidentBlocks)
       store(y.data + n * arguments.output_strides[0] + c * y.channel + r * y.row + s * y.column, sum);
     }
   };
+  const auto add_bias = [&](int o, Accumulator sum) {
+    const int c = place.output + output_slot * OUTPUTS + o;
+    return c < CHANNELS ? sum + bias_of(arguments, group, c) : sum;
+  };
   if constexpr (SPLITS == 1) {
 #pragma unroll
     for (int o = 0; o < OUTPUTS; ++o) {
 #pragma unroll
-      for (int p = 0; p < PIXELS; ++p) store_sum(o, p, sums[o][p]);
+      for (int p = 0; p < PIXELS; ++p) store_sum(o, p, BIAS ? add_bias(o, sums[o][p]) : sums[o][p]);
     }
   } else {
     __syncthreads();
@@ -196,7 +200,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kResidentBlocks)
       Accumulator sum = 0;
 #pragma unroll
       for (int s = 0; s < SPLITS; ++s) sum += shared[index * kThreads + s * kTiles + tile];
-      store_sum(index / PIXELS, index % PIXELS, sum);
+      store_sum(index / PIXELS, index % PIXELS, BIAS ? add_bias(index / PIXELS, sum) : sum);
     }
   }
 }

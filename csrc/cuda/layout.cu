@@ -1,16 +1,16 @@
 // Between tensors of any strides and the dense canonical images that the matrix products read and write,
 // [group][image][row][column][PADDED], channels last and padded with zeros, in the type of the sums:
 //
-//   gather    tensor -> canonical
-//   scatter   canonical -> tensor
+//   gather    tensor - bias -> canonical        what a solver is given
+//   scatter   canonical + bias -> tensor        what the convolution gives
 //
 // Both transpose a tile of 32 pixels and 32 channels in shared memory, so that neighbouring threads read and write
 // neighbouring addresses. They are bound by memory: each element is read and written once.
 //
 //   impulses  canonical images, one for each input channel i: 1 in channel i of pixel (0, 0), 0 elsewhere
 //
-// Constants beside those of arguments.cuh: PADDED. Arguments: offsets[0] = the canonical images; for impulses,
-// batch = PADDED.
+// Constants beside those of arguments.cuh: PADDED. Arguments: offsets[0] = the canonical images; parameters[0] = 1
+// if there is a bias to add or take off; for impulses, batch = PADDED.
 #include "arguments.cuh"
 
 constexpr int kSide = 32;
@@ -48,7 +48,9 @@ extern "C" __global__ void __launch_bounds__(kThreads) gather(const __grid_const
     const long long pixel = tile.first_pixel + i % kSide;
     if (channel < CHANNELS && pixel < tile.pixels) {
       const long long row = pixel / arguments.width, column = pixel % arguments.width;
-      values[i / kSide][i % kSide] = load(view.data + channel * view.channel + row * view.row + column * view.column);
+      const Accumulator value = load(view.data + channel * view.channel + row * view.row + column * view.column);
+      const bool biased = arguments.parameters[0];
+      values[i / kSide][i % kSide] = biased ? value - bias_of(arguments, tile.group, channel) : value;
     } else {
       values[i / kSide][i % kSide] = 0;
     }
@@ -80,7 +82,9 @@ extern "C" __global__ void __launch_bounds__(kThreads) scatter(const __grid_cons
     const long long pixel = tile.first_pixel + i % kSide;
     if (channel >= CHANNELS || pixel >= tile.pixels) continue;
     const long long row = pixel / arguments.width, column = pixel % arguments.width;
-    store(view.data + channel * view.channel + row * view.row + column * view.column, values[i / kSide][i % kSide]);
+    const Accumulator value = values[i / kSide][i % kSide];
+    store(view.data + channel * view.channel + row * view.row + column * view.column,
+          arguments.parameters[0] ? value + bias_of(arguments, tile.group, channel) : value);
   }
 }
 

@@ -10,6 +10,8 @@
 //   part 1, inside    x[p]    = sum over lags that stay in the tile   G(lag) rhs[p - lag]
 //   part 2, all       y[p]    = sum over all lags                     W(lag) x[p - lag]      the convolution
 //
+// layout.cu adds the bias, or takes it off.
+//
 // For 3 x 3 kernels and t = 4 these are 3.9 + 6.25 products a pixel, against the convolution's 9, in
 // 2 (H/4 + W/4 - 1) launches, each of which has 16 pixels of every tile on the diagonal and all images to do at once.
 //

@@ -1,4 +1,4 @@
-// x = A^-1 y for some tens of channels: the weights of a group spread over the registers of a thread block.
+// x = A^-1 (y - bias) for some tens of channels: the weights of a group spread over the registers of a thread block.
 //
 // With P the pivot and V(a, b) = P^-1 W(a, b), which `premultiply` has computed, a pixel is one product with a long
 // vector: its own y and the pixels that it reads,

@@ -1,4 +1,4 @@
-// x = A^-1 y for few channels: one thread a row and block of output channels, its weights in registers.
+// x = A^-1 (y - bias) for few channels: one thread a row and block of output channels, its weights in registers.
 //
 // With P the pivot, and V(a, b) = P^-1 W(a, b), no channel of a pixel depends on another one of the same pixel:
 //

@@ -170,6 +170,7 @@ class _Tiles:
             "CHUNK": self.chunk,
             "TAPS_H": self.taps[0],
             "TAPS_W": self.taps[1],
+            "BIAS": int(self.problem.bias),
         }
         return Launch(
             kernel(self.problem, "convolution.cu", "convolution", **constants),

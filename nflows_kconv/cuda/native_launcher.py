@@ -26,6 +26,7 @@ class _Problem(ctypes.Structure):
         ("dtype", ctypes.c_int64),
         ("device", ctypes.c_int64),
         ("transpose", ctypes.c_int64),
+        ("bias", ctypes.c_int64),
         ("shape", ctypes.c_int64 * 4),
         ("kernel_size", ctypes.c_int64 * 2),
         ("first_strides", ctypes.c_int64 * 4),
@@ -131,4 +132,5 @@ def _read(problem: _Problem) -> Problem:
         first_strides=tuple(problem.first_strides),
         second_strides=tuple(problem.second_strides),
         output_strides=tuple(problem.output_strides),
+        bias=bool(problem.bias),
     )

@@ -13,6 +13,9 @@ import torch
 
 Strides = tuple[int, int, int, int]
 
+# Of `struct Arguments`: first, second, output, scratch, bias.
+POINTER_BYTES = 5 * 8
+
 
 @dataclass(frozen=True)
 class Device:
@@ -43,6 +46,7 @@ class Problem:
         first_strides: Of the input, in elements.
         second_strides: Of the weight, or of the gradient.
         output_strides: Of the output.
+        bias: Whether there is one, contiguous: y = A x + b, x = A^-1 (y - b).
     """
 
     operation: str
@@ -54,6 +58,7 @@ class Problem:
     first_strides: Strides
     second_strides: Strides
     output_strides: Strides
+    bias: bool = False
 
     @property
     def channels(self) -> int:
@@ -95,7 +100,7 @@ class Launch:
         grid: Thread blocks.
         block: Threads a block.
         shared: Bytes of dynamic shared memory.
-        arguments: `struct Arguments` of arguments.cuh as bytes; its four pointers, the first 32 bytes, are zero.
+        arguments: `struct Arguments` of arguments.cuh as bytes; its pointers, the first `POINTER_BYTES`, are zero.
     """
 
     kernel: Kernel
@@ -156,14 +161,13 @@ def _corner_words(problem: Problem) -> int:
 
 
 def arguments(problem: Problem, parameters: Sequence[int] = (), offsets: Sequence[int] = ()) -> bytes:
-    """`struct Arguments` of arguments.cuh as bytes, its four pointers zero."""
+    """`struct Arguments` of arguments.cuh as bytes, its pointers zero."""
     batch, _, height, width = problem.shape
     words = [0] * _corner_words(problem)
     for group, corner in enumerate(problem.corners):
         words[group // 16] |= corner << group % 16 * 2
     packed = struct.pack(
-        f"=4q 12q 4i 2i 8i 4q {len(words)}I",
-        *(0, 0, 0, 0),
+        f"={POINTER_BYTES}x 12q 4i 2i 8i 4q {len(words)}I",
         *problem.first_strides,
         *problem.second_strides,
         *problem.output_strides,

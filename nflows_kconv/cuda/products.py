@@ -19,19 +19,19 @@ _TRANSPOSED_SIDE = 32  # kSide of layout.cu
 
 
 def plan_convolution(problem: Problem, device: Device) -> Plan:
-    """y = A x as one product over all lags."""
+    """y = A x + b as one product over all lags."""
     build = _Builder(problem)
     weights = build.pack()
-    inputs = build.gather()
+    inputs = build.gather(biased=False)
     outputs = build.image_region(problem.shape[0], *problem.shape[2:])
     block = _block(problem, device, problem.shape[0] * problem.shape[2] * problem.shape[3], 1)
     build.multiply(_ALL, 1, block, problem, weights, inputs, outputs)
-    build.scatter(outputs)
+    build.scatter(outputs, biased=problem.bias)
     return build.plan()
 
 
 def plan_solve(problem: Problem, device: Device) -> Plan:
-    """x = A^-1 y, tile by tile, an anti-diagonal of tiles a step; see products.cu.
+    """x = A^-1 (y - b), tile by tile, an anti-diagonal of tiles a step; see products.cu.
 
     The impulse response inside a tile is itself such a solution, with a pixel for a tile and an image for every input
     channel. That of a pixel is the inverse of the pivot.
@@ -47,12 +47,12 @@ def plan_solve(problem: Problem, device: Device) -> Plan:
         responses = build.image_region(*impulses.shape[:1], tile, tile)
         build.solve(impulses, 1, _SMALLEST_BLOCK, weights, response, images, responses)
         response = _Weights(responses, 1, tile * tile, tile * tile * build.padded)
-    known = build.gather()
+    known = build.gather(biased=problem.bias)
     solved = build.image_region(batch, height, width)
     steps = ceil_div(height, tile) + ceil_div(width, tile) - 1
     block = _block(problem, device, ceil_div(batch * height * width, tile * tile * steps), tile * tile)
     build.solve(problem, tile, block, weights, response, known, solved)
-    build.scatter(solved)
+    build.scatter(solved, biased=False)
     return build.plan()
 
 
@@ -114,14 +114,14 @@ class _Builder:
         self._launch("layout.cu", "impulses", ceil_div(size, _THREADS), problem, offsets=(offset,))
         return offset
 
-    def gather(self) -> int:
+    def gather(self, *, biased: bool) -> int:
         batch, _, height, width = self._problem.shape
         offset = self.image_region(batch, height, width)
-        self._transpose("gather", offset)
+        self._transpose("gather", offset, biased)
         return offset
 
-    def scatter(self, offset: int) -> None:
-        self._transpose("scatter", offset)
+    def scatter(self, offset: int, *, biased: bool) -> None:
+        self._transpose("scatter", offset, biased)
 
     def image_region(self, images: int, height: int, width: int) -> int:
         return self._region(self._groups * images * height * width * self.padded)
@@ -178,11 +178,12 @@ class _Builder:
     def _groups(self) -> int:
         return len(self._problem.corners)
 
-    def _transpose(self, name: str, offset: int) -> None:
+    def _transpose(self, name: str, offset: int, biased: bool) -> None:
         batch, _, height, width = self._problem.shape
         tiles = ceil_div(height * width, _TRANSPOSED_SIDE) * ceil_div(self.padded, _TRANSPOSED_SIDE)
         shared = _TRANSPOSED_SIDE * (_TRANSPOSED_SIDE + 1) * self._problem.accumulator_bytes
-        self._launch("layout.cu", name, self._groups * batch * tiles, shared=shared, offsets=(offset,))
+        blocks = self._groups * batch * tiles
+        self._launch("layout.cu", name, blocks, shared=shared, parameters=(int(biased),), offsets=(offset,))
 
     def _region(self, size: int) -> int:
         offset = self._scratch

@@ -129,7 +129,13 @@ class _Band:
     @property
     def constants(self) -> dict[str, int | str]:
         chunked = self.steps < self.problem.shape[3] + self.rows - 1
-        return {"ROWS": self.rows, "STEPS": self.steps, "CHUNKED": int(chunked), "BANDED": int(self._bands > 1)}
+        return {
+            "ROWS": self.rows,
+            "STEPS": self.steps,
+            "CHUNKED": int(chunked),
+            "BANDED": int(self._bands > 1),
+            "BIAS": int(self.problem.bias),
+        }
 
     @property
     def counters(self) -> int:

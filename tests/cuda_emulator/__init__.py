@@ -22,7 +22,7 @@ from torch import Tensor
 from cuda_emulator import library
 from cuda_emulator.memory import Memory, once, span
 from nflows_kconv.cuda import planning
-from nflows_kconv.cuda.plan import Device, Launch, Plan, Problem
+from nflows_kconv.cuda.plan import POINTER_BYTES, Device, Launch, Plan, Problem
 
 H100 = Device((9, 0), 132, 232448)
 
@@ -51,6 +51,7 @@ def call(
     second: Tensor,
     corners: Sequence[int],
     *,
+    bias: Tensor | None = None,
     transpose: bool = False,
     kernel_size: Sequence[int] | None = None,
     device: Device = H100,
@@ -63,6 +64,7 @@ def call(
         first: The input, [B, C, H, W], not empty.
         second: The weight, or the gradient.
         corners: One a channel group.
+        bias: Of conv and solve.
         transpose: Of conv and solve.
         kernel_size: Of weight_gradient.
         device: Which GPU to plan for.
@@ -72,9 +74,10 @@ def call(
         The output.
     """
     output = _output(operation, first, corners, kernel_size)
-    plan = planning.plan(problem(operation, first, second, corners, transpose, kernel_size), device)
+    asked = problem(operation, first, second, corners, transpose, kernel_size, bias is not None)
+    plan = planning.plan(asked, device)
     assert all(launch.shared <= device.shared_memory for launch in plan.launches), plan
-    run(plan, first, second, output, seed=seed)
+    run(plan, first, second, output, bias=bias, seed=seed)
     return output
 
 
@@ -85,11 +88,12 @@ def problem(
     corners: Sequence[int],
     transpose: bool = False,
     kernel_size: Sequence[int] | None = None,
+    biased: bool = False,
 ) -> Problem:
     """The problem of a call; tensors on the device "meta" will do."""
     size = tuple(kernel_size or second.shape[2:])
     strides = (first.stride(), second.stride(), _output(operation, first, corners, kernel_size).stride())
-    return Problem(operation, first.dtype, tuple(first.shape), size, tuple(corners), transpose, *strides)
+    return Problem(operation, first.dtype, tuple(first.shape), size, tuple(corners), transpose, *strides, biased)
 
 
 def _output(operation: str, first: Tensor, corners: Sequence[int], kernel_size: Sequence[int] | None) -> Tensor:
@@ -100,7 +104,9 @@ def _output(operation: str, first: Tensor, corners: Sequence[int], kernel_size: 
     return first.new_empty(channels, channels // len(corners), *kernel_size)
 
 
-def run(plan: Plan, first: Tensor, second: Tensor, output: Tensor, *, seed: int = INCREASING) -> None:
+def run(
+    plan: Plan, first: Tensor, second: Tensor, output: Tensor, *, bias: Tensor | None = None, seed: int = INCREASING
+) -> None:
     """Runs every launch of a plan on CPU tensors; they may lie anywhere.
 
     Args:
@@ -108,6 +114,7 @@ def run(plan: Plan, first: Tensor, second: Tensor, output: Tensor, *, seed: int 
         first: The input.
         second: The weight, or the gradient.
         output: Overwritten.
+        bias: Contiguous, or None.
         seed: The order of threads: `INCREASING`, `DECREASING`, or a seed from 0 on for a random order.
 
     Raises:
@@ -116,16 +123,20 @@ def run(plan: Plan, first: Tensor, second: Tensor, output: Tensor, *, seed: int 
     at_end = seed != INCREASING
     memories = [Memory(span(tensor), tensor.element_size(), at_end) for tensor in (first, second, output)]
     memories.append(Memory(plan.scratch, 256, at_end))
-    for tensor, memory in zip((first, second), memories, strict=False):
+    read = list(zip((first, second), memories, strict=False))
+    if bias is not None:
+        memories.append(Memory(span(bias), bias.element_size(), at_end))
+        read.append((bias, memories[-1]))
+    for tensor, memory in read:
         once(memory.like(tensor)).copy_(once(tensor))
         memory.read_only()
-    result, scratch = memories[2:]
+    result, scratch = memories[2:4]
     scratch.data[: plan.zeroed] = 0
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # what is compiled, all at once
         list(pool.map(library.library, {replace(launch.kernel, name="") for launch in plan.launches}))
-    addresses = struct.pack("=4q", *(memory.address for memory in memories))
+    addresses = b"".join(struct.pack("=q", memory.address) for memory in memories).ljust(POINTER_BYTES, b"\0")
     for launch in plan.launches:
-        launch = replace(launch, arguments=addresses + launch.arguments[32:])
+        launch = replace(launch, arguments=addresses + launch.arguments[POINTER_BYTES:])
         run_launch(launch, output=result, scratch=scratch, seed=seed)
     output.copy_(result.like(output))
     for name, byte in (("output", result.beyond(output)), ("scratch", scratch.beyond())):
@@ -136,7 +147,7 @@ def run(plan: Plan, first: Tensor, second: Tensor, output: Tensor, *, seed: int 
 def run_launch(
     launch: Launch, *, output: Memory | None = None, scratch: Memory | None = None, seed: int = INCREASING
 ) -> None:
-    """Runs a launch whose arguments begin with the four addresses of a call.
+    """Runs a launch whose arguments begin with the addresses of a call.
 
     Args:
         launch: What to run.

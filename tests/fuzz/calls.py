@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from random import Random
 from typing import Any
 
@@ -38,24 +39,27 @@ def functions(random: Random) -> int:
     problem, verified = draw_problem(random), Verified()
     inputs = [problem.input, *(lay_out(random, problem.input) for _ in range(3))]
     weights = [problem.weight, *(lay_out(random, problem.weight) for _ in range(3))]
-    before = [bits(tensor).clone() for tensor in (*inputs, *weights)]
+    biases = [problem.bias, lay_out(random, problem.bias)]
+    before = [bits(tensor).clone() for tensor in (*inputs, *weights, *biases)]
     corners: Any = random.choice((problem.corners, list(problem.corners), problem.corners[0]))
     if isinstance(corners, str) and len(problem.corners) > 1:
         corners = problem.corners
     for _ in range(CALLS):
-        input, weight = random.choice(inputs), random.choice(weights)
+        input, weight, bias = random.choice(inputs), random.choice(weights), random.choice((None, *biases))
         mode = random.choice((torch.no_grad, torch.inference_mode, torch.enable_grad))
-        if input.is_inference() or weight.is_inference():
+        if any(tensor is not None and tensor.is_inference() for tensor in (input, weight, bias)):
             mode = torch.inference_mode  # elsewhere torch refuses to save them for a derivative
         solve = random.random() < 0.5
-        function = functional.conv2d_inverse if solve else functional.conv2d
+        function = partial(functional.conv2d_inverse if solve else functional.conv2d, bias=bias)
         wrap = random.choice(WRAPPERS) if mode is torch.no_grad and len(input) else WRAPPERS[0]
         with mode():
             if solve and not problem.invertible:
                 expect_singular(problem, wrap(function), input, weight, corners)
                 continue
             got = wrap(function)(input, weight, corners).detach()
-            verified.check(solve, got, problem.check_solution if solve else problem.check_product, problem.input)
+            check = problem.check_solution if solve else problem.check_product
+            expected = None if bias is None else problem.bias
+            verified.check((solve, bias is None), got, check, problem.input, False, expected)
         if wrap is not WRAPPERS[0]:
             continue
         plain = input.detach().as_subclass(Tensor)
@@ -63,7 +67,7 @@ def functions(random: Random) -> int:
             raise Wrong(
                 f"got {got.dtype} of strides {got.stride()} for an input of strides {input.stride()}: {problem}"
             )
-    for tensor, copy in zip((*inputs, *weights), before, strict=True):
+    for tensor, copy in zip((*inputs, *weights, *biases), before, strict=True):
         if not torch.equal(bits(tensor), copy):
             raise Wrong(f"an argument was changed: {problem}")
     return CALLS
@@ -84,26 +88,29 @@ WRAPPERS: tuple[Callable[[Callable[..., Tensor]], Callable[..., Tensor]], ...] =
 def operators(random: Random) -> int:
     """torch.ops past the functions' checks: every operator, transposed or not, native and in plain PyTorch."""
     problem, verified, grad_seed = draw_problem(random), Verified(), random.getrandbits(32)
-    inputs, weights = ([tensor, lay_out(random, tensor)] for tensor in (problem.input, problem.weight))
+    inputs, weights, biases = (
+        [tensor, lay_out(random, tensor)] for tensor in (problem.input, problem.weight, problem.bias)
+    )
     grad = torch.randn(problem.input.shape, generator=torch.Generator().manual_seed(grad_seed)).to(problem.weight.dtype)
     namespace, kernel_size = torch.ops.nflows_kconv, list(problem.weight.shape[2:])
     with torch.no_grad():
         for _ in range(CALLS):
-            input, weight = random.choice(inputs), random.choice(weights)
+            input, weight, bias = random.choice(inputs), random.choice(weights), random.choice((None, *biases))
+            expected = None if bias is None else problem.bias
             transpose, suffix = random.random() < 0.5, random.choice(("", "_reference"))
             name = random.choice(("conv", "solve", "weight_gradient"))
-            operator, key = getattr(namespace, name + suffix), (name, transpose)
+            operator, key = getattr(namespace, name + suffix), (name, transpose, bias is None)
             if name == "weight_gradient":
                 got = operator(input, grad, problem.numbers, kernel_size)
                 verified.check(name, got, problem.check_weight_gradient, problem.input, grad)
             elif name == "conv":
-                got = operator(input, weight, problem.numbers, transpose)
-                verified.check(key, got, problem.check_product, problem.input, transpose)
+                got = operator(input, weight, bias, problem.numbers, transpose)
+                verified.check(key, got, problem.check_product, problem.input, transpose, expected)
             elif problem.invertible:
-                got = operator(input, weight, problem.numbers, transpose)
-                verified.check(key, got, problem.check_solution, problem.input, transpose)
+                got = operator(input, weight, bias, problem.numbers, transpose)
+                verified.check(key, got, problem.check_solution, problem.input, transpose, expected)
             else:
-                expect_singular(problem, operator, input, weight, problem.numbers, transpose)
+                expect_singular(problem, operator, input, weight, bias, problem.numbers, transpose)
     return CALLS
 
 
@@ -137,7 +144,7 @@ def layers(random: Random) -> int:
         layer.raw_weight.div_(layer.raw_weight[0].numel() ** 0.5)
     before = [parameter.detach().clone() for parameter in layer.parameters()]
     weight = layer.weight.detach()
-    bias = torch.zeros(1, dtype=dtype) if layer.bias is None else layer.bias.detach().view(-1, 1, 1)
+    bias = None if layer.bias is None else layer.bias.detach()
     log_diagonal = oracles.diagonal(weight, corners).double().abs().log().sum()
     calls = CALLS // 4
     for _ in range(calls):
@@ -147,15 +154,10 @@ def layers(random: Random) -> int:
         with torch.no_grad():
             output, log_det = layer(lay_out(random, image))
             restored, inverse_log_det = layer.inverse(lay_out(random, image))
-        # The bias adds one rounding, of numbers of about the size of the output; they are of the order of 1 here.
-        rounding = 8 * torch.finfo(dtype).eps * (1 + bias.abs().max())
-        shifted = functional.conv2d(image, weight, corners) + bias
-        if not torch.equal(output.as_subclass(Tensor), shifted):
-            raise Wrong(f"{layer} does not add its bias: {problem}")
-        problem.check_product(functional.conv2d(image, weight, corners), image)
-        problem.check_solution(restored.as_subclass(Tensor), image - bias)
+        problem.check_product(output.as_subclass(Tensor), image, bias=bias)
+        problem.check_solution(restored.as_subclass(Tensor), image, bias=bias)
         expected = (height * width * log_diagonal).expand(batch)
-        torch.testing.assert_close(log_det.double(), expected, rtol=1e-5, atol=1e-4 + float(rounding))
+        torch.testing.assert_close(log_det.double(), expected, rtol=1e-5, atol=1e-4)
         if not torch.equal(log_det, -inverse_log_det):
             raise Wrong(f"the log-determinants of {layer} do not cancel")
         exact = functional.log_abs_det(weight, corners, height, width)
@@ -174,9 +176,11 @@ def gradients(random: Random) -> int:
     calls = CALLS // 6  # a dense oracle is slow
     for _ in range(calls):
         inverse = random.random() < 0.5
-        leaves = [tensor.clone().requires_grad_() for tensor in (problem.input, problem.weight)]
-        views = [random.choice(VIEWS)(leaf) for leaf in leaves]
-        output = (functional.conv2d_inverse if inverse else functional.conv2d)(*views, problem.corners)
+        leaves = [tensor.clone().requires_grad_() for tensor in (problem.input, problem.weight, problem.bias)]
+        views = [random.choice(VIEWS)(leaf.view(*leaf.shape, *[1] * (4 - leaf.dim()))) for leaf in leaves]
+        views[2] = views[2][:, 0, 0, 0]
+        function = functional.conv2d_inverse if inverse else functional.conv2d
+        output = function(*views[:2], problem.corners, views[2])
         generator = torch.Generator().manual_seed(random.getrandbits(32))
         grad = torch.randn(output.shape, generator=generator, dtype=torch.float64)
         changed = random.choice((None, *views, output))
@@ -188,8 +192,13 @@ def gradients(random: Random) -> int:
             if changed is None or "modified by an inplace operation" not in str(error):
                 raise
             continue
-        exact = [tensor.clone().requires_grad_() for tensor in (problem.input, problem.weight)]
-        product = ((oracles.solve if inverse else oracles.conv)(*exact, problem.corners) * grad).sum()
+        exact = [tensor.clone().requires_grad_() for tensor in (problem.input, problem.weight, problem.bias)]
+        input, weight, bias = exact[0], exact[1], exact[2].view(-1, 1, 1)
+        if inverse:
+            result = oracles.solve(input - bias, weight, problem.corners)
+        else:
+            result = oracles.conv(input, weight, problem.corners) + bias
+        product = (result * grad).sum()
         expected = torch.autograd.grad(product + sum(0 * tensor.sum() for tensor in exact), exact)
         for ours, theirs in zip(got, expected, strict=True):
             # An ill-conditioned inverse amplifies roundings: of its gradient, eight digits are enough to be right.

@@ -32,6 +32,7 @@ class Problem:
     corners: tuple[str, ...]
     input: Tensor  # [B, C, H, W]
     weight: Tensor  # [C, C/G, kh, kw]
+    bias: Tensor | None = None  # [C]
 
     def __str__(self) -> str:
         backend = native.instruction_set() if native.available else "reference"
@@ -50,39 +51,45 @@ class Problem:
         reciprocal = (1 / diagonal).to(self._computed)
         return all(bool((tensor.isfinite() & (tensor != 0)).all()) for tensor in (diagonal, reciprocal))
 
-    def check_product(self, got: Tensor, input: Tensor, transpose: bool = False) -> None:
-        """Checks y = A x, or A^T x."""
+    def check_product(self, got: Tensor, input: Tensor, transpose: bool = False, bias: Tensor | None = None) -> None:
+        """Checks y = A x + bias, or A^T x + bias."""
         bad, may_spread, input = ~input.isfinite(), self._bad_groups, _finite(input.double())
         must = self._touched(bad, self._used, transpose) | self._by_bad_weights(transpose)
         may = self._touched(bad, torch.ones_like(self._used), transpose) | may_spread
         expected = self._apply(input, self._matrix, transpose)
         bound = self._apply(input.abs(), self._matrix.abs(), transpose)
+        if bias is not None:
+            spoiled, added = ~bias.isfinite().view(-1, 1, 1), _finite(bias.double()).view(-1, 1, 1)
+            must, may, expected, bound = must | spoiled, may | spoiled, expected + added, bound + added.abs()
         may = may | (2 * bound > self._limit)
         error = (got.double() - expected).abs()
         tolerance = self._tolerance(bound, self._terms, 1.0)
-        if self._half:
-            tolerance = tolerance + torch.finfo(got.dtype).eps * expected.abs()
+        if self._half:  # rounded once
+            tolerance = tolerance + torch.finfo(got.dtype).eps / 2 * expected.abs()
         self._report(got, (~(error <= tolerance) & ~may) | (must & got.isfinite()), error)
 
-    def check_solution(self, got: Tensor, rhs: Tensor, transpose: bool = False) -> None:
-        """Checks A x = y, or A^T x = y."""
-        must = ~rhs.isfinite()
+    def check_solution(self, got: Tensor, rhs: Tensor, transpose: bool = False, bias: Tensor | None = None) -> None:
+        """Checks A x = y - bias, or A^T x = y - bias."""
+        bias = torch.zeros(1, dtype=torch.float64) if bias is None else bias.double()
+        bias = bias.view(-1, 1, 1)
+        must = ~(rhs.isfinite() & bias.isfinite())
         may = self._followers(must, transpose) | self._bad_groups
-        rhs = _finite(rhs.double())
+        rhs, bias = _finite(rhs.double()), _finite(bias)
+        magnitude, rhs = rhs.abs() + bias.abs(), rhs - bias
         if bool((~got.isfinite() & ~may).any()):
             # Right where the solution, or a sum on the way to it, leaves the range of the dtype; wrong anywhere else.
             exact = oracles.solve(rhs, _finite(self.weight), self.corners, transpose).abs()
-            sums = self._apply(exact, self._matrix.abs(), transpose) + rhs.abs()
+            sums = self._apply(exact, self._matrix.abs(), transpose) + magnitude
             may = may | self._followers(~(torch.maximum(64 * exact, 2 * sums) < self._limit), transpose)
         x = _finite(got.double()).masked_fill(may, 0)
         error = (self._apply(x, self._matrix, transpose) - rhs).abs()
         product = self._apply(x.abs(), self._matrix.abs(), transpose)
         # A rounding of x itself counts as often as the row has entries, that of a denormal one, too.
         denormals = 1 + self._apply(torch.ones_like(x), self._matrix.abs(), transpose)
-        tolerance = self._tolerance(product + rhs.abs(), self._terms, denormals)
+        tolerance = self._tolerance(product + magnitude, self._terms, denormals)
         if self._half:
             tolerance = tolerance + torch.finfo(got.dtype).eps * product
-        may = may | (2 * (product + rhs.abs()) > self._limit)
+        may = may | (2 * (product + magnitude) > self._limit)
         self._report(got, (~(error <= tolerance) & ~may) | (must & got.isfinite()), error)
 
     def check_weight_gradient(self, got: Tensor, input: Tensor, grad: Tensor) -> None:

@@ -74,6 +74,10 @@ def operators(random: Random) -> int:
         gradient = name.startswith("weight_gradient")
         second, last = (image, list(weight.shape[2:])) if gradient else (weight, random.random() < 0.5)
         arguments = _wrong_operands(random, image, second, problem.numbers, last)
+        if not gradient:
+            arguments = *arguments[:2], random.choice((None, problem.bias)), *arguments[2:]
+            if random.random() < 0.2:
+                arguments = image, weight, _wrong_bias(random, problem.bias), problem.numbers, last
         try:
             with torch.no_grad():
                 getattr(torch.ops.nflows_kconv, name)(*arguments)
@@ -111,6 +115,12 @@ def _wrong_operands(random: Random, first: Tensor, second: Tensor, corners: list
         sparse = first.detach().as_subclass(Tensor).resolve_neg().contiguous().to_sparse()
         return pick((sparse, [first], "tensor", 1.0)), second, corners, last
     return first, second, pick((None, ["TL"], [0.5] * len(corners), "TL")), last
+
+
+def _wrong_bias(random: Random, bias: Tensor) -> Any:
+    dtypes = [dtype for dtype in (*DTYPES, torch.int64, torch.complex64) if dtype != bias.dtype]
+    shapes = bias[None], bias[:, None], bias.new_ones(len(bias) + 1), bias.new_ones(0), bias.new_ones(())
+    return random.choice((*shapes, bias.to(random.choice(dtypes)), bias.to("meta"), bias.to_sparse(), 1.0, [bias]))
 
 
 def sizes(random: Random) -> int:

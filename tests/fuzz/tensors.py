@@ -37,19 +37,22 @@ def draw_problem(random: Random, dtype: torch.dtype | None = None) -> Problem:
     input, weight = noise(batch, channels, height, width), noise(channels, per_group, rows, columns)
     weight *= random.choice((0.1, 0.1, 1.0)) / (per_group * rows * columns) ** 0.5
     oracles.set_diagonal(weight, corners, (0.5 + noise(channels).abs()) * torch.where(noise(channels) < 0, -1, 1))
+    bias = noise(channels)
     if dtype is not None:
-        return Problem(corners, input.to(dtype), weight.to(dtype))
+        return Problem(corners, input.to(dtype), weight.to(dtype), bias.to(dtype))
     dtype = random.choice((torch.float32, *DTYPES))
-    input, weight = input.to(dtype), weight.to(dtype)
+    input, weight, bias = input.to(dtype), weight.to(dtype), bias.to(dtype)
     if random.random() < 0.4:
         spoil(random, input)
     if random.random() < 0.25:
         spoil(random, weight)
+    if random.random() < 0.15:
+        spoil(random, bias)
     if random.random() < 0.2:  # masked entries count as zero, whatever is in them
         weight = weight.masked_fill(oracles.masked(weight.shape, corners), random.choice((math.nan, math.inf, 1e4)))
     if random.random() < 0.2:
         input = overlap(random, input)
-    return Problem(corners, input, weight)
+    return Problem(corners, input, weight, bias)
 
 
 def spoil(random: Random, tensor: Tensor) -> None:

@@ -98,8 +98,10 @@ void check(const kconv::Problem<T>& problem, const T* input, const T* output, ui
           const kconv::Strides& x_strides = problem.solve ? problem.output_strides : problem.input_strides;
           const kconv::Strides& y_strides = problem.solve ? problem.input_strides : problem.output_strides;
           const auto [expected, magnitude] = product(problem, x, x_strides, b, c, h, w);
-          const double got = at(y, y_strides, b, c, h, w);
-          const double tolerance = roundings * std::numeric_limits<T>::epsilon() * (magnitude + std::abs(got));
+          const double value = at(y, y_strides, b, c, h, w), bias = problem.bias ? double(problem.bias[c]) : 0;
+          const double got = value - bias;
+          const double scale = magnitude + std::abs(value) + std::abs(bias);
+          const double tolerance = roundings * std::numeric_limits<T>::epsilon() * scale;
           if (!(std::abs(got - expected) <= tolerance)) {
             std::fprintf(stderr, "seed %llu, %s: got %g, expected %g at (%ld, %ld, %ld, %ld)\n",
                          (unsigned long long)seed, kconv::instruction_set(), got, expected, long(b), long(c), long(h),
@@ -140,12 +142,14 @@ void run(uint64_t seed) {
         T(random() % 2 ? 1.25 : -0.75);
   }
   const bool transpose = random() % 2, solve = random() % 2;
+  const std::unique_ptr<T[]> bias(random() % 2 ? new T[sizes[1]] : nullptr);
+  if (bias) std::generate_n(bias.get(), sizes[1], [&] { return T(normal(random)); });
   for (const char* name : {"baseline", "avx2", "avx512"}) {
     if (!kconv::select_instruction_set(name)) continue;
     const std::unique_ptr<T[]> output(new T[span(sizes, output_strides)]);
-    const kconv::Problem<T> problem{input.get(), output.get(), weight.get(),  input_strides, output_strides,
-                                    sizes[0],    sizes[1],     sizes[2],      sizes[3],      groups,
-                                    rows,        columns,      corners.get(), transpose,     solve};
+    const kconv::Problem<T> problem{input.get(), output.get(),  weight.get(), bias.get(), input_strides, output_strides,
+                                    sizes[0],    sizes[1],      sizes[2],     sizes[3],   groups,        rows,
+                                    columns,     corners.get(), transpose,    solve};
     kconv::run(problem, thread_count, parallel_for);
     check(problem, input.get(), output.get(), seed);
   }
