@@ -106,11 +106,11 @@ def _seen_by_outer_levels(rule: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Makes a function's jvp of a rule that takes the two saved tensors and the tangents of all tensors.
 
     PyTorch runs a jvp with forward mode off, which would hide its calls from the outer levels of nested torch.func
-    transforms. With it on, the saved tensors must shed the tangents of this level.
+    transforms. With it on, the saved tensors must shed the tangents of this level, which has no other number than 0.
     """
 
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
-        saved = [forward_ad.unpack_dual(tensor).primal for tensor in ctx.saved_tensors]
+        saved = [forward_ad.unpack_dual(tensor, level=0).primal for tensor in ctx.saved_tensors]
         with forward_ad._set_fwd_grad_enabled(True):
             return rule(ctx, *saved, *tangents[:-2])
 
@@ -255,7 +255,7 @@ def call(
     """
     if input.dtype != torch.float64 and autocast_is_on(input):
         input, weight, bias = input.float(), weight.float(), None if bias is None else bias.float()
-    if torch.compiler.is_compiling() or peek_interpreter_stack() is not None or _is_recorded(input, weight, bias):
+    if torch.compiler.is_compiling() or _is_recorded(input, weight, bias):
         return operator(input, weight, bias, corners, False)
     return _below_autograd(operator, input, weight, bias, corners, False)
 
@@ -269,7 +269,8 @@ def _is_recorded(first: Tensor, second: Tensor, third: Tensor | None = None) -> 
     if torch.is_grad_enabled():
         if first.requires_grad or second.requires_grad or (third is not None and third.requires_grad):
             return True
-    return forward_ad._current_level >= 0
+    # Graphs of torch.compile enter a level of torch.func without telling forward_ad.
+    return forward_ad._current_level >= 0 or peek_interpreter_stack() is not None
 
 
 def _below_autograd(operator: Callable[..., Tensor], *args: Any) -> Tensor:

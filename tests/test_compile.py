@@ -9,6 +9,7 @@ from cases import Case
 from oracles import assert_close
 from torch import nn
 from torch._dynamo.utils import counters
+from torch.func import grad, hessian, jacfwd, jvp, vmap
 
 from nflows_kconv import InvertibleConv2d, functional, step
 
@@ -68,6 +69,35 @@ class Flow(nn.Module):
         output, log_det = self.layers[0](input)
         output, inverse_log_det = self.layers[1].inverse(output)
         return (output.square().sum((1, 2, 3)) / 2 - log_det - inverse_log_det).mean()
+
+
+# Each asks torch.func for derivatives of f, a function of x, in the direction v; u is f with its sum of cubes.
+TRANSFORMS = {
+    "jvp": lambda f, u, x, v: jvp(f, (x,), (v,))[1],
+    "jacfwd": lambda f, u, x, v: jacfwd(f)(x),
+    "hessian": lambda f, u, x, v: hessian(u)(x),
+    "vmap of jvp": lambda f, u, x, v: vmap(lambda x, v: jvp(f, (x[None],), (v[None],))[1])(x, v),
+    "grad of grad": lambda f, u, x, v: grad(lambda x: (grad(u)(x) * v).sum())(x),
+    "vmap of grad": lambda f, u, x, v: vmap(grad(lambda x: u(x[None])))(x),
+}
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+@pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS.keys())
+def test_function_transforms(transform, inverse: bool, compiler: str, device: str):
+    layer = a_layer(LAYERS["learned, bias"], device)
+    direction = layer.inverse if inverse else layer
+    input, tangent = images(2, 2, 3, device), images(2, 2, 3, device)
+
+    def derivative(input: torch.Tensor, tangent: torch.Tensor) -> torch.Tensor:
+        def function(input: torch.Tensor) -> torch.Tensor:
+            return direction(input)[0]
+
+        return transform(function, lambda input: function(input).pow(3).sum(), input, tangent)
+
+    fast = torch.compile(derivative, backend=compiler, fullgraph=True)
+    assert_close(fast(input, tangent), derivative(input, tangent), factor=4)
 
 
 @every_layer
@@ -130,6 +160,13 @@ def test_autocast(device: str):
         output, log_det = compiled(layer)(input.bfloat16())
     assert output.dtype == log_det.dtype == torch.float32
     assert_close(output, layer(input.bfloat16().float())[0])
+
+    def derivative(input: torch.Tensor) -> torch.Tensor:
+        return jvp(lambda input: layer.inverse(input)[0], (input,), (input,))[1]
+
+    with torch.autocast(device, torch.bfloat16):
+        assert_close(compiled(derivative)(input), derivative(input))
+    assert_close(compiled(derivative)(input), derivative(input))
 
 
 def test_parameters_that_change_are_seen(device: str):
