@@ -19,6 +19,7 @@ once, bias included. Corners are integers here, see `geometry`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,6 +32,7 @@ from torch._C._functorch import (
 )
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
+from torch.utils.flop_counter import register_flop_formula
 
 from nflows_kconv import native, reference  # noqa: F401  importing native registers the CPU's kernels
 from nflows_kconv.cuda import operators as cuda_operators
@@ -100,6 +102,16 @@ def _same_as_input(input: Tensor, weight: Tensor, bias: Tensor | None, corners: 
 def _weight_like(input: Tensor, grad: Tensor, corners: list[int], kernel_size: list[int]) -> Tensor:
     channels = input.shape[1]
     return input.new_empty(channels, channels // len(corners), *kernel_size)
+
+
+def _operator_flops(input: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * math.prod((input[0], *input[2:], *weight))
+
+
+def _weight_gradient_flops(
+    input: Sequence[int], grad: Sequence[int], corners: list[int], kernel_size: list[int], **_: Any
+) -> int:
+    return 2 * math.prod((*input, input[1] // len(corners), *kernel_size))
 
 
 def _seen_by_outer_levels(rule: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -366,12 +378,14 @@ def _into_channels(images: Tensor) -> Tensor:
     return images.transpose(0, 1).flatten(1, 2)
 
 
-for _operator, _fake, _function, _vmap in (
-    (conv, _same_as_input, _Conv, _batched_operator(conv)),
-    (solve, _same_as_input, _Solve, _batched_operator(solve)),
-    (weight_gradient, _weight_like, _WeightGradient, _batched_weight_gradient),
+for _operator, _fake, _function, _vmap, _flops in (
+    (conv, _same_as_input, _Conv, _batched_operator(conv), _operator_flops),
+    (solve, _same_as_input, _Solve, _batched_operator(solve), _operator_flops),
+    (weight_gradient, _weight_like, _WeightGradient, _batched_weight_gradient, _weight_gradient_flops),
 ):
     _name = _operator.name()
     _library.impl(_name, _differentiable(_operator, _function), "Autograd")
     torch.library.register_fake(_name, _checked(_name, _fake), lib=_library)
     torch.library.register_vmap(_name, _vmap, lib=_library)
+    # Two operations a multiply-add, those with the border included: as F.conv2d counts them.
+    register_flop_formula(_operator.overloadpacket)(_flops)
