@@ -307,12 +307,20 @@ def _unwrapped(module: Any) -> Any:
     return getattr(module, "_modules", {}).get("_orig_mod", module)
 
 
+def is_of_a_library(module_name: str) -> bool:
+    """Whether a Python module belongs to torch or to a library that is known here."""
+    return _adapter(module_name) is not None or f"{module_name}.".startswith("torch.")
+
+
+def _adapter(module_name: str) -> str | None:
+    return next((_ADAPTERS[package] for package in _ADAPTERS if f"{module_name}.".startswith(f"{package}.")), None)
+
+
 @functools.lru_cache(maxsize=4096)
 def _import_adapter(module_name: str) -> None:
     """Has the adapter of a library register, given the name of one of its modules."""
-    for package, adapter in _ADAPTERS.items():
-        if f"{module_name}.".startswith(f"{package}."):
-            importlib.import_module(adapter)
+    if adapter := _adapter(module_name):
+        importlib.import_module(adapter)
 
 
 def _apply(function: Direction, module: Any, value: Any, context: Any) -> Any:

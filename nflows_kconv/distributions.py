@@ -139,11 +139,15 @@ def _run(transform: Transform, value: Tensor, context: Any, inverse: bool) -> tu
     return run_transform(transform.inv if inverse else transform, value)
 
 
+def has_cached_none(error: Exception) -> bool:
+    """Whether it comes of a transform of Pyro whose inverse is what it has cached."""
+    return isinstance(error, KeyError) and "cache" in str(error)
+
+
 bijection.register(
     Transform,
     forward=partial(_run, inverse=False),
     inverse=partial(_run, inverse=True),
-    # Transforms of Pyro whose inverse is what they have cached.
-    says_no_inverse=lambda error: isinstance(error, KeyError) and "cache" in str(error),
+    says_no_inverse=has_cached_none,
 )
 bijection.register(ComposeTransform, parts=lambda transform, context: transform.parts)

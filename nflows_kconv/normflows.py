@@ -449,12 +449,18 @@ def finc_flow(
 
 def _forward(flow: flows.Flow, value: bijection.Value, context: Any) -> tuple[bijection.Value, Tensor]:
     output, log_abs_det = flow(value) if context is None else flow(value, context)
-    return output, bijection.per_sample(log_abs_det, value)
+    return output, _per_sample(type(flow).forward, log_abs_det, value)
 
 
 def _inverse(flow: flows.Flow, value: bijection.Value, context: Any) -> tuple[bijection.Value, Tensor]:
     output, log_abs_det = flow.inverse(value) if context is None else flow.inverse(value, context)
-    return output, bijection.per_sample(log_abs_det, value)
+    return output, _per_sample(type(flow).inverse, log_abs_det, value)
+
+
+def _per_sample(method: Any, log_abs_det: Any, value: bijection.Value) -> Any:
+    """A log-determinant [B] of normflows' own layers, some of which give one number for all samples."""
+    own = method.__module__.partition(".")[0] == flows.__name__.partition(".")[0]
+    return bijection.per_sample(log_abs_det, value) if own else log_abs_det
 
 
 def _encode(flow: NormalizingFlow, x: Tensor, context: Any) -> tuple[bijection.Value, Tensor]:
@@ -481,8 +487,14 @@ def _sample(flow: NormalizingFlow, num_samples: int, context: Any) -> Tensor:
 
 
 bijection.register(flows.Flow, forward=_forward, inverse=_inverse)
-for _whole_flow in (NormalizingFlow, ClassCondFlow, MultiscaleFlow):
+for _whole_flow in (NormalizingFlow, MultiscaleFlow):
     bijection.register(_whole_flow, forward=_encode, inverse=_decode, sample=_sample)
+bijection.register(
+    ClassCondFlow,  # which has no methods for its transformation
+    forward=lambda flow, x, context: _encode(NormalizingFlow(flow.q0, flow.flows), x, None),
+    inverse=lambda flow, z, context: _decode(NormalizingFlow(flow.q0, flow.flows), z, None),
+    sample=_sample,
+)
 for _coupling, _names in {
     flows.AffineCoupling: ("param_map",),
     flows.MaskedAffineFlow: ("s", "t"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nflows_kconv import bijection
-from nflows_kconv.distributions import run_transform
+from nflows_kconv.distributions import has_cached_none, run_transform
 
 try:
     from pyro.distributions.conditional import ConditionalTransform
@@ -17,4 +17,5 @@ bijection.register(
     forward=lambda conditional, x, context: run_transform(conditional.condition(context), x),
     inverse=lambda conditional, y, context: run_transform(conditional.condition(context).inv, y),
     parts=lambda conditional, context: [conditional.condition(context)],
+    says_no_inverse=has_cached_none,
 )

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import FrEIA.modules
 import nflows.transforms
 import normflows
 import torch
@@ -30,6 +31,7 @@ BATCH = "assert_batch_independent"
 SHAPE = "assert_shape_and_dtype_preserved"
 STATE = "assert_state_dict_round_trip"
 DETERMINISTIC = "assert_deterministic"
+HOOKS = "assert_hooks_run"
 # No assertion alone: only a change of the parameters brings the fault to light.
 CHECK = "check_transform"
 
@@ -206,6 +208,12 @@ class Column(Elementwise):
         return super().log_abs_det(x)[:, None]
 
 
+@broken("log-det of shape [1]", SHAPE, 3, 3)
+class OfOneSample(Elementwise):
+    def log_abs_det(self, x):
+        return self.log_scale.sum()[None]
+
+
 # Inverses
 
 
@@ -307,6 +315,15 @@ class Constant(Elementwise):
     def forward(self, x):
         y, log_abs_det = super().forward(x)
         return y * torch.tensor([1, 1, 0]), log_abs_det
+
+
+@broken("not injective, and without inverse", JACOBIAN, 3, 3)
+class Folded(nn.Module):
+    def forward(self, x):
+        return x + 2 * x.sin(), (1 + 2 * x.cos()).abs().log().sum(1)
+
+    def inverse(self, y):
+        raise NotImplementedError
 
 
 @broken("inverse right only by the library's cache", INVERTIBLE, 3, 3)
@@ -565,6 +582,45 @@ class ForgetsInitialisation(Elementwise):
         return super().forward(x)
 
 
+@broken("a flag of Python beside a buffer: copies in place are not followed", STATE, 4, 3)
+class FlagBesideBuffer(Elementwise):
+    done = False
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("initialized", torch.tensor(False))
+
+    def forward(self, x):
+        if not self.done:
+            with torch.no_grad():
+                self.shift.copy_(-x.mean(0))
+                self.initialized.fill_(True)
+            self.done = True
+        return super().forward(x)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.done = bool(self.initialized)
+
+
+@broken("mask in a buffer that is not persistent, and that no load rebuilds", STATE, 3, 3)
+class MaskNotPersistent(Elementwise):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mask", torch.tensor([1, 0, 1]), persistent=False)
+
+    def forward(self, x):
+        return x + self.mask * self.shift, x.new_zeros(len(x))
+
+    def inverse(self, y):
+        return y - self.mask * self.shift, y.new_zeros(len(y))
+
+
+@broken("FrEIA's ActNorm, whose copies forget on loading that they are initialised", STATE, 4, 3)
+def act_norm_of_freia():
+    return FrEIA.modules.ActNorm([(3,)])
+
+
 @broken("parameter left out when the state_dict is loaded", STATE, 3, 3)
 class NotLoaded(Elementwise):
     def load_state_dict(self, state_dict, *args):
@@ -578,6 +634,51 @@ class UnsafeToLoad(Elementwise):
 
     def set_extra_state(self, state):
         pass
+
+
+# Hooks
+
+
+class Shifted(nn.Module):
+    """A sound transform to break: a network of the first half is added to the second."""
+
+    def __init__(self):
+        super().__init__()
+        self.network = nn.Linear(2, 2)
+
+    def network_of(self, x):
+        return self.network(x)
+
+    def forward(self, x):
+        a, b = x.chunk(2, 1)
+        return torch.cat([a, b + self.network(a)], 1), x.new_zeros(len(x))
+
+    def inverse(self, y):
+        a, b = y.chunk(2, 1)
+        return torch.cat([a, b - self.network_of(a)], 1), y.new_zeros(len(y))
+
+
+@broken("inverse goes around the hooks of a network", HOOKS, 3, 4)
+class AroundNetwork(Shifted):
+    def network_of(self, x):
+        return self.network.forward(x)
+
+
+@broken("container goes around the hooks of its parts", HOOKS, 3, 4)
+class AroundParts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.parts = nn.ModuleList([Shifted(), Shifted()])
+
+    def forward(self, x):
+        for part in self.parts:
+            x, log_abs_det = part.forward(x)
+        return x, log_abs_det
+
+    def inverse(self, y):
+        for part in reversed(self.parts):
+            y, log_abs_det = part.inverse(y)
+        return y, log_abs_det
 
 
 # What results must not depend on, and side effects
@@ -671,7 +772,7 @@ class SameDirection(normflows.flows.Flow):
         return x / self.log_scale.exp(), self.log_scale.sum().expand(len(x))
 
 
-@broken("normflows: one log-det for all samples, summed over them", JACOBIAN, 3, 3)
+@broken("normflows: one log-det for all samples, summed over them", SHAPE, 3, 3)
 class SummedOverSamples(normflows.flows.Flow):
     def forward(self, z):
         return z.sinh(), z.cosh().log().sum()

@@ -8,10 +8,12 @@ import sys
 import warnings
 
 import broken_transforms
+import FrEIA.framework as ff
+import FrEIA.modules as fm
 import nflows.flows
 import nflows.transforms as nt
 import normflows as nf
-import pyro.distributions.transforms
+import pyro.distributions.transforms as pt
 import pytest
 import torch
 import zuko
@@ -20,9 +22,11 @@ from nflows.nn.nets import ConvResidualNet, ResidualNet
 from torch import Tensor, nn
 from torch.distributions import transforms as tt
 
+import nflows_kconv.freia
 import nflows_kconv.nflows
 import nflows_kconv.normflows
-from nflows_kconv import InvertibleConv2d, images, step, testing
+import nflows_kconv.torchflows
+from nflows_kconv import InvertibleConv2d, bijection, images, step, testing
 
 # nflows' and normflows' 1x1 convolutions
 pytestmark = [pytest.mark.filterwarnings(f"ignore:torch.{name} is deprecated") for name in ("lu", "triangular_solve")]
@@ -83,6 +87,7 @@ TRANSFORMS = {
     ),
     "normflows GlowBlock": (lambda: nf.flows.GlowBlock(4, 4, net_actnorm=True), pictures()),
     "normflows spline": (lambda: nf.flows.CoupledRationalQuadraticSpline(4, 1, 4, num_bins=3), vectors(2)),
+    "normflows Reverse": (lambda: nf.flows.Reverse(nf.flows.LULinearPermute(4)), vectors()),
     "normflows without inverse": (lambda: nf.flows.Planar((4,)), vectors()),
     "normflows Planar with inverse": (lambda: nf.flows.Planar((4,), act="leaky_relu"), vectors()),
     "normflows Composite": (
@@ -103,7 +108,41 @@ TRANSFORMS = {
         vectors() / 3,
     ),
     "zuko spline": (lambda: zuko.flows.NSF(4, transforms=1, bins=3, hidden_features=[4])().transform, vectors()),
-    "pyro 1x1": (lambda: pyro.distributions.transforms.GeneralizedChannelPermute(4), pictures()),
+    "zuko autoregressive, of a context": (
+        lambda: zuko.flows.MAF(4, 2, transforms=1, hidden_features=[4]),
+        vectors(),
+        vectors(3, 2),
+    ),
+    "zuko transform that waits for a context": (
+        lambda: zuko.flows.MAF(4, transforms=1, hidden_features=[4]).transform,
+        vectors(),
+    ),
+    "pyro 1x1": (lambda: pt.GeneralizedChannelPermute(4), pictures()),
+    "pyro inverse by cache": (lambda: pt.Planar(4), vectors()),
+    "pyro inverse by cache, of a context": (
+        lambda: pt.conditional_planar(4, 2, hidden_dims=[4]),
+        vectors(),
+        vectors(3, 2),
+    ),
+    # FrEIA and torchflows
+    "FrEIA coupling": (lambda: fm.GLOWCouplingBlock([(4,)], subnet_constructor=nn.Linear), vectors()),
+    "FrEIA graph, of a context": (lambda: graph_of_freia(), vectors(), vectors(3, 2)),
+    "layer in FrEIA's sequence": (lambda: sequence_of_freia(), pictures()),
+    "layer in torchflows": (lambda: nflows_kconv.torchflows.InvertibleConv2d((4, 4, 2)), pictures()),
+    # Flows with labels and contexts
+    "nflows flow, of a context": (lambda: flow_of_nflows(), vectors(), vectors(3, 2)),
+    "normflows flow, of a context": (
+        lambda: nf.ConditionalNormalizingFlow(
+            nf.distributions.DiagGaussian(4), [nf.flows.MaskedAffineAutoregressive(4, 8, context_features=2)]
+        ),
+        vectors(),
+        vectors(3, 2),
+    ),
+    "normflows flow, of labels": (
+        lambda: nf.ClassCondFlow(nf.distributions.ClassCondDiagGaussian(4, 3), [nf.flows.LULinearPermute(4)]),
+        vectors(),
+        torch.tensor([2, 0, 1]),
+    ),
     # This package
     "layer": (lambda: InvertibleConv2d(4, diagonal="learned", bias=True), pictures()),
     **{
@@ -114,7 +153,19 @@ TRANSFORMS = {
     "GlowBlock": (lambda: nflows_kconv.normflows.GlowBlock(4, 4), pictures()),
     "steps": (lambda: step.Sequence([step.ActNorm(4), step.InvertibleConv1x1(4), step.learned_prior(4)]), pictures()),
     "logit": (images.Logit, pictures().sigmoid()),
+    # Whose Jacobian has another sign in another context
+    "reflection, without inverse": (lambda: Reflection(), vectors(), torch.tensor([1.0, -1.0, 1.0])),
 }
+
+
+class Reflection(nn.Module):
+    """Changes the sign of one feature or not, as the context says."""
+
+    def forward(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.cat([x[:, :1] * context[:, None], x[:, 1:]], 1), x.new_zeros(len(x))
+
+    def inverse(self, y: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
 
 
 def multiscale_of_nflows() -> nt.Transform:
@@ -124,6 +175,21 @@ def multiscale_of_nflows() -> nt.Transform:
     return transform
 
 
+def graph_of_freia() -> nn.Module:
+    nodes = [ff.InputNode(4), ff.ConditionNode(2)]
+    coupling = {"subnet_constructor": nn.Linear}
+    nodes.append(ff.Node(nodes[0], fm.GLOWCouplingBlock, coupling, conditions=nodes[1]))
+    nodes.append(ff.Node(nodes[2], fm.PermuteRandom, {"seed": 1}))
+    return ff.GraphINN([*nodes, ff.OutputNode(nodes[3])])
+
+
+def sequence_of_freia() -> nn.Module:
+    sequence = ff.SequenceINN(4, 4, 2)
+    sequence.append(nflows_kconv.freia.InvertibleConv2d)
+    sequence.append(fm.PermuteRandom, seed=1)
+    return sequence
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
@@ -131,8 +197,8 @@ def seeded():
 
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_sound_transforms_pass(name: str):
-    build, inputs = TRANSFORMS[name]
-    testing.check_transform(build(), inputs)
+    build, *arguments = TRANSFORMS[name]
+    testing.check_transform(build(), *arguments)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
@@ -168,10 +234,6 @@ def flow_of_nflows() -> nflows.flows.Flow:
     return nflows.flows.Flow(nt.CompositeTransform(transforms), StandardNormal([4]), embedding_net=nn.Linear(2, 5))
 
 
-def test_flows_of_nflows_with_a_context_pass():
-    testing.check_transform(flow_of_nflows(), vectors(), context=vectors(3, 2))
-
-
 def test_flows_of_normflows_pass():
     flows = [nf.flows.LULinearPermute(4), nf.flows.ActNorm(4)]
     testing.check_transform(nf.NormalizingFlow(nf.distributions.DiagGaussian(4), flows), vectors())
@@ -201,6 +263,29 @@ def test_noise_is_the_same_at_every_replay():
 
     noisy = next(each for each in broken_transforms.CATALOGUE if each.fault == "adds noise")
     assert (torch.manual_seed(1), message())[1] == (torch.manual_seed(2), message())[1]
+
+
+class HandWritten(nn.Module):
+    """A layer as Glow codes have it."""
+
+    def __init__(self, factor: float = 1) -> None:
+        super().__init__()
+        self.log_scale, self.factor = nn.Parameter(torch.randn(4, 1, 1)), factor
+
+    def forward(self, x: Tensor, logdet: Tensor) -> tuple[Tensor, Tensor]:
+        return self.log_scale.exp() * x, logdet + self.factor * x[0, 0].numel() * self.log_scale.sum()
+
+    def reverse(self, y: Tensor) -> Tensor:
+        return self.log_scale.neg().exp() * y
+
+
+bijection.register(HandWritten, forward=lambda layer, x, context: layer(x, x.new_zeros(len(x))), inverse="reverse")
+
+
+def test_hand_written_code_is_tested_once_it_is_registered():
+    testing.check_transform(HandWritten(), pictures())
+    with pytest.raises(AssertionError, match="Jacobian"):
+        testing.check_transform(HandWritten(2), pictures())
 
 
 # Nothing is left behind
@@ -301,10 +386,48 @@ def test_a_failure_names_element_error_tolerance_and_replay():
         "inverse(forward(x)) is not x",
         "worst at [1, 2]: got 8.25, expected 8; error 0.25, tolerance 8e-05 from eps",
         "Off in training mode",
-        "inputs: torch.tensor([[0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 8.0, 0.0], [0.0, 0.0, 0.0, 0.0]], dtype=torch.float32)",
+        "inputs: torch.tensor([[0, 0, 0, 0], [0, 0, 8, 0], [0, 0, 0, 0]], dtype=torch.float32)",
         "replay: the call fails again with these inputs",
     ):
         assert part in message
+
+
+def test_all_faults_are_told_the_likeliest_cause_first():
+    class Wrong(broken_transforms.Elementwise):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y, log_abs_det = super().forward(x)
+            return y + 0.1 * torch.rand(1), 2 * log_abs_det
+
+        def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
+            return y.to_nowhere()
+
+    with pytest.raises(AssertionError) as failure:
+        testing.check_transform(Wrong(), vectors(size=3))
+    lines = str(failure.value).splitlines()
+    assert lines[0].startswith("Wrong.inverse raised AttributeError(")
+    assert lines[1] == "  also: Wrong draws from torch's global random numbers"
+    assert lines[2].startswith("  also: results differ from log |det| of the Jacobian: forward's log-determinants")
+    assert [line.split(":")[0].strip() for line in lines[3:]] == ["tested", "inputs", "replay"]
+    assert isinstance(failure.value.__cause__, AttributeError)
+
+
+def test_what_is_not_finite_is_named():
+    with pytest.raises(
+        AssertionError, match=r"ActNorm.forward returns outputs that are not finite, nan at .* it has no variance"
+    ):
+        testing.check_transform(nt.ActNorm(4), pictures(1, 4, 1, 1))
+    with pytest.raises(
+        AssertionError,
+        match=r"Exp.* returns log-determinants that are not finite, inf at \[1\], for float32 \[3, 4\]\n",
+    ):
+        testing.assert_invertible(Exploding(), vectors())
+
+
+class Exploding(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, torch.tensor([0, torch.inf, 0])
+
+    inverse = forward
 
 
 def test_a_wrong_gradient_is_named_with_its_element():
@@ -321,7 +444,7 @@ def test_a_wrong_gradient_is_named_with_its_element():
 
 @pytest.mark.parametrize("name", ["assert_invertible", "assert_log_dets_cancel"])
 def test_a_transform_without_inverse_is_named(name: str):
-    with pytest.raises(AssertionError, match=r"an inverse is needed, but Planar.inverse raised NotImplementedError"):
+    with pytest.raises(AssertionError, match=r"an inverse is needed, but Planar has no inverse"):
         getattr(testing, name)(nf.flows.Planar((4,)), vectors())
 
 
@@ -338,7 +461,7 @@ def test_what_a_transform_raises_is_a_failure():
     ids=lambda transform: str(type(transform)),
 )
 def test_other_objects_are_refused(transform):
-    with pytest.raises(TypeError, match="a transform must have forward"):
+    with pytest.raises(TypeError, match="must have forward"):
         testing.check_transform(transform, vectors())
 
 
@@ -357,7 +480,7 @@ def test_other_inputs_are_refused(inputs, error, message):
 
 
 def test_a_torch_transform_takes_no_context():
-    with pytest.raises(TypeError, match="context must be None"):
+    with pytest.raises(AssertionError, match="context must be None"):
         testing.check_transform(tt.ExpTransform(), vectors(), context=vectors())
 
 
@@ -403,8 +526,8 @@ def test_integers_are_not_compared_with_the_jacobian_but_by_warning():
 
 def test_a_wrong_log_determinant_of_forward_is_told_as_that():
     class Wrong(InvertibleConv2d):
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            y, log_abs_det = super().forward(x)
+        def _run_forward(self, x: Tensor, context: object) -> tuple[Tensor, Tensor]:
+            y, log_abs_det = super()._run_forward(x, context)
             return y, log_abs_det + 3
 
     with pytest.raises(AssertionError, match=r"log .det. of the Jacobian: forward's log-determinants"):
@@ -429,7 +552,7 @@ class Table(nn.Module):
 
     def __init__(self, numbers: Tensor) -> None:
         super().__init__()
-        self.register_buffer("numbers", numbers, persistent=False)
+        self.numbers = numbers
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return x + self.numbers, x.new_zeros(len(x))
@@ -450,6 +573,26 @@ def test_rebuild_tells_constants_from_lost_state():
 @pytest.mark.parametrize("numbers", [[0, 1, 1, 0], [-1, 1, 1, -1], [0.5, 0.5, 0.5, 0.5]], ids=str)
 def test_masks_and_constants_need_no_rebuild(numbers: list[float]):
     testing.check_transform(Table(torch.tensor(numbers)), vectors())
+
+
+class TableInBuffer(nn.Module):
+    """Adds numbers of a buffer that is not persistent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("numbers", torch.ones(4), persistent=False)
+
+    forward, inverse = Table.forward, Table.inverse
+
+
+def test_buffers_that_are_not_persistent_are_rebuilt_by_reset_parameters_or_lost():
+    class Rebuilt(TableInBuffer):
+        def reset_parameters(self) -> None:
+            self.numbers.fill_(1)
+
+    testing.check_transform(Rebuilt(), vectors())
+    with pytest.raises(AssertionError, match=r"memory from to_empty differs .*, which numbers is not in"):
+        testing.check_transform(TableInBuffer(), vectors())
 
 
 def test_a_batch_of_one_is_enough():

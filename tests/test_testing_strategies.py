@@ -24,6 +24,7 @@ CORNERS = ("TL", "TR", "BL", "BR")
 def test_images(pictures: torch.Tensor, exact: torch.Tensor):
     assert pictures.dtype == torch.float32
     assert all(1 <= size <= most for size, most in zip(pictures.shape, (3, 8, 6, 6), strict=True))
+    assert (pictures.std((0, 2, 3)) > 0).all()
     assert (exact.shape, exact.dtype) == ((2, 3, 5, 1), torch.uint8)
 
 
@@ -117,7 +118,7 @@ def smallest(strategy: st.SearchStrategy, condition: Callable[[Any], bool]) -> A
 
 
 def test_cases_shrink_to_small_ones():
-    assert smallest(strategies.images(), lambda images: True).shape == (1, 1, 1, 1)
+    assert smallest(strategies.images(), lambda images: True).shape == (2, 1, 1, 1)
     assert smallest(strategies.images(), lambda images: images.shape[3] > 2 * len(images)).shape == (1, 1, 1, 3)
     assert smallest(strategies.corners(), lambda corners: "BR" in corners) == ("BR",)
     assert smallest(strategies.kernel_sizes(), lambda size: size[0] > size[1]) == (2, 1)
@@ -131,6 +132,20 @@ def test_cases_shrink_to_small_ones():
 
 
 WEIGHT = torch.tensor([[[[0.1]]]])
+
+
+def test_a_failure_names_what_was_drawn_as_code():
+    @settings(database=None)
+    @given(images=strategies.images(2), weight=strategies.weights(corners=("TL",), per_group=3))
+    def test(images: torch.Tensor, weight: torch.Tensor):
+        raise AssertionError
+
+    with pytest.raises(AssertionError) as failure:
+        test()
+    (note,) = failure.value.__notes__
+    for code in ("images=noise((2, 2, 1, 1), 0)", "weight=weight('well', ('TL',), 3, (1, 1), 0, torch.float32)"):
+        assert code in note
+    assert "tensor(" not in note
 
 
 def test_profiles_differ_in_depth(monkeypatch: pytest.MonkeyPatch):

@@ -1,4 +1,4 @@
-"""Assertions and hypothesis strategies for transforms of nflows, normflows and torch.distributions.
+"""Assertions and hypothesis strategies for invertible transformations of any library.
 
 The assertions need torch alone; `strategies` and `register_profiles` need hypothesis, and say so where it is missing.
 """
@@ -10,6 +10,7 @@ from nflows_kconv.testing.assertions import (
     assert_batch_independent,
     assert_deterministic,
     assert_gradients_match_finite_differences,
+    assert_hooks_run,
     assert_invertible,
     assert_log_abs_det_matches_jacobian,
     assert_log_dets_cancel,
@@ -22,6 +23,7 @@ __all__ = [
     "assert_batch_independent",
     "assert_deterministic",
     "assert_gradients_match_finite_differences",
+    "assert_hooks_run",
     "assert_invertible",
     "assert_log_abs_det_matches_jacobian",
     "assert_log_dets_cancel",

@@ -1,26 +1,28 @@
 """What must hold of every transform, as assertions for a test suite.
 
-Each takes a transform of nflows, normflows or torch.distributions, or a module with `forward(x) -> (y, log_abs_det)`
-and `inverse`, and leaves it as it is: parameters, buffers, modes, gradients, and the state of torch's random numbers.
-Tolerances follow from dtype and conditioning unless `atol` or `rtol` is given. A failure is an AssertionError that
-names the worst element, error, tolerance, and how to see it again.
+Each takes what `nflows_kconv.bijection.as_bijection` takes, and leaves it as it is: parameters, buffers, modes,
+gradients, and the state of torch's random numbers. Tolerances follow from dtype and conditioning unless `atol` or
+`rtol` is given. A failure is an AssertionError that names the worst element, error, tolerance, and how to see it again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributions import Transform
 
 from nflows_kconv.testing import state
-from nflows_kconv.testing.derivatives import check_gradients, jacobian
-from nflows_kconv.testing.interface import Bijection, as_it_is
+from nflows_kconv.testing.derivatives import check_gradients, check_orientation, jacobian
+from nflows_kconv.testing.hooks import check_hooks
 from nflows_kconv.testing.probe import SAFETY, Probe, Values
+from nflows_kconv.testing.subject import NoInverse, Subject, as_it_is
 
-_with_gradients = torch.inference_mode(False)  # which also undoes no_grad
+__tracebackhide__ = True  # pytest shows the line of the test that called, not ours
 
 MAX_JACOBIAN = 4096  # entries of a sample, of which the Jacobian has the square
 
@@ -39,13 +41,13 @@ def assert_invertible(transform: Any, inputs: Tensor, context: Any = None, **tol
         TypeError: If the transform has none of the interfaces, or cannot be deep-copied.
         ValueError: If the inputs hold no entries or others than finite ones.
     """
-    probe = _probe(transform, inputs, context, **tolerance)
-    probe.need_inverse()
-    probe.compare(
-        "inverse(forward(x)) is not x",
-        lambda t, x: {"outputs": t.inverse(t.forward(x)[0])[0]},
-        lambda t, x: {"outputs": x},
-    )
+    with _probe(transform, inputs, context, tolerance) as probe:
+        probe.need_inverse()
+        probe.compare(
+            "inverse(forward(x)) is not x",
+            lambda t, x: {"outputs": t.inverse(t.forward(x)[0])[0]},
+            lambda t, x: {"outputs": x},
+        )
 
 
 def assert_log_dets_cancel(transform: Any, inputs: Tensor, context: Any = None, **tolerance: float | None) -> None:
@@ -53,23 +55,23 @@ def assert_log_dets_cancel(transform: Any, inputs: Tensor, context: Any = None, 
 
     Arguments and errors are those of `assert_invertible`.
     """
-    probe = _probe(transform, inputs, context, **tolerance)
-    probe.need_inverse()
-    probe.compare(
-        "the log-determinants of forward and inverse do not cancel",
-        lambda t, x: {"inverse's log-determinants": t.inverse(t.forward(x)[0])[1]},
-        lambda t, x: {"inverse's log-determinants": -t.forward(x)[1]},
-    )
+    with _probe(transform, inputs, context, tolerance) as probe:
+        probe.need_inverse()
+        probe.compare(
+            "the log-determinants of forward and inverse do not cancel",
+            lambda t, x: {"inverse's log-determinants": t.inverse(t.forward(x)[0])[1]},
+            lambda t, x: {"inverse's log-determinants": -t.forward(x)[1]},
+        )
 
 
-@_with_gradients
 def assert_log_abs_det_matches_jacobian(
     transform: Any, inputs: Tensor, context: Any = None, **tolerance: float | None
 ) -> None:
     """Asserts that forward's log-determinants are log |det dy/dx| by autograd, and the inverse's the negative.
 
     The Jacobian, [B, D, D] for D entries a sample, takes D backward passes, in float64. The inverse's is that of
-    forward at the same point, so that the inverse need not be differentiable.
+    forward at the same point, so that the inverse need not be differentiable. Without inverse, det dy/dx must have one
+    sign at and between the inputs: where it changes, the transform takes a value twice.
 
     Arguments and errors are those of `assert_invertible`, but that the inverse is not needed, and
 
@@ -77,34 +79,39 @@ def assert_log_abs_det_matches_jacobian(
         ValueError: If the inputs are discrete, that is integers, or whole numbers where the transform takes no
             others; or if samples have more than 4096 entries.
     """
-    probe = _probe(transform, inputs, context, **tolerance)
-    if probe.discrete:
-        raise ValueError("inputs must be real numbers for a Jacobian to exist, got whole numbers alone")
+    with _probe(transform, inputs, context, tolerance) as probe:
+        if probe.discrete:
+            raise ValueError("inputs must be real numbers for a Jacobian to exist, got whole numbers alone")
 
-    def log_dets(t: Bijection, x: Tensor) -> Values:
-        results = probe.results(t, x)
-        return {name: -value if "inverse" in name else value for name, value in results.items() if "log" in name}
+        def log_dets(t: Subject, x: Tensor) -> Values:
+            results = probe.results(t, x)
+            return {name: -value if "inverse" in name else value for name, value in results.items() if "log" in name}
 
-    sensitivities = probe.sensitivity(log_dets)
-    exact, given = log_dets(probe.exact, probe.exact_inputs), log_dets(probe.given, probe.inputs)
-    for name, sensitivity in sensitivities.items():
-        claim = "results differ from those in float64"
-        probe.require(claim, name, given[name], exact[name], sensitivity, probe.inputs.dtype)
-    if inputs[0].numel() > MAX_JACOBIAN:
-        raise ValueError(f"samples must have at most {MAX_JACOBIAN} entries for a Jacobian, got {inputs[0].numel()}")
-    matrices = jacobian(probe.exact, probe.exact_inputs)
-    if matrices.shape[1] != matrices.shape[2]:
-        probe.fail(f"the Jacobian must be square, got {matrices.shape[1]} outputs of {matrices.shape[2]} inputs")
-    expected = torch.linalg.slogdet(matrices).logabsdet
-    # log |det| errs by eps times the condition number, beyond 1 / eps by anything.
-    eps = torch.finfo(probe.exact_inputs.dtype).eps
-    condition = torch.linalg.cond(matrices, "fro").nan_to_num(torch.inf).clamp(max=1 / eps).max().item() / SAFETY
-    for name, sensitivity in sensitivities.items():
-        claim = "results differ from log |det| of the Jacobian"
-        probe.require(claim, name, exact[name], expected, sensitivity + condition, probe.exact_inputs.dtype)
+        sensitivities = probe.sensitivity_of_results
+        exact, given = log_dets(probe.exact, probe.exact_inputs), log_dets(probe.given, probe.inputs)
+        for name in exact:
+            claim = "results differ from those in float64"
+            probe.require(claim, name, given[name], exact[name], sensitivities[name], probe.inputs.dtype)
+        if inputs[0].numel() > MAX_JACOBIAN:
+            raise ValueError(
+                f"samples must have at most {MAX_JACOBIAN} entries for a Jacobian, got {inputs[0].numel()}"
+            )
+        if isinstance(probe.no_inverse, NoInverse):
+            check_orientation(probe)
+        matrices = jacobian(probe.exact, probe.exact_inputs)
+        if matrices.shape[1] != matrices.shape[2]:
+            raise AssertionError(
+                f"the Jacobian must be square, got {matrices.shape[1]} outputs of {matrices.shape[2]} inputs"
+            )
+        expected = torch.linalg.slogdet(matrices).logabsdet
+        # log |det| errs by eps times the condition number, beyond 1 / eps by anything.
+        eps = torch.finfo(probe.exact_inputs.dtype).eps
+        condition = torch.linalg.cond(matrices, "fro").nan_to_num(torch.inf).clamp(max=1 / eps).max().item() / SAFETY
+        for name in exact:
+            claim = "results differ from log |det| of the Jacobian"
+            probe.require(claim, name, exact[name], expected, sensitivities[name] + condition, probe.exact_inputs.dtype)
 
 
-@_with_gradients
 def assert_gradients_match_finite_differences(
     transform: Any, inputs: Tensor, context: Any = None, **tolerance: float | None
 ) -> None:
@@ -116,9 +123,9 @@ def assert_gradients_match_finite_differences(
 
     Arguments and errors are those of `assert_invertible`, but that the inverse is not needed.
     """
-    probe = _probe(transform, inputs, context, **tolerance)
-    for direction, argument in probe.directions(probe.exact, probe.exact_inputs):
-        check_gradients(probe, direction, argument.detach())
+    with _probe(transform, inputs, context, tolerance) as probe:
+        for direction, argument in probe.directions(probe.exact, probe.exact_inputs):
+            check_gradients(probe, direction, argument.detach())
 
 
 def assert_batch_independent(transform: Any, inputs: Tensor, context: Any = None, **tolerance: float | None) -> None:
@@ -130,55 +137,74 @@ def assert_batch_independent(transform: Any, inputs: Tensor, context: Any = None
     Arguments and errors are those of `assert_invertible`, but that the inverse is not needed.
     """
     inputs, context = _at_least_two(inputs, context)
-    probe = _probe(transform, inputs, context, **tolerance)
-    rows = torch.arange(len(probe.inputs), device=inputs.device)
-    for part, selected in {
-        "the first": rows[:1],
-        "all but the first": rows[1:],
-        "all in reverse": rows.flip(0),
-    }.items():
+    with _probe(transform, inputs, context, tolerance) as probe:
+        rows = torch.arange(len(probe.inputs), device=inputs.device)
+        for part, selected in {
+            "the first": rows[:1],
+            "all but the first": rows[1:],
+            "all in reverse": rows.flip(0),
+        }.items():
 
-        def apart(t: Bijection, direction: str, argument: Tensor, selected: Tensor = selected) -> Any:
-            if direction == "forward" and probe.discrete:
-                return together(t, direction, argument)
-            context = t.context
-            if _is_batch(context, len(argument)):
-                t.context = context[selected]
-            result = t.call(direction, argument[selected])
-            t.context = context
-            return result
+            def apart(t: Subject, direction: str, argument: Tensor, selected: Tensor = selected) -> Any:
+                if direction == "forward" and probe.discrete:
+                    return together(t, direction, argument)
+                context = t.context
+                if _is_batch(context, len(argument)):
+                    t.context = context[selected]
+                result = t.call(direction, argument[selected])
+                t.context = context
+                return result
 
-        def together(t: Bijection, direction: str, argument: Tensor, selected: Tensor = selected) -> Any:
-            return [value[selected] for value in t.call(direction, argument)]
+            def together(t: Subject, direction: str, argument: Tensor, selected: Tensor = selected) -> Any:
+                return [value[selected] for value in t.call(direction, argument)]
 
-        probe.compare_calls(f"{part} of the samples differ from those in the whole batch", apart, together)
+            probe.compare_calls(f"{part} of the samples differ from those in the whole batch", apart, together)
 
 
 def assert_shape_and_dtype_preserved(transform: Any, inputs: Tensor, context: Any = None) -> None:
     """Asserts that batch size, number of entries, dtype and device stay, and that the inverse restores the shape.
 
     torch.distributions' transforms may change the number of entries as their `forward_shape` says. Log-determinants
-    must be floating-point numbers [B] on the same device, in torch.distributions one for each event. One number for
-    all samples, which normflows' own layers give, is accepted from subclasses of its `Flow`.
+    must be floating-point numbers [B] on the same device. One number for all samples is accepted from normflows' own
+    layers alone.
 
     Arguments and errors are those of `assert_invertible`, but that the inverse is not needed.
     """
-    probe = _probe(transform, inputs, context)
-    x, t = probe.inputs, probe.given
-    y = t.forward(x)[0]
-    if t.is_torch:
-        if y.shape != t.transform.forward_shape(x.shape):
-            probe.fail(f"forward must return shape {list(t.transform.forward_shape(x.shape))}, got {list(y.shape)}")
-    elif len(y) != len(x) or y.numel() != x.numel():
-        probe.fail(f"forward must return {len(x)} samples of {x[0].numel()} entries, got shape {list(y.shape)}")
-    for direction, argument in probe.directions(t, x):
-        outputs, log_abs_det = t.call(direction, argument)
-        if direction == "inverse" and outputs.shape != x.shape:
-            probe.fail(f"inverse must return shape {list(x.shape)}, got {list(outputs.shape)}")
-        if outputs.dtype != x.dtype:
-            probe.fail(f"{direction} must return {x.dtype}, got {outputs.dtype}")
-        if not outputs.device == log_abs_det.device == x.device:
-            probe.fail(f"{direction} must return tensors on {x.device}, got {outputs.device} and {log_abs_det.device}")
+    with _probe(transform, inputs, context, {}) as probe:
+        x, t = probe.inputs, probe.given
+        y = t.forward(x)[0]
+        if isinstance(t.transform, Transform):
+            wanted = t.transform.forward_shape(x.shape)
+            if y.shape != wanted:
+                raise AssertionError(f"forward must return shape {list(wanted)}, got {list(y.shape)}")
+        elif len(y) != len(x) or y.numel() != x.numel():
+            wanted = f"{len(x)} samples of {x[0].numel()} entries"
+            raise AssertionError(f"forward must return {wanted}, got shape {list(y.shape)}")
+        for direction, argument in probe.directions(t, x):
+            outputs, log_abs_det = t.call(direction, argument)
+            if direction == "inverse" and outputs.shape != x.shape:
+                raise AssertionError(f"inverse must return shape {list(x.shape)}, got {list(outputs.shape)}")
+            if outputs.dtype != x.dtype:
+                raise AssertionError(f"{direction} must return {x.dtype}, got {outputs.dtype}")
+            if not outputs.device == log_abs_det.device == x.device:
+                raise AssertionError(
+                    f"{direction} must return tensors on {x.device}, got {outputs.device} and {log_abs_det.device}"
+                )
+
+
+def assert_hooks_run(transform: Any, inputs: Tensor, context: Any = None) -> None:
+    """Asserts that the parts of a module are called, in both directions, and not their `forward`.
+
+    A call of `part.forward(x)` in place of `part(x)` leaves out the part's hooks, which pruning, weight normalisation
+    and FSDP work with. Where the code of a library does so, which `nflows_kconv.bijection` knows, that is let pass. So
+    are other methods, such as the `inverse` of a part, which have no hooks of torch.
+
+    Arguments and errors are those of `assert_invertible`, but that the inverse is not needed.
+    """
+    with _probe(transform, inputs, context, {}) as probe:
+        if probe.given.module is not None:
+            for direction, argument in probe.directions(probe.given, probe.inputs):
+                check_hooks(probe.given.copy(), direction, argument)
 
 
 def assert_deterministic(transform: Any, inputs: Tensor, context: Any = None, **tolerance: float | None) -> None:
@@ -190,24 +216,24 @@ def assert_deterministic(transform: Any, inputs: Tensor, context: Any = None, **
 
     Arguments and errors are those of `assert_invertible`, but that the inverse is not needed.
     """
-    probe = _probe(transform, inputs, context, **tolerance)
-    for effect in sorted(probe.given.side_effects):
-        probe.fail(effect)
-    for what, (grad, layout) in VARIANTS.items():
+    with _probe(transform, inputs, context, tolerance) as probe:
+        for effect in sorted(probe.given.side_effects):
+            raise AssertionError(effect)
+        for what, (grad, layout) in VARIANTS.items():
 
-        def call(t: Bijection, direction: str, argument: Tensor, variant: Variant = (grad, layout)) -> Any:
-            grad, t.prepare = variant
-            try:
-                with torch.set_grad_enabled(grad):
-                    return t.call(direction, argument)
-            except AssertionError as error:
-                if t.prepare is as_it_is or not isinstance(error.__cause__, RuntimeError):
-                    raise
-            finally:
-                t.prepare = as_it_is
-            return t.call(direction, argument)
+            def call(t: Subject, direction: str, argument: Tensor, variant: Variant = (grad, layout)) -> Any:
+                grad, t.prepare = variant
+                try:
+                    with torch.set_grad_enabled(grad):
+                        return t.call(direction, argument)
+                except AssertionError as error:
+                    if t.prepare is as_it_is or not isinstance(error.__cause__, RuntimeError):
+                        raise
+                finally:
+                    t.prepare = as_it_is
+                return t.call(direction, argument)
 
-        probe.compare_calls(f"results differ with {what}", call)
+            probe.compare_calls(f"results differ with {what}", call)
 
 
 def assert_state_dict_round_trip(
@@ -221,12 +247,15 @@ def assert_state_dict_round_trip(
     """Asserts that the state_dict, saved and loaded, carries all that results depend on, and that they follow it.
 
     The state is that of a copy which has seen data and whose parameters have then changed in place, as an optimiser
-    changes them. Loaded with `weights_only=True`, it must give the same results in a transform that never ran and in
-    one that ran with other parameters. A transform that is no module has no state, and passes.
+    changes them. Loaded with `weights_only=True`, it must give the same results in a transform that never ran, in one
+    that ran with other parameters, and in one that got its memory from `to_empty`, as a transform has that is built on
+    the meta device: a buffer that is not persistent must be computed at use or by `reset_parameters`. So must a copy of
+    parameters and buffers in place, which is how DistributedDataParallel makes ranks equal. A transform that is no
+    module has no state, and passes.
 
-    Without `rebuild` both are copies, which share with the original even what is lost at saving. So a tensor outside
-    the state_dict counts as lost if results depend on it, it does not change with the parameters as a cache does, and
-    its entries differ and are no mask of -1, 0 and 1.
+    Without `rebuild` these are copies, which share with the original even what is lost at saving. So a tensor that is
+    no buffer counts as lost if results depend on it, it does not change with the parameters as a cache does, and its
+    entries differ and are no mask of -1, 0 and 1.
 
     Arguments and errors are those of `assert_invertible`, but that the inverse is not needed, and
 
@@ -241,28 +270,38 @@ def assert_state_dict_round_trip(
         TypeError: If `rebuild` is no function.
     """
     _check_rebuild(rebuild, transform)
-    probe = _probe(transform, inputs, context, **tolerance)
-    if probe.given.module is None:
-        return
-    x, source, used = probe.inputs, probe.given.copy(), probe.given.copy()
-    probe.results(source, x)  # fills caches, which may go stale by the step
-    source.step(state.training_step)
-    expected = probe.results(source, x)
-    used.step(lambda parameter: state.training_step(state.training_step(parameter)))
-    probe.results(used, x)
+    with _probe(transform, inputs, context, tolerance) as probe:
+        if probe.given.module is None:
+            return
+        x, source, used = probe.inputs, probe.given.copy(), probe.given.copy()
+        probe.results(source, x)  # fills caches, which may go stale by the step
+        source.step(state.training_step)
+        expected = probe.results(source, x)
+        used.step(lambda parameter: state.training_step(state.training_step(parameter)))
+        probe.results(used, x)
 
-    sensitivities = probe.sensitivity(probe.results)
-    fresh = Bijection(transform if rebuild is None else rebuild(), context)
-    for name, target in {"never ran": fresh, "ran with other parameters": used}.items():
-        state.load_saved(probe, target, source)
-        for key, value in probe.results(target, x).items():
-            claim = f"a transform that {name} differs once it has loaded the state_dict"
-            probe.require(claim, key, value, expected[key], sensitivities[key], x.dtype)
-    if rebuild is None:
-        state.check_for_lost_tensors(probe, source, x)
+        sensitivities = probe.sensitivity_of_results
+        fresh = Subject(probe.transform if rebuild is None else rebuild(), probe.given.context)
+        emptied = state.emptied(fresh, x.device)
+        loaded, copied = "it has loaded the state_dict", "parameters and buffers were copied in place, as by DDP"
+        for name, target, action, take_over in (
+            ("never ran", fresh.copy(), loaded, state.load_saved),
+            ("ran with other parameters", used, loaded, state.load_saved),
+            ("got its memory from to_empty", emptied, f"{loaded}{state.lost_buffers(fresh)}", state.load_saved),
+            ("never ran", fresh, copied, state.copy_in_place),
+        ):
+            take_over(target, source)
+            claim = f"a transform that {name} differs once {action}"
+            try:
+                results = probe.results(target, x)
+            except AssertionError as error:
+                raise AssertionError(f"{claim}: {error}") from error.__cause__
+            for key, value in results.items():
+                probe.require(claim, key, value, expected[key], sensitivities[key], x.dtype)
+        if rebuild is None:
+            state.check_for_lost_tensors(probe, source, x)
 
 
-@_with_gradients
 def check_transform(
     transform: Any,
     inputs: Tensor,
@@ -274,65 +313,86 @@ def check_transform(
     """Runs every assertion that applies, and again after a change of all parameters, in evaluation mode.
 
     The change shows what goes stale, and what initial values hide, as of couplings that start as the identity. Left out
-    are: what needs an inverse, if the transform says by NotImplementedError or nflows' InverseNotAvailable that it has
-    none; determinism and the Jacobian for discrete inputs, which a flow dequantises with noise; the Jacobian where the
-    number of entries changes as a torch Transform's `forward_shape` says; and, with a warning, the Jacobian of samples
-    with more than 4096 entries, and of integers where the transform takes fractions as well. Arguments and errors are
-    those of `assert_state_dict_round_trip`.
+    are: what needs an inverse, if the transform has none; determinism and the Jacobian for discrete inputs, which a
+    flow dequantises with noise; the Jacobian where the number of entries changes as a torch Transform's `forward_shape`
+    says; and, with a warning, the Jacobian of samples with more than 4096 entries, and of integers where the transform
+    takes fractions as well. Arguments and errors are those of `assert_state_dict_round_trip`; the error tells all that
+    fails, the likeliest cause first.
     """
     _check_rebuild(rebuild, transform)
     inputs, context = _at_least_two(inputs, context)
-    probe = _probe(transform, inputs, context, **tolerance)
-    _check(probe, inputs)
-    if probe.given.module is None:
-        return
-    assert_state_dict_round_trip(transform, inputs, context, rebuild=rebuild, **tolerance)
-    probe.given.step(state.training_step)
-    probe.given.module.eval()
+    probe = Probe(transform, inputs, context, tolerance)
+    with torch.inference_mode(False):
+        failures = _failures(probe, rebuild)
+        if probe.given.module is not None and not failures.keys() & FUNDAMENTAL:
+            changed = Probe(probe.given.module, inputs, probe.given.context, tolerance)
+            changed.given.step(state.training_step)
+            changed.given.transform.eval()
+            later = _failures(changed, rebuild, {*failures, "assert_state_dict_round_trip"})
+            for error in later.values():
+                error.args = (f"after a change of all parameters, in evaluation mode: {error}",)
+            probe = probe if failures else changed
+            failures |= later
+    if failures:
+        probe.fail(list(failures.values()))
+
+
+# Failures after which nothing else can be judged.
+FUNDAMENTAL = {"forward", "assert_shape_and_dtype_preserved"}
+
+
+def _failures(
+    probe: Probe, rebuild: Callable[[], Any] | None, skipped: Container[str] = ()
+) -> dict[str, AssertionError]:
+    """What fails, by the name of the assertion or direction, the likeliest cause first."""
     try:
-        _check(Probe(probe.given.module, inputs, probe.given.context, **tolerance), inputs)
+        probe.look()
     except AssertionError as error:
-        raise AssertionError(f"after a change of all parameters, in evaluation mode: {error}") from error
+        return {"forward": error}
+    failures = {}
+    if probe.no_inverse and not isinstance(probe.no_inverse, NoInverse):
+        failures["inverse"] = probe.no_inverse
+    for assertion, applies in {
+        assert_shape_and_dtype_preserved: True,
+        assert_hooks_run: True,
+        assert_deterministic: not probe.discrete,
+        assert_state_dict_round_trip: True,
+        assert_batch_independent: True,
+        assert_invertible: not probe.no_inverse,
+        assert_log_abs_det_matches_jacobian: _has_jacobian(probe),
+        assert_log_dets_cancel: not probe.no_inverse,
+        assert_gradients_match_finite_differences: True,
+    }.items():
+        if applies and assertion.__name__ not in skipped:
+            try:
+                assertion(probe, probe.inputs, **({"rebuild": rebuild} if "state" in assertion.__name__ else {}))
+            except AssertionError as error:
+                failures[assertion.__name__] = error
+                if assertion.__name__ in FUNDAMENTAL:
+                    break
+    return {name: error for name, error in failures.items() if name not in skipped}
 
 
-def _check(probe: Probe, inputs: Tensor) -> None:
-    assert_shape_and_dtype_preserved(probe, inputs)
-    assertions: list[Callable[..., None]] = [] if probe.discrete else [assert_deterministic]
-    assertions += [assert_batch_independent]
-    if not probe.no_inverse:
-        assertions += [assert_invertible]
-    if probe.discrete:
-        if probe.takes_fractions:
-            warnings.warn(
-                "the log-determinants were not compared with the Jacobian, for which inputs must be floating-point "
-                f"numbers, got {inputs.dtype}: give such, unless the transform dequantises",
-                stacklevel=4,
-            )
-    else:
-        if inputs[0].numel() > MAX_JACOBIAN:
-            warnings.warn(
-                "the log-determinants were not compared with the Jacobian, which inputs of more than "
-                f"{MAX_JACOBIAN} entries a sample make too large, got {inputs[0].numel()}",
-                stacklevel=4,
-            )
-        elif probe.given.forward(probe.inputs)[0].numel() == inputs.numel():
-            assertions += [assert_log_abs_det_matches_jacobian]
-    if not probe.no_inverse:
-        assertions += [assert_log_dets_cancel]
-    assertions += [assert_gradients_match_finite_differences]
-    for assertion in assertions:
-        assertion(probe, inputs)
+def _has_jacobian(probe: Probe) -> bool:
+    """Whether there is a Jacobian to compare with; warns where that depends on the choice of inputs."""
+    entries, reason = probe.inputs[0].numel(), None
+    if probe.discrete and probe.takes_fractions:
+        reason = (
+            f"for which inputs must be floating-point numbers, got {probe.dtype}: give such, unless the transform "
+            "dequantises"
+        )
+    elif not probe.discrete and entries > MAX_JACOBIAN:
+        reason = f"which inputs of more than {MAX_JACOBIAN} entries a sample make too large, got {entries}"
+    if reason:
+        warnings.warn(f"the log-determinants were not compared with the Jacobian, {reason}", stacklevel=4)
+    return not (probe.discrete or reason) and probe.given.forward(probe.inputs)[0].numel() == probe.inputs.numel()
 
 
-def _probe(transform: Any, inputs: Tensor, context: Any, **tolerance: float | None) -> Probe:
-    """The probe itself where `check_transform` passes one, so that all assertions share it.
-
-    Raises:
-        TypeError: If a tolerance has another name than `atol` and `rtol`; see `Probe`.
-    """
-    if unknown := sorted(tolerance.keys() - {"atol", "rtol"}):
-        raise TypeError(f"tolerances are atol and rtol, got {', '.join(unknown)}")
-    return transform if isinstance(transform, Probe) else Probe(transform, inputs, context, **tolerance)
+def _probe(transform: Any, inputs: Tensor, context: Any, tolerance: dict[str, float | None]) -> Any:
+    """A probe as a context manager, which leaves failures to `check_transform` where that passes its own."""
+    if isinstance(transform, Probe):
+        return contextlib.nullcontext(transform)
+    return Probe(transform, inputs, context, tolerance)
 
 
 def _check_rebuild(rebuild: Any, transform: Any) -> None:

@@ -2,26 +2,64 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from nflows_kconv.testing.interface import Bijection
 from nflows_kconv.testing.probe import Probe, Values
+from nflows_kconv.testing.subject import Subject, show
+
+__tracebackhide__ = True  # pytest shows the line of the test that called, not ours
 
 DIRECTIONS = 3  # along each of which a wrong gradient is wrong
+BATCHED_ROWS = 128  # of a Jacobian, computed together
 MAX_ELEMENTS = 1024  # of a tensor, for a failure to name the worst
 
 
-def jacobian(t: Bijection, x: Tensor) -> Tensor:
+def jacobian(t: Subject, x: Tensor) -> Tensor:
     """dy/dx of every sample, [B, entries of y, entries of x], in float64."""
     x = x.clone().requires_grad_()
     columns = t.forward(x)[0].reshape(len(x), -1).sum(0)
     if not columns.requires_grad:
         return x.new_zeros(len(x), len(columns), x[0].numel(), dtype=torch.float64)
-    rows = [_gradients(column, [x])[0] for column in columns]
-    return torch.stack([row.reshape(len(x), -1) for row in rows], 1).double()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # as some operators are slow so
+            units = torch.eye(len(columns), dtype=columns.dtype, device=x.device).split(BATCHED_ROWS)
+            batched = {"is_grads_batched": True, "retain_graph": True, "materialize_grads": True}
+            rows = torch.cat([torch.autograd.grad(columns, x, unit, **batched)[0] for unit in units])
+    except RuntimeError:  # some operator takes one gradient at a time
+        rows = torch.stack([_gradients(column, [x])[0] for column in columns])
+    return rows.transpose(0, 1).reshape(len(x), len(columns), -1).double()
+
+
+def check_orientation(probe: Probe) -> None:
+    """Asserts that det dy/dx has one sign, as that of an injective function has whose derivative is continuous.
+
+    It is looked at at the inputs, and between them and their neighbours and zero, for each context by itself.
+    """
+    t, x, generator = probe.exact, probe.exact_inputs, torch.Generator().manual_seed(0)
+    points, signs = [x], [_orientation(t, x)]
+    for target in 2 * [x.roll(1, 0), torch.zeros_like(x)]:
+        point = x.lerp(target, torch.rand(x.shape, generator=generator, dtype=torch.float64).to(x))
+        try:
+            signs.append(_orientation(t, point))
+            points.append(point)
+        except AssertionError:
+            pass  # it lies outside the domain
+    by_context = torch.stack(signs) if t.context is not None else torch.stack(signs).view(-1, 1)
+    if ((by_context.amax(0) > 0) & (by_context.amin(0) < 0)).any():
+        up, down = (show(torch.cat(points)[torch.cat(signs) == sign][0]) for sign in (1, -1))
+        raise AssertionError(f"forward is not injective, unless it jumps: det dy/dx > 0 at {up}, but < 0 at {down}")
+
+
+def _orientation(t: Subject, x: Tensor) -> Tensor:
+    """The sign of each sample's det dy/dx, [B]; 0 where rounding might decide it."""
+    matrices = jacobian(t, x)
+    sure = torch.linalg.cond(matrices, "fro") < 1e-3 / torch.finfo(x.dtype).eps
+    return torch.linalg.slogdet(matrices).sign * sure
 
 
 def check_gradients(probe: Probe, direction: str, argument: Tensor) -> None:
@@ -39,7 +77,7 @@ def check_gradients(probe: Probe, direction: str, argument: Tensor) -> None:
 
     weights = [random_like(value) for value in t.call(direction, argument)]
 
-    def loss(t: Bijection, argument: Tensor) -> Tensor:
+    def loss(t: Subject, argument: Tensor) -> Tensor:
         return _inner(weights, t.call(direction, argument))
 
     variables = {} if probe.discrete and direction == "forward" else {"argument": argument.clone().requires_grad_()}

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from nflows_kconv.testing.interface import Bijection, NoInverse, describe
+from nflows_kconv.testing.subject import NoInverse, Subject, describe, show
+
+__tracebackhide__ = True  # pytest shows the line of the test that called, not ours
 
 Values = dict[str, Tensor]
-Compute = Callable[[Bijection, Tensor], Values]
-Call = Callable[[Bijection, str, Tensor], Any]
+Compute = Callable[[Subject, Tensor], Values]
+Call = Callable[[Subject, str, Tensor], Any]
 
 SAFETY = 100  # rounding may do this many times what a perturbation of the size of one rounding does
 FLOOR = 1e-5  # relative error that constants may bring which a transform makes in float32 whatever its dtype
-MAX_SHOWN = 64  # entries of inputs that a failure writes out
 DRAWS = 4  # perturbations to measure a sensitivity with
 
 
@@ -35,74 +36,110 @@ class Probe:
     every call and all parameters change at random by a small relative amount (Higham 2002, Accuracy and Stability of
     Numerical Algorithms, section 1.6). For a round trip it is the amplification of the inverse.
 
-    The transform sees the inputs once before all else, so that data-dependent initialisation has happened.
+    The transform sees the inputs once before all else, in `look`, so that data-dependent initialisation has happened.
+    As a context manager, a probe looks, turns gradients on, and completes what the AssertionErrors in it say.
 
     Args:
-        transform: See `Bijection`.
+        transform: See `Subject`.
         inputs: [B, ...], at least one entry. Integers count as discrete, and so do whole numbers where the transform
             takes no others: nothing is differentiated in them.
-        context: See `Bijection`.
-        atol: Absolute tolerance in place of the derived one; `rtol` is then 0 unless given.
-        rtol: Relative tolerance, likewise.
+        context: See `Subject`.
+        tolerance: `atol` and `rtol`, in place of the derived tolerance; one that is not given is then 0.
 
     Attributes:
-        given: The transform in its own precision.
+        transform: What was given.
+        given: Its copy, in its own precision.
+        dtype: Of the inputs that were given.
         inputs: For `given`.
         exact: The transform in float64, or `given` where that cannot be had.
         exact_inputs: For `exact`.
-        no_inverse: What the transform raised when asked for an inverse that it says it lacks, or None.
+        no_inverse: What the transform raised when asked for an inverse, or None.
         discrete: Whether the inputs are.
         takes_fractions: Whether the transform takes other numbers than whole ones.
 
     Raises:
-        AssertionError: If the transform raises an error.
-        TypeError: If the inputs are no tensor; or see `Bijection`.
+        TypeError: If the inputs are no tensor, a tolerance has another name, or see `Subject`.
         ValueError: If the inputs have no entries, or entries that are not finite.
     """
 
-    def __init__(
-        self, transform: Any, inputs: Tensor, context: Any, *, atol: float | None = None, rtol: float | None = None
-    ) -> None:
+    def __init__(self, transform: Any, inputs: Tensor, context: Any, tolerance: dict[str, float | None]) -> None:
+        if unknown := sorted(tolerance.keys() - {"atol", "rtol"}):
+            raise TypeError(f"tolerances are atol and rtol, got {', '.join(unknown)}")
         if not isinstance(inputs, Tensor):
             raise TypeError(f"inputs must be a tensor [B, ...], got {type(inputs).__name__}")
         if inputs.dim() == 0 or not inputs.numel() or not inputs.isfinite().all():
             raise ValueError(f"inputs must be finite numbers [B, ...], at least one, got {describe(inputs)}")
-        self._tolerance = None if atol is None and rtol is None else (atol or 0.0, rtol or 0.0)
-        self.given, self.inputs = Bijection(transform, context), inputs.detach()
-        self.discrete = False
-        if not inputs.is_floating_point():
+        self.tolerance = tolerance
+        self.transform, self.given, self.inputs = transform, Subject(transform, context), inputs.detach()
+        self.no_inverse: AssertionError | None = None
+        self.discrete, self.takes_fractions = False, True
+        self.dtype = inputs.dtype
+        if not self.dtype.is_floating_point:
             parameters = iter(()) if self.given.module is None else self.given.module.parameters()
             self.inputs = inputs.to(next((p.dtype for p in parameters), torch.get_default_dtype()))
+
+    def look(self) -> None:
+        """Calls the transform, and finds out what applies to it.
+
+        Raises:
+            AssertionError: If the transform raises an error in forward.
+        """
         self.no_inverse = _first_calls(self.given, self.inputs)
         self.exact, self.exact_inputs = self.given, self.inputs
         if self.inputs.dtype != torch.float64:
             try:
                 exact = self.given.in_float64()
-                _first_calls(exact, self.inputs.double())
-                self.exact, self.exact_inputs = exact, self.inputs.double()
+                failed = _first_calls(exact, self.inputs.double())
+                if failed is None or self.no_inverse:
+                    self.exact, self.exact_inputs = exact, self.inputs.double()
             except AssertionError:
                 pass  # its constants have the one dtype
-        self.takes_fractions = True
         if torch.equal(self.inputs, self.inputs.round()):
             try:
                 self._perturbed(0).forward(self.exact_inputs)
             except AssertionError:
                 self.takes_fractions = False
-        self.discrete = not (inputs.is_floating_point() and self.takes_fractions)
+        self.discrete = not self.dtype.is_floating_point or not self.takes_fractions
+
+    def __enter__(self) -> Probe:
+        """Looks."""
+        self._mode = torch.inference_mode(False)  # which also undoes no_grad
+        self._mode.__enter__()
+        try:
+            self.look()
+            if self.no_inverse and not isinstance(self.no_inverse, NoInverse):
+                raise self.no_inverse
+        except AssertionError as error:
+            self.__exit__(type(error), error, error.__traceback__)
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        """Has a failure say what was tested."""
+        self._mode.__exit__(kind, error, traceback)
+        if isinstance(error, AssertionError):
+            self.fail([error])
+
+    def fail(self, failures: Sequence[AssertionError]) -> NoReturn:
+        """Raises all failures as one, which also says what was tested and how to see it again."""
+        told = "\n  also: ".join(str(failure) for failure in failures)
+        raise AssertionError(
+            f"{told}\n  tested: {self.given.describe()}\n  inputs: {show(self.inputs)}"
+            "\n  replay: the call fails again with these inputs, as its random numbers have a fixed seed"
+        ) from failures[0].__cause__
 
     def need_inverse(self) -> None:
         """Asserts that there is an inverse."""
         if self.no_inverse:
-            self.fail(f"an inverse is needed, but {self.no_inverse}")
+            raise AssertionError(f"an inverse is needed, but {self.no_inverse}")
 
-    def directions(self, t: Bijection, x: Tensor) -> list[tuple[str, Tensor]]:
+    def directions(self, t: Subject, x: Tensor) -> list[tuple[str, Tensor]]:
         """The arguments of forward and, if there is one, of inverse: x and forward's outputs."""
         return [("forward", x)] if self.no_inverse else [("forward", x), ("inverse", t.forward(x)[0])]
 
-    def results(self, t: Bijection, x: Tensor, call: Call = Bijection.call) -> Values:
+    def results(self, t: Subject, x: Tensor, call: Call = Subject.call) -> Values:
         """Outputs and log-determinants of both directions, called in some way; the inverse at forward's outputs."""
         forward = t.forward(x)
-        results = {"forward": forward if call is Bijection.call else call(t, "forward", x)}
+        results = {"forward": forward if call is Subject.call else call(t, "forward", x)}
         if not self.no_inverse:
             results["inverse"] = call(t, "inverse", forward[0])
         named: Values = {}
@@ -110,10 +147,10 @@ class Probe:
             named |= {f"{direction}'s outputs": outputs, f"{direction}'s log-determinants": log_abs_det}
         return named
 
-    def compare_calls(self, claim: str, call: Call, expected: Call = Bijection.call) -> None:
+    def compare_calls(self, claim: str, call: Call, expected: Call = Subject.call) -> None:
         """Asserts that two ways to call both directions give the same, see `compare`."""
         ways = (lambda t, x: self.results(t, x, call)), (lambda t, x: self.results(t, x, expected))
-        self.compare(claim, *ways, self._sensitivity_of_results)
+        self.compare(claim, *ways, self.sensitivity_of_results)
 
     def compare(
         self, claim: str, compute: Compute, expected: Compute, sensitivities: dict[str, float] | None = None
@@ -148,34 +185,24 @@ class Probe:
         """
         eps = max(torch.finfo(each).eps for each in (actual.dtype, wanted.dtype, dtype))
         actual, wanted = actual.detach().double(), wanted.detach().double()
-        if self._tolerance is None:
+        atol, rtol = self.tolerance.get("atol"), self.tolerance.get("rtol")
+        if atol is None and rtol is None:
             scale = wanted.abs().nan_to_num(0, 0, 0).max().item()
             if name.endswith("log-determinants"):
                 scale = max(scale, self.inputs[0].numel() / 10)
             tolerance = torch.full_like(wanted, max(SAFETY * eps * (sensitivity + scale), FLOOR * scale))
             reason = f"from eps {eps:.3g}, sensitivity {sensitivity:.3g}, scale {scale:.3g}"
         else:
-            atol, rtol = self._tolerance
+            atol, rtol = atol or 0.0, rtol or 0.0
             tolerance, reason = atol + rtol * wanted.abs(), f"from atol {atol:.3g}, rtol {rtol:.3g}"
         error = (actual - wanted).abs()
         if not (error <= tolerance).all():
             worst = (error - tolerance).nan_to_num(torch.inf, torch.inf).argmax()
             index = tuple(int(i) for i in torch.unravel_index(worst, error.shape))
-            self.fail(
+            raise AssertionError(
                 f"{claim}: {name}, worst at {list(index)}: got {actual[index]:.10g}, expected {wanted[index]:.10g}; "
                 f"error {error[index]:.3g}, tolerance {tolerance[index]:.3g} {reason}"
             )
-
-    def fail(self, message: str) -> NoReturn:
-        """Raises the AssertionError, which also says what was tested and how to see it again."""
-        inputs = describe(self.inputs)
-        if self.inputs.numel() <= MAX_SHOWN:
-            inputs = f"torch.tensor({self.inputs.tolist()}, dtype={self.inputs.dtype})"
-        raise AssertionError(
-            f"{message}\n  tested: {self.given.describe()}\n  inputs: {inputs}"
-            "\n  replay: the call fails again with these inputs, as its random numbers have a fixed seed; under "
-            "hypothesis take the falsifying example, or print_blob=True"
-        )
 
     def sensitivity(self, compute: Compute) -> dict[str, float]:
         """How much each value changes, relative to the size of a perturbation of all arguments and parameters."""
@@ -192,14 +219,15 @@ class Probe:
         return {name: value / self._size for name, value in largest.items()}
 
     @cached_property
-    def _sensitivity_of_results(self) -> dict[str, float]:
+    def sensitivity_of_results(self) -> dict[str, float]:
+        """That of `results`."""
         return self.sensitivity(self.results)
 
     @property
     def _size(self) -> float:
         return torch.finfo(self.exact_inputs.dtype).eps ** 0.5
 
-    def _perturbed(self, seed: int) -> Bijection:
+    def _perturbed(self, seed: int) -> Subject:
         """A copy of the exact transform that changes its parameters and its argument a little at every call."""
         t, generator = self.exact.copy(), torch.Generator().manual_seed(seed)
 
@@ -217,12 +245,13 @@ class Probe:
         return t
 
 
-def _first_calls(t: Bijection, x: Tensor) -> NoInverse | None:
+def _first_calls(t: Subject, x: Tensor) -> AssertionError | None:
+    """What is raised in inverse."""
     with torch.no_grad():
         outputs, _ = t.forward(x)
         try:
             t.inverse(outputs)
-        except NoInverse as error:
+        except AssertionError as error:
             return error
     return None
 

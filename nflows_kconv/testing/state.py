@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import io
+import math
 import warnings
+from itertools import chain
 
 import torch
 from torch import Tensor
 
-from nflows_kconv.testing.interface import Bijection
 from nflows_kconv.testing.probe import Probe
+from nflows_kconv.testing.subject import Subject
+
+__tracebackhide__ = True  # pytest shows the line of the test that called, not ours
 
 
 def training_step(parameter: Tensor) -> Tensor:
     """What an optimiser may make of a parameter: 0 to 10 % smaller, and small values in place of zeros."""
     noise = torch.rand(parameter.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(parameter)
-    zeros = 0.1 * (2 * noise - 1) / max(1, parameter[:1].numel()) ** 0.5
+    zeros = 0.1 * (2 * noise - 1) / max(1, math.prod(parameter.shape[1:])) ** 0.5
     return torch.where(parameter == 0, zeros, parameter * (1 - 0.1 * noise))
 
 
-def load_saved(probe: Probe, target: Bijection, source: Bijection) -> None:
+def load_saved(target: Subject, source: Subject) -> None:
     """Loads the state of another transform, by way of a file."""
     file = io.BytesIO()
     try:
@@ -30,11 +34,52 @@ def load_saved(probe: Probe, target: Bijection, source: Bijection) -> None:
             target.transform.load_state_dict(torch.load(file, weights_only=True))
         target.step()
     except Exception as error:
-        probe.fail(f"a state_dict must be saved, loaded with weights_only=True and taken over, got {error!r}")
+        raise AssertionError(
+            f"a state_dict must be saved, loaded with weights_only=True and taken over, got {error!r}"
+        ) from error
 
 
-def check_for_lost_tensors(probe: Probe, t: Bijection, x: Tensor) -> None:
-    """Asserts that results do not depend on tensors outside the state_dict, unless they are caches or masks.
+def copy_in_place(target: Subject, source: Subject) -> None:
+    """Copies parameters and buffers of another transform in place."""
+    values = dict(_tensors(source))
+    with torch.no_grad():
+        for name, tensor in _tensors(target):
+            if name in values and values[name].shape == tensor.shape:
+                tensor.copy_(values[name])
+    target.step()
+
+
+def emptied(t: Subject, device: torch.device) -> Subject:
+    """A copy with new memory, as a transform has that is built on the meta device, filled with nonsense.
+
+    What a load does not rebuild, `reset_parameters` may. If it cannot be built so, the copy is a plain one.
+    """
+    other = t.copy()
+    try:
+        other.transform.to("meta").to_empty(device=device)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            for _, tensor in _tensors(other):
+                tensor.fill_(torch.nan if tensor.is_floating_point() else 0)
+            for part in reversed(list(other.transform.modules())):
+                if callable(reset := getattr(part, "reset_parameters", None)):
+                    reset()
+    except Exception:
+        return t.copy()
+    return other
+
+
+def lost_buffers(t: Subject) -> str:
+    """Names the buffers outside the state_dict."""
+    names = {name for name, _ in t.transform.named_buffers()} - t.transform.state_dict().keys()
+    return f", which {', '.join(sorted(names))} is not in" if names else ""
+
+
+def _tensors(t: Subject) -> list[tuple[str, Tensor]]:
+    return list(chain(t.transform.named_parameters(), t.transform.named_buffers()))
+
+
+def check_for_lost_tensors(probe: Probe, t: Subject, x: Tensor) -> None:
+    """Asserts that results do not depend on tensors that are no buffers, unless they are caches or masks.
 
     Args:
         probe: The transform before its parameters changed.
@@ -43,7 +88,7 @@ def check_for_lost_tensors(probe: Probe, t: Bijection, x: Tensor) -> None:
     """
     saved, expected = t.transform.state_dict(), probe.results(t, x)
     for path, part in probe.given.transform.named_modules():
-        for name, tensor in {**vars(part), **part._buffers}.items():
+        for name, tensor in vars(part).items():
             full_name = f"{path}.{name}".lstrip(".")
             if not isinstance(tensor, Tensor) or full_name in saved or _is_mask(tensor):
                 continue
@@ -58,7 +103,7 @@ def check_for_lost_tensors(probe: Probe, t: Bijection, x: Tensor) -> None:
             except AssertionError:
                 lost = True
             if lost:
-                probe.fail(
+                raise AssertionError(
                     f"results depend on {full_name}, which is not in the state_dict: make it a buffer, or give rebuild "
                     "if the same arguments always make the same of it"
                 )

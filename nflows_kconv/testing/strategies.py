@@ -14,7 +14,7 @@ from nflows_kconv import geometry
 from nflows_kconv.layer import InvertibleConv2d
 
 try:
-    from hypothesis import HealthCheck, settings
+    from hypothesis import HealthCheck, Phase, settings
     from hypothesis import strategies as st
     from hypothesis.strategies import DrawFn, SearchStrategy
 except ImportError as error:
@@ -22,9 +22,10 @@ except ImportError as error:
         'nflows_kconv.testing.strategies needs hypothesis, which comes with pip install "nflows-kconv[testing]"'
     ) from error
 
-__all__ = ["corners", "flows", "images", "kernel_sizes", "layers", "register_profiles", "weights"]
+__all__ = ["corners", "flows", "images", "kernel_sizes", "layers", "noise", "register_profiles", "weight", "weights"]
 
-_GENERATORS = st.integers(0, 2**16).map(lambda seed: torch.Generator().manual_seed(seed))
+_SEEDS = st.integers(0, 2**16)
+_GENERATORS = _SEEDS.map(lambda seed: torch.Generator().manual_seed(seed))
 
 
 def register_profiles() -> None:
@@ -34,37 +35,57 @@ def register_profiles() -> None:
     1000. None has a deadline: a machine that is busy is no failure. "ci" is loaded where the environment variable CI is
     set, else "default". Call it in conftest.py.
     """
-    settings.register_profile("default", max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    phases = [phase for phase in Phase if phase != Phase.explain]  # which traces every line, of torch too
+    settings.register_profile(
+        "default", max_examples=30, deadline=None, phases=phases, suppress_health_check=[HealthCheck.too_slow]
+    )
     settings.register_profile("ci", settings.get_profile("default"), derandomize=True, print_blob=True)
     settings.register_profile("thorough", settings.get_profile("default"), max_examples=1000)
     settings.load_profile("ci" if "CI" in os.environ else "default")
 
 
+def noise(shape: Sequence[int], seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Normal noise, or values 0..255 for an integer dtype: the drawn images, by which a failure names them."""
+    generator = torch.Generator().manual_seed(seed)
+    if dtype.is_floating_point:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+    return torch.randint(256, tuple(shape), generator=generator).to(dtype)
+
+
 @st.composite
+def _shapes(draw: DrawFn, given: Sequence[int | None]) -> tuple[int, ...]:
+    """Fills up [B, C, H, W]."""
+    shape = [
+        draw(st.integers(1, most)) if size is None else size for size, most in zip(given, (3, 8, 6, 6), strict=True)
+    ]
+    free = [axis for axis in (0, 2, 3) if given[axis] is None]
+    if free and shape[0] * shape[2] * shape[3] == 1:
+        shape[free[0]] = 2
+    return tuple(shape)
+
+
 def images(
-    draw: DrawFn,
     channels: int | None = None,
     *,
     batch: int | None = None,
     height: int | None = None,
     width: int | None = None,
     dtype: torch.dtype = torch.float32,
-) -> Tensor:
+) -> SearchStrategy[Tensor]:
     """Batches of images, [B, C, H, W]: normal noise, or values 0..255 for an integer dtype.
 
+    A batch has at least two pixels, unless B, H and W are all given, so that each channel has a variance, from which
+    an ActNorm can be initialised.
+
     Args:
-        draw: Given by hypothesis.
         channels: C; 1 to 8 if None.
         batch: B; 1 to 3 if None.
         height: H; 1 to 6 if None.
         width: W; 1 to 6 if None.
         dtype: Of the images.
     """
-    sizes = zip((batch, channels, height, width), (3, 8, 6, 6), strict=True)
-    shape = [draw(st.integers(1, most)) if size is None else size for size, most in sizes]
-    if dtype.is_floating_point:
-        return torch.randn(shape, generator=draw(_GENERATORS), dtype=torch.float64).to(dtype)
-    return torch.randint(256, shape, generator=draw(_GENERATORS)).to(dtype)
+    shapes = _shapes((batch, channels, height, width))
+    return st.builds(noise, shapes, _SEEDS, **({} if dtype == torch.float32 else {"dtype": st.just(dtype)}))
 
 
 def corners(groups: int | None = None) -> SearchStrategy[tuple[str, ...]]:
@@ -78,16 +99,14 @@ def kernel_sizes(max_size: int = 4) -> SearchStrategy[tuple[int, int]]:
     return st.tuples(st.integers(1, max_size), st.integers(1, max_size))
 
 
-@st.composite
 def weights(
-    draw: DrawFn,
     conditioning: str = "well",
     *,
     corners: str | Sequence[str] = geometry.CORNERS,
     per_group: int | None = None,
     kernel_size: tuple[int, int] | None = None,
     dtype: torch.dtype = torch.float32,
-) -> Tensor:
+) -> SearchStrategy[Tensor]:
     """Weights [C, C/G, kh, kw] of `nflows_kconv.functional.conv2d`.
 
     With D the diagonal of the convolution A = D (1 - N), "well" has sizes of D between 1/2 and 2 and absolute row sums
@@ -96,7 +115,6 @@ def weights(
     D^-1: the inverse amplifies more the larger the image is.
 
     Args:
-        draw: Given by hypothesis.
         conditioning: "well" or "ill".
         corners: One for each of the G groups of channels.
         per_group: C/G; 1 to 3 if None.
@@ -108,9 +126,28 @@ def weights(
     """
     if conditioning not in ("well", "ill"):
         raise ValueError(f'conditioning must be "well" or "ill", got {conditioning!r}')
-    well, groups, generator = conditioning == "well", geometry.parse_corners(corners), draw(_GENERATORS)
-    size = draw(st.integers(1, 3)) if per_group is None else per_group
-    shape = (len(groups) * size, size, *(draw(kernel_sizes()) if kernel_size is None else kernel_size))
+    return st.builds(
+        weight,
+        st.just(conditioning),
+        st.just(corners),
+        st.integers(1, 3) if per_group is None else st.just(per_group),
+        kernel_sizes() if kernel_size is None else st.just(kernel_size),
+        _SEEDS,
+        st.just(dtype),
+    )
+
+
+def weight(
+    conditioning: str,
+    corners: str | Sequence[str],
+    per_group: int,
+    kernel_size: tuple[int, int],
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The weight that `weights` draws, by which a failure names it."""
+    well, groups = conditioning == "well", geometry.parse_corners(corners)
+    shape, generator = (len(groups) * per_group, per_group, *kernel_size), torch.Generator().manual_seed(seed)
 
     def uniform(*shape: int) -> Tensor:
         return torch.rand(shape, generator=generator, dtype=torch.float64)
@@ -146,12 +183,12 @@ def layers(
     size = draw(st.integers(1, 8)) if channels is None else channels
     groups = draw(st.sampled_from([groups for groups in (1, 2, 3, 4) if size % groups == 0]))
     names, diagonal, bias = draw(corners(groups)), draw(st.sampled_from(("unit", "learned"))), draw(st.booleans())
-    weight = draw(weights(conditioning, corners=names, per_group=size // groups, dtype=torch.float64))
+    drawn = draw(weights(conditioning, corners=names, per_group=size // groups, dtype=torch.float64))
     with torch.random.fork_rng(devices=[]):
-        layer = layer_class(size, weight.shape[2:], corners=names, diagonal=diagonal, bias=bias).to(dtype)
-    scale = geometry.pivot_diagonal(weight, geometry.parse_corners(names))
+        layer = layer_class(size, drawn.shape[2:], corners=names, diagonal=diagonal, bias=bias).to(dtype)
+    scale = geometry.pivot_diagonal(drawn, geometry.parse_corners(names))
     with torch.no_grad():
-        layer.raw_weight.copy_(weight / (scale if diagonal == "unit" else scale.sign())[:, None, None, None])
+        layer.raw_weight.copy_(drawn / (scale if diagonal == "unit" else scale.sign())[:, None, None, None])
         if layer.log_diagonal is not None:
             layer.log_diagonal.copy_(scale.abs().log())
         if layer.bias is not None:
