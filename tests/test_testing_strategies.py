@@ -6,10 +6,11 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import nflows.transforms as nt
 import oracles
 import pytest
 import torch
-from hypothesis import Phase, find, given, settings
+from hypothesis import Phase, example, find, given, settings
 from hypothesis import strategies as st
 
 import nflows_kconv.nflows
@@ -73,6 +74,15 @@ def test_another_conditioning_is_refused():
 )
 def test_layers_pass(layer: InvertibleConv2d, images: torch.Tensor):
     testing.check_transform(layer, images.to(layer.raw_weight.dtype))
+
+
+@pytest.mark.filterwarnings("ignore:torch.lu is deprecated", "ignore:torch.triangular_solve is deprecated")
+@settings(max_examples=5)
+@example(images=strategies.noise((2, 4, 1, 1), 0))  # the smallest that is drawn
+@given(images=strategies.images(channels=4, width=1))
+def test_drawn_images_initialise_the_act_norm_of_a_step(images: torch.Tensor):
+    layers = [nflows_kconv.nflows.InvertibleConv2d(4), nt.ActNorm(4), nt.OneByOneConvolution(4)]
+    testing.check_transform(nt.CompositeTransform(layers), images)
 
 
 @given(layer=strategies.layers(channels=6))
