@@ -179,10 +179,12 @@ class InvertibleConv2d(InvertibleModule):
         if self.log_diagonal is not None:
             fixed = fixed * self.log_diagonal.exp()[:, None, None, None]
         if self.max_inverse_gain is not None:
-            relative = torch.where(is_free, free, 0)
+            dtype = torch.promote_types(free.dtype, torch.float32)  # so that half precision rounds once
+            relative = torch.where(is_free, free, 0).to(dtype)
             if self.log_diagonal is not None:
-                relative = relative * self.log_diagonal.neg().exp()[:, None, None, None]
-            free = free * bound.scale(relative, len(self.corners), self.max_inverse_gain)
+                relative = relative * self.log_diagonal.to(dtype).neg().exp()[:, None, None, None]
+            scale = bound.scale(relative, len(self.corners), self.max_inverse_gain)
+            free = (free * scale).to(free.dtype)
         return torch.where(is_free, free, fixed)
 
     def forward(self, input: Tensor, context: Any = None, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
@@ -368,8 +370,14 @@ class _ComputedWeight(Tensor):
                     f"weight must not be changed in place, got {func.__name__}: it is computed from the parameter "
                     "raw_weight; change that, or assign a tensor, layer.weight = ..."
                 )
-            # What shares its memory refuses, too, but `detach()`, which is how one takes the values.
-            if func is not Tensor.detach and type(result) is Tensor and own and _share_memory(result, own[0]):
+            # What shares its memory refuses, too, but `detach()`, which is how one takes the values, and `_base`, at
+            # whose end the compiler looks for a tensor without one.
+            if (
+                func not in (Tensor.detach, Tensor._base.__get__)
+                and type(result) is Tensor
+                and own
+                and _share_memory(result, own[0])
+            ):
                 return result.as_subclass(cls)
             return result
 

@@ -13,7 +13,7 @@ kernel turned by 180 degrees and the opposite corner.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ def conv(input: Tensor, weight: Tensor, bias: Tensor | None, corners: Sequence[i
     count, dtype = len(corners), weight.dtype
     biases = [None] * count if bias is None else bias.to(dtype).chunk(count)
     groups = zip(input.to(dtype).chunk(count, 1), weight.chunk(count), biases, corners, strict=True)
-    with _without_tf32(input.device):
+    with _in_own_precision(input.device):
         outputs = [F.conv2d(F.pad(x, geometry.padding(corner, w.shape[-2:])), w, b) for x, w, b, corner in groups]
     return output.copy_(torch.cat(outputs, 1))
 
@@ -73,14 +73,15 @@ def solve(input: Tensor, weight: Tensor, bias: Tensor | None, corners: Sequence[
 
     x = F.pad(torch.zeros_like(y), (columns - 1, 0, rows - 1, 0))
     solved = x[..., rows - 1 :, columns - 1 :]
-    for diagonal in range(height + width - 1 if y.numel() else 0):
-        h = torch.arange(max(0, diagonal - width + 1), min(height, diagonal + 1), device=input.device)
-        w = diagonal - h
-        neighbours = x[..., h + tap_row, w + tap_column]  # [B, G, C/G, taps, pixels]
-        known = torch.einsum("goit,bgitp->bgop", others, neighbours)
-        left = (y[..., h, w] - known).permute(1, 2, 0, 3).flatten(2)  # [G, C/G, B * pixels]
-        pixels = torch.linalg.solve_triangular(pivot, left, upper=upper)
-        solved[..., h, w] = pixels.unflatten(2, (batch, len(h))).permute(2, 0, 1, 3)
+    with _in_own_precision(input.device):
+        for diagonal in range(height + width - 1 if y.numel() else 0):
+            h = torch.arange(max(0, diagonal - width + 1), min(height, diagonal + 1), device=input.device)
+            w = diagonal - h
+            neighbours = x[..., h + tap_row, w + tap_column]  # [B, G, C/G, taps, pixels]
+            known = torch.einsum("goit,bgitp->bgop", others, neighbours)
+            left = (y[..., h, w] - known).permute(1, 2, 0, 3).flatten(2)  # [G, C/G, B * pixels]
+            pixels = torch.linalg.solve_triangular(pivot, left, upper=upper)
+            solved[..., h, w] = pixels.unflatten(2, (batch, len(h))).permute(2, 0, 1, 3)
 
     mirrored = [_flip(solved[:, group], corner) for group, corner in enumerate(corners)]
     return torch.empty_like(input).copy_(torch.cat(mirrored, 1))
@@ -105,7 +106,7 @@ def weight_gradient(input: Tensor, grad: Tensor, corners: Sequence[int], kernel_
         return input.new_zeros(shape)
     dtype = torch.promote_types(input.dtype, torch.float32)
     groups = zip(input.to(dtype).chunk(count, 1), grad.to(dtype).chunk(count, 1), corners, strict=True)
-    with _without_tf32(input.device):
+    with _in_own_precision(input.device):
         gradients = [
             conv2d_weight(F.pad(x, geometry.padding(corner, kernel_size)), (per_group, *shape[1:]), g)
             for x, g, corner in groups
@@ -131,15 +132,19 @@ def _flip(tensor: Tensor, corner: int) -> Tensor:
 
 
 @contextmanager
-def _without_tf32(device: torch.device) -> Iterator[None]:
-    if device.type != "cuda":
-        yield
-        return
-    # Not allow_tf32, which raises an error where somebody else has set this newer name of it.
-    convolutions: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    before = convolutions.fp32_precision
-    convolutions.fp32_precision = "ieee"
+def _in_own_precision(device: torch.device) -> Iterator[None]:
+    """Neither autocast nor TF32 reaches what is computed inside."""
+    settings: tuple[Any, ...] = ()
+    if device.type == "cuda":
+        # Not allow_tf32, which raises an error where somebody else has set this newer name of it.
+        settings = torch.backends.cudnn.conv, torch.backends.cuda.matmul  # type: ignore[attr-defined]
+    before = [setting.fp32_precision for setting in settings]
+    for setting in settings:
+        setting.fp32_precision = "ieee"
     try:
-        yield
+        has_autocast = torch.amp.is_autocast_available(device.type)
+        with torch.autocast(device.type, enabled=False) if has_autocast else nullcontext():
+            yield
     finally:
-        convolutions.fp32_precision = before
+        for setting, precision in zip(settings, before, strict=True):
+            setting.fp32_precision = precision

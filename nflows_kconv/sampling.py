@@ -177,9 +177,11 @@ class _Graph:
         self._labels = tree_map_only(
             Tensor, lambda label: label[:1].to(device).expand(num_samples, *label.shape[1:]).clone(), labels
         )
-        self._drawn, self._replay = _capture(
-            flow, lambda: _sample(flow, num_samples, self._labels, self._temperature), device
-        )
+        # Not in the capture: on going back to training mode, layers may look at values.
+        with _evaluating(flow.module):
+            self._drawn, self._replay = _capture(
+                flow, lambda: _sample(flow, num_samples, self._labels, self._temperature), device
+            )
 
     def is_current(self, labels: Labels | None) -> bool:
         """Whether a replay does what the flow would do."""

@@ -317,7 +317,7 @@ def test_autocast_computes_in_float32(name: str, dtype: torch.dtype, backend: st
                 assert_close(output, function(first.float(), second.float(), case.corners, bias))
 
 
-def test_training_under_autocast(device: str):
+def test_training_under_autocast(backend: str, device: str):
     torch.manual_seed(0)
     layer = InvertibleConv2d(4, diagonal="learned", bias=True).to(device)
     input = torch.randn(3, 4, 5, 6, device=device)

@@ -157,7 +157,7 @@ def gradients(
     function = module if direction == "forward" else module.inverse
     with torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext():
         outputs, log_abs_det = function(sources["input"], *contexts)
-    weights = torch.linspace(0.5, 1.5, outputs.numel(), dtype=outputs.dtype).view_as(outputs)
+    weights = torch.linspace(0.5, 1.5, outputs.numel(), dtype=outputs.dtype, device=outputs.device).view_as(outputs)
     loss = (weights * outputs.square()).sum() - (weights.flatten()[: len(inputs)] * log_abs_det).sum()
     sources |= {f"context {index}": context for index, context in enumerate(contexts) if context.requires_grad}
     found = zip(sources, torch.autograd.grad(loss, list(sources.values()), allow_unused=True), strict=True)

@@ -57,8 +57,9 @@ class Captures:
     def __init__(self) -> None:
         self.number = 0
 
-    def __call__(self, flow: nn.Module, draw: Callable[[], Any], device: torch.device) -> tuple[Any, Any]:
+    def __call__(self, flow: bijection.Bijection, draw: Callable[[], Any], device: torch.device) -> tuple[Any, Any]:
         self.number += 1
+        assert not any(module.training for module in flow.module.modules())  # going back might look at values
         recording = Recording()
         with torch.random.fork_rng(), recording:
             drawn = draw()
