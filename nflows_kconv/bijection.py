@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
@@ -143,9 +144,18 @@ class Bijection:
 
     @property
     def methods(self) -> set[str]:
-        """The names of the methods through which other modules run it, in either direction."""
-        directions = (_told(self.module, direction, direction) for direction in ("forward", "inverse"))
+        """The names of the methods through which other modules run it, in either direction.
+
+        Beside forward and inverse those that were registered; where a function was registered for the inverse, the one
+        method that it calls.
+        """
+        directions = [_told(self.module, direction, direction) for direction in ("forward", "inverse")]
         names = {"forward", "inverse", *(name for name in directions if isinstance(name, str))}
+        if inspect.isfunction(directions[1]):
+            called = {
+                name for name in directions[1].__code__.co_names if inspect.ismethod(getattr(self.module, name, None))
+            }
+            names |= called if len(called) == 1 else set()
         return {name for name in names if _is_there(self.module, name)}
 
     @property

@@ -6,7 +6,7 @@ import copy
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import partial, wraps
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -196,6 +196,7 @@ class _Recorder:
             self._calls = None
 
     def _recording(self, module: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)  # some code reads signatures
         def wrapped(input: Any, *args: Any, **kwargs: Any) -> Any:
             if self._calls is None:
                 return function(input, *args, **kwargs)
