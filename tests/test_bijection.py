@@ -272,7 +272,9 @@ def test_couplings_of_every_library_tell_their_networks():
     assert [bijection.Bijection(module).networks for module in modules] == expected
 
 
-@pytest.mark.parametrize("module", [nn.Linear(2, 2), torch.exp, InvertibleConv2d, None, 3], ids=lambda module: type(module).__name__)
+@pytest.mark.parametrize(
+    "module", [nn.Linear(2, 2), torch.exp, InvertibleConv2d, None, 3], ids=lambda module: type(module).__name__
+)
 def test_other_things_are_refused(module: Any):
     assert not is_bijection(module)
     with pytest.raises(TypeError, match="must have forward"):
