@@ -19,6 +19,7 @@ from torch.utils.data import default_collate
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import image_data
 
+from nflows_kconv.diagnostics import round_trip
 from nflows_kconv.geometry import CORNERS
 from nflows_kconv.images import bits_per_dim, grid
 from nflows_kconv.nflows import finc_flow
@@ -136,7 +137,7 @@ def run(configuration: Configuration, data_name: str, data_root: Path, steps: in
         "training_steps": steps,
         "bits_per_dim": values.mean().item(),
         "standard_error": (values.std() / len(values) ** 0.5).item(),
-        "round_trip_error": _round_trip_error(flow, test[:SAMPLES]),
+        "round_trip_error": round_trip(flow, test[:SAMPLES]).error,
         "curve": curve,
         "samples": grid(GraphSampler(flow, SAMPLES)(), 10).cpu(),
     }
@@ -172,15 +173,6 @@ def _bits(flow: nn.Module, images: Tensor) -> Tensor:
     with torch.random.fork_rng(devices):
         torch.manual_seed(0)
         return torch.cat([bits_per_dim(flow.log_prob(batch), batch.shape[1:]) for batch in images.split(256)])
-
-
-@torch.no_grad()
-def _round_trip_error(flow: nn.Module, images: Tensor) -> float:
-    """Largest error of latent variables that were decoded and encoded again."""
-    _, multiscale = flow._transform._transforms  # type: ignore[union-attr]
-    noise = flow.transform_to_noise(images)  # type: ignore[operator]
-    numbers, _ = multiscale.inverse(noise)
-    return (multiscale(numbers)[0] - noise).abs().max().item()
 
 
 def _time(function: Callable[[], object], clock: Callable[[], float]) -> float:

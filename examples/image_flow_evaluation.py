@@ -1,14 +1,13 @@
-"""What `train_image_flow.py` prints and draws about a trained flow of nflows or normflows."""
+"""What `train_image_flow.py` prints and draws about a trained flow of `finc_flow`, of either library."""
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
-import normflows as nf
 import torch
 from image_data import ImageData
 from PIL import Image, ImageOps
@@ -17,6 +16,7 @@ from torch.utils.data import DataLoader, default_collate
 from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
+from nflows_kconv.diagnostics import round_trip
 from nflows_kconv.images import bits_per_dim, grid, importance_weighted_bound
 from nflows_kconv.sampling import GraphSampler
 
@@ -25,58 +25,9 @@ PICTURE_WIDTH = 600
 TEMPERATURES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
-class Codec(NamedTuple):
-    """A flow in parts, behind the same names for both libraries.
-
-    Attributes:
-        dequantize: From images, values 0..255, to the real numbers of which the flow has a density.
-        encode: From those to the latent variables, [B, ...] for each level, the one next to the data first.
-        decode: Undoes `encode`.
-        quantize: Undoes `dequantize`.
-    """
-
-    dequantize: Callable[[Tensor], Tensor]
-    encode: Callable[[Tensor], list[Tensor]]
-    decode: Callable[[list[Tensor]], Tensor]
-    quantize: Callable[[Tensor], Tensor]
-
-
-def nflows_codec(flow: nn.Module, levels: int) -> Codec:
-    """nflows lists transforms from data to noise and has flat noise; it gives the parts of a flow no public name."""
-    preprocessing, multiscale = flow._transform._transforms
-
-    def encode(numbers: Tensor) -> list[Tensor]:
-        dimensions = numbers[0].numel()
-        sizes = [dimensions >> level for level in range(1, levels)]
-        return list(multiscale(numbers)[0].split([*sizes, dimensions - sum(sizes)], 1))
-
-    return Codec(
-        lambda images: preprocessing(images)[0],
-        encode,
-        lambda latents: multiscale.inverse(torch.cat(latents, 1))[0],
-        lambda numbers: preprocessing.inverse(numbers)[0],
-    )
-
-
-def normflows_codec(flow: nf.MultiscaleFlow, levels: int) -> Codec:
-    """normflows runs from latent to data, and lists the level next to the data last."""
-    multiscale = nf.MultiscaleFlow(flow.q0, flow.flows, flow.merges)
-    return Codec(
-        lambda images: flow.transform.inverse(images)[0],
-        lambda numbers: multiscale.inverse_and_log_det(numbers)[0][::-1],
-        lambda latents: multiscale.forward_and_log_det(latents[::-1])[0],
-        lambda numbers: flow.transform(numbers)[0],
-    )
-
-
-CODECS = {"nflows": nflows_codec, "normflows": normflows_codec}
-
-
 @torch.no_grad()
 def evaluate(
     flow: nn.Module,
-    library: str,
-    levels: int,
     data: ImageData,
     output: Path,
     *,
@@ -88,8 +39,6 @@ def evaluate(
 
     Args:
         flow: Made by `finc_flow`.
-        library: "nflows" or "normflows".
-        levels: L.
         data: Its test images are used.
         output: The folder for the pictures.
         conditional: Whether the flow is conditioned on classes.
@@ -102,11 +51,10 @@ def evaluate(
     count = min(COLUMNS, len(data.test))
     images, classes = default_collate([data.test[index] for index in range(count)])
     images, classes = images.to(device).float(), classes.to(device) if conditional else None
-    codec = CODECS[library](flow, levels)
-    numbers = codec.dequantize(images)
-    latents = codec.encode(numbers)
-    error = (codec.decode(latents) - numbers).abs().max()
-    print(f"round-trip error {error:.1e}, the largest over the preprocessed values of {count} test images")
+    latents, _ = flow.encode(images)
+    restored = (flow.decode(latents) == images).flatten(1).all(1).sum()
+    error = round_trip(flow, images, classes).error
+    print(f"round-trip error {error:.1e}, relative; of {count} test images {restored} are decoded exactly")
 
     sampler = GraphSampler(flow, COLUMNS**2)
     labels = torch.arange(COLUMNS**2, device=device) % data.num_classes if conditional else None
@@ -116,8 +64,8 @@ def evaluate(
     rows = {
         "samples": sampler(labels=labels),
         "temperatures": at_temperatures(sampler, None if labels is None else labels[:COLUMNS]),
-        "interpolations": interpolated(codec, latents),
-        "levels": resampled(codec, images, latents, sampler(count, labels=classes)),
+        "interpolations": interpolated(flow, latents),
+        "levels": resampled(flow, images, sampler(count, labels=classes)),
     }
     columns = {"levels": count}
     for name, pictures in rows.items():
@@ -179,21 +127,16 @@ def at_temperatures(sampler: GraphSampler, labels: Tensor | None) -> Tensor:
     return torch.cat(rows)
 
 
-def interpolated(codec: Codec, latents: list[Tensor]) -> Tensor:
-    """A row for each image: on straight lines between its latent variables and those of the next image."""
-    weights = torch.linspace(0, 1, COLUMNS, device=latents[0].device)
-    between = [
-        torch.stack([torch.lerp(latent, latent.roll(-1, 0), weight) for weight in weights], 1).flatten(0, 1)
-        for latent in latents
-    ]
-    return codec.quantize(codec.decode(between))
+def interpolated(flow: nn.Module, latents: Tensor) -> Tensor:
+    """A row for each image: on a straight line between its latent and that of the next image."""
+    weights = torch.linspace(0, 1, COLUMNS, device=latents.device)[:, None]
+    following = latents.roll(-1, 0)
+    return flow.decode(torch.cat([torch.lerp(*pair, weights) for pair in zip(latents, following, strict=True)]))
 
 
-def resampled(codec: Codec, images: Tensor, latents: list[Tensor], samples: Tensor) -> Tensor:
-    """Test images; then a row for each level, whose latent variables alone are those of samples; then the samples."""
-    fresh = codec.encode(codec.dequantize(samples))
-    rows = [images]
-    for level in range(len(latents)):
-        mixed = [(fresh if index == level else latents)[index] for index in range(len(latents))]
-        rows.append(codec.quantize(codec.decode(mixed)))
-    return torch.cat([*rows, samples])
+def resampled(flow: nn.Module, images: Tensor, samples: Tensor) -> Tensor:
+    """Test images; then a row for each level, the part of whose latents alone is that of samples; then the samples."""
+    sizes = [math.prod(shape) for shape in flow.latent_shapes]
+    kept, fresh = (flow.encode(each)[0].split(sizes, 1) for each in (images, samples))
+    rows = [flow.decode(torch.cat([*kept[:n], fresh[n], *kept[n + 1 :]], 1)) for n in range(len(sizes))]
+    return torch.cat([images, *rows, samples])

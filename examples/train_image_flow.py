@@ -257,8 +257,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     module.load_state_dict(torch.load(checkpoint, map_location="cpu")["state_dict"])
     evaluate(
         module.flow.to(trainer.strategy.root_device),
-        options.library,
-        options.levels,
         data,
         options.output,
         conditional=options.conditional,
