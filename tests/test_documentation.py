@@ -56,16 +56,18 @@ def test_blocks_say_what_they_are(page: Path):
     assert {language for language, _ in found} <= {"diff", "python", "sh", "text"}
 
 
-def test_diffs_lead_from_what_runs_to_what_runs():
+@pytest.mark.parametrize("page", ["glow.md", "swap.md"])
+def test_diffs_lead_from_what_runs_to_what_runs(page: str):
     """What a diff arrives at is in a block that runs with its page; what it starts from runs there, too."""
-    found = blocks(ROOT / "docs" / "swap.md")
+    found = blocks(ROOT / "docs" / page)
     diffs = [source.splitlines(keepends=True) for language, source in found if language == "diff"]
+    sources = [source for language, source in found if language == "python"]
     assert diffs
     for lines in diffs:
-        before, after = ("".join(line[1:] for line in lines if line[0] != sign) for sign in "+-")
-        whole = next(source for language, source in found if language == "python" and after in source)
+        before, after = ("".join(line[1:] or "\n" for line in lines if line[0] != sign) for sign in "+-")
+        last = next(index for index, source in enumerate(sources) if after in source)
         with torch.random.fork_rng():
-            exec(whole.replace(after, before), {})
+            exec("\n".join(sources[: last + 1]).replace(after, before), {})
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
