@@ -455,10 +455,8 @@ def test_the_tools_take_conditional_flows(library, condition):
     flow, context = build(library, (1, 4, 4), **arguments).float(), random_condition(**arguments, count=2)
     images = random_images(2, (1, 4, 4))
     assert round_trip(flow, images, context).error < 1e-4
-    if condition == "classes":
-        check_transform(flow, images.byte(), context=context)
-    if condition != "classes and image":
-        assert GraphSampler(flow, 2)(labels=context).shape == (2, 1, 4, 4)
+    check_transform(flow, images.byte(), context=context)
+    assert GraphSampler(flow, 2)(labels=context).shape == (2, 1, 4, 4)
 
 
 @pytest.mark.parametrize("temperature", [-1, math.inf, math.nan, "warm"])

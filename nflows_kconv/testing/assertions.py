@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributions import Transform
+from torch.utils._pytree import tree_map_only
 
 from nflows_kconv.testing import state
 from nflows_kconv.testing.derivatives import check_gradients, check_orientation, jacobian
@@ -131,7 +132,7 @@ def assert_gradients_match_finite_differences(
 def assert_batch_independent(transform: Any, inputs: Tensor, context: Any = None, **tolerance: float | None) -> None:
     """Asserts that every sample is transformed as it would be alone, in another batch, or in another order.
 
-    A batch of one is doubled; a context that is a tensor [B, ...] goes with the samples. Forward is left out for
+    A batch of one is doubled; the rows of tensors [B, ...] in the context go with the samples. Forward is left out for
     discrete inputs, whose noise depends on the batch.
 
     Arguments and errors are those of `assert_invertible`, but that the inverse is not needed.
@@ -149,8 +150,7 @@ def assert_batch_independent(transform: Any, inputs: Tensor, context: Any = None
                 if direction == "forward" and probe.discrete:
                     return together(t, direction, argument)
                 context = t.context
-                if _is_batch(context, len(argument)):
-                    t.context = context[selected]
+                t.context = _by_row(lambda tensor: tensor[selected], context, len(argument))
                 result = t.call(direction, argument[selected])
                 t.context = context
                 return result
@@ -407,7 +407,12 @@ def _at_least_two(inputs: Tensor, context: Any) -> tuple[Tensor, Any]:
     """Inputs and context with a batch of one doubled."""
     if not _is_batch(inputs, 1):
         return inputs, context
-    return torch.cat([inputs, inputs]), torch.cat([context, context]) if _is_batch(context, 1) else context
+    return torch.cat([inputs, inputs]), _by_row(lambda row: torch.cat([row, row]), context, 1)
+
+
+def _by_row(change: Callable[[Tensor], Tensor], context: Any, size: int) -> Any:
+    """The context with what has a row for each of so many samples changed: a tensor, or some in a tuple."""
+    return tree_map_only(Tensor, lambda tensor: change(tensor) if _is_batch(tensor, size) else tensor, context)
 
 
 def _is_batch(value: Any, size: int) -> bool:

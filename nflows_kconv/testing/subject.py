@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 from nflows_kconv import bijection
 
@@ -75,8 +76,9 @@ class Subject:
         other = self.copy()
         if other.module is not None:
             other.module.to(torch.float64)
-        if isinstance(other.context, Tensor) and other.context.is_floating_point():
-            other.context = other.context.double()
+        other.context = tree_map_only(
+            Tensor, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, other.context
+        )
         return other
 
     def step(self, change: Callable[[Tensor], Tensor] | None = None) -> None:
