@@ -148,7 +148,7 @@ class _Cascade(torch.autograd.Function):
         ctx.sources = sources
         length = max(1, math.ceil(len(steps) / _KEPT_INPUTS))
         ctx.segments = [steps[start : start + length] for start in range(0, len(steps), length)]
-        kept, total = [input], input.new_zeros(len(input))
+        kept, total = [input], input.new_zeros(input.shape[0])
         with torch.autocast(**ctx.autocast):
             for segment in ctx.segments:
                 output, log_abs_det = _run(kept[-1], segment, keep_dtype=True)
@@ -230,7 +230,7 @@ def _is_close(restored: Tensor, expected: Tensor, autocast: dict[str, Any]) -> b
 
 
 def _run(input: Tensor, steps: Sequence[_Step], keep_dtype: bool = False) -> tuple[Tensor, Tensor]:
-    output, total = input, input.new_zeros(len(input))
+    output, total = input, input.new_zeros(input.shape[0])
     for one in steps:
         output, log_abs_det = one.run(output)
         if keep_dtype and output.dtype != input.dtype:

@@ -522,16 +522,27 @@ def test_flows_from_the_meta_device(library, condition):
 
 
 @in_both
-def test_compiled_exported_and_replicated_flows(library):
+def test_compiled_and_replicated_flows(library):
     flow, images = build(library, levels=1, steps=1).float(), random_images(4).byte()
     expected = log_prob(flow, images)
     sign = 1 if library == "nflows" else -1
-    compiled = torch.compile(flow, backend="eager", fullgraph=True)
-    exported = torch.export.export(flow, (images,), dynamic_shapes=({0: torch.export.Dim("B")},)).module()
-    for call in (compiled, exported, replica(flow)):
+    for call in (torch.compile(flow, backend="eager", fullgraph=True), replica(flow)):
         torch.manual_seed(2)
         torch.testing.assert_close(sign * call(images), expected)
-    assert exported(images[:3]).shape == (3,)
+
+
+@in_both
+@pytest.mark.parametrize("reversible", [False, True])
+def test_exported_flows(library, reversible):
+    arguments = CONDITIONS["classes and image"]
+    flow = build(library, levels=1, steps=1, reversible=reversible, **arguments).float()
+    images, context = random_images(4).byte(), random_condition(**arguments, count=4)
+    sizes = {0: torch.export.Dim("B")}
+    program = torch.export.export(flow, (images, context), dynamic_shapes=(sizes, (sizes, sizes)))
+    images, context = images[:3], tuple(part[:3] for part in context)
+    torch.manual_seed(2)
+    sign = 1 if library == "nflows" else -1
+    torch.testing.assert_close(sign * program.module()(images, context), log_prob(flow, images, context))
 
 
 def replica(module: nn.Module) -> nn.Module:
