@@ -315,9 +315,10 @@ class Interface(nn.Module):
                     f"{type(given).__name__}"
                 )
             classes, given = given
-        tensor = _as_context(name, given, context_shape, count).to(self._parameter().dtype)
+        of_tensor = name if num_classes is None else f"{name}[1]"
+        tensor = _as_context(of_tensor, given, context_shape, count).to(self._parameter().dtype)
         if num_classes is not None:
-            classes = self._classes(name, classes, tensor.shape[0], classes_needed)
+            classes = self._classes(f"{name}[0]", classes, tensor.shape[0], classes_needed)
         return Condition(classes, tensor)
 
     def _classes(self, name: str, classes: Tensor | None, count: int | None, needed: bool) -> Tensor | None:

@@ -297,8 +297,11 @@ class ImageFlow(image_flow.Interface, MultiscaleFlow):
                 base.temperature = None
 
     def _given(self, y: Any, context: Any, count: int | None, *, classes_needed: bool = True) -> image_flow.Condition:
-        name = "y" if context is None and self.architecture.context_shape is None else "context"
+        has_context = self.architecture.context_shape is not None
         both = y is not None and context is not None
+        if both and not (has_context and self.architecture.num_classes is not None):
+            raise ValueError("y and context must not both be given unless the flow has classes and a context")
+        name = "y" if context is None and not has_context else "context"
         given = (y, context) if both else context if y is None else y
         return self._condition(name, given, count, classes_needed=classes_needed)
 

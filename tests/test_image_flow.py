@@ -446,6 +446,8 @@ def test_conditions_of_normflows_come_as_y_or_as_context():
             latents, _ = flow.inverse_and_log_det(images.byte(), **way)
             assert torch.equal(flow.forward_and_log_det(latents, **way)[0], images)
     assert flow.sample(context=context[1])[0].shape == (3, *SHAPE)  # the classes are drawn
+    with pytest.raises(ValueError, match="y and context must not both be given"):
+        build("normflows", num_classes=3).log_prob(images, context[0], context[0])
 
 
 @in_both
@@ -687,10 +689,12 @@ def test_contexts_must_fit(library):
     for wrong in (torch.zeros(3, 5), torch.zeros(3), (torch.zeros(3),) * 3):
         with pytest.raises(TypeError, match=r"context must be \(classes, tensor\), as the flow has"):
             flow.log_prob(images, wrong)
-    with pytest.raises(ValueError, match="context must be classes from 0 to 3"):
+    with pytest.raises(ValueError, match=r"context\[0\] must be classes from 0 to 3"):
         flow.log_prob(images, (torch.tensor([0, 1, 4]), torch.zeros(3, 5)))
-    with pytest.raises(ValueError, match="context must give the classes of the images"):
+    with pytest.raises(ValueError, match=r"context\[0\] must give the classes of the images"):
         flow.log_prob(images, (None, torch.zeros(3, 5)))
+    with pytest.raises(ValueError, match=r"context\[1\] must have shape \[3, 5\]"):
+        flow.log_prob(images, (torch.tensor([0, 1, 3]), torch.zeros(3, 4)))
 
 
 @in_both
