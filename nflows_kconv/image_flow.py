@@ -210,8 +210,8 @@ class Interface(nn.Module):
     def encode(self, images: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         """The latent of images, without noise: each value counts as the middle of its level, (x + 1/2) / num_levels.
 
-        In float32 without TF32, `decode` restores the very images. Where it does not, the flow's inverse amplifies
-        rounding errors: `nflows_kconv.diagnostics.round_trip` tells where.
+        In float32 without TF32, `decode` restores the very images; of 16 bits, all of them in float64 alone. Where it
+        does not, the flow's inverse amplifies rounding errors: `nflows_kconv.diagnostics.round_trip` tells where.
 
         Args:
             images: [B, C, H, W], as `log_prob` takes them.
