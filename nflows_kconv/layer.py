@@ -112,8 +112,8 @@ class InvertibleConv2d(InvertibleModule):
         They follow from the shape, so they are no buffers, which `to_empty` would leave without values.
         """
         device, dtype = self.raw_weight.device, self.raw_weight.dtype
-        # A compiler would take the sizes of kept masks for dynamic ones.
-        if not torch.compiler.is_compiling() and (device, dtype) in self._masks:
+        # A compiler would take the sizes of kept masks for dynamic ones; with fake tensors they cannot be mixed.
+        if checks.is_plain(self.raw_weight) and (device, dtype) in self._masks:
             return self._masks[device, dtype]
         shape, groups = self.raw_weight.shape, geometry.parse_corners(self.corners)
         with torch.inference_mode(False):  # autograd could not save the tensors of that mode later
@@ -123,6 +123,10 @@ class InvertibleConv2d(InvertibleModule):
         if checks.is_plain(free):
             self._masks[device, dtype] = masks
         return masks
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy and a file take: not the masks, which `torch.load` might put on another device."""
+        return {**self.__dict__, "_masks": {}}
 
     @property
     def weight(self) -> Tensor:

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import assert_close
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.nn.utils import parametrizations, prune
 
 from nflows_kconv import InvertibleConv2d, functional
@@ -250,6 +251,27 @@ def test_events_leave_a_layer_whole(event, options: dict, device: str):
     layer = trained(InvertibleConv2d(4, **options)).to(device)
     check(layer)
     check(event(layer))
+
+
+def test_a_file_takes_nothing_that_belongs_to_a_device():
+    """torch.load maps the tensors of a pickled module elsewhere, from where `to_empty` brings none of them back."""
+    layer = InvertibleConv2d(4)
+    expected, file = layer(torch.ones(1, 4, 3, 3))[0], io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    other = torch.load(file, map_location="meta", weights_only=False).to_empty(device="cpu")
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other(torch.ones(1, 4, 3, 3))[0], expected)
+
+
+def test_fake_parameters_of_a_layer_that_ran():
+    layer = trained(InvertibleConv2d(4, diagonal="learned"))
+    layer(torch.ones(1, 4, 3, 3))
+    mode = FakeTensorMode()
+    parameters = {name: mode.from_tensor(parameter) for name, parameter in layer.named_parameters()}
+    with mode:
+        output, _ = torch.func.functional_call(layer, parameters, torch.ones(1, 4, 3, 3))
+    assert output.shape == (1, 4, 3, 3)
 
 
 @settings(max_examples=20)
