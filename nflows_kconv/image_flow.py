@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nflows_kconv import checks, images, step
@@ -178,7 +179,7 @@ class Condition(NamedTuple):
     """What images depend on.
 
     Attributes:
-        classes: [B] of int64, or whatever the library's flow takes beside that; None if the flow has none.
+        classes: [B] of int64, or [B, num_classes] one-hot where the library's flow takes that; None if there are none.
         tensor: [B, E] or [B, E, H, W] in the dtype of the parameters; None if the flow takes none.
     """
 
@@ -322,7 +323,7 @@ class Interface(nn.Module):
         return Condition(classes, tensor)
 
     def _classes(self, name: str, classes: Tensor | None, count: int | None, needed: bool) -> Tensor | None:
-        """The classes as int64."""
+        """The classes as int64, or one-hot where the library's flow takes that."""
         num_classes = self.architecture.num_classes
         if num_classes is None:
             if classes is not None:
@@ -348,6 +349,8 @@ class Interface(nn.Module):
             raise ValueError(f"{name} must have shape [{expected}], a class for each image, got {tuple(classes.shape)}")
         if checks.values_are_at_hand(classes) and not ((classes >= 0) & (classes < num_classes)).all():
             raise ValueError(f"{name} must be classes from 0 to {num_classes - 1}, got {classes.tolist()}")
+        if self._takes_one_hot:  # normflows makes such of others by their number, which fixes it in torch.export
+            return F.one_hot(classes.long(), num_classes).to(self._parameter().dtype)
         return classes.long()
 
 

@@ -12,6 +12,7 @@ import torch
 from nflows.transforms import MultiscaleCompositeTransform
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 import nflows_kconv.nflows
 import nflows_kconv.normflows
@@ -545,6 +546,19 @@ def test_exported_flows(library, reversible):
     torch.manual_seed(2)
     sign = 1 if library == "nflows" else -1
     torch.testing.assert_close(sign * program.module()(images, context), log_prob(flow, images, context))
+
+
+@in_both
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_exported_flows_take_any_batch(library, condition):
+    arguments = CONDITIONS[condition]
+    flow = build(library, levels=1, steps=1, reversible=True, **arguments).float()
+    inputs, others = ((random_images(count).byte(), random_condition(count=count, **arguments)) for count in (3, 5))
+    sizes = tree_map_only(Tensor, lambda _: {0: torch.export.Dim("B")}, inputs)
+    exported = torch.export.export(flow, inputs, dynamic_shapes=sizes).module()
+    torch.manual_seed(2)
+    sign = 1 if library == "nflows" else -1
+    torch.testing.assert_close(sign * exported(*others), log_prob(flow, *others))
 
 
 def replica(module: nn.Module) -> nn.Module:
