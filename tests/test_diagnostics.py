@@ -556,6 +556,7 @@ ANY_KIND = {
         [*IMAGE_FLOW, "Squeeze", *STEP],
     ),
     "FrEIA, a layer": (lambda: nflows_kconv.freia.InvertibleConv2d([(4, 8, 8)]), ["InvertibleConv2d"]),
+    "FrEIA, a permutation": (lambda: FrEIA.modules.PermuteRandom([(4, 8, 8)]), ["PermuteRandom"]),
     "FrEIA, a sequence": (freia_sequence, ["InvertibleConv2d", "PermuteRandom", "AllInOneBlock"]),
     "FrEIA, a graph": (freia_graph, ["InvertibleConv2d", "ActNorm"]),
     "zuko, layers": (zuko_layers, ["InvertibleConv2d", "MonotonicAffineTransform"]),

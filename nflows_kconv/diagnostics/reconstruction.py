@@ -121,7 +121,9 @@ def round_trip(flow: Any, images: Tensor, context: Any = None) -> RoundTrip:
             parts = [as_bijection(_evaluating_copy(part.module)) for part in parts]
     names, modules = _names(bijection.module, parts)
     parameters = [parameter for module in modules for parameter in module.parameters(recurse=False)]
-    images = images.to(next((parameter.dtype for parameter in parameters), images.dtype))
+    # FrEIA has parameters of whole numbers.
+    dtypes = (parameter.dtype for parameter in parameters if parameter.is_floating_point())
+    images = images.to(next(dtypes, images.dtype))
     devices = {tensor.device for tensor in (images, *parameters) if tensor.is_cuda}
     recorder = _Recorder()
     there = [(part.module, partial(_forward, part, context)) for part in parts]

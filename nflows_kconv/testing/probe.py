@@ -76,7 +76,8 @@ class Probe:
         self.dtype = inputs.dtype
         if not self.dtype.is_floating_point:
             parameters = iter(()) if self.given.module is None else self.given.module.parameters()
-            self.inputs = inputs.to(next((p.dtype for p in parameters), torch.get_default_dtype()))
+            dtypes = (p.dtype for p in parameters if p.is_floating_point())
+            self.inputs = inputs.to(next(dtypes, torch.get_default_dtype()))
 
     def look(self) -> None:
         """Calls the transform, and finds out what applies to it.
