@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import re
 import sys
@@ -569,6 +570,32 @@ class NotPersistent(nn.Module):
 
     def inverse(self, y):
         return y[:, self.order.argsort()], y.new_zeros(len(y))
+
+
+@broken("buffers forgotten: a list of tensors", STATE, 3, 4)
+class ListOfTensors(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.orders = [torch.randperm(4)]
+
+    def forward(self, x):
+        return x[:, self.orders[0]], x.new_zeros(len(x))
+
+    def inverse(self, y):
+        return y[:, self.orders[0].argsort()], y.new_zeros(len(y))
+
+
+@broken("a number of Python, learned from the first batch", STATE, 4, 3)
+class NumberOfPython(nn.Module):
+    scale = None
+
+    def forward(self, x):
+        if self.scale is None:
+            self.scale = x.abs().max().item()
+        return x * self.scale, x.new_full([len(x)], x.shape[1] * math.log(self.scale))
+
+    def inverse(self, y):
+        return y / self.scale, y.new_full([len(y)], -y.shape[1] * math.log(self.scale))
 
 
 @broken("initialisation from data forgotten on loading", STATE, 4, 3)

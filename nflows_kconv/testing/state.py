@@ -9,6 +9,7 @@ from itertools import chain
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from nflows_kconv.testing.probe import Probe
 from nflows_kconv.testing.subject import Subject
@@ -81,32 +82,40 @@ def _tensors(t: Subject) -> list[tuple[str, Tensor]]:
 def check_for_lost_tensors(probe: Probe, t: Subject, x: Tensor) -> None:
     """Asserts that results do not depend on tensors that are no buffers, unless they are caches or masks.
 
+    They may be in lists, tuples and dictionaries.
+
     Args:
         probe: The transform before its parameters changed.
         t: The transform after.
         x: Inputs.
     """
-    saved, expected = t.transform.state_dict(), probe.results(t, x)
+    expected, own = probe.results(t, x), {id(tensor) for _, tensor in _tensors(probe.given)}
     for path, part in probe.given.transform.named_modules():
-        for name, tensor in vars(part).items():
-            full_name = f"{path}.{name}".lstrip(".")
-            if not isinstance(tensor, Tensor) or full_name in saved or _is_mask(tensor):
+        for name, value in vars(part).items():
+            if name in ("_parameters", "_buffers", "_modules"):
                 continue
-            changed = t.copy()
-            owner = changed.transform.get_submodule(path)
-            if not torch.equal(getattr(owner, name), tensor):
-                continue  # it follows the parameters, as a cache
-            setattr(owner, name, tensor.flatten().roll(1).view_as(tensor))
-            try:
-                results = probe.results(changed, x)
-                lost = not all(torch.equal(results[key], value) for key, value in expected.items())
-            except AssertionError:
-                lost = True
-            if lost:
-                raise AssertionError(
-                    f"results depend on {full_name}, which is not in the state_dict: make it a buffer, or give rebuild "
-                    "if the same arguments always make the same of it"
-                )
+            for index, tensor in enumerate(tree_leaves(value)):
+                if not isinstance(tensor, Tensor) or id(tensor) in own or _is_mask(tensor):
+                    continue
+                changed = t.copy()
+                owner = changed.transform.get_submodule(path)
+                leaves, structure = tree_flatten(vars(owner).get(name))
+                after = leaves[index] if index < len(leaves) else None
+                if not isinstance(after, Tensor) or not torch.equal(after, tensor):
+                    continue  # it follows the parameters, as a cache
+                leaves[index] = tensor.flatten().roll(1).view_as(tensor)
+                setattr(owner, name, tree_unflatten(leaves, structure))
+                try:
+                    results = probe.results(changed, x)
+                    lost = not all(torch.equal(results[key], value) for key, value in expected.items())
+                except AssertionError:
+                    lost = True
+                if lost:
+                    full_name = f"{path}.{name}".lstrip(".")
+                    raise AssertionError(
+                        f"results depend on {full_name}, which is not in the state_dict: make it a buffer, or give "
+                        "rebuild if the same arguments always make the same of it"
+                    )
 
 
 def _is_mask(tensor: Tensor) -> bool:
