@@ -318,6 +318,17 @@ class Constant(Elementwise):
         return y * torch.tensor([1, 1, 0]), log_abs_det
 
 
+@broken("not injective, though det J keeps its sign: no inverse", JACOBIAN, 3, 2)
+class ComplexSquare(nn.Module):
+    def forward(self, x):
+        real, imaginary = x.unbind(1)
+        square = torch.stack([real**2 - imaginary**2, 2 * real * imaginary], 1)
+        return square, (4 * x.square().sum(1)).log()
+
+    def inverse(self, y):
+        raise NotImplementedError
+
+
 @broken("not injective, and without inverse", JACOBIAN, 3, 3)
 class Folded(nn.Module):
     def forward(self, x):

@@ -18,7 +18,7 @@ from torch.distributions import Transform
 from torch.utils._pytree import tree_map_only
 
 from nflows_kconv.testing import state
-from nflows_kconv.testing.derivatives import check_gradients, check_orientation, jacobian
+from nflows_kconv.testing.derivatives import check_collisions, check_gradients, check_orientation, jacobian
 from nflows_kconv.testing.hooks import check_hooks
 from nflows_kconv.testing.probe import SAFETY, Probe, Values
 from nflows_kconv.testing.subject import NoInverse, Subject, as_it_is
@@ -72,7 +72,8 @@ def assert_log_abs_det_matches_jacobian(
 
     The Jacobian, [B, D, D] for D entries a sample, takes D backward passes, in float64. The inverse's is that of
     forward at the same point, so that the inverse need not be differentiable. Without inverse, det dy/dx must have one
-    sign at and between the inputs: where it changes, the transform takes a value twice.
+    sign at and between the inputs, and no other points are found that have their outputs: else the transform takes a
+    value twice.
 
     Arguments and errors are those of `assert_invertible`, but that the inverse is not needed, and
 
@@ -99,6 +100,7 @@ def assert_log_abs_det_matches_jacobian(
             )
         if isinstance(probe.no_inverse, NoInverse):
             check_orientation(probe)
+            check_collisions(probe)
         matrices = jacobian(probe.exact, probe.exact_inputs)
         if matrices.shape[1] != matrices.shape[2]:
             raise AssertionError(

@@ -14,6 +14,8 @@ from nflows_kconv.testing.subject import Subject, show
 __tracebackhide__ = True  # pytest shows the line of the test that called, not ours
 
 DIRECTIONS = 3  # along each of which a wrong gradient is wrong
+NEWTON_STEPS = 10  # to another point with the same outputs
+MAX_NEWTON = 256  # entries of a sample, for as many systems of equations to be solved in no time
 BATCHED_ROWS = 128  # of a Jacobian, computed together
 MAX_ELEMENTS = 1024  # of a tensor, for a failure to name the worst
 
@@ -53,6 +55,33 @@ def check_orientation(probe: Probe) -> None:
     if ((by_context.amax(0) > 0) & (by_context.amin(0) < 0)).any():
         up, down = (show(torch.cat(points)[torch.cat(signs) == sign][0]) for sign in (1, -1))
         raise AssertionError(f"forward is not injective, unless it jumps: det dy/dx > 0 at {up}, but < 0 at {down}")
+
+
+def check_collisions(probe: Probe) -> None:
+    """Asserts that no other point is found that forward takes to the outputs of an input.
+
+    Newton's method looks for it from the neighbours of the inputs and from their negatives, if samples are small.
+    """
+    t, x = probe.exact, probe.exact_inputs
+    outputs = t.forward(x)[0].reshape(len(x), -1)
+    if x[0].numel() > MAX_NEWTON:
+        return
+    for point in (x.roll(1, 0), -x):
+        try:
+            smallest = torch.linalg.svdvals(jacobian(t, x))[:, -1]
+            for _ in range(NEWTON_STEPS):
+                errors = (t.forward(point)[0].reshape(len(x), -1) - outputs).detach()
+                steps = torch.linalg.lstsq(jacobian(t, point), errors.double().unsqueeze(-1)).solution
+                point = point - steps.view_as(x).to(x)
+            errors = (t.forward(point)[0].reshape(len(x), -1) - outputs).detach().norm(dim=1)
+        except (AssertionError, torch.linalg.LinAlgError):
+            continue  # it has left the domain
+        distances, scale = (point - x).flatten(1).norm(dim=1), 1 + x.flatten(1).norm(dim=1)
+        # Where forward is almost flat, different points have almost the same outputs.
+        found = (distances > 1e-3 * scale) & (errors < 1e-6 * smallest * distances.clamp(max=scale))
+        if found.any():
+            one, other = (show(points[found][0]) for points in (x, point))
+            raise AssertionError(f"forward is not injective: it takes {one} and {other} to the same outputs")
 
 
 def _orientation(t: Subject, x: Tensor) -> Tensor:
