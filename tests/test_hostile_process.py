@@ -156,7 +156,7 @@ def operators(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
 
 def call(operators: object) -> torch.Tensor:
     image, weight = torch.randn(2, 4, 5, 6), torch.eye(4)[:, :, None, None].contiguous()
-    return ops._below_autograd(operators.solve, image, weight, [0], False)
+    return ops._below_autograd(operators.solve, image, weight, None, [0], False)
 
 
 @needs_native

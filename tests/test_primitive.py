@@ -297,11 +297,11 @@ def test_threads_and_runs_change_no_bit(case: Case, backend: str, device: str):
 
 @pytest.mark.parametrize("setting", ["ieee", "tf32"])
 def test_the_reference_switches_tf32_off_and_leaves_the_setting(setting: str, own_precision: None):
-    convolutions = torch.backends.cudnn.conv
-    convolutions.fp32_precision = setting
-    with pytest.raises(KeyError), reference._without_tf32(torch.device("cuda")):
-        assert convolutions.fp32_precision == "ieee"
+    operations = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    for operation in operations:
+        operation.fp32_precision = setting
+    with pytest.raises(KeyError), reference._in_own_precision(torch.device("cuda")):
+        assert [operation.fp32_precision for operation in operations] == ["ieee", "ieee"]
         raise KeyError
-    assert convolutions.fp32_precision == setting
-    with reference._without_tf32(torch.device("cpu")):
-        assert convolutions.fp32_precision == setting
+    with reference._in_own_precision(torch.device("cpu")):
+        assert [operation.fp32_precision for operation in operations] == [setting, setting]
