@@ -376,7 +376,7 @@ class _ComputedWeight(Tensor):
                 )
             # What shares its memory refuses, too, but `detach()`, which is how one takes the values, and `_base`, at
             # whose end the compiler looks for a tensor without one.
-            plain = func is Tensor.detach or func is Tensor._base.__get__  # type: ignore[union-attr]
+            plain = func in (Tensor.detach, Tensor._base.__get__)  # type: ignore[union-attr]
             if not plain and type(result) is Tensor and own and _share_memory(result, own[0]):
                 return result.as_subclass(cls)
             return result
