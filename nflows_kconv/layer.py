@@ -75,6 +75,7 @@ class InvertibleConv2d(InvertibleModule):
         max_inverse_gain: float | None = None,
     ) -> None:
         super().__init__()
+        self._parameters = _Parameters()
         groups = geometry.parse_corners(corners)
         self.num_channels = num_channels = checks.positive("num_channels", num_channels)
         self.kernel_size = _pair(kernel_size)
@@ -101,27 +102,28 @@ class InvertibleConv2d(InvertibleModule):
         fan_in = self.raw_weight[0].numel()
         nn.init.normal_(self.raw_weight, std=0.05 / fan_in**0.5)
         with torch.no_grad():
-            self.raw_weight.masked_fill_(~self._mask()[0], 0)
+            self.raw_weight.masked_fill_(~self._masks_for(self.raw_weight)[0], 0)
         for parameter in (self.log_diagonal, self.bias):
             if parameter is not None:
                 nn.init.zeros_(parameter)
 
-    def _mask(self) -> tuple[Tensor, Tensor]:
+    def _masks_for(self, raw_weight: Tensor) -> tuple[Tensor, Tensor]:
         """Where the weight is free, and a weight that is 1 on the pivot's diagonal, 0 elsewhere.
 
         They follow from the shape, so they are no buffers, which `to_empty` would leave without values.
         """
-        device, dtype = self.raw_weight.device, self.raw_weight.dtype
+        key = raw_weight.device, raw_weight.dtype
+        masks = self._masks.get(key)
         # A compiler would take the sizes of kept masks for dynamic ones; with fake tensors they cannot be mixed.
-        if checks.is_plain(self.raw_weight) and (device, dtype) in self._masks:
-            return self._masks[device, dtype]
-        shape, groups = self.raw_weight.shape, geometry.parse_corners(self.corners)
+        if masks is not None and checks.is_plain(raw_weight):
+            return masks
+        shape, groups = raw_weight.shape, geometry.parse_corners(self.corners)
         with torch.inference_mode(False):  # autograd could not save the tensors of that mode later
-            on_diagonal = geometry.diagonal_entries(shape, groups, device)
-            free = ~(geometry.masked_entries(shape, groups, device) | on_diagonal)
-            masks = free, on_diagonal.to(dtype)
+            on_diagonal = geometry.diagonal_entries(shape, groups, raw_weight.device)
+            free = ~(geometry.masked_entries(shape, groups, raw_weight.device) | on_diagonal)
+            masks = free, on_diagonal.to(raw_weight.dtype)
         if checks.is_plain(free):
-            self._masks[device, dtype] = masks
+            self._masks[key] = masks
         return masks
 
     def __getstate__(self) -> dict[str, Any]:
@@ -173,13 +175,13 @@ class InvertibleConv2d(InvertibleModule):
         if name == "weight" and param is not None:
             self.weight = param.detach()  # a parameter would come here again
         elif name.startswith("weight"):
-            raise TypeError(f"{name} cannot be a parameter: weight is computed, and the parameter is raw_weight")
+            raise TypeError(_NO_PARAMETER.format(name))
         else:
             super().register_parameter(name, param)
 
     def _weight(self) -> Tensor:
         free: Tensor = self.raw_weight
-        is_free, fixed = self._mask()
+        is_free, fixed = self._masks_for(free)
         if self.log_diagonal is not None:
             fixed = fixed * self.log_diagonal.exp()[:, None, None, None]
         if self.max_inverse_gain is not None:
@@ -223,10 +225,11 @@ class InvertibleConv2d(InvertibleModule):
             functional.check_diagonal(self.log_diagonal.exp())
 
     def _log_abs_det(self, input: Tensor) -> Tensor:
-        dtype = torch.promote_types(self.raw_weight.dtype, torch.float32)
         batch, _, height, width = input.shape
         if self.log_diagonal is None:
-            return self.raw_weight.new_zeros(batch, dtype=dtype)
+            dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+            return torch.zeros(batch, dtype=dtype, device=input.device)
+        dtype = torch.promote_types(self.log_diagonal.dtype, torch.float32)
         return (height * width * self.log_diagonal.to(dtype).sum()).repeat(batch)
 
     def _load_from_state_dict(
@@ -384,6 +387,19 @@ class _ComputedWeight(Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and files hold the plain tensor."""
         return self.as_subclass(Tensor).__reduce_ex__(protocol)
+
+
+_NO_PARAMETER = "{} cannot be a parameter: weight is computed, and the parameter is raw_weight"
+
+
+class _Parameters(dict[str, Any]):
+    """A module's parameters; the old weight_norm and spectral_norm of torch look here for `weight`."""
+
+    def __missing__(self, name: str) -> Any:
+        raise TypeError(_NO_PARAMETER.format(name)) if name == "weight" else KeyError(name)
+
+    def __delitem__(self, name: str) -> None:
+        super().__delitem__(name) if name in self else self.__missing__(name)
 
 
 def _ignored(raw_weight: Tensor, groups: Sequence[int]) -> Tensor:
