@@ -18,9 +18,11 @@ evaluations and the derivative, which costs two more, in place of one and the de
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +36,9 @@ from nflows_kconv.shared_networks import evaluated_once
 Gradients = dict[Tensor, Tensor]
 
 _KEPT_INPUTS = 8
+
+# Modules with buffers that a call has left alone or initialised, and whether in training mode.
+_settled: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 class Chain(step.Sequence):
@@ -60,7 +65,8 @@ def cascade(
     Input, context and the modules' parameters get the ordinary gradients but for rounding, which cannot be
     differentiated again. What a module computes must depend on these alone; ActNorm may look at its first batch.
     Neither input nor output may be changed in place before the backward pass. torch.compile breaks its graph here, and
-    CUDA graphs cannot capture it.
+    CUDA graphs cannot capture it. An error in the first call leaves buffers as they were, and ActNorm as it was before
+    its first batch.
 
     Where a class of couplings has told `nflows_kconv.bijection.register` of its `networks`, what both directions of a
     coupling evaluate is evaluated once.
@@ -149,15 +155,15 @@ class _Cascade(torch.autograd.Function):
         length = max(1, math.ceil(len(steps) / _KEPT_INPUTS))
         ctx.segments = [steps[start : start + length] for start in range(0, len(steps), length)]
         kept, total = [input], input.new_zeros(input.shape[0])
-        with torch.autocast(**ctx.autocast):
+        with _restored_on_error(steps), torch.autocast(**ctx.autocast):
             for segment in ctx.segments:
                 output, log_abs_det = _run(kept[-1], segment, keep_dtype=True)
                 kept.append(output)
                 total = total + log_abs_det
             if _changed(buffers, _buffers(steps)):
                 _check_that_buffers_stay(input, steps)
-        if not all(map(torch.equal, random_state, _random_state(input))):
-            raise RuntimeError("steps must not draw random numbers, as dropout does, since they are computed again")
+            if not all(map(torch.equal, random_state, _random_state(input))):
+                raise RuntimeError("steps must not draw random numbers, as dropout does, since they are computed again")
         ctx.save_for_backward(*kept, *sources)  # the sources, so that autograd notices if they have changed since
         return kept[-1], total
 
@@ -267,6 +273,32 @@ def _changed(before: dict[str, tuple[Tensor, int]], after: dict[str, tuple[Tenso
         for name, (buffer, version) in after.items()
         if name not in before or before[name][0] is not buffer or before[name][1] != version
     ]
+
+
+@contextmanager
+def _restored_on_error(steps: Sequence[_Step]) -> Iterator[None]:
+    """Puts buffers back on an error, with the parameters beside them, which ActNorm sets together with its buffer.
+
+    Copies are made for the first call alone, as what changes whenever it is called shows then.
+    """
+    modules = {part for one in steps for part in one.module.modules() if part._buffers}
+    unknown = [part for part in modules if _settled.get(part) is not part.training]
+    held: list[tuple[dict[str, Any], str, Tensor, Tensor]] = [
+        (table, name, tensor, tensor.clone())
+        for part in unknown
+        for table in (part._buffers, part._parameters)
+        for name, tensor in table.items()
+        if tensor is not None
+    ]
+    try:
+        yield
+    except BaseException:
+        for table, name, tensor, copy in held:
+            table[name] = tensor  # some replace the buffer, some the data of the parameter
+            if not torch.equal(tensor.to(copy.device), copy):
+                tensor.copy_(copy)
+        raise
+    _settled.update((part, part.training) for part in unknown)
 
 
 def _check_that_buffers_stay(input: Tensor, steps: Sequence[_Step]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import operator
 import sys
 from collections.abc import Callable
 from importlib import util
@@ -575,6 +576,38 @@ def test_networks_that_change_whenever_they_are_called_are_refused(normalise):
     assert_equal(gradients(module, inputs), gradients(step.Sequence(module.steps), inputs))
     with torch.no_grad():
         module.train()(inputs)
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [*STATEFUL.values(), lambda convolution: nn.Sequential(nn.Dropout(), convolution)],
+    ids=[*STATEFUL, "dropout"],
+)
+@pytest.mark.parametrize("library", ["finc_flow of nflows", "finc_flow of normflows", "nflows", "normflows"])
+def test_a_refusal_leaves_everything_as_it_was(library, refused):
+    """In the flows of `finc_flow`, and beside the libraries' own ActNorm, which replace what ours changes in place."""
+    if library in LIBRARIES:
+        build, _, container = LIBRARIES[library]
+        module, inputs = container([build(), step.AffineCoupling(smooth_network(2, 4))]), images(dtype=torch.float32)
+    else:
+        adapter = nflows_kconv.nflows if library.endswith(" nflows") else nflows_kconv.normflows
+        module, inputs = (
+            adapter.finc_flow((1, 4, 4), 1, 2, hidden_channels=4, reversible=True),
+            torch.randint(256, (5, 1, 4, 4)),
+        )
+    call = module if library in LIBRARIES else module.log_prob
+    network = [part.network for part in module.modules() if isinstance(part, step.AffineCoupling)][-1]
+    network[0] = refused(network[0])
+    for _ in range(2):
+        before, tensors = copy.deepcopy(module.state_dict()), [*module.parameters(), *module.buffers()]
+        with pytest.raises(RuntimeError, match="steps must not"):
+            call(inputs)
+        assert all(map(operator.is_, tensors, [*module.parameters(), *module.buffers()]))
+        for name, value in module.state_dict().items():
+            assert torch.equal(value, before[name]), name
+        module.eval()
+        call(inputs)  # evaluation, which is let pass, tells nothing about training
+        module.train()
 
 
 @pytest.mark.parametrize(
