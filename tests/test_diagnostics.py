@@ -23,7 +23,6 @@ from nflows.nn.nets import ConvResidualNet
 from pyro.distributions import transforms as pyro_transforms
 from torch import Tensor, nn
 from torch.distributions import ComposeTransform, TanhTransform
-from torch.overrides import TorchFunctionMode
 
 import nflows_kconv.distributions
 import nflows_kconv.freia
@@ -31,7 +30,7 @@ import nflows_kconv.nflows
 import nflows_kconv.normflows
 import nflows_kconv.torchflows
 from nflows_kconv import InvertibleConv2d, bijection, step
-from nflows_kconv.diagnostics import amplification, conditioning, round_trip
+from nflows_kconv.diagnostics import conditioning, round_trip
 
 SIZES = (1, 2, 4, 8, 12)
 
@@ -127,22 +126,6 @@ def test_it_starts_alike_and_leaves_random_numbers_alone():
     assert conditioning(layer, (4, 5)) == conditioning(layer, (4, 5))
     assert torch.equal(torch.get_rng_state(), state)
     assert layer.raw_weight.grad is None
-
-
-class NoFloat64(TorchFunctionMode):
-    """A device without float64, as Apple's: "meta" stands for it."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if (kwargs or {}).get("dtype") == torch.float64 and torch.device(kwargs.get("device", "cpu")).type == "meta":
-            raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64")
-        return function(*args, **(kwargs or {}))
-
-
-def test_norms_are_computed_elsewhere_where_a_device_has_no_float64():
-    with NoFloat64():
-        assert amplification._device_of_float64(torch.device("meta")) == torch.device("cpu")
-        assert amplification._device_of_float64(torch.device("cpu")) == torch.device("cpu")
-    assert amplification._device_of_float64(torch.device("meta")) == torch.device("meta")
 
 
 def test_iterations_can_be_limited():

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nflows_kconv import bound, checks, functional, geometry
+from nflows_kconv.float64 import to_float64
 from nflows_kconv.layer import InvertibleConv2d
 
 Operator = Callable[[Tensor], Tensor]
@@ -80,7 +81,7 @@ def conditioning(
     height, width = (checks.positive(name, size) for name, size in zip(("H", "W"), image_size, strict=True))
     checks.positive("max_iterations", max_iterations)
 
-    weight = layer.weight.to(_device_of_float64(layer.raw_weight.device), torch.float64)
+    weight = to_float64(layer.weight)
     start = torch.randn(
         _STARTS, layer.num_channels, height, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
     ).to(weight.device)
@@ -93,14 +94,6 @@ def conditioning(
         norm = _dense_norm(operator, start) if exact else _power_iteration(operator, start, tolerance, max_iterations)
         norms.append(norm)
     return Conditioning(norms[0], norms[1], norms[0] * norms[1], _inverse_gain_bound(weight, layer.corners))
-
-
-def _device_of_float64(device: torch.device) -> torch.device:
-    """The device, or the CPU where the device has no float64, as those of Apple."""
-    try:
-        return torch.empty(0, dtype=torch.float64, device=device).device
-    except (TypeError, RuntimeError):
-        return torch.device("cpu")
 
 
 def _dense_norm(operator: Operator, images: Tensor) -> float:

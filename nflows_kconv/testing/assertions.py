@@ -141,7 +141,7 @@ def assert_batch_independent(transform: Any, inputs: Tensor, context: Any = None
     """
     inputs, context = _at_least_two(inputs, context)
     with _probe(transform, inputs, context, tolerance) as probe:
-        rows = torch.arange(len(probe.inputs), device=inputs.device)
+        rows = torch.arange(len(probe.inputs))
         for part, selected in {
             "the first": rows[:1],
             "all but the first": rows[1:],

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from nflows_kconv.float64 import to_float64
 from nflows_kconv.testing.probe import Probe, Values
 from nflows_kconv.testing.subject import Subject, show
 
@@ -25,7 +26,7 @@ def jacobian(t: Subject, x: Tensor) -> Tensor:
     x = x.clone().requires_grad_()
     columns = t.forward(x)[0].reshape(len(x), -1).sum(0)
     if not columns.requires_grad:
-        return x.new_zeros(len(x), len(columns), x[0].numel(), dtype=torch.float64)
+        return to_float64(x.new_zeros(len(x), len(columns), x[0].numel()))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # as some operators are slow so
@@ -34,7 +35,7 @@ def jacobian(t: Subject, x: Tensor) -> Tensor:
             rows = torch.cat([torch.autograd.grad(columns, x, unit, **batched)[0] for unit in units])
     except RuntimeError:  # some operator takes one gradient at a time
         rows = torch.stack([_gradients(column, [x])[0] for column in columns])
-    return rows.transpose(0, 1).reshape(len(x), len(columns), -1).double()
+    return to_float64(rows.transpose(0, 1).reshape(len(x), len(columns), -1))
 
 
 def check_orientation(probe: Probe) -> None:
@@ -70,13 +71,13 @@ def check_collisions(probe: Probe) -> None:
         try:
             smallest = torch.linalg.svdvals(jacobian(t, x))[:, -1]
             for _ in range(NEWTON_STEPS):
-                errors = (t.forward(point)[0].reshape(len(x), -1) - outputs).detach()
-                steps = torch.linalg.lstsq(jacobian(t, point), errors.double().unsqueeze(-1)).solution
+                errors = to_float64((t.forward(point)[0].reshape(len(x), -1) - outputs).detach())
+                steps = torch.linalg.lstsq(jacobian(t, point), errors.unsqueeze(-1)).solution
                 point = point - steps.view_as(x).to(x)
-            errors = (t.forward(point)[0].reshape(len(x), -1) - outputs).detach().norm(dim=1)
+            errors = to_float64((t.forward(point)[0].reshape(len(x), -1) - outputs).detach()).norm(dim=1)
         except (AssertionError, torch.linalg.LinAlgError):
             continue  # it has left the domain
-        distances, scale = (point - x).flatten(1).norm(dim=1), 1 + x.flatten(1).norm(dim=1)
+        distances, scale = to_float64(point - x).flatten(1).norm(dim=1), 1 + to_float64(x).flatten(1).norm(dim=1)
         # Where forward is almost flat, different points have almost the same outputs.
         found = (distances > 1e-3 * scale) & (errors < 1e-6 * smallest * distances.clamp(max=scale))
         if found.any():
@@ -170,4 +171,4 @@ def _gradients(value: Tensor, variables: list[Tensor]) -> tuple[Tensor, ...]:
 
 
 def _inner(left: Iterable[Tensor], right: Iterable[Tensor]) -> Tensor:
-    return torch.stack([(a * b).sum().double() for a, b in zip(left, right, strict=True)]).sum()
+    return torch.stack([to_float64((a * b).sum()) for a, b in zip(left, right, strict=True)]).sum()

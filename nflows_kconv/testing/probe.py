@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from nflows_kconv.float64 import to_float64
 from nflows_kconv.testing.subject import NoInverse, Subject, describe, show
 
 __tracebackhide__ = True  # pytest shows the line of the test that called, not ours
@@ -51,7 +52,7 @@ class Probe:
         given: Its copy, in its own precision.
         dtype: Of the inputs that were given.
         inputs: For `given`.
-        exact: The transform in float64, or `given` where that cannot be had.
+        exact: The transform in float64, on the CPU where the device has none, or `given` where that cannot be had.
         exact_inputs: For `exact`.
         no_inverse: What the transform raised when asked for an inverse, or None.
         discrete: Whether the inputs are.
@@ -89,10 +90,10 @@ class Probe:
         self.exact, self.exact_inputs = self.given, self.inputs
         if self.inputs.dtype != torch.float64:
             try:
-                exact = self.given.in_float64()
-                failed = _first_calls(exact, self.inputs.double())
+                exact, exact_inputs = self.given.in_float64(), to_float64(self.inputs)
+                failed = _first_calls(exact, exact_inputs)
                 if failed is None or self.no_inverse:
-                    self.exact, self.exact_inputs = exact, self.inputs.double()
+                    self.exact, self.exact_inputs = exact, exact_inputs
             except AssertionError:
                 pass  # its constants have the one dtype
         if torch.equal(self.inputs, self.inputs.round()):
@@ -185,7 +186,7 @@ class Probe:
             dtype: That in which they were computed, if it is not theirs.
         """
         eps = max(torch.finfo(each).eps for each in (actual.dtype, wanted.dtype, dtype))
-        actual, wanted = actual.detach().double(), wanted.detach().double()
+        actual, wanted = to_float64(actual.detach()), to_float64(wanted.detach())
         atol, rtol = self.tolerance.get("atol"), self.tolerance.get("rtol")
         if atol is None and rtol is None:
             scale = wanted.abs().nan_to_num(0, 0, 0).max().item()
@@ -216,7 +217,7 @@ class Probe:
                 except AssertionError:
                     continue  # the perturbation left the domain
                 for name, value in _difference(changed, base).items():
-                    largest[name] = max(largest[name], value.abs().double().nan_to_num(0, 0, 0).max().item())
+                    largest[name] = max(largest[name], value.abs().nan_to_num(0, 0, 0).max().item())
         return {name: value / self._size for name, value in largest.items()}
 
     @cached_property

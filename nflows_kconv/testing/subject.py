@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from nflows_kconv import bijection
+from nflows_kconv.float64 import to_device_with_float64, to_float64
 
 __tracebackhide__ = True  # pytest shows the line of the test that called, not ours
 
@@ -72,12 +73,14 @@ class Subject:
         return other
 
     def in_float64(self) -> Subject:
-        """A copy with parameters, buffers and context in float64."""
+        """A copy with parameters, buffers and context in float64; on the CPU where their device has none."""
         other = self.copy()
         if other.module is not None:
-            other.module.to(torch.float64)
+            other.module._apply(to_device_with_float64).to(torch.float64)
         other.context = tree_map_only(
-            Tensor, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, other.context
+            Tensor,
+            lambda tensor: to_float64(tensor) if tensor.is_floating_point() else to_device_with_float64(tensor),
+            other.context,
         )
         return other
 
