@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nflows_kconv import bijection, checks, flow_state, geometry, image_flow, layer
@@ -184,11 +183,7 @@ class ImageFlow(image_flow.Interface, MultiscaleFlow):
     def forward(self, x: Tensor, y: Tensor | None = None, context: image_flow.Context | None = None) -> Tensor:
         """The negative log-likelihood of each image, [B]: `-log_prob`, with the same arguments and errors."""
         latents, log_abs_det, classes = self._analyzed(x, y, context)
-        arguments: tuple[Tensor, ...] = ()
-        if classes is not None:
-            # normflows would make it of class numbers, with the number of images as a constant in exported programs.
-            one_hot = classes if classes.dim() == 2 else F.one_hot(classes, self.q0[0].num_classes)
-            arguments = (one_hot.to(latents[0].dtype),)
+        arguments = () if classes is None else (classes,)
         log_probs = [base.log_prob(latent, *arguments) for base, latent in zip(self.q0, latents, strict=True)]
         return -sum(log_probs, log_abs_det)
 
