@@ -219,6 +219,13 @@ class Failing(Reversed):
         return y.new_zeros(2) + y.new_zeros(3)
 
 
+class WithoutKernel(Reversed):
+    """For which torch raises a NotImplementedError."""
+
+    def reverse(self, y: Tensor) -> Tensor:
+        return torch.linalg.solve_triangular(torch.eye(D).half(), y.half().mT, upper=True)
+
+
 @pytest.mark.parametrize(
     ("module", "error"),
     [
@@ -228,11 +235,13 @@ class Failing(Reversed):
         (nflows.flows.Flow(transforms.BatchNorm(4), nflows.distributions.StandardNormal([4])), NoInverse),
         (normflows.flows.Planar((4,)), NoInverse),
         (Failing(), RuntimeError),
+        (WithoutKernel(), RuntimeError),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, type) is False else value.__name__,
 )
 def test_no_inverse_is_told_from_other_errors(module: Any, error: type[Exception]):
-    with pytest.raises(error, match="has no inverse" if error is NoInverse else "size of tensor") as raised:
+    message = "has no inverse" if error is NoInverse else "size of tensor|not implemented for 'Half'"
+    with pytest.raises(error, match=message) as raised:
         as_bijection(module).inverse(torch.rand(3, 4))
     assert isinstance(raised.value, NoInverse) == (error is NoInverse)
 

@@ -395,7 +395,7 @@ def test_rounding_to_whole_numbers_is_no_loss():
 @pytest.mark.parametrize("options", [{}, dict(direction="inverse"), dict(reversible=True)], ids=str)
 def test_image_flows(library, options: dict):
     flow = library.finc_flow((1, 8, 8), 2, 1, hidden_channels=4, **options)
-    input, state = torch.randint(0, 256, (3, 1, 8, 8)), torch.get_rng_state()
+    input, state = torch.randint(0, 256, (3, 1, 8, 8), dtype=torch.uint8), torch.get_rng_state()
     result = round_trip(flow, input)
     assert torch.equal(torch.get_rng_state(), state)
     kinds = [one.kind for one in result.steps]
@@ -425,6 +425,15 @@ def test_other_flows():
     flow = nf.NormalizingFlow(nf.distributions.DiagGaussian((4, 8, 8)), flows)
     assert [one.name for one in round_trip(flow, images(3, 4, 8, 8)).steps] == ["flows.1", "flows.0"]
     assert [one.name for one in round_trip(InvertibleConv2d(4), images(3, 4, 8, 8)).steps] == ["(flow)"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_errors_of_half_precision_are_told_in_float32(dtype: torch.dtype):
+    layer, input = layer_with(0.1).to(dtype), images(3, 4, 8, 8)
+    result = round_trip(layer, input)
+    input = input.to(dtype)
+    error = (layer.inverse(layer(input)[0])[0].float() - input.float()).abs().max() / input.float().abs().max()
+    assert (result.error, result.rounding) == (error.item(), torch.finfo(dtype).eps)
 
 
 class GlowConvolution(nn.Module):

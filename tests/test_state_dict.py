@@ -336,7 +336,8 @@ WAYS: dict[str, Callable[[Callable[[], nn.Module], nn.Module], nn.Module]] = {
     "in place after to_empty": lambda build, source: in_place(emptied(build), source),
     "float64 and back": lambda build, source: loaded(build(), source).double().float(),
     "deepcopy": lambda build, source: copy.deepcopy(source),
-    "inference mode": lambda build, source: used_in_inference_mode(loaded(build(), source)),
+    # In float64, for which a layer makes its masks at the first call.
+    "inference mode": lambda build, source: used_in_inference_mode(loaded(build(), source).double()),
 }
 
 

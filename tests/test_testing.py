@@ -515,9 +515,11 @@ def test_whole_numbers_count_as_any_where_others_are_taken():
 
 
 def test_integers_are_not_compared_with_the_jacobian_but_by_warning():
-    with pytest.warns(UserWarning, match="not compared with the Jacobian.*got torch.int64") as warned:
-        testing.check_transform(InvertibleConv2d(4, corners="TL"), torch.arange(24).view(1, 4, 3, 2))
-    assert warned[0].filename == __file__
+    permutation = fm.PermuteRandom([(4, 3, 2)], seed=1)  # whose parameters are integers, too
+    for transform in (InvertibleConv2d(4, corners="TL").half(), permutation):
+        with pytest.warns(UserWarning, match="not compared with the Jacobian.*got torch.int64") as warned:
+            testing.check_transform(transform, torch.arange(24).view(1, 4, 3, 2))
+        assert warned[0].filename == __file__
     flow = nflows_kconv.nflows.finc_flow((1, 4, 4), levels=1, steps=1, hidden_channels=4)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # this one takes no others, and dequantises them
@@ -530,8 +532,9 @@ def test_a_wrong_log_determinant_of_forward_is_told_as_that():
             y, log_abs_det = super()._run_forward(x, context)
             return y, log_abs_det + 3
 
-    with pytest.raises(AssertionError, match=r"log .det. of the Jacobian: forward's log-determinants"):
+    with pytest.raises(AssertionError, match=r"log .det. of the Jacobian: forward's log-determinants") as failure:
         testing.check_transform(Wrong(4), pictures())
+    assert "  inputs: float32 [2, 4, 4, 2]\n" in str(failure.value)  # too many to be written out
 
 
 @pytest.mark.parametrize("rebuild", [InvertibleConv2d(4), 3], ids=str)
