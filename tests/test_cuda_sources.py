@@ -6,14 +6,14 @@ By default the 3 x 3 kernels for float32 on an H100 are compiled, and a few of t
 
 from __future__ import annotations
 
-import multiprocessing
 import re
 import shutil
 import subprocess
+import threading
 from collections import defaultdict
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from itertools import product, repeat
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +63,8 @@ def launches(device: Device) -> Iterator[Launch]:
                     yield from planning.plan(problem, device).launches
 
 
-class Verbose:
-    """NVRTC as the package calls it, but told to report what kernels take."""
+class Verbose(threading.local):
+    """NVRTC as the package calls it, but told to report what kernels take; each thread has a log of its own."""
 
     def __init__(self, nvrtc: Any) -> None:
         self._nvrtc = nvrtc
@@ -80,18 +80,13 @@ class Verbose:
         return result
 
 
-def compiler_log(kernel: Kernel, capability: tuple[int, int]) -> str:
-    """What the compiler says about a kernel, and others of its source, compiled as at run time."""
-    nvrtc = compiler._nvrtc
-    verbose = Verbose(nvrtc())
-    compiler._nvrtc = lambda: verbose
-    try:
-        compiler.compile(kernel, capability)
-    except RuntimeError as error:
-        return str(error)
-    finally:
-        compiler._nvrtc = nvrtc
-    return verbose.log
+@pytest.fixture
+def verbose(monkeypatch: pytest.MonkeyPatch) -> Verbose:
+    """The compiler of this test."""
+    nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="cuda.bindings and NVRTC compile the kernels")
+    verbose = Verbose(nvrtc)
+    monkeypatch.setattr(compiler, "_nvrtc", lambda: verbose)
+    return verbose
 
 
 def complaints(launch: Launch, device: Device, log: str) -> Iterator[str]:
@@ -114,18 +109,24 @@ def complaints(launch: Launch, device: Device, log: str) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=lambda device: "sm_{}{}".format(*device.capability))
-def test_kernels_compile_without_warnings_and_spills(device: Device):
-    pytest.importorskip("cuda.bindings.nvrtc", reason="cuda.bindings and NVRTC compile the kernels")
+def test_kernels_compile_without_warnings_and_spills(device: Device, verbose: Verbose):
+    def log(kernel: Kernel) -> str:
+        """What the compiler says about a kernel, and others of its source, compiled as at run time."""
+        try:
+            compiler.compile(kernel, device.capability)
+        except RuntimeError as error:
+            return str(error)
+        return verbose.log
+
     programs: dict[str, list[Launch]] = defaultdict(list)  # kernels of one source and of equal constants are one
     for launch in dict.fromkeys(launches(device)):
         programs[compiler.digest(launch.kernel, device.capability)].append(launch)
     kernels = [same[0].kernel for same in programs.values()]
     wrong: dict[str, list[Launch]] = defaultdict(list)
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        logs = pool.map(compiler_log, kernels, repeat(device.capability), chunksize=4)
-        for same, log in zip(programs.values(), logs, strict=True):
+    with ThreadPoolExecutor(2) as pool:
+        for same, said in zip(programs.values(), pool.map(log, kernels), strict=True):
             for launch in same:
-                for complaint in complaints(launch, device, log):
+                for complaint in complaints(launch, device, said):
                     wrong[f"{launch.kernel.name}: {complaint}"].append(launch)
     if wrong:
         pytest.fail(
