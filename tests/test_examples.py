@@ -80,6 +80,19 @@ def test_two_dimensions(run_here):
     assert rows[2][0] == rows[3][1] and rows[0][0] != rows[1][1]
 
 
+def test_bounded_inverse(run_here):
+    """One step of Adam at this rate makes the unbounded flow's inverse explode."""
+    heading, *rows = run_here("bounded_inverse.py", "--steps", "1", "--learning-rates", "0.01").splitlines()
+    assert heading.endswith("bits per dimension  largest gain  error of images  error of samples")
+    unbounded, bounded = ([float(value) for value in row.split()[2:]] for row in rows[:2])
+    assert all(0 < bits < 100 for bits in (unbounded[0], bounded[0]))
+    assert min(unbounded[1:]) > 1
+    assert bounded[1] <= 4
+    assert max(bounded[2:]) < 1e-4
+    assert "max_inverse_gain" in rows[3]  # what helps
+    assert "nothing is lost" in rows[4]
+
+
 def test_image_flow(run_here, tmp_path: Path):
     output = run_here("image_flow.py", "--steps", "3", "--output", str(tmp_path / "new" / "samples.png"))
     assert 1 < float(re.search(r"other photograph: (\S+) bits", output)[1]) < 16
