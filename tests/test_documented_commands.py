@@ -21,7 +21,7 @@ BLOCKS = {page_id(page): [block for block in commands(page) if not installs(bloc
 # What is put behind a script's arguments, where it outdoes those of the page.
 FLOW = "--levels 1 --flow-steps 1 --hidden-channels 4 --minutes 1e-9 --validate-every 1 --warm-up 2 --batch-size 4"
 TINY = {
-    "benchmarks/evidence.py": "--seconds 0.1 --seeds 0 --steps 1 --widths 4 --device DEVICE",
+    "benchmarks/evidence.py": "--seconds 0.01 --seeds 0 --steps 1 --widths 4 --device DEVICE",
     "benchmarks/layer.py": "--tiny --seconds 0.01 --device DEVICE",
     "benchmarks/reversible.py": "--tiny --seconds 0.01 --device DEVICE",
     "benchmarks/sampling.py": "--tiny --seconds 0.01 --device DEVICE",
@@ -29,7 +29,7 @@ TINY = {
     "examples/inverse_direction.py": "--steps 2",
     "examples/sample_checkpoint.py": "--count 4",
     "examples/train_digits.py": "--steps 2",
-    "examples/train_image_flow.py": f"{FLOW} --accelerator cpu",
+    "examples/train_image_flow.py": f"{FLOW} --accelerator cpu --devices 1",  # tests/test_train_image_flow.py has two
     "fuzz": "--minutes 0",  # tests/test_hostile_input.py runs it
     "pytest": "--version",
 }
@@ -38,8 +38,6 @@ import json, os, sys
 tiny = json.loads({tiny!r})
 arguments = sys.argv[1:]
 script = arguments[arguments[0] == "-m"]
-if "--devices" in arguments:
-    tiny[script] += ["--devices", "2"]
 os.execv({python!r}, [{python!r}, *arguments, *tiny.get(script, [])])
 """
 
