@@ -235,14 +235,6 @@ def test_errors_are_compared_with_those_of_the_cpu():
     assert accuracy.ratio({"cpu": 0, "device": 2**-24}) == pytest.approx(1)
 
 
-def test_first_use_in_two_processes():
-    measured = first_use.measure_first_use(Case(2, (4, 3, 5)), "cpu")
-    assert list(measured) == ["empty cache", "filled cache"]
-    for calls in measured.values():
-        assert list(calls) == ["inverse", "forward", "forward and weight gradient"]
-        assert all(len(times) == 2 and min(times) > 0 for times in calls.values())
-
-
 def test_first_use_tells_what_failed():
     with pytest.raises(RuntimeError, match=r"first_use.py nowhere 2 4 3 5 failed:\n[\s\S]*nowhere"):
         first_use.measure_first_use(Case(2, (4, 3, 5)), "nowhere")
@@ -269,6 +261,10 @@ def assert_schema(results: dict, workload: workloads.Workload) -> None:
             assert set(row) == {"batch", "shape", "corners", "microseconds", "floors", "dense_matrix_bytes"}
             assert set(row["microseconds"]["graph"]) == CURVE
             assert set(row["microseconds"]["eager"]) == CURVE | {"dense_solve"}
+    assert list(results["first use"]) == ["empty cache", "filled cache"]
+    for calls in results["first use"].values():
+        assert list(calls) == ["inverse", "forward", "forward and weight gradient"]
+        assert all(len(times) == 2 and min(times) > 0 for times in calls.values())
 
 
 @pytest.fixture
@@ -405,10 +401,11 @@ def test_plot_is_drawn_again_from_the_file_alone(tmp_path):
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_command_on_the_cpu(tmp_path):
+def test_command_on_the_cpu(tmp_path, monkeypatch, capsys):
     output = tmp_path / "results.json"
-    done = run("layer.py", "--tiny", "--seconds", "0", "--output", str(output))
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(sys, "argv", ["layer.py", "--tiny", "--seconds", "0", "--output", str(output)])
+    with torch.random.fork_rng():
+        layer.main()
     results = json.loads(output.read_text())
     assert list(results) == ["machine", "tiny", "four groups", "one group", "image side", "batch"]
     for names, contestants_ in ((("four groups", "one group"), TABLE), (("image side", "batch"), CURVE)):
@@ -417,7 +414,7 @@ def test_command_on_the_cpu(tmp_path):
                 assert set(row) == {"batch", "shape", "corners", "microseconds"}
                 assert set(row["microseconds"]) == contestants_
                 assert min(row["microseconds"].values()) > 0
-    assert f"written to {output}" in done.stdout
+    assert f"written to {output}" in capsys.readouterr().out
 
 
 def test_stored_results_of_the_cpu_have_the_tables_of_the_command():
@@ -428,13 +425,16 @@ def test_stored_results_of_the_cpu_have_the_tables_of_the_command():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_command_without_a_gpu():
-    done = run("layer.py", "--device", "cuda")
-    assert done.returncode == 2
+def test_command_without_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["layer.py", "--device", "cuda"])
+    with pytest.raises(SystemExit) as stopped:
+        layer.main()
+    assert stopped.value.code == 2
+    printed = capsys.readouterr()
     assert "error: --device cuda needs a GPU on which the CUDA kernels run, got: cuda (cuda): not available, " in (
-        done.stderr
+        printed.err
     )
-    assert done.stdout == ""
+    assert printed.out == ""
 
 
 @pytest.mark.gpu
