@@ -20,7 +20,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import image_data
 
 from nflows_kconv.diagnostics import round_trip
-from nflows_kconv.geometry import CORNERS
 from nflows_kconv.images import bits_per_dim, grid
 from nflows_kconv.nflows import finc_flow
 from nflows_kconv.sampling import GraphSampler
@@ -29,9 +28,9 @@ PAIR = (("TL",), ("BR",))
 # Arguments of finc_flow; the kernel size is that of the configuration.
 METHODS: dict[str, dict[str, Any]] = {
     "Glow": {"kernel_size": None},
-    "FInC unit": {"corners": CORNERS},
+    "FInC unit": {"corners": ("TL", "TR", "BL", "BR")},
     "pair": {"corners": PAIR},
-    "FInC unit, inverse": {"corners": CORNERS, "direction": "inverse"},
+    "FInC unit, inverse": {"corners": ("TL", "TR", "BL", "BR"), "direction": "inverse"},
     "pair, inverse": {"corners": PAIR, "direction": "inverse"},
 }
 BATCH = 64

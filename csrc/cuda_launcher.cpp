@@ -292,23 +292,11 @@ Tensor weight_gradient(const Tensor& input, const Tensor& grad, std::vector<int6
 
 using namespace kconv::cuda;
 
-STABLE_TORCH_LIBRARY_IMPL(nflows_kconv, CUDA, library) {
-  library.impl("conv", TORCH_BOX(&conv));
-  library.impl("solve", TORCH_BOX(&solve));
-  library.impl("weight_gradient", TORCH_BOX(&weight_gradient));
-}
-
-// Tests register these for tensors of the CPU.
-KCONV_EXPORT void nflows_kconv_launch_conv(StableIValue* stack, uint64_t inputs, uint64_t outputs) {
-  TORCH_BOX (&conv)(stack, inputs, outputs);
-}
-
-KCONV_EXPORT void nflows_kconv_launch_solve(StableIValue* stack, uint64_t inputs, uint64_t outputs) {
-  TORCH_BOX (&solve)(stack, inputs, outputs);
-}
-
-KCONV_EXPORT void nflows_kconv_launch_weight_gradient(StableIValue* stack, uint64_t inputs, uint64_t outputs) {
-  TORCH_BOX (&weight_gradient)(stack, inputs, outputs);
+// For tensors of every device: tests call them with the CPU's.
+STABLE_TORCH_LIBRARY_IMPL(nflows_kconv_native, CompositeExplicitAutograd, library) {
+  library.impl("conv_cuda", TORCH_BOX(&conv));
+  library.impl("solve_cuda", TORCH_BOX(&solve));
+  library.impl("weight_gradient_cuda", TORCH_BOX(&weight_gradient));
 }
 
 // Forgets all plans; called before the first one is made, and by tests.

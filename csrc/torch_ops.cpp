@@ -5,10 +5,10 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include <array>
 #include <new>
 #include <optional>
 #include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "cpu/problem.h"
@@ -28,23 +28,43 @@ kconv::Strides strides(const Tensor& tensor) {
   return {tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)};
 }
 
+struct Operands {
+  Tensor input, weight;
+  std::optional<Tensor> bias, log_diagonal;
+};
+
 template <typename T>
-void run(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-         const std::vector<int64_t>& corners, bool transpose, bool solve, Tensor& output) {
-  const kconv::Problem<T> problem{static_cast<const T*>(input.const_data_ptr()),
+const T* data(const Tensor& tensor) {
+  // Freed under the tensor, as sharding libraries do.
+  STD_TORCH_CHECK(tensor.const_data_ptr(), "the memory of the tensors must not have been freed");
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+template <typename T>
+const T* data(const std::optional<Tensor>& tensor) {
+  return tensor ? data<T>(*tensor) : nullptr;
+}
+
+template <typename T>
+void run(const Operands& operands, const std::vector<int64_t>& stencils, bool unit_diagonal, bool transpose,
+         bool solve, Tensor& output) {
+  const Tensor &input = operands.input, &weight = operands.weight;
+  const kconv::Problem<T> problem{data<T>(input),
                                   static_cast<T*>(output.mutable_data_ptr()),
-                                  static_cast<const T*>(weight.const_data_ptr()),
-                                  bias ? static_cast<const T*>(bias->const_data_ptr()) : nullptr,
+                                  data<T>(weight),
+                                  data<T>(operands.bias),
+                                  data<T>(operands.log_diagonal),
+                                  unit_diagonal,
                                   strides(input),
                                   strides(output),
                                   input.size(0),
                                   input.size(1),
                                   input.size(2),
                                   input.size(3),
-                                  int64_t(corners.size()),
+                                  int64_t(stencils.size()),
                                   weight.size(2),
                                   weight.size(3),
-                                  corners.data(),
+                                  stencils.data(),
                                   transpose,
                                   solve};
   try {
@@ -62,73 +82,57 @@ Tensor dense(const Tensor& tensor) {
   return kconv::telling("allocate memory", [&] { return torch::stable::contiguous(tensor); });
 }
 
-Tensor compute(const Tensor& input, const Tensor& weight, std::optional<Tensor> bias,
-               const std::vector<int64_t>& corners, bool transpose, bool solve) {
-  const int64_t groups = int64_t(corners.size());
-  STD_TORCH_CHECK(input.dim() == 4 && weight.dim() == 4, "input and weight must have 4 dimensions");
-  STD_TORCH_CHECK(groups > 0 && weight.size(0) == input.size(1) && weight.size(1) * groups == input.size(1) &&
-                      weight.size(2) > 0 && weight.size(3) > 0,
-                  "weight must have shape [C, C/G, kh, kw] for an input of C channels and G corners");
-  STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == input.size(1)),
-                  "bias must have shape [C] for an input of C channels");
-  STD_TORCH_CHECK(input.scalar_type() == weight.scalar_type() && (!bias || bias->scalar_type() == input.scalar_type()),
-                  "input, weight and bias must have one dtype");
-  STD_TORCH_CHECK(input.is_cpu() && weight.is_cpu() && (!bias || bias->is_cpu()),
-                  "input, weight and bias must be on the CPU");
-  for (int64_t corner : corners) STD_TORCH_CHECK(corner >= 0 && corner < 4, "corners must be 0, 1, 2 or 3");
+template <typename Function>
+std::optional<Tensor> mapped(const std::optional<Tensor>& tensor, Function function) {
+  if (!tensor) return std::nullopt;
+  return function(*tensor);
+}
 
-  const ScalarType dtype = input.scalar_type();
+// The arguments are those that nflows_kconv/ops.py has checked.
+Tensor compute(Operands operands, const std::vector<int64_t>& stencils, bool unit_diagonal, bool transpose,
+               bool solve) {
+  const ScalarType dtype = operands.input.scalar_type();
   if (dtype == ScalarType::Half || dtype == ScalarType::BFloat16) {
-    constexpr ScalarType computed = ScalarType::Float;
-    if (bias) bias = to(*bias, computed);
-    return to(compute(to(input, computed), to(weight, computed), bias, corners, transpose, solve), dtype);
+    const auto wide = [](const Tensor& tensor) { return to(tensor, ScalarType::Float); };
+    const Operands computed{wide(operands.input), wide(operands.weight), mapped(operands.bias, wide),
+                            mapped(operands.log_diagonal, wide)};
+    return to(compute(computed, stencils, unit_diagonal, transpose, solve), dtype);
   }
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double,
-                  "dtype must be a floating point of 16 to 64 bits");
-
-  Tensor output = kconv::telling("allocate memory", [&] { return torch::stable::empty_like(input); });
-  if (input.numel() == 0) return output;
-  // Freed under the tensor, as sharding libraries do. The conversions above would already have crashed, as all of
-  // torch.
-  STD_TORCH_CHECK(input.const_data_ptr() && weight.const_data_ptr() && (!bias || bias->const_data_ptr()),
-                  "the memory of the tensors must not have been freed");
-  const Tensor dense_weight = dense(weight);
-  if (bias) bias = dense(*bias);
+  Tensor output = kconv::telling("allocate memory", [&] { return torch::stable::empty_like(operands.input); });
+  if (operands.input.numel() == 0) return output;
+  operands.weight = dense(operands.weight);
+  operands.bias = mapped(operands.bias, dense);
+  operands.log_diagonal = mapped(operands.log_diagonal, dense);
   if (dtype == ScalarType::Float)
-    run<float>(input, dense_weight, bias, corners, transpose, solve, output);
+    run<float>(operands, stencils, unit_diagonal, transpose, solve, output);
   else
-    run<double>(input, dense_weight, bias, corners, transpose, solve, output);
+    run<double>(operands, stencils, unit_diagonal, transpose, solve, output);
   return output;
 }
 
-// Bytes of a group's weights that stay in a second-level cache. Every position reads them all, so that beyond this size
-// F.conv2d, which holds several positions in registers, is the faster forward.
-constexpr int64_t kCachedWeights = 1 << 20;
-
-Tensor conv(const Tensor& input, const Tensor& weight, std::optional<Tensor> bias, std::vector<int64_t> corners,
-            bool transpose) {
-  const int64_t weights = corners.empty() ? 0 : weight.numel() / int64_t(corners.size());
-  if (weights * int64_t(weight.element_size()) <= kCachedWeights) {
-    return compute(input, weight, bias, corners, transpose, false);
-  }
-  std::array<StableIValue, 5> stack{torch::stable::detail::from(input), torch::stable::detail::from(weight),
-                                    torch::stable::detail::from(bias), torch::stable::detail::from(corners),
-                                    torch::stable::detail::from(transpose)};
-  kconv::check_torch(torch_call_dispatcher("nflows_kconv::conv_reference", "", stack.data(), TORCH_ABI_VERSION),
-                     "run the reference implementation");
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
-Tensor solve(const Tensor& input, const Tensor& weight, std::optional<Tensor> bias, std::vector<int64_t> corners,
-             bool transpose) {
-  return compute(input, weight, bias, corners, transpose, true);
+template <bool kSolve>
+Tensor run_operator(const Tensor& input, const Tensor& weight, std::optional<Tensor> bias,
+                    std::optional<Tensor> log_diagonal, std::vector<int64_t> stencils, bool unit_diagonal,
+                    bool transpose) {
+  return compute({input, weight, bias, log_diagonal}, stencils, unit_diagonal, transpose, kSolve);
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(nflows_kconv, CPU, library) {
-  library.impl("conv", TORCH_BOX(&conv));
-  library.impl("solve", TORCH_BOX(&solve));
+// Beside these stand the operators of the CUDA launcher, in cuda_launcher.cpp.
+STABLE_TORCH_LIBRARY(nflows_kconv_native, library) {
+  for (const char* operation : {"conv", "solve"}) {
+    const std::string name = operation;
+    library.def((name + "(Tensor input, Tensor weight, Tensor? bias, Tensor? log_diagonal, int[] stencils, "
+                        "bool unit_diagonal, bool transpose) -> Tensor").c_str());
+    library.def((name + "_cuda(Tensor input, Tensor weight, Tensor? bias, int[] corners, bool transpose) -> Tensor").c_str());
+  }
+  library.def("weight_gradient_cuda(Tensor input, Tensor grad, int[] corners, int[] kernel_size) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(nflows_kconv_native, CPU, library) {
+  library.impl("conv", TORCH_BOX(&run_operator<false>));
+  library.impl("solve", TORCH_BOX(&run_operator<true>));
 }
 
 // Which instruction set is in use, and how tests and benchmarks select one.

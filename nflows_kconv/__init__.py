@@ -3,9 +3,18 @@
 from importlib.metadata import version
 
 from nflows_kconv import functional
-from nflows_kconv.backends import available_backends
-from nflows_kconv.layer import InvertibleConv2d
+from nflows_kconv.backends import available_backends, use_backend
+from nflows_kconv.layer import InvertibleConv1d, InvertibleConv2d, InvertibleConv3d
 from nflows_kconv.precompile import warmup
 
-__all__ = ["InvertibleConv2d", "__version__", "available_backends", "functional", "warmup"]
+__all__ = [
+    "InvertibleConv1d",
+    "InvertibleConv2d",
+    "InvertibleConv3d",
+    "__version__",
+    "available_backends",
+    "functional",
+    "use_backend",
+    "warmup",
+]
 __version__ = version("nflows-kconv")

@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from nflows_kconv.backends import available_backends, selected_backends
-from nflows_kconv.cuda import cache
+from nflows_kconv.backends.cuda import cache
 
 
 def _version(distribution: str) -> str:

@@ -26,17 +26,17 @@ def off_diagonal_norm(relative: Tensor, groups: int) -> Tensor:
     """The bound r on ||N||_2 in each group, [G], in float32 at least.
 
     Args:
-        relative: The weight of N, [C, C/G, kh, kw], zero on and above the pivot's diagonal.
+        relative: The weight of N, [C, C/G, ...], zero where it is masked and on the pivot's diagonal.
         groups: G.
     """
     dtype = torch.promote_types(relative.dtype, torch.float32)
     with torch.autocast(relative.device.type, enabled=False):
-        taps = relative.to(dtype).unflatten(0, (groups, -1)).permute(0, 3, 4, 1, 2)
-        return _spectral_norm(taps).sum((1, 2))
+        taps = relative.to(dtype).unflatten(0, (groups, -1)).flatten(3).permute(0, 3, 1, 2)
+        return _spectral_norm(taps).sum(1)
 
 
 def scale(relative: Tensor, groups: int, max_inverse_gain: float) -> Tensor:
-    """The factor, [C, 1, 1, 1], that N needs to have r <= 1 - 1/max_inverse_gain; 1 where it needs none.
+    """The factor, [C, 1, ...], that N needs to have r <= 1 - 1/max_inverse_gain; 1 where it needs none.
 
     Args:
         relative: See `off_diagonal_norm`.
@@ -45,7 +45,8 @@ def scale(relative: Tensor, groups: int, max_inverse_gain: float) -> Tensor:
     """
     excess = off_diagonal_norm(relative, groups) / (1 - 1 / max_inverse_gain)
     factor = excess.clamp_min(1).reciprocal()
-    return factor.repeat_interleave(len(relative) // groups)[:, None, None, None].to(relative.dtype)
+    factors = factor.repeat_interleave(len(relative) // groups).to(relative.dtype)
+    return factors.view(-1, *[1] * (relative.dim() - 1))
 
 
 def _spectral_norm(matrices: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from numbers import Integral, Real
 
 import torch
@@ -22,6 +23,20 @@ def positive(name: str, value: int) -> int:
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
     return int(value)
+
+
+def per_axis(name: str, value: int | Sequence[int], dimensions: int) -> tuple[int, ...]:
+    """An int for each axis, of one for all or one for each.
+
+    Raises:
+        TypeError: If it is, or has, no integer.
+        ValueError: If there is not one for each axis, or one below 1.
+    """
+    several = isinstance(value, Sequence) and not isinstance(value, str)
+    values = tuple(value) if isinstance(value, Sequence) and several else (value,) * dimensions
+    if len(values) != dimensions:
+        raise ValueError(f"{name} must be an integer or one for each of {dimensions} axes, got {value!r}")
+    return tuple(positive(name, each) for each in values)
 
 
 def is_under_torch_func() -> bool:

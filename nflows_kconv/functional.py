@@ -1,33 +1,46 @@
-"""The layer as functions of tensors: a convolution with a triangular Jacobian, its inverse and its log-determinant.
+"""The layer as functions of tensors: convolutions with a triangular Jacobian, their inverses and log-determinants.
 
-The one place where arguments are checked. See `geometry` for corners and pivots, and `reference` for the formula.
+The one place where arguments are checked. See `stencil` for corners, sides and pivots, and `ops` for the formula.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from nflows_kconv import checks, geometry, ops
+from nflows_kconv import checks, ops, stencil
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_AXES = {1: ("L",), 2: ("H", "W"), 3: ("D", "H", "W")}
+_KERNEL_AXES = {1: ("k",), 2: ("kh", "kw"), 3: ("kd", "kh", "kw")}
 
 
-def conv2d(input: Tensor, weight: Tensor, corners: str | Sequence[str], bias: Tensor | None = None) -> Tensor:
-    """Convolves each channel group with its kernel, padded towards the group's corner.
+def conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    corners: str | Sequence[str],
+    dilation: int | Sequence[int] = 1,
+) -> Tensor:
+    """Convolves each channel group with its kernel, padded so that it reads what its corner or side says.
 
-    For each group g: y_g = F.conv2d(F.pad(x_g, padding of the corner), weight_g) + bias_g, where the pivot's entries
-    with c_in > c_out count as zero. FInC Flow (Kallappa, Nagar, Varma 2023, arXiv 2301.09266), section 3.
+    For each group g: y_g = F.conv2d(F.pad(x_g, padding of the stencil), weight_g, bias_g, dilation=dilation), where
+    masked entries count as zero: those of the pivot with c_in > c_out, and for sides the taps after the pivot in its
+    own row (see `InvertibleConv2d`). FInC Flow (Kallappa, Nagar, Varma 2023, arXiv 2301.09266), section 3.
     Differentiable any number of times in input, weight and bias.
 
     Args:
         input: x, [B, C, H, W], any strides; float32, float64, float16 or bfloat16. B, H and W may be 0.
         weight: [C, C/G, kh, kw] as `torch.nn.functional.conv2d` takes it with G groups, in the dtype of the input.
-        corners: One of "TL", "TR", "BL", "BR" for each of the G groups, or a single one.
         bias: [C], added to each channel.
+        corners: What each of the G groups reads, or a single name: "TL", "TR", "BL", "BR", "T", "B", "L" or "R".
+        dilation: Pixels from one tap to the next, one number or one for each axis.
 
     Returns:
         y, [B, C, H, W], in the dtype and memory format of the input. Half precision accumulates in float32 and rounds
@@ -35,14 +48,20 @@ def conv2d(input: Tensor, weight: Tensor, corners: str | Sequence[str], bias: Te
 
     Raises:
         TypeError: If an argument is no dense floating-point tensor, or the dtypes differ.
-        ValueError: If shapes, devices or corners do not fit.
+        ValueError: If shapes, devices, names or dilation do not fit.
     """
-    groups = _check_arguments(input, weight, corners, bias)
-    return ops.call(ops.conv, input, weight, bias, groups)
+    return _from_tensors(ops.conv, 2, input, weight, bias, corners, dilation)
 
 
-def conv2d_inverse(input: Tensor, weight: Tensor, corners: str | Sequence[str], bias: Tensor | None = None) -> Tensor:
-    """The exact inverse of `conv2d`: the x with conv2d(x, weight, corners, bias) = input.
+def conv2d_inverse(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    corners: str | Sequence[str],
+    dilation: int | Sequence[int] = 1,
+) -> Tensor:
+    """The exact inverse of `conv2d`: the x with conv2d(x, weight, bias, ...) = input.
 
     Back-substitution pixel by pixel, in O(H W C^2/G kh kw) operations an image. Differentiable any number of times in
     input, weight and bias (Inverse-Flow, Nagar, Varma 2025, arXiv 2410.14634): with g = dL/dx and u = A^-T g,
@@ -51,8 +70,9 @@ def conv2d_inverse(input: Tensor, weight: Tensor, corners: str | Sequence[str], 
     Args:
         input: y, [B, C, H, W], as in `conv2d`.
         weight: [C, C/G, kh, kw], as in `conv2d`.
-        corners: As in `conv2d`.
         bias: [C], subtracted before the solution.
+        corners: As in `conv2d`.
+        dilation: As in `conv2d`.
 
     Returns:
         x, [B, C, H, W], in the dtype and memory format of the input.
@@ -62,74 +82,220 @@ def conv2d_inverse(input: Tensor, weight: Tensor, corners: str | Sequence[str], 
         ValueError: As in `conv2d`; and, on the CPU, if an entry of the pivot's diagonal or its reciprocal is zero or
             not finite. Elsewhere that look would wait for the device: infinities and NaNs come out.
     """
-    groups = _check_arguments(input, weight, corners, bias)
-    return ops.call(ops.solve, input, weight, bias, groups)
+    return _from_tensors(ops.solve, 2, input, weight, bias, corners, dilation)
 
 
-def log_abs_det(weight: Tensor, corners: str | Sequence[str], height: int, width: int) -> Tensor:
-    """The log-determinant of `conv2d`'s Jacobian for one image: H W sum_o log |W[o, o, pivot]|.
+def conv1d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    corners: str | Sequence[str],
+    dilation: int | Sequence[int] = 1,
+) -> Tensor:
+    """`conv2d` in one dimension: [B, C, L] and [C, C/G, k]; corners are "L" (reads to the left) and "R"."""
+    return _from_tensors(ops.conv, 1, input, weight, bias, corners, dilation)
+
+
+def conv1d_inverse(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    corners: str | Sequence[str],
+    dilation: int | Sequence[int] = 1,
+) -> Tensor:
+    """The exact inverse of `conv1d`; see `conv2d_inverse`."""
+    return _from_tensors(ops.solve, 1, input, weight, bias, corners, dilation)
+
+
+def conv3d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    corners: str | Sequence[str],
+    dilation: int | Sequence[int] = 1,
+) -> Tensor:
+    """`conv2d` in three dimensions: [B, C, D, H, W] and [C, C/G, kd, kh, kw]; corners are "NTL" to "FBR".
+
+    Their first letter is that of the first axis: N (near) reads planes of smaller index, F (far) of larger.
+    """
+    return _from_tensors(ops.conv, 3, input, weight, bias, corners, dilation)
+
+
+def conv3d_inverse(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    corners: str | Sequence[str],
+    dilation: int | Sequence[int] = 1,
+) -> Tensor:
+    """The exact inverse of `conv3d`; see `conv2d_inverse`."""
+    return _from_tensors(ops.solve, 3, input, weight, bias, corners, dilation)
+
+
+def log_abs_det(weight: Tensor, *, corners: str | Sequence[str], size: Sequence[int]) -> Tensor:
+    """The log-determinant of a convolution's Jacobian for one image: (number of pixels) sum_o log |W[o, o, pivot]|.
 
     Args:
-        weight: [C, C/G, kh, kw], as in `conv2d`.
-        corners: As in `conv2d`.
-        height: H, rows of the image.
-        width: W, columns of the image.
+        weight: [C, C/G, k], [C, C/G, kh, kw] or [C, C/G, kd, kh, kw], as in `conv1d`, `conv2d` or `conv3d`.
+        corners: As there.
+        size: Of the image: (L,), (H, W) or (D, H, W).
 
     Returns:
         A scalar in the weight's dtype, float32 at least.
 
     Raises:
-        TypeError: If the weight is no dense floating-point tensor, or the height or the width no integer.
-        ValueError: If the weight's shape, the corners, the height or the width do not fit, or (checked on the CPU
-            alone) an entry of the pivot's diagonal or its reciprocal is zero or not finite.
+        TypeError: If the weight is no dense floating-point tensor, or a size no integer.
+        ValueError: If the weight's shape, the names or the size do not fit, or (checked on the CPU alone) an entry of
+            the pivot's diagonal or its reciprocal is zero or not finite.
     """
-    groups = _check_weight(weight, corners)
-    height, width = _integer("height", height), _integer("width", width)
-    if height < 0 or width < 0:
-        raise ValueError(f"height and width must not be negative, got {height} and {width}")
-    if height * width >= 2**63:
-        raise ValueError(f"an image must have fewer than 2**63 pixels, got {height} x {width}")
-    diagonal = geometry.pivot_diagonal(weight, groups)
+    _check_tensor("weight", weight)
+    dimensions = weight.dim() - 2
+    if dimensions not in _AXES:
+        raise ValueError(f"weight must have 3, 4 or 5 dimensions, [C, C/G, ...], got shape {tuple(weight.shape)}")
+    stencils = stencil.parse(corners, dimensions)
+    _check_weight(weight, stencils, dimensions)
+    if not isinstance(size, Sequence) or isinstance(size, str) or len(size) != dimensions:
+        raise ValueError(f"size must be ({', '.join(_AXES[dimensions])}) for this weight, got {size!r}")
+    sizes = [_integer("size", side) for side in size]
+    if any(side < 0 for side in sizes):
+        raise ValueError(f"size must not be negative, got {tuple(sizes)}")
+    pixels = math.prod(sizes)
+    if pixels >= 2**63:
+        raise ValueError(f"an image must have fewer than 2**63 pixels, got {tuple(sizes)}")
+    diagonal = stencil.pivot_diagonal(weight, stencils)
     check_diagonal(diagonal)
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    return height * width * diagonal.to(dtype).abs().log().sum()
+    return pixels * diagonal.to(dtype).abs().log().sum()
+
+
+def run(
+    operator: Callable[..., Tensor],
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    log_diagonal: Tensor | None,
+    stencils: Sequence[int],
+    unit_diagonal: bool,
+    dilation: Sequence[int],
+) -> Tensor:
+    """`ops.conv` or `ops.solve` for images of one to three dimensions, with the checks of `conv2d`.
+
+    Args:
+        operator: `ops.conv` or `ops.solve`.
+        input: [B, C, ...].
+        weight: [C, C/G, ...].
+        bias: [C], or None.
+        log_diagonal: The log of the pivot's diagonal, [C], or None.
+        stencils: One a group, from `stencil.parse`.
+        unit_diagonal: Whether the pivot's diagonal is 1.
+        dilation: One number for each axis.
+    """
+    dimensions = len(dilation)
+    _check_arguments(input, weight, bias, log_diagonal, stencils, dimensions)
+    if dimensions == 1:  # a row of an image
+        rows = _over_phases(operator, input[:, :, None], weight[:, :, None], bias, log_diagonal, stencils, unit_diagonal, (1, *dilation))
+        return rows[:, :, 0]
+    return _over_phases(operator, input, weight, bias, log_diagonal, stencils, unit_diagonal, dilation)
 
 
 def check_diagonal(diagonal: Tensor) -> None:
-    """Raises a ValueError unless the diagonal has an inverse, see `geometry`, where its values are at hand."""
+    """Raises a ValueError unless the diagonal has an inverse, see `stencil`, where its values are at hand."""
     if checks.values_are_at_hand(diagonal):
-        geometry.check_diagonal(diagonal)
+        stencil.check_diagonal(diagonal)
+
+
+def parse_dilation(dilation: int | Sequence[int], dimensions: int) -> tuple[int, ...]:
+    """One number for each axis.
+
+    Raises:
+        TypeError: If it is neither an integer nor a sequence of integers.
+        ValueError: If one of them is below 1, or there is not one for each axis.
+    """
+    if type(dilation) is int and dilation == 1:
+        return (1,) * dimensions
+    return checks.per_axis("dilation", dilation, dimensions)
+
+
+def _from_tensors(
+    operator: Callable[..., Tensor],
+    dimensions: int,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    corners: str | Sequence[str],
+    dilation: int | Sequence[int],
+) -> Tensor:
+    stencils, steps = stencil.parse(corners, dimensions), parse_dilation(dilation, dimensions)
+    return run(operator, input, weight, bias, None, stencils, False, steps)
+
+
+def _over_phases(operator: Callable[..., Tensor], input: Tensor, *arguments: Any) -> Tensor:
+    """A dilated operator: every d-th pixel is an image of its own (polyphase), with an operator that is not dilated.
+
+    One axis after the other. The first `rest` phases of n pixels have one more than the others, so that images of equal
+    size are computed together and none is padded: a side reads both ways, and would read what it made of the padding.
+    """
+    *others, dilation = arguments
+    axis = next((axis for axis, step in enumerate(dilation) if step > 1), None)
+    if axis is None:
+        return ops.call(operator, input, *others)
+    step, dim = dilation[axis], axis + 2
+    dilation = [1 if other == axis else each for other, each in enumerate(dilation)]
+
+    def of_phases(phases: Tensor) -> Tensor:  # [B, C, ..., pixels, phases]
+        count = phases.shape[-1]
+        images = phases.movedim(-1, 0).flatten(0, 1).movedim(-1, dim)
+        return _over_phases(operator, images, *others, dilation).movedim(dim, -1).unflatten(0, (count, -1)).movedim(0, -1)
+
+    pixels = input.movedim(dim, -1)
+    each, rest = divmod(pixels.shape[-1], step)
+    whole = pixels[..., : each * step].unflatten(-1, (each, step))
+    if rest == 0:
+        return of_phases(whole).flatten(-2).movedim(-1, dim)
+    longer = of_phases(torch.cat([whole[..., :rest], pixels[..., None, each * step :]], -2))
+    whole = torch.cat([longer[..., :each, :], of_phases(whole[..., rest:])], -1)
+    return torch.cat([whole.flatten(-2), longer[..., each, :]], -1).movedim(-1, dim)
 
 
 # These run at every call, so that a tensor's shape, which costs as much as the rest of a check, is asked for once.
-def _check_arguments(input: Tensor, weight: Tensor, corners: str | Sequence[str], bias: Tensor | None) -> list[int]:
+def _check_arguments(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    log_diagonal: Tensor | None,
+    stencils: Sequence[int],
+    dimensions: int,
+) -> None:
     _check_tensor("input", input)
-    groups = _check_weight(weight, corners)
+    _check_tensor("weight", weight)
+    _check_weight(weight, stencils, dimensions)
     shape, channels = input.shape, weight.size(0)
-    if len(shape) != 4:
-        raise ValueError(f"input must have the 4 dimensions [B, C, H, W], got shape {tuple(shape)}")
+    if len(shape) != dimensions + 2:
+        axes = ", ".join(("B", "C", *_AXES[dimensions]))
+        raise ValueError(f"input must have the {dimensions + 2} dimensions [{axes}], got shape {tuple(shape)}")
     if shape[1] != channels:
         raise ValueError(f"input must have the weight's {channels} channels, got {shape[1]} in shape {tuple(shape)}")
     _check_match("weight", weight, input)
-    if bias is not None:
-        _check_tensor("bias", bias)
-        if bias.shape != (channels,):
-            raise ValueError(f"bias must have shape ({channels},), got {tuple(bias.shape)}")
-        _check_match("bias", bias, input)
-    return groups
+    for name, vector in (("bias", bias), ("log_diagonal", log_diagonal)):
+        if vector is not None:
+            _check_tensor(name, vector)
+            if vector.shape != (channels,):
+                raise ValueError(f"{name} must have shape ({channels},), got {tuple(vector.shape)}")
+            _check_match(name, vector, input)
 
 
-def _check_weight(weight: Tensor, corners: str | Sequence[str]) -> list[int]:
-    _check_tensor("weight", weight)
-    groups = geometry.parse_corners(corners)
+def _check_weight(weight: Tensor, stencils: Sequence[int], dimensions: int) -> None:
     shape = weight.shape
-    if len(shape) != 4 or 0 in shape:
+    if len(shape) != dimensions + 2 or 0 in shape or shape[0] != shape[1] * len(stencils):
+        axes = ", ".join(("C", "C/G", *_KERNEL_AXES[dimensions]))
         raise ValueError(
-            f"weight must have the 4 dimensions [C, C/G, kh, kw], none of them 0, got shape {tuple(shape)}"
+            f"weight must have shape [{axes}], none of it 0, with G = {len(stencils)} for the corners, "
+            f"got {tuple(shape)}"
         )
-    if shape[0] != shape[1] * len(groups):
-        raise ValueError(f"weight must have shape [C, C/G, kh, kw] with G = {len(groups)} corners, got {tuple(shape)}")
-    return groups
 
 
 def _check_tensor(name: str, tensor: Tensor) -> None:

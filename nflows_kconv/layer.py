@@ -6,60 +6,23 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from numbers import Real
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from nflows_kconv import bound, checks, functional, geometry
+from nflows_kconv import bound, checks, functional, ops, stencil
 from nflows_kconv.invertible import InvertibleModule
 
 
-class InvertibleConv2d(InvertibleModule):
-    """An invertible k x k convolution with an exact inverse and an exact log-determinant.
-
-    Each of the G channel groups is padded towards one corner of the image and convolved; only the upper triangle of the
-    *pivot*, the tap that reads the pixel itself, is masked. In raster order the Jacobian is triangular, so that
-
-        log |det dy/dx| = H W sum_o log |W[o, o, pivot]|
-
-    and the inverse is a back-substitution. FInC Flow (Kallappa, Nagar, Varma 2023, arXiv 2301.09266), section 3;
-    gradients through the inverse as in Inverse-Flow (Nagar, Varma 2025, arXiv 2410.14634).
-
-    The weight is computed from the parameters at each use: `raw_weight` where the weight is free, zero where it is
-    masked, and the diagonal. Whatever happens to the parameters (weight decay, loading, in-place steps), the mask
-    holds. The layer starts close to the identity.
-
-    A state_dict has the parameters alone; its metadata, which `torch.save` keeps, records the corners. Loading takes
-    also a plain `weight` in place of `raw_weight` and `log_diagonal`. What cannot be loaded, such as other corners,
-    other shapes or the version of a later release, leaves the layer as it was.
-
-    Args:
-        num_channels: C, a multiple of the number of corners.
-        kernel_size: k, or (kh, kw); any size from 1 on.
-        corners: One of "TL", "TR", "BL", "BR" for each group of channels, or a single one for one convolution over all
-            channels. Repeats are allowed; all four by default.
-        diagonal: "unit" fixes the pivot's diagonal to 1, as in the paper (log-determinant 0); "learned" makes it
-            exp(log_diagonal), always positive.
-        bias: Whether to add a learned constant to each channel.
-        max_inverse_gain: If given, g > 1, the weights off the diagonal are scaled down, all those of a group by one
-            factor, as far as it takes for ||A^-1||_2 <= g / min_o |W[o, o, pivot]| at every image size. Then also
-            ||A||_2 <= (2 - 1/g) max_o |W[o, o, pivot]|. See docs/numerics.md.
-
-    Attributes:
-        raw_weight: Parameter, [C, C/G, kh, kw].
-        log_diagonal: Parameter, [C], or None.
-        bias: Parameter, [C], or None.
-
-    Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If an argument has a wrong value, or the channels do not divide into the groups.
-    """
+class InvertibleConv(InvertibleModule):
+    """What `InvertibleConv1d`, `InvertibleConv2d` and `InvertibleConv3d` share."""
 
     # Of the state_dict; this class loads its own version and older ones.
     _version = 1
 
+    dimensions: ClassVar[int]
     raw_weight: nn.Parameter
     log_diagonal: nn.Parameter | None
     bias: nn.Parameter | None
@@ -67,33 +30,41 @@ class InvertibleConv2d(InvertibleModule):
     def __init__(
         self,
         num_channels: int,
-        kernel_size: int | tuple[int, int] = 3,
+        kernel_size: int | Sequence[int] = 3,
         *,
-        corners: str | Sequence[str] = geometry.CORNERS,
+        corners: str | Sequence[str] | None = None,
+        dilation: int | Sequence[int] = 1,
         diagonal: Literal["unit", "learned"] = "unit",
         bias: bool = False,
         max_inverse_gain: float | None = None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self._parameters = _Parameters()
-        groups = geometry.parse_corners(corners)
+        corners = stencil.CORNERS[self.dimensions] if corners is None else corners
+        self._stencils = stencil.parse(corners, self.dimensions)
         self.num_channels = num_channels = checks.positive("num_channels", num_channels)
-        self.kernel_size = _pair(kernel_size)
+        self.kernel_size = checks.per_axis("kernel_size", kernel_size, self.dimensions)
         self.corners = (corners,) if isinstance(corners, str) else tuple(corners)
-        if num_channels % len(groups):
+        self.dilation = functional.parse_dilation(dilation, self.dimensions)
+        if num_channels % len(self.corners):
             raise ValueError(
                 f"num_channels must be a multiple of the number of corners, got {num_channels} channels "
-                f"and the {len(groups)} corners {self.corners}"
+                f"and the {len(self.corners)} corners {self.corners}"
             )
         if diagonal not in ("unit", "learned"):
             raise ValueError(f'diagonal must be "unit" or "learned", got {diagonal!r}')
+        if dtype is not None and dtype not in functional.DTYPES:
+            raise TypeError(f"dtype must be one of {functional.DTYPES}, got {dtype}")
         self.diagonal = diagonal
         self.max_inverse_gain = None if max_inverse_gain is None else _check_gain(max_inverse_gain)
 
-        self.raw_weight = nn.Parameter(torch.empty(num_channels, num_channels // len(groups), *self.kernel_size))
-        self.log_diagonal = nn.Parameter(torch.empty(num_channels)) if diagonal == "learned" else None
-        self.bias = nn.Parameter(torch.empty(num_channels)) if bias else None
-        self._masks: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+        like: dict[str, Any] = {"device": device, "dtype": dtype}
+        per_group = num_channels // len(self.corners)
+        self.raw_weight = nn.Parameter(torch.empty(num_channels, per_group, *self.kernel_size, **like))
+        self.log_diagonal = nn.Parameter(torch.empty(num_channels, **like)) if diagonal == "learned" else None
+        self.bias = nn.Parameter(torch.empty(num_channels, **like)) if bias else None
         self.register_state_dict_post_hook(_record_options)
         self.reset_parameters()
 
@@ -102,33 +73,35 @@ class InvertibleConv2d(InvertibleModule):
         fan_in = self.raw_weight[0].numel()
         nn.init.normal_(self.raw_weight, std=0.05 / fan_in**0.5)
         with torch.no_grad():
-            self.raw_weight.masked_fill_(~self._masks_for(self.raw_weight)[0], 0)
+            self.raw_weight.masked_fill_(_ignored(self.raw_weight, self._stencils), 0)
         for parameter in (self.log_diagonal, self.bias):
             if parameter is not None:
                 nn.init.zeros_(parameter)
 
-    def _masks_for(self, raw_weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Where the weight is free, and a weight that is 1 on the pivot's diagonal, 0 elsewhere.
+    def convolve(self, input: Tensor) -> Tensor:
+        """y = A x + b alone, whichever direction the library calls forward. No hooks run.
 
-        They follow from the shape, so they are no buffers, which `to_empty` would leave without values.
+        Args:
+            input: x, [B, C, ...], in the dtype of the parameters.
+
+        Raises:
+            TypeError: See `functional.conv2d`.
+            ValueError: See there; and, on the CPU, if exp(log_diagonal) is zero or not finite.
         """
-        key = raw_weight.device, raw_weight.dtype
-        masks = self._masks.get(key)
-        # A compiler would take the sizes of kept masks for dynamic ones; with fake tensors they cannot be mixed.
-        if masks is not None and checks.is_plain(raw_weight):
-            return masks
-        shape, groups = raw_weight.shape, geometry.parse_corners(self.corners)
-        with torch.inference_mode(False):  # autograd could not save the tensors of that mode later
-            on_diagonal = geometry.diagonal_entries(shape, groups, raw_weight.device)
-            free = ~(geometry.masked_entries(shape, groups, raw_weight.device) | on_diagonal)
-            masks = free, on_diagonal.to(raw_weight.dtype)
-        if checks.is_plain(free):
-            self._masks[key] = masks
-        return masks
+        self._check_diagonal()
+        return self._run(ops.conv, input)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """What a copy and a file take: not the masks, which `torch.load` might put on another device."""
-        return {**self.__dict__, "_masks": {}}
+    def solve(self, input: Tensor) -> Tensor:
+        """x = A^-1 (y - b) alone, whichever direction the library calls forward. No hooks run.
+
+        Args:
+            input: y, [B, C, ...], in the dtype of the parameters.
+
+        Raises:
+            TypeError: See `functional.conv2d_inverse`.
+            ValueError: See there.
+        """
+        return self._run(ops.solve, input)
 
     @property
     def weight(self) -> Tensor:
@@ -157,11 +130,11 @@ class InvertibleConv2d(InvertibleModule):
             raise TypeError(f"weight must be a tensor of floating-point numbers, got {kind}")
         value = value.detach()
         parameters = self._to_parameters(value)
-        masked = geometry.masked_entries(value.shape, geometry.parse_corners(self.corners), value.device)
-        if value[masked].any():
+        masked = value[stencil.masked_entries(value.shape, self._stencils, value.device)]
+        if masked.any():
             raise ValueError(
-                "weight must be zero above the pivot's diagonal, "
-                f"got {int(value[masked].count_nonzero())} entries other than zero there"
+                "weight must be zero where it is masked, above the pivot's diagonal and at the taps after the pivot of a "
+                f"side, got {int(masked.count_nonzero())} entries other than zero there"
             )
         for name in parameters:
             if not isinstance(self._parameters.get(name), nn.Parameter):
@@ -180,29 +153,38 @@ class InvertibleConv2d(InvertibleModule):
             super().register_parameter(name, param)
 
     def _weight(self) -> Tensor:
-        free: Tensor = self.raw_weight
-        is_free, fixed = self._masks_for(free)
-        if self.log_diagonal is not None:
-            fixed = fixed * self.log_diagonal.exp()[:, None, None, None]
+        weight, log_diagonal = self.raw_weight, self.log_diagonal
         if self.max_inverse_gain is not None:
-            dtype = torch.promote_types(free.dtype, torch.float32)  # so that half precision rounds once
-            relative = torch.where(is_free, free, 0).to(dtype)
-            if self.log_diagonal is not None:
-                relative = relative * self.log_diagonal.to(dtype).neg().exp()[:, None, None, None]
-            scale = bound.scale(relative, len(self.corners), self.max_inverse_gain)
-            free = (free * scale).to(free.dtype)
-        return torch.where(is_free, free, fixed)
+            weight = self._bounded(weight, log_diagonal)
+        return stencil.effective(weight, self._stencils, log_diagonal, log_diagonal is None)
+
+    def _bounded(self, raw_weight: Tensor, log_diagonal: Tensor | None) -> Tensor:
+        """The raw weight, scaled so that `max_inverse_gain` holds."""
+        dtype = torch.promote_types(raw_weight.dtype, torch.float32)  # so that half precision rounds once
+        relative = raw_weight.to(dtype).masked_fill(_ignored(raw_weight, self._stencils), 0)
+        if log_diagonal is not None:
+            relative = relative * _on_weight(log_diagonal.to(dtype).neg().exp(), relative)
+        scale = bound.scale(relative, len(self._stencils), self.max_inverse_gain)
+        return (raw_weight * scale).to(raw_weight.dtype)
+
+    def _run(self, operator: Any, input: Tensor) -> Tensor:
+        weight, log_diagonal = self.raw_weight, self.log_diagonal
+        if self.max_inverse_gain is not None:
+            weight = self._bounded(weight, log_diagonal)
+        return functional.run(
+            operator, input, weight, self.bias, log_diagonal, self._stencils, log_diagonal is None, self.dilation
+        )
 
     def forward(self, input: Tensor, context: Any = None, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
         """Convolves, or solves.
 
         Args:
-            input: x, or y if `inverse`, [B, C, H, W], in the dtype of the parameters.
+            input: x, or y if `inverse`, [B, C, ...], in the dtype of the parameters.
             context: Ignored.
             inverse: Whether to solve for x.
 
         Returns:
-            y and log |det dy/dx|, or x and log |det dx/dy|: [B, C, H, W] and [B], in float32 at least.
+            y and log |det dy/dx|, or x and log |det dx/dy|: [B, C, ...] and [B], in float32 at least.
 
         Raises:
             TypeError: See `functional.conv2d` and `functional.conv2d_inverse`.
@@ -211,26 +193,22 @@ class InvertibleConv2d(InvertibleModule):
         return super().forward(input, context, inverse=inverse)
 
     def _run_forward(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
-        self._check_diagonal()
-        output = functional.conv2d(input, self._weight(), self.corners, self.bias)
-        return output, self._log_abs_det(input)
+        return self.convolve(input), self._log_abs_det(input)
 
     def _run_inverse(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
-        self._check_diagonal()
-        output = functional.conv2d_inverse(input, self._weight(), self.corners, self.bias)
-        return output, -self._log_abs_det(input)
+        return self.solve(input), -self._log_abs_det(input)
 
     def _check_diagonal(self) -> None:
         if self.log_diagonal is not None:
             functional.check_diagonal(self.log_diagonal.exp())
 
     def _log_abs_det(self, input: Tensor) -> Tensor:
-        batch, _, height, width = input.shape
+        shape = input.shape
         if self.log_diagonal is None:
             dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-            return torch.zeros(batch, dtype=dtype, device=input.device)
+            return torch.zeros(shape[0], dtype=dtype, device=input.device)
         dtype = torch.promote_types(self.log_diagonal.dtype, torch.float32)
-        return (height * width * self.log_diagonal.to(dtype).sum()).repeat(batch)
+        return (math.prod(shape[2:]) * self.log_diagonal.to(dtype).sum()).repeat(shape[0])
 
     def _load_from_state_dict(
         self,
@@ -263,9 +241,15 @@ class InvertibleConv2d(InvertibleModule):
             raise ValueError(
                 f"the version must be at most {self._version}, got {version} from a later release of nflows-kconv"
             )
-        corners = tuple(metadata.get("corners", self.corners))
-        if corners != self.corners:
-            raise ValueError(f"the corners must be the layer's {self.corners}, got {corners}")
+        # Before there was dilation, the corners alone were recorded.
+        undilated = (1,) * self.dimensions if "corners" in metadata else self.dilation
+        for name, own, default in (
+            ("corners", self.corners, self.corners),
+            ("dilation", self.dilation, undilated),
+        ):
+            saved = tuple(metadata.get(name, default))
+            if saved != own:
+                raise ValueError(f"the {name} must be the layer's {own}, got {saved}")
 
     def _convert_weight(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Makes parameters of a plain weight."""
@@ -281,8 +265,7 @@ class InvertibleConv2d(InvertibleModule):
         """
         if weight.shape != self.raw_weight.shape:
             raise ValueError(f"weight must have shape {tuple(self.raw_weight.shape)}, got {tuple(weight.shape)}")
-        groups = geometry.parse_corners(self.corners)
-        diagonal = geometry.pivot_diagonal(weight, groups)
+        diagonal = stencil.pivot_diagonal(weight, self._stencils)
         right = diagonal > 0 if self.diagonal == "learned" else diagonal == 1
         if not right.all():
             required = "positive" if self.diagonal == "learned" else "1"
@@ -290,12 +273,11 @@ class InvertibleConv2d(InvertibleModule):
                 f"the pivot's diagonal must be {required} for diagonal={self.diagonal!r}, "
                 f"got {diagonal[~right][0].item():g}"
             )
-        on_diagonal = geometry.diagonal_entries(weight.shape, groups, weight.device)
-        free = weight.masked_fill(on_diagonal, 0)
+        free = weight.masked_fill(stencil.diagonal_entries(weight.shape, self._stencils, weight.device), 0)
         if self.max_inverse_gain is not None:
-            masked = geometry.masked_entries(weight.shape, groups, weight.device)
-            relative = free.masked_fill(masked, 0) / diagonal[:, None, None, None]
-            scale = bound.scale(relative, len(groups), self.max_inverse_gain).min().item()
+            masked = stencil.masked_entries(weight.shape, self._stencils, weight.device)
+            relative = free.masked_fill(masked, 0) / _on_weight(diagonal, weight)
+            scale = bound.scale(relative, len(self._stencils), self.max_inverse_gain).min().item()
             if scale < 1 - 1e-5:
                 raise ValueError(
                     f"the weight must keep max_inverse_gain={self.max_inverse_gain:g}, got one whose entries off the "
@@ -319,16 +301,17 @@ class InvertibleConv2d(InvertibleModule):
         raw = state_dict.get(prefix + "raw_weight")
         if raw is None or raw.is_meta or not checks.is_plain(raw):
             return  # there are no zeros to look at
-        own, found = geometry.parse_corners(self.corners), []
-        for group, corner in zip(raw.unflatten(0, (len(own), -1)), own, strict=True):
-            fitting = [each for each in range(len(geometry.CORNERS)) if not _ignored(group, [each]).any()]
+        found = []
+        for group, own in zip(raw.unflatten(0, (len(self.corners), -1)), self.corners, strict=True):
+            names = stencil.STENCILS[self.dimensions].items()
+            fitting = [name for name, code in names if not group[_ignored(group, [code])].any()]
             if not fitting:
                 return
-            found.append(corner if corner in fitting else fitting[0])
-        if found != own:
-            names = tuple(geometry.CORNERS[corner] for corner in found)
+            found.append(own if own in fitting else fitting[0])
+        if tuple(found) != self.corners:
             raise ValueError(
-                f"the corners must be the layer's {self.corners}, got a raw_weight whose zeros are those of {names}"
+                f"the corners must be the layer's {self.corners}, got a raw_weight whose zeros are those of "
+                f"{tuple(found)}"
             )
 
     def _warn_of_differences(self, prefix: str, metadata: dict[str, Any]) -> None:
@@ -341,21 +324,94 @@ class InvertibleConv2d(InvertibleModule):
             )
         if self.raw_weight.is_meta:
             return
-        ignored = int(_ignored(self.raw_weight, geometry.parse_corners(self.corners)).count_nonzero())
+        ignored = int(self.raw_weight[_ignored(self.raw_weight, self._stencils)].count_nonzero())
         if ignored:
             warnings.warn(
-                f"{prefix}raw_weight has {ignored} entries other than zero on or above the pivot's diagonal, which the "
-                "layer ignores",
+                f"{prefix}raw_weight has {ignored} entries other than zero where the layer ignores them: on and above "
+                "the pivot's diagonal, and at masked taps",
                 stacklevel=2,
             )
 
     def extra_repr(self) -> str:
         """The constructor's arguments."""
+        dilation = "" if set(self.dilation) == {1} else f"dilation={self.dilation}, "
         gain = "" if self.max_inverse_gain is None else f", max_inverse_gain={self.max_inverse_gain}"
         return (
-            f"{self.num_channels}, kernel_size={self.kernel_size}, corners={self.corners}, "
+            f"{self.num_channels}, kernel_size={self.kernel_size}, corners={self.corners}, {dilation}"
             f"diagonal={self.diagonal!r}, bias={self.bias is not None}{gain}"
         )
+
+
+class InvertibleConv2d(InvertibleConv):
+    """An invertible k x k convolution with an exact inverse and an exact log-determinant.
+
+    Each of the G channel groups is padded and convolved so that a pixel reads one *corner* of the image (a quarter
+    plane) or one *side* (a half plane). Of a corner only the upper triangle of the *pivot* is masked, the tap that reads
+    the pixel itself; of a side also the taps after the pivot in its own row. The Jacobian is triangular, so that
+
+        log |det dy/dx| = H W sum_o log |W[o, o, pivot]|
+
+    and the inverse is a back-substitution. FInC Flow (Kallappa, Nagar, Varma 2023, arXiv 2301.09266), section 3;
+    gradients through the inverse as in Inverse-Flow (Nagar, Varma 2025, arXiv 2410.14634).
+
+    The weight is computed from the parameters at each use: `raw_weight` where the weight is free, zero where it is
+    masked, and the diagonal. Whatever happens to the parameters (weight decay, loading, in-place steps), the mask
+    holds. The layer starts close to the identity.
+
+    A state_dict has the parameters alone; its metadata, which `torch.save` keeps, records corners and dilation. Loading takes
+    also a plain `weight` in place of `raw_weight` and `log_diagonal`. What cannot be loaded, such as other corners,
+    other shapes or the version of a later release, leaves the layer as it was.
+
+    Args:
+        num_channels: C, a multiple of the number of corners.
+        kernel_size: k, or (kh, kw); any size from 1 on.
+        corners: What each group of channels reads, or a single name for one convolution over all channels; repeats are
+            allowed, all four corners are the default. A corner, "TL", "TR", "BL" or "BR": TL reads the pixels above and
+            to the left, with the pivot as the kernel's last tap. A side, "T", "B", "L" or "R": T reads the rows above
+            and, in its own row, the pixels to the left, with the pivot at (kh - 1, (kw - 1) // 2), as in PixelCNN,
+            Emerging and MaCow; B is T turned by 180 degrees, L is T mirrored at the main diagonal, R is L turned.
+        dilation: Pixels from one tap to the next, one number or one for each axis.
+        diagonal: "unit" fixes the pivot's diagonal to 1, as in the paper (log-determinant 0); "learned" makes it
+            exp(log_diagonal), always positive.
+        bias: Whether to add a learned constant to each channel.
+        max_inverse_gain: If given, g > 1, the weights off the diagonal are scaled down, all those of a group by one
+            factor, as far as it takes for ||A^-1||_2 <= g / min_o |W[o, o, pivot]| at every image size. Then also
+            ||A||_2 <= (2 - 1/g) max_o |W[o, o, pivot]|. See docs/numerics.md.
+        device: Of the parameters.
+        dtype: Of the parameters.
+
+    Attributes:
+        raw_weight: Parameter, [C, C/G, kh, kw].
+        log_diagonal: Parameter, [C], or None.
+        bias: Parameter, [C], or None.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument has a wrong value, or the channels do not divide into the groups.
+    """
+
+    dimensions = 2
+
+
+class InvertibleConv1d(InvertibleConv):
+    """`InvertibleConv2d` in one dimension, of sequences [B, C, L].
+
+    The arguments are those of `InvertibleConv2d`, but each group's corner is "L", which reads what is to the left (the
+    past), or "R"; one of each by default. `raw_weight` is [C, C/G, k].
+    """
+
+    dimensions = 1
+
+
+class InvertibleConv3d(InvertibleConv):
+    """`InvertibleConv2d` in three dimensions, of volumes [B, C, D, H, W].
+
+    The arguments are those of `InvertibleConv2d`, but each group's corner has three letters, "NTL" to "FBR": N (near)
+    reads planes of smaller index along the first axis, F (far) of larger; one of each of the eight by default.
+    `raw_weight` is [C, C/G, kd, kh, kw].
+    """
+
+    dimensions = 3
 
 
 class _ComputedWeight(Tensor):
@@ -402,10 +458,13 @@ class _Parameters(dict[str, Any]):
         super().__delitem__(name) if name in self else self.__missing__(name)
 
 
-def _ignored(raw_weight: Tensor, groups: Sequence[int]) -> Tensor:
-    """What a raw weight has on and above the pivot's diagonal."""
-    shape, device = raw_weight.shape, raw_weight.device
-    return raw_weight[geometry.masked_entries(shape, groups, device) | geometry.diagonal_entries(shape, groups, device)]
+def _ignored(weight: Tensor, stencils: Sequence[int]) -> Tensor:
+    """True where a raw weight is not used: where it is masked, and on the diagonal."""
+    return stencil.masked_entries(weight.shape, stencils, weight.device, diagonal=True)
+
+
+def _on_weight(diagonal: Tensor, weight: Tensor) -> Tensor:
+    return diagonal.view(-1, *[1] * (weight.dim() - 1))
 
 
 def _share_memory(one: Tensor, other: Tensor) -> bool:
@@ -413,7 +472,8 @@ def _share_memory(one: Tensor, other: Tensor) -> bool:
 
 
 def _record_options(layer: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
-    local_metadata.update(corners=layer.corners, max_inverse_gain=layer.max_inverse_gain)
+    options = {"corners": layer.corners, "dilation": layer.dilation, "max_inverse_gain": layer.max_inverse_gain}
+    local_metadata.update(options)
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -426,10 +486,3 @@ def _check_gain(max_inverse_gain: float) -> float:
     if not 1 < max_inverse_gain < math.inf:
         raise ValueError(f"max_inverse_gain must be finite and greater than 1, got {max_inverse_gain}")
     return float(max_inverse_gain)
-
-
-def _pair(kernel_size: int | tuple[int, int]) -> tuple[int, int]:
-    sizes = tuple(kernel_size) if isinstance(kernel_size, Sequence) else (kernel_size, kernel_size)
-    if isinstance(kernel_size, str) or len(sizes) != 2:
-        raise ValueError(f"kernel_size must be an integer or a pair (kh, kw), got {kernel_size!r}")
-    return checks.positive("kernel_size", sizes[0]), checks.positive("kernel_size", sizes[1])

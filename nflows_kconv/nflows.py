@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from nflows_kconv import bijection, checks, flow_state, geometry, image_flow, layer
+from nflows_kconv import bijection, checks, flow_state, image_flow, layer, stencil
 from nflows_kconv.invertible import InvertibleModule
 from nflows_kconv.reversible import cascade
 
@@ -252,7 +252,7 @@ def finc_flow(
     *,
     hidden_channels: int = 512,
     kernel_size: int | tuple[int, int] | None = 3,
-    corners: image_flow.Corners = geometry.CORNERS,
+    corners: image_flow.Corners = stencil.CORNERS[2],
     diagonal: Literal["unit", "learned"] = "unit",
     max_inverse_gain: float | None = None,
     direction: Literal["forward", "inverse"] = "forward",

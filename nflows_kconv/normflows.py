@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nflows_kconv import bijection, checks, flow_state, geometry, image_flow, layer
+from nflows_kconv import bijection, checks, flow_state, image_flow, layer, stencil
 from nflows_kconv.invertible import InvertibleModule
 from nflows_kconv.reversible import cascade
 
@@ -95,7 +95,7 @@ class GlowBlock(flows.GlowBlock):
         net_actnorm: bool = False,
         *,
         kernel_size: int | tuple[int, int] = 3,
-        corners: image_flow.Corners = geometry.CORNERS,
+        corners: image_flow.Corners = stencil.CORNERS[2],
         diagonal: Literal["unit", "learned"] = "unit",
         max_inverse_gain: float | None = None,
     ) -> None:
@@ -364,7 +364,7 @@ def finc_flow(
     *,
     hidden_channels: int = 512,
     kernel_size: int | tuple[int, int] | None = 3,
-    corners: image_flow.Corners = geometry.CORNERS,
+    corners: image_flow.Corners = stencil.CORNERS[2],
     diagonal: Literal["unit", "learned"] = "unit",
     max_inverse_gain: float | None = None,
     direction: Literal["forward", "inverse"] = "forward",

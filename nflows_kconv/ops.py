@@ -1,20 +1,22 @@
-"""The torch operators: schemas, fake tensors, derivatives and vmap; implementations register under them.
+"""The torch operators: schemas, fake tensors, derivatives and vmap; backends run them.
 
-    conv(x, W, b)          y = A x + b             or A^T x + b
-    solve(y, W, b)         x = A^-1 (y - b)        or A^-T (y - b)
-    weight_gradient(x, g)  d<g, A x> / dW          zero at the masked entries
+    conv(x, W, b, l)          y = A x + b             or A^T x + b
+    solve(y, W, b, l)         x = A^-1 (y - b)        or A^-T (y - b)
+    weight_gradient(x, g)     d<g, A x> / dW          zero where the weight is masked
 
-A is the convolution as a matrix; b, a number for each channel, may be None. The derivative of each is made of the
-three, so that derivatives of any order, forward and reverse, need no further kernel. With g the gradient of the output
-(Inverse-Flow, Nagar, Varma 2025, arXiv 2410.14634):
+A is the convolution as a matrix; its weight is W where the stencils leave it free. The diagonal of the pivot is that of
+W, or exp(l) if there is l, a number for each channel, or 1 if `unit_diagonal`. b, a number for each channel, may be
+None. The derivative of each operator is made of the three, so that derivatives of any order, forward and reverse, need
+no further kernel. With g the gradient of the output (Inverse-Flow, Nagar, Varma 2025, arXiv 2410.14634):
 
     y = A x + b         dL/dx = A^T g           dL/dW = weight_gradient(x, g)     dL/db = sum of g over pixels
                         dy = A dx + dA x + db
     x = A^-1 (y - b)    dL/dy = A^-T g =: u     dL/dW = -weight_gradient(x, u)    dL/db = -sum of u
                         dx = A^-1 (dy - dA x - db)
 
-The transposed operators exchange the arguments of weight_gradient. Half precision is computed in float32 and rounded
-once, bias included. Corners are integers here, see `geometry`.
+and dL/dl is exp(l) times the diagonal of dL/dW. The transposed operators exchange the arguments of weight_gradient.
+Half precision is computed in float32 and rounded once, bias included. Images have two or three dimensions; stencils are
+integers here, see `stencil`.
 """
 
 from __future__ import annotations
@@ -27,81 +29,87 @@ import torch
 from torch import Tensor
 from torch._C._functorch import (
     get_single_level_autograd_function_allowed,
-    peek_interpreter_stack,
     set_single_level_autograd_function_allowed,
 )
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 from torch.utils.flop_counter import register_flop_formula
 
-from nflows_kconv import native, reference  # noqa: F401  importing native registers the CPU's kernels
-from nflows_kconv.cuda import operators as cuda_operators
-
-
-def _checked(name: str, implementation: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The implementation behind the checks that the kernels make as well: calls of torch.ops pass no others."""
-    is_gradient = name.endswith("weight_gradient")
-
-    def operator(first: Tensor, second: Tensor, *others: Any) -> Tensor:
-        *biases, corners, last = others  # conv and solve have one, which may be None
-        biases = [bias for bias in biases if bias is not None]
-        for tensor in (first, second, *biases):
-            if tensor.layout != torch.strided or tensor.is_nested or not tensor.is_floating_point():
-                raise ValueError(f"{name} needs dense floating-point tensors, got {tensor.layout} and {tensor.dtype}")
-        shape, groups = first.shape, len(corners)
-        kernel_size = last if is_gradient else second.shape[2:]
-        fits = len(shape) == 4 and groups > 0 and shape[1] % groups == 0 and set(corners) <= {0, 1, 2, 3}
-        if not (fits and len(kernel_size) == 2 and kernel_size[0] > 0 and kernel_size[1] > 0):
-            raise ValueError(
-                f"{name} needs an image [B, C, H, W], one of the corners 0 to 3 for each group of its channels and a "
-                f"kernel of positive size, got {tuple(shape)}, {list(corners)} and {tuple(kernel_size)}"
-            )
-        expected = shape if is_gradient else (shape[1], shape[1] // groups, *kernel_size)
-        _check_operand(name, "second tensor", second, expected, first)
-        for bias in biases:
-            _check_operand(name, "bias", bias, shape[1:2], first)
-        return implementation(first, second, *others)
-
-    return operator
-
-
-def _check_operand(name: str, role: str, operand: Tensor, shape: Sequence[int], first: Tensor) -> None:
-    if operand.shape != shape or (operand.dtype, operand.device) != (first.dtype, first.device):
-        raise ValueError(
-            f"{name} needs a {role} of shape {tuple(shape)}, {first.dtype} and {first.device}, "
-            f"got {tuple(operand.shape)}, {operand.dtype} and {operand.device}"
-        )
+from nflows_kconv import backends, checks, stencil
+from nflows_kconv.backends.registry import Problem
 
 
 _library = torch.library.Library("nflows_kconv", "DEF")
-_REFERENCES: dict[str, Callable[..., Tensor]] = {
-    "conv": reference.conv,
-    "solve": reference.solve,
-    "weight_gradient": reference.weight_gradient,
-}
-# `name_reference` is for the native library, where it has no kernel that can run or none that is the faster one.
-for _suffix in ("", "_reference"):
-    for _name in ("conv", "solve"):
-        _library.define(
-            f"{_name}{_suffix}(Tensor input, Tensor weight, Tensor? bias, int[] corners, bool transpose) -> Tensor"
-        )
-    _library.define(f"weight_gradient{_suffix}(Tensor input, Tensor grad, int[] corners, int[] kernel_size) -> Tensor")
-    for _name, _reference in _REFERENCES.items():
-        _library.impl(f"{_name}{_suffix}", _checked(_name, _reference), "CompositeExplicitAutograd")
-cuda_operators.register(_library, _REFERENCES)
+for _name in ("conv", "solve"):
+    _library.define(
+        f"{_name}(Tensor input, Tensor weight, Tensor? bias, Tensor? log_diagonal, int[] stencils, bool unit_diagonal, "
+        "bool transpose) -> Tensor"
+    )
+_library.define(
+    "weight_gradient(Tensor input, Tensor grad, int[] stencils, int[] kernel_size, bool unit_diagonal) -> Tensor"
+)
 
 conv = torch.ops.nflows_kconv.conv.default
 solve = torch.ops.nflows_kconv.solve.default
 weight_gradient = torch.ops.nflows_kconv.weight_gradient.default
 
 
-def _same_as_input(input: Tensor, weight: Tensor, bias: Tensor | None, corners: list[int], transpose: bool) -> Tensor:
-    return torch.empty_like(input)
+def _problem(name: str, *args: Any) -> Problem:
+    if name == "weight_gradient":
+        input, grad, stencils, kernel_size, unit_diagonal = args
+        return Problem(name, input, grad, stencils, unit_diagonal=unit_diagonal, kernel_size=kernel_size)
+    input, weight, bias, log_diagonal, stencils, unit_diagonal, transpose = args
+    kernel_size = weight.shape[2:]
+    return Problem(name, input, weight, stencils, bias, log_diagonal, unit_diagonal, transpose, kernel_size)
 
 
-def _weight_like(input: Tensor, grad: Tensor, corners: list[int], kernel_size: list[int]) -> Tensor:
-    channels = input.shape[1]
-    return input.new_empty(channels, channels // len(corners), *kernel_size)
+def _check(problem: Problem) -> None:
+    """What `functional` has checked, for calls of torch.ops: backends trust it.
+
+    Raises:
+        ValueError: If the arguments do not fit.
+    """
+    name, first = problem.operation, problem.input
+    others = {"second tensor": problem.other, "bias": problem.bias, "log-diagonal": problem.log_diagonal}
+    operands = {role: tensor for role, tensor in others.items() if tensor is not None}
+    for tensor in (first, *operands.values()):
+        if tensor.layout != torch.strided or tensor.is_nested or not tensor.is_floating_point():
+            raise ValueError(f"{name} needs dense floating-point tensors, got {tensor.layout} and {tensor.dtype}")
+    shape, stencils, kernel_size, dimensions = first.shape, problem.stencils, problem.kernel_size, problem.dimensions
+    known = stencil.STENCILS[dimensions].values() if dimensions in (2, 3) else ()
+    fits = known and len(stencils) > 0 and shape[1] % len(stencils) == 0 and set(stencils) <= set(known)
+    if not (fits and len(kernel_size) == dimensions and all(size > 0 for size in kernel_size)):
+        raise ValueError(
+            f"{name} needs images [B, C, H, W] or [B, C, D, H, W], one of their stencils for each group of channels and "
+            f"a kernel of positive size, got {tuple(shape)}, {list(stencils)} and {tuple(kernel_size)}"
+        )
+    weights = (shape[1], shape[1] // len(stencils), *kernel_size)
+    expected = {"second tensor": shape if name == "weight_gradient" else weights}
+    for role, operand in operands.items():
+        if operand.shape != expected.get(role, shape[1:2]) or (operand.dtype, operand.device) != (
+            first.dtype,
+            first.device,
+        ):
+            raise ValueError(
+                f"{name} needs a {role} of shape {tuple(expected.get(role, shape[1:2]))}, {first.dtype} and "
+                f"{first.device}, got {tuple(operand.shape)}, {operand.dtype} and {operand.device}"
+            )
+
+
+def _checked(name: str, implementation: Callable[[Problem], Tensor]) -> Callable[..., Tensor]:
+    def operator(*args: Any) -> Tensor:
+        problem = _problem(name, *args)
+        _check(problem)
+        return implementation(problem)
+
+    return operator
+
+
+def _fake(problem: Problem) -> Tensor:
+    if problem.operation != "weight_gradient":
+        return torch.empty_like(problem.input)
+    channels = problem.input.shape[1]
+    return problem.input.new_empty(channels, channels // len(problem.stencils), *problem.kernel_size)
 
 
 def _operator_flops(input: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
@@ -109,138 +117,181 @@ def _operator_flops(input: Sequence[int], weight: Sequence[int], *_: Any, **__: 
 
 
 def _weight_gradient_flops(
-    input: Sequence[int], grad: Sequence[int], corners: list[int], kernel_size: list[int], **_: Any
+    input: Sequence[int], grad: Sequence[int], stencils: list[int], kernel_size: list[int], **_: Any
 ) -> int:
-    return 2 * math.prod((*input, input[1] // len(corners), *kernel_size))
+    return 2 * math.prod((*input, input[1] // len(stencils), *kernel_size))
 
 
 def _seen_by_outer_levels(rule: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Makes a function's jvp of a rule that takes the two saved tensors and the tangents of all tensors.
+    """Makes a function's jvp of a rule that takes the saved tensors and the tangents of all tensors.
 
     PyTorch runs a jvp with forward mode off, which would hide its calls from the outer levels of nested torch.func
     transforms. With it on, the saved tensors must shed the tangents of this level, which has no other number than 0.
     """
 
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
-        saved = [forward_ad.unpack_dual(tensor, level=0).primal for tensor in ctx.saved_tensors]
+        saved = [t if t is None else forward_ad.unpack_dual(t, level=0).primal for t in ctx.saved_tensors]
         with forward_ad._set_fwd_grad_enabled(True):
-            return rule(ctx, *saved, *tangents[:-2])
+            return rule(ctx, *saved, *tangents[: ctx.num_tensors])
 
     return jvp
 
 
-class _Conv(_SingleLevelFunction):
-    @staticmethod
-    def forward(input: Tensor, weight: Tensor, bias: Tensor | None, corners: list[int], transpose: bool) -> Tensor:
-        return _recorded(conv, input, weight, bias, corners, transpose)
+class _Operator(_SingleLevelFunction):
+    """What `conv` and `solve` share: their weight and its derivatives."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        input, weight, _, ctx.corners, ctx.transpose = inputs
-        ctx.save_for_backward(input, weight)
-        ctx.save_for_forward(input, weight)
+        input, weight, _, log_diagonal, ctx.stencils, ctx.unit_diagonal, ctx.transpose = inputs
+        ctx.num_tensors, ctx.kernel_size = 4, weight.shape[2:]
+        # Of the two, what the other direction would need: x.
+        saved = (output if ctx.operator is solve else input), weight, log_diagonal
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
+
+    @staticmethod
+    def gradients(
+        ctx: Any, x: Tensor, grad: Tensor, log_diagonal: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Those of weight, bias and log-diagonal, for the gradient of A x + b."""
+        _, needs_weight, needs_bias, needs_log_diagonal = ctx.needs_input_grad[:4]
+        d_weight = d_log_diagonal = None
+        if log_diagonal is not None and needs_log_diagonal:
+            wide = _widened(x, grad, log_diagonal)
+            d_weight = _weight_gradient(ctx, wide[0], wide[1], False)
+            d_log_diagonal = stencil.pivot_diagonal(d_weight, ctx.stencils) * wide[2].exp()
+            d_weight = _without_diagonal(d_weight, ctx.stencils) if needs_weight else None
+        elif needs_weight:
+            d_weight = _weight_gradient(ctx, x, grad, ctx.unit_diagonal or log_diagonal is not None)
+        return d_weight, _sum_of_pixels(grad) if needs_bias else None, d_log_diagonal
+
+    @staticmethod
+    def tangent(
+        ctx: Any, x: Tensor, log_diagonal: Tensor | None, d_weight: Tensor | None, d_log_diagonal: Tensor | None
+    ) -> Tensor | None:
+        """dA x."""
+        if d_weight is not None and (ctx.unit_diagonal or log_diagonal is not None):
+            d_weight = _without_diagonal(d_weight, ctx.stencils)
+        if d_log_diagonal is not None and log_diagonal is not None:
+            if d_weight is None:
+                d_weight = x.new_zeros(x.shape[1], x.shape[1] // len(ctx.stencils), *ctx.kernel_size)
+            on_diagonal = stencil.diagonal_entries(d_weight.shape, ctx.stencils, x.device)
+            d_diagonal = (log_diagonal.exp() * d_log_diagonal).view(-1, *[1] * (d_weight.dim() - 1))
+            d_weight = torch.where(on_diagonal, d_diagonal, d_weight)
+        return None if d_weight is None else conv(x, d_weight, None, None, ctx.stencils, False, ctx.transpose)
+
+
+class _Conv(_Operator):
+    @staticmethod
+    def forward(*args: Any) -> Tensor:
+        return _evaluated(conv, *args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.operator = conv
+        _Operator.setup_context(ctx, inputs, output)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight = ctx.saved_tensors
-        d_input = d_weight = d_bias = None
+        input, weight, log_diagonal = ctx.saved_tensors
+        d_input = None
         if ctx.needs_input_grad[0]:
-            d_input = conv(grad, weight, None, ctx.corners, not ctx.transpose)
-        if ctx.needs_input_grad[1]:
-            d_weight = _weight_gradient(input, grad, weight, ctx)
-        if ctx.needs_input_grad[2]:
-            d_bias = _sum_of_pixels(grad)
-        return d_input, d_weight, d_bias, None, None
+            d_input = conv(grad, weight, None, log_diagonal, ctx.stencils, ctx.unit_diagonal, not ctx.transpose)
+        gradients = _Operator.gradients(ctx, input, grad, log_diagonal)
+        return d_input, *(None if d is None else d.to(grad.dtype) for d in gradients), None, None, None
 
     @staticmethod
     @_seen_by_outer_levels
-    def jvp(
-        ctx: Any, input: Tensor, weight: Tensor, d_input: Tensor | None, d_weight: Tensor | None, d_bias: Tensor | None
-    ) -> Tensor:
+    def jvp(ctx: Any, input: Tensor, weight: Tensor, log_diagonal: Tensor | None, *tangents: Tensor | None) -> Tensor:
         dtype, shape = input.dtype, input.shape
-        input, weight, d_input, d_weight, d_bias = _widened(input, weight, d_input, d_weight, d_bias)
-        return _sum(
-            shape,
-            None if d_input is None else conv(d_input, weight, None, ctx.corners, ctx.transpose),
-            None if d_weight is None else conv(input, d_weight, None, ctx.corners, ctx.transpose),
-            None if d_bias is None else d_bias.view(-1, 1, 1),
-        ).to(dtype)
+        input, weight, log_diagonal, d_input, d_weight, d_bias, d_log_diagonal = _widened(
+            input, weight, log_diagonal, *tangents
+        )
+        of_input = None
+        if d_input is not None:
+            of_input = conv(d_input, weight, None, log_diagonal, ctx.stencils, ctx.unit_diagonal, ctx.transpose)
+        of_weight = _Operator.tangent(ctx, input, log_diagonal, d_weight, d_log_diagonal)
+        return _sum(shape, of_input, of_weight, _on_pixels(d_bias, shape)).to(dtype)
 
 
-class _Solve(_SingleLevelFunction):
+class _Solve(_Operator):
     @staticmethod
-    def forward(input: Tensor, weight: Tensor, bias: Tensor | None, corners: list[int], transpose: bool) -> Tensor:
-        return _recorded(solve, input, weight, bias, corners, transpose)
+    def forward(*args: Any) -> Tensor:
+        return _evaluated(solve, *args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, weight, _, ctx.corners, ctx.transpose = inputs
-        ctx.save_for_backward(output, weight)
-        ctx.save_for_forward(output, weight)
+        ctx.operator = solve
+        _Operator.setup_context(ctx, inputs, output)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        output, weight, rhs = _widened(*ctx.saved_tensors, grad)
-        solved = solve(rhs, weight, None, ctx.corners, not ctx.transpose)
-        d_weight = -_weight_gradient(output, solved, weight, ctx) if ctx.needs_input_grad[1] else None
-        d_bias = -_sum_of_pixels(solved) if ctx.needs_input_grad[2] else None
-        gradients = (None if d is None else d.to(grad.dtype) for d in (solved, d_weight, d_bias))
-        return *gradients, None, None
+        output, weight, log_diagonal, rhs = _widened(*ctx.saved_tensors, grad)
+        solved = solve(rhs, weight, None, log_diagonal, ctx.stencils, ctx.unit_diagonal, not ctx.transpose)
+        gradients = (None if d is None else -d for d in _Operator.gradients(ctx, output, solved, log_diagonal))
+        return *(None if d is None else d.to(grad.dtype) for d in (solved, *gradients)), None, None, None
 
     @staticmethod
     @_seen_by_outer_levels
-    def jvp(
-        ctx: Any, output: Tensor, weight: Tensor, d_input: Tensor | None, d_weight: Tensor | None, d_bias: Tensor | None
-    ) -> Tensor:
+    def jvp(ctx: Any, output: Tensor, weight: Tensor, log_diagonal: Tensor | None, *tangents: Tensor | None) -> Tensor:
         dtype, shape = output.dtype, output.shape
-        output, weight, d_input, d_weight, d_bias = _widened(output, weight, d_input, d_weight, d_bias)
-        rhs = _sum(
-            shape,
-            d_input,
-            None if d_weight is None else -conv(output, d_weight, None, ctx.corners, ctx.transpose),
-            None if d_bias is None else -d_bias.view(-1, 1, 1),
+        output, weight, log_diagonal, d_input, d_weight, d_bias, d_log_diagonal = _widened(
+            output, weight, log_diagonal, *tangents
         )
-        return solve(rhs, weight, None, ctx.corners, ctx.transpose).to(dtype)
+        known = (_Operator.tangent(ctx, output, log_diagonal, d_weight, d_log_diagonal), _on_pixels(d_bias, shape))
+        rhs = _sum(shape, d_input, *(None if term is None else -term for term in known))
+        return solve(rhs, weight, None, log_diagonal, ctx.stencils, ctx.unit_diagonal, ctx.transpose).to(dtype)
 
 
 class _WeightGradient(_SingleLevelFunction):
     @staticmethod
-    def forward(input: Tensor, grad: Tensor, corners: list[int], kernel_size: list[int]) -> Tensor:
-        return _recorded(weight_gradient, input, grad, corners, kernel_size)
+    def forward(*args: Any) -> Tensor:
+        return _evaluated(weight_gradient, *args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        input, grad, ctx.corners, ctx.kernel_size = inputs
+        input, grad, *ctx.options = inputs
+        ctx.num_tensors, ctx.shape = 2, output.shape
         ctx.save_for_backward(input, grad)
         ctx.save_for_forward(input, grad)
 
     @staticmethod
     def backward(ctx: Any, weight: Tensor) -> tuple[Tensor | None, ...]:
-        input, grad = ctx.saved_tensors
-        d_input = conv(grad, weight, None, ctx.corners, True) if ctx.needs_input_grad[0] else None
-        d_grad = conv(input, weight, None, ctx.corners, False) if ctx.needs_input_grad[1] else None
-        return d_input, d_grad, None, None
+        (input, grad), (stencils, _, unit_diagonal) = ctx.saved_tensors, ctx.options
+        if unit_diagonal:
+            weight = _without_diagonal(weight, stencils)
+        d_input = conv(grad, weight, None, None, stencils, False, True) if ctx.needs_input_grad[0] else None
+        d_grad = conv(input, weight, None, None, stencils, False, False) if ctx.needs_input_grad[1] else None
+        return d_input, d_grad, None, None, None
 
     @staticmethod
     @_seen_by_outer_levels
     def jvp(ctx: Any, input: Tensor, grad: Tensor, d_input: Tensor | None, d_grad: Tensor | None) -> Tensor:
-        dtype, shape = input.dtype, (input.shape[1], input.shape[1] // len(ctx.corners), *ctx.kernel_size)
+        dtype = input.dtype
         input, grad, d_input, d_grad = _widened(input, grad, d_input, d_grad)
         return _sum(
-            shape,
-            None if d_input is None else weight_gradient(d_input, grad, ctx.corners, ctx.kernel_size),
-            None if d_grad is None else weight_gradient(input, d_grad, ctx.corners, ctx.kernel_size),
+            ctx.shape,
+            None if d_input is None else weight_gradient(d_input, grad, *ctx.options),
+            None if d_grad is None else weight_gradient(input, d_grad, *ctx.options),
         ).to(dtype)
 
 
-def _weight_gradient(input: Tensor, grad: Tensor, weight: Tensor, ctx: Any) -> Tensor:
+def _weight_gradient(ctx: Any, x: Tensor, grad: Tensor, unit_diagonal: bool) -> Tensor:
     if ctx.transpose:
-        input, grad = grad, input
-    return weight_gradient(input, grad, ctx.corners, weight.shape[-2:])
+        x, grad = grad, x
+    return weight_gradient(x, grad, ctx.stencils, ctx.kernel_size, unit_diagonal)
+
+
+def _without_diagonal(weight: Tensor, stencils: Sequence[int]) -> Tensor:
+    return weight.masked_fill(stencil.diagonal_entries(weight.shape, stencils, weight.device), 0)
 
 
 def _sum_of_pixels(images: Tensor) -> Tensor:
-    return images.sum((0, 2, 3))  # half precision is added up in float32
+    return images.sum([dim for dim in range(images.dim()) if dim != 1])  # half precision is added up in float32
+
+
+def _on_pixels(bias: Tensor | None, shape: Sequence[int]) -> Tensor | None:
+    return None if bias is None else bias.view(-1, *[1] * (len(shape) - 2))
 
 
 def _widened(first: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
@@ -257,7 +308,13 @@ def _sum(shape: Sequence[int], *terms: Tensor | None) -> Tensor:
 
 
 def call(
-    operator: Callable[..., Tensor], input: Tensor, weight: Tensor, bias: Tensor | None, corners: list[int]
+    operator: Callable[..., Tensor],
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    log_diagonal: Tensor | None,
+    stencils: Sequence[int],
+    unit_diagonal: bool,
 ) -> Tensor:
     """`conv` or `solve`, on a shorter way where nothing is to be recorded.
 
@@ -266,10 +323,12 @@ def call(
     the fake tensors of the compiler of torch 2.10 and 2.11.
     """
     if input.dtype != torch.float64 and autocast_is_on(input):
-        input, weight, bias = input.float(), weight.float(), None if bias is None else bias.float()
-    if torch.compiler.is_compiling() or _is_recorded(input, weight, bias):
-        return operator(input, weight, bias, corners, False)
-    return _below_autograd(operator, input, weight, bias, corners, False)
+        input, weight = input.float(), weight.float()
+        bias, log_diagonal = (None if t is None else t.float() for t in (bias, log_diagonal))
+    if _is_recorded(input, weight, bias, log_diagonal) or not _is_direct(input):
+        return operator(input, weight, bias, log_diagonal, stencils, unit_diagonal, False)
+    name = "conv" if operator is conv else "solve"
+    return backends.run(Problem(name, input, weight, stencils, bias, log_diagonal, unit_diagonal, False))
 
 
 def autocast_is_on(tensor: Tensor) -> bool:
@@ -277,43 +336,31 @@ def autocast_is_on(tensor: Tensor) -> bool:
     return not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)  # which raises for meta tensors
 
 
-def _is_recorded(first: Tensor, second: Tensor, third: Tensor | None = None) -> bool:
+def _is_recorded(*tensors: Tensor | None) -> bool:
     if torch.is_grad_enabled():
-        if first.requires_grad or second.requires_grad or (third is not None and third.requires_grad):
-            return True
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
     # Graphs of torch.compile enter a level of torch.func without telling forward_ad.
-    return forward_ad._current_level >= 0 or peek_interpreter_stack() is not None
+    return forward_ad._current_level >= 0 or checks.is_under_torch_func()
 
 
-def _below_autograd(operator: Callable[..., Tensor], *args: Any) -> Tensor:
-    try:
-        with torch._C._AutoDispatchBelowAutograd():
-            return operator(*args)
-    except RuntimeError as error:
-        raise _with_type(error) from None
+def _is_direct(tensor: Tensor) -> bool:
+    """Whether nothing that the dispatcher serves is between a call and the backends."""
+    plain = type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_meta and not torch.compiler.is_compiling()
+    return plain and torch._C._len_torch_dispatch_stack() == 0
 
 
-def _with_type(error: RuntimeError) -> BaseException:
-    """The exception that it was.
-
-    torch passes on the text alone: of the launcher of CUDA kernels always, of the CPU's kernels since torch 2.15.
-    """
-    text = str(error)
-    if text.startswith("out of memory: "):
-        return torch.OutOfMemoryError(text)
-    if text.startswith("the pivot's diagonal must be finite"):
-        return ValueError(text)
-    return KeyboardInterrupt() if text == "KeyboardInterrupt" else error
-
-
-def _recorded(operator: Callable[..., Tensor], *args: Any) -> Tensor:
+def _evaluated(operator: Callable[..., Tensor], *args: Any) -> Tensor:
+    if _is_direct(args[0]) and forward_ad._current_level < 0 and not checks.is_under_torch_func():
+        return backends.run(_problem(operator._name.split("::")[1].split(".")[0], *args))
     # A function's forward runs with both modes of differentiation off, which would hide this call from the outer levels
     # of nested torch.func transforms.
-    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
-        return _below_autograd(operator, *args)
+    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), torch._C._AutoDispatchBelowAutograd():
+        return operator(*args)
 
 
-def _differentiable(operator: Callable[..., Tensor], function: Any) -> Callable[..., Tensor]:
+def _differentiable(operator: Callable[..., Tensor], function: Any, tensors: int) -> Callable[..., Tensor]:
     """The kernel of the Autograd key.
 
     `torch.library.register_autograd` would do but for forward mode, whose tangents it drops without a word, and for
@@ -321,8 +368,9 @@ def _differentiable(operator: Callable[..., Tensor], function: Any) -> Callable[
     """
 
     def kernel(*args: Any) -> Tensor:
-        if not _is_recorded(*args[:-2]):
-            return _below_autograd(operator, *args)
+        if not _is_recorded(*args[:tensors]):
+            with torch._C._AutoDispatchBelowAutograd():
+                return operator(*args)
         # torch's own context manager for this hides a KeyboardInterrupt that comes as it is entered.
         allowed = get_single_level_autograd_function_allowed()
         try:
@@ -337,7 +385,7 @@ def _differentiable(operator: Callable[..., Tensor], function: Any) -> Callable[
 
 
 def _batched_operator(operator: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, int]]:
-    """vmap of conv and solve: over inputs into the batch; over weights and biases into channel groups."""
+    """vmap of conv and solve: over inputs into the batch; over weights, biases, diagonals into channel groups."""
 
     def rule(
         info: Any,
@@ -345,28 +393,39 @@ def _batched_operator(operator: Callable[..., Tensor]) -> Callable[..., tuple[Te
         input: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        corners: list[int],
+        log_diagonal: Tensor | None,
+        stencils: list[int],
+        unit_diagonal: bool,
         transpose: bool,
     ) -> tuple[Tensor, int]:
         size = info.batch_size
         inputs = _mapped_first(input, in_dims[0], size)
-        if in_dims[1] is None and in_dims[2] is None:
-            output = operator(inputs.flatten(0, 1), weight, bias, corners, transpose)
+        if in_dims[1] is None and in_dims[2] is None and in_dims[3] is None:
+            output = operator(inputs.flatten(0, 1), weight, bias, log_diagonal, stencils, unit_diagonal, transpose)
             return output.unflatten(0, (size, -1)), 0
-        weights = _mapped_first(weight, in_dims[1], size).flatten(0, 1)
-        biases = None if bias is None else _mapped_first(bias, in_dims[2], size).flatten()
-        output = operator(_into_channels(inputs), weights, biases, list(corners) * size, transpose)
+        weights, biases, log_diagonals = (
+            None if tensor is None else _mapped_first(tensor, dim, size).flatten(0, 1)
+            for tensor, dim in zip((weight, bias, log_diagonal), in_dims[1:4], strict=True)
+        )
+        groups = list(stencils) * size
+        output = operator(_into_channels(inputs), weights, biases, log_diagonals, groups, unit_diagonal, transpose)
         return output.unflatten(1, (size, -1)), 1
 
     return rule
 
 
 def _batched_weight_gradient(
-    info: Any, in_dims: tuple[int | None, ...], input: Tensor, grad: Tensor, corners: list[int], kernel_size: list[int]
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    input: Tensor,
+    grad: Tensor,
+    stencils: list[int],
+    kernel_size: list[int],
+    unit_diagonal: bool,
 ) -> tuple[Tensor, int]:
     size = info.batch_size
     inputs, grads = (_into_channels(_mapped_first(t, d, size)) for t, d in zip((input, grad), in_dims, strict=False))
-    output = weight_gradient(inputs, grads, list(corners) * size, kernel_size)
+    output = weight_gradient(inputs, grads, list(stencils) * size, kernel_size, unit_diagonal)
     return output.unflatten(0, (size, -1)), 0
 
 
@@ -378,14 +437,16 @@ def _into_channels(images: Tensor) -> Tensor:
     return images.transpose(0, 1).flatten(1, 2)
 
 
-for _operator, _fake, _function, _vmap, _flops in (
-    (conv, _same_as_input, _Conv, _batched_operator(conv), _operator_flops),
-    (solve, _same_as_input, _Solve, _batched_operator(solve), _operator_flops),
-    (weight_gradient, _weight_like, _WeightGradient, _batched_weight_gradient, _weight_gradient_flops),
+for _operator, _function, _tensors, _vmap, _flops in (
+    (conv, _Conv, 4, _batched_operator(conv), _operator_flops),
+    (solve, _Solve, 4, _batched_operator(solve), _operator_flops),
+    (weight_gradient, _WeightGradient, 2, _batched_weight_gradient, _weight_gradient_flops),
 ):
     _name = _operator.name()
-    _library.impl(_name, _differentiable(_operator, _function), "Autograd")
-    torch.library.register_fake(_name, _checked(_name, _fake), lib=_library)
+    _short = _name.removeprefix("nflows_kconv::")
+    _library.impl(_short, _checked(_short, backends.run), "CompositeExplicitAutograd")
+    _library.impl(_short, _differentiable(_operator, _function, _tensors), "Autograd")
+    torch.library.register_fake(_name, _checked(_short, _fake), lib=_library)
     torch.library.register_vmap(_name, _vmap, lib=_library)
     # Two operations a multiply-add, those with the border included: as F.conv2d counts them.
     register_flop_formula(_operator.overloadpacket)(_flops)

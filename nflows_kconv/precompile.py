@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from nflows_kconv import ops
 from nflows_kconv.bijection import as_bijection, is_bijection
-from nflows_kconv.layer import InvertibleConv2d
+from nflows_kconv.layer import InvertibleConv
 
 
 def warmup(module: nn.Module, input_shape: Sequence[int], context: Any = None) -> None:
@@ -36,7 +36,7 @@ def warmup(module: nn.Module, input_shape: Sequence[int], context: Any = None) -
 
     Raises:
         TypeError: If `module` is no module.
-        ValueError: If it contains no `InvertibleConv2d`.
+        ValueError: If it contains no layer of this package.
         RuntimeError: If it cannot be called with such an input, or a kernel does not compile.
 
     Examples:
@@ -50,7 +50,7 @@ def warmup(module: nn.Module, input_shape: Sequence[int], context: Any = None) -
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
     layers = _layers(module)
     if not layers:
-        raise ValueError(f"module must contain an InvertibleConv2d, got a {type(module).__name__} without one")
+        raise ValueError(f"module must contain an InvertibleConv1d, 2d or 3d, got a {type(module).__name__} without one")
     if any(layer.raw_weight.is_cuda for layer in layers):
         for problem in problems(module, input_shape, context):
             differentiate(problem)
@@ -110,5 +110,5 @@ def differentiate(problem: tuple[Any, ...]) -> None:
             torch.autograd.grad(output, leaves, torch.ones_like(output))
 
 
-def _layers(module: nn.Module) -> list[InvertibleConv2d]:
-    return [layer for layer in module.modules() if isinstance(layer, InvertibleConv2d)]
+def _layers(module: nn.Module) -> list[InvertibleConv]:
+    return [layer for layer in module.modules() if isinstance(layer, InvertibleConv)]

@@ -12,7 +12,7 @@ import cuda_emulator
 import torch
 
 from nflows_kconv import native
-from nflows_kconv.cuda.plan import Device, Kernel, Launch
+from nflows_kconv.backends.cuda.plan import Device, Kernel, Launch
 
 CONTEXT = 0xC0
 STREAM = 0x57
@@ -26,7 +26,7 @@ def emulate(launch: Launch) -> None:
 
 
 class DriverDouble:
-    """What `nflows_kconv.cuda.driver` offers, in Python and through the addresses of functions.
+    """What `nflows_kconv.backends.cuda.driver` offers, in Python and through the addresses of functions.
 
     Args:
         run: Called for each launch.

@@ -12,7 +12,7 @@ import torch
 
 from nflows_kconv import native
 from nflows_kconv.backends import Backend, available_backends, selected_backends
-from nflows_kconv.cuda import cache, compiler, driver, runtime
+from nflows_kconv.backends.cuda import cache, compiler, driver, runtime
 
 needs_native = pytest.mark.skipif(not native.available, reason=f"no native library: {native.reason}")
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 import nflows_kconv
 from nflows_kconv import InvertibleConv2d, functional, geometry, native, ops
-from nflows_kconv.cuda.python_launcher import PythonLauncher
-from nflows_kconv.cuda.runtime import Runtime, runtime
+from nflows_kconv.backends.cuda.python_launcher import PythonLauncher
+from nflows_kconv.backends.cuda.runtime import Runtime, runtime
 
 pytestmark = pytest.mark.gpu
 
@@ -255,7 +255,7 @@ def in_a_process(script: str, **environment: str) -> str:
 
 def test_a_second_process_compiles_nothing(tmp_path):
     script = """
-from nflows_kconv.cuda import compiler
+from nflows_kconv.backends.cuda import compiler
 compile, compiled = compiler.compile, []
 compiler.compile = lambda *args: (compiled.append(args), compile(*args))[1]
 layer, input = nflows_kconv.InvertibleConv2d(12).cuda(), torch.ones(2, 12, 8, 8, device="cuda")

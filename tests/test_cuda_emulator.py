@@ -12,8 +12,8 @@ import torch
 from cuda_emulator import DECREASING, INCREASING, ORDERS, EmulatorError
 from cuda_emulator.library import CACHE
 
-from nflows_kconv.cuda import compiler
-from nflows_kconv.cuda.plan import Launch, Plan, Problem, arguments, kernel
+from nflows_kconv.backends.cuda import compiler
+from nflows_kconv.backends.cuda.plan import Launch, Plan, Problem, arguments, kernel
 
 pytestmark = emulator.needs_compiler
 

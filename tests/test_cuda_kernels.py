@@ -22,8 +22,8 @@ from oracles import assert_close
 from torch import Tensor
 
 from nflows_kconv import geometry, reference
-from nflows_kconv.cuda import compiler, planning
-from nflows_kconv.cuda.plan import Device
+from nflows_kconv.backends.cuda import compiler, planning
+from nflows_kconv.backends.cuda.plan import Device
 
 pytestmark = emulator.needs_compiler
 

@@ -17,11 +17,11 @@ from cuda_double import CONTEXT, STREAM, DriverDouble, native_operators
 from oracles import assert_close
 
 from nflows_kconv import geometry, native, reference
-from nflows_kconv.cuda import planning, runtime
-from nflows_kconv.cuda.native_launcher import NativeLauncher
-from nflows_kconv.cuda.plan import POINTER_BYTES, Launch, Plan, Problem, arguments, kernel
-from nflows_kconv.cuda.python_launcher import PythonLauncher
-from nflows_kconv.cuda.runtime import Runtime
+from nflows_kconv.backends.cuda import planning, runtime
+from nflows_kconv.backends.cuda.native_launcher import NativeLauncher
+from nflows_kconv.backends.cuda.plan import POINTER_BYTES, Launch, Plan, Problem, arguments, kernel
+from nflows_kconv.backends.cuda.python_launcher import PythonLauncher
+from nflows_kconv.backends.cuda.runtime import Runtime
 
 needs_native = pytest.mark.skipif(not native.available, reason=f"no native library: {native.reason}")
 

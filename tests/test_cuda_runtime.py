@@ -17,9 +17,9 @@ import torch
 from cuda_double import DriverDouble
 from cuda_emulator import H100
 
-from nflows_kconv.cuda import cache, compiler, driver, planning, runtime
-from nflows_kconv.cuda.plan import Kernel, Problem
-from nflows_kconv.cuda.runtime import Runtime, why_not
+from nflows_kconv.backends.cuda import cache, compiler, driver, planning, runtime
+from nflows_kconv.backends.cuda.plan import Kernel, Problem
+from nflows_kconv.backends.cuda.runtime import Runtime, why_not
 
 
 def _why_no_compiler() -> str:
@@ -174,7 +174,7 @@ def test_the_directory_is_the_users(monkeypatch: pytest.MonkeyPatch):
 def test_processes_share_the_directory(directory: Path):
     """Each writes the same entries many times over; whoever reads finds none or a whole one."""
     script = """
-from nflows_kconv.cuda import cache
+from nflows_kconv.backends.cuda import cache
 for index in range(200):
     name = str(index % 5)
     code = cache.load(name)
@@ -361,7 +361,7 @@ def test_calls_of_the_driver(tmp_path: Path):
     source = Path(__file__).with_name("cuda_driver_stub.c")
     subprocess.run(["cc", "-shared", "-fPIC", str(source), "-o", str(stub), "-ldl"], check=True)
     script = """
-from nflows_kconv.cuda import driver
+from nflows_kconv.backends.cuda import driver
 print(driver.device_names(), driver.describe(0), driver.context(0), flush=True)
 function = driver.function(driver.load(b"code\\0", 0), "kernel", 0)
 driver.zero(0, 0x1000, 77, 0x57)

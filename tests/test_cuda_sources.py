@@ -24,8 +24,8 @@ from cases import DTYPES
 from cuda_emulator import H100
 from hypothesis import settings
 
-from nflows_kconv.cuda import compiler, planning
-from nflows_kconv.cuda.plan import Device, Kernel, Launch, Problem
+from nflows_kconv.backends.cuda import compiler, planning
+from nflows_kconv.backends.cuda.plan import Device, Kernel, Launch, Problem
 
 A100 = Device((8, 0), multiprocessors=108, shared_memory=166912)
 B200 = Device((10, 0), multiprocessors=148, shared_memory=232448)

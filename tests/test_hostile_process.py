@@ -11,10 +11,10 @@ import torch
 from cuda_double import DriverDouble, native_operators
 
 from nflows_kconv import native, ops
-from nflows_kconv.cuda import planning, runtime
-from nflows_kconv.cuda.native_launcher import NativeLauncher
-from nflows_kconv.cuda.plan import Plan
-from nflows_kconv.cuda.runtime import Runtime
+from nflows_kconv.backends.cuda import planning, runtime
+from nflows_kconv.backends.cuda.native_launcher import NativeLauncher
+from nflows_kconv.backends.cuda.plan import Plan
+from nflows_kconv.backends.cuda.runtime import Runtime
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="needs the limits of Linux")
 needs_native = pytest.mark.skipif(not native.available, reason=f"no native library: {native.reason}")

@@ -67,7 +67,7 @@ flow = nflows_kconv.normflows.finc_flow((1, 8, 8), levels=1, steps=1, hidden_cha
 flow.log_prob(torch.zeros(2, 1, 8, 8)).sum().backward()
 flow.sample(2)
 
-from nflows_kconv.cuda import cache
+from nflows_kconv.backends.cuda import cache
 cache.store("0" * 64, b"code")
 assert cache.load("0" * 64) == b"code"
 

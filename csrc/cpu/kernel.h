@@ -146,7 +146,7 @@ template <typename T>
 void pack_weights(const Problem<T>& problem, const Plan& plan, int64_t group, int64_t index, T* packed) {
   const int64_t channels = plan.channels, height = problem.kernel_height, width = problem.kernel_width;
   const int64_t area = height * width;
-  const bool right = problem.corners[group] & 1, bottom = problem.corners[group] & 2, transpose = problem.transpose;
+  const bool right = problem.stencils[group] & 1, bottom = problem.stencils[group] & 2, transpose = problem.transpose;
 
   // The weight of canonical output o and input i at the tap that reads r rows up and c columns left is
   // origin[o * output_stride + i * input_stride + r * row_stride + c * column_stride].
@@ -167,7 +167,11 @@ void pack_weights(const Problem<T>& problem, const Plan& plan, int64_t group, in
   }
   for (int64_t o = 0; o < tile.size; ++o)
     for (int64_t i = 0; i < tile.size; ++i) {
-      const T value = i <= o ? outputs[o * output_stride + (tile.first + i) * input_stride] : T(0);
+      T value = i <= o ? outputs[o * output_stride + (tile.first + i) * input_stride] : T(0);
+      if (i == o) {
+        const int64_t canonical = tile.first + o;
+        value = problem.diagonal(group * channels + (transpose ? channels - 1 - canonical : canonical), value);
+      }
       *to++ = problem.solve && i == o ? 1 / value : value;
     }
 }
@@ -309,7 +313,7 @@ void clear_borders(const Plan& plan, T* buffer) {
 template <bool kSolve, typename T>
 void run_task(const Problem<T>& problem, const Plan& plan, const T* packed, int64_t group, int64_t block, T* buffer,
               int64_t* places) {
-  const int64_t corner = problem.transpose ? 3 - problem.corners[group] : problem.corners[group];
+  const int64_t corner = problem.transpose ? 3 - problem.stencils[group] : problem.stencils[group];
   const int64_t block_images = plan.lanes_are_rows ? 1 : plan.vectors * plan.lanes_per_vector;
   const int64_t first_image = block * block_images;
   const int64_t images = smaller(block_images, problem.batch - first_image);

@@ -9,21 +9,31 @@ struct Strides {  // in elements
   int64_t batch, channel, row, column;
 };
 
-// output = A input + bias, A^T input + bias, A^-1 (input - bias) or A^-T (input - bias), see nflows_kconv/reference.py
-// for A.
+// Of the C library: kernels may call nothing of the C++ one.
+inline float exponential(float x) { return __builtin_expf(x); }
+inline double exponential(double x) { return __builtin_exp(x); }
+
+// output = A input + bias, A^T input + bias, A^-1 (input - bias) or A^-T (input - bias), see nflows_kconv/ops.py for A.
 template <typename T>
 struct Problem {
   const T* input;   // [batch, channels, height, width]
   T* output;        // the same shape, not overlapping the input
   const T* weight;  // [channels, channels / groups, kernel_height, kernel_width], contiguous
   const T* bias;    // [channels], contiguous; null stands for zero
+  const T* log_diagonal;  // [channels], contiguous: the diagonal is its exponential; null: unit_diagonal tells
+  bool unit_diagonal;     // whether the diagonal is 1 or the weight's own
   Strides input_strides, output_strides;
   int64_t batch, channels, height, width;
   int64_t groups, kernel_height, kernel_width;
-  const int64_t* corners;  // one a group; bit 0: right, bit 1: bottom
+  const int64_t* stencils;  // one a group; bit 0: right, bit 1: bottom
   bool transpose, solve;
 
   int64_t group_channels() const { return channels / groups; }
+
+  // The diagonal of the Jacobian in a channel, whose weight has this entry there.
+  T diagonal(int64_t channel, T own) const {
+    return log_diagonal ? exponential(log_diagonal[channel]) : unit_diagonal ? T(1) : own;
+  }
 };
 
 // Calls body(context, begin, end) for ranges that cover [0, count), on several threads where count > grain.

@@ -80,9 +80,10 @@ template <typename T>
 void check_diagonal(const Problem<T>& problem) {
   const int64_t channels = problem.group_channels(), height = problem.kernel_height, width = problem.kernel_width;
   for (int64_t channel = 0; channel < problem.channels; ++channel) {
-    const int64_t corner = problem.corners[channel / channels];
+    const int64_t corner = problem.stencils[channel / channels];
     const int64_t row = corner & 2 ? 0 : height - 1, column = corner & 1 ? 0 : width - 1;
-    const T value = problem.weight[((channel * channels + channel % channels) * height + row) * width + column];
+    const T own = problem.weight[((channel * channels + channel % channels) * height + row) * width + column];
+    const T value = problem.diagonal(channel, own);
     if (!(std::abs(value * (1 / value) - 1) < 0.5)) {  // zero, not finite, or a denormal whose reciprocal overflows
       char text[32];
       std::snprintf(text, sizeof(text), "%g", double(value));

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nflows_kconv import bound, checks, functional, geometry
+from nflows_kconv import bound, checks, functional, ops, stencil
 from nflows_kconv.float64 import to_float64
-from nflows_kconv.layer import InvertibleConv2d
+from nflows_kconv.layer import InvertibleConv
 
 Operator = Callable[[Tensor], Tensor]
 
@@ -39,7 +39,7 @@ class Conditioning(NamedTuple):
 
 @torch.no_grad()
 def conditioning(
-    layer: InvertibleConv2d,
+    layer: InvertibleConv,
     image_size: Sequence[int],
     *,
     exact: bool = False,
@@ -53,7 +53,7 @@ def conditioning(
 
     Args:
         layer: Of any library.
-        image_size: (H, W).
+        image_size: (L,), (H, W) or (D, H, W).
         exact: Whether to compute the largest singular values of the dense matrices, [CHW, CHW], instead; for small
             images.
         tolerance: Relative change of an estimate from one iteration to the next at which the power iteration ends.
@@ -63,8 +63,8 @@ def conditioning(
         The norms; infinity where they overflow.
 
     Raises:
-        TypeError: If `layer` is no `InvertibleConv2d`, or a size or a number of iterations no integer.
-        ValueError: If a size or a number of iterations is not positive, or `image_size` not a pair.
+        TypeError: If `layer` is no `InvertibleConv1d`, `2d` or `3d`, or a size or a number of iterations no integer.
+        ValueError: If a size or a number of iterations is not positive, or `image_size` of another length.
 
     Examples:
         >>> from nflows_kconv import InvertibleConv2d
@@ -74,26 +74,27 @@ def conditioning(
         >>> max(gains) < 4
         True
     """
-    if not isinstance(layer, InvertibleConv2d):
-        raise TypeError(f"layer must be an InvertibleConv2d, got {type(layer).__name__}")
-    if not isinstance(image_size, Sequence) or len(image_size) != 2:
-        raise ValueError(f"image_size must be (H, W), got {image_size!r}")
-    height, width = (checks.positive(name, size) for name, size in zip(("H", "W"), image_size, strict=True))
+    if not isinstance(layer, InvertibleConv):
+        raise TypeError(f"layer must be an InvertibleConv1d, 2d or 3d, got {type(layer).__name__}")
+    if not isinstance(image_size, Sequence) or len(image_size) != layer.dimensions:
+        raise ValueError(f"image_size must have the layer's {layer.dimensions} dimensions, got {image_size!r}")
+    sizes = checks.per_axis("image_size", image_size, layer.dimensions)
     checks.positive("max_iterations", max_iterations)
 
     weight = to_float64(layer.weight)
     start = torch.randn(
-        _STARTS, layer.num_channels, height, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+        _STARTS, layer.num_channels, *sizes, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
     ).to(weight.device)
+    stencils = stencil.parse(layer.corners, layer.dimensions)
     norms = []
-    for function in (functional.conv2d, functional.conv2d_inverse):
+    for operator in (ops.conv, ops.solve):
 
-        def operator(images: Tensor, function: Callable[..., Tensor] = function) -> Tensor:
-            return function(images, weight, layer.corners)
+        def function(images: Tensor, operator: Callable[..., Tensor] = operator) -> Tensor:
+            return functional.run(operator, images, weight, None, None, stencils, False, layer.dilation)
 
-        norm = _dense_norm(operator, start) if exact else _power_iteration(operator, start, tolerance, max_iterations)
+        norm = _dense_norm(function, start) if exact else _power_iteration(function, start, tolerance, max_iterations)
         norms.append(norm)
-    return Conditioning(norms[0], norms[1], norms[0] * norms[1], _inverse_gain_bound(weight, layer.corners))
+    return Conditioning(norms[0], norms[1], norms[0] * norms[1], _inverse_gain_bound(weight, stencils))
 
 
 def _dense_norm(operator: Operator, images: Tensor) -> float:
@@ -120,13 +121,13 @@ def _power_iteration(operator: Operator, vectors: Tensor, tolerance: float, max_
 
 
 def _norms(images: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(images, dim=(1, 2, 3), keepdim=True)
+    return torch.linalg.vector_norm(images, dim=list(range(1, images.dim())), keepdim=True)
 
 
-def _inverse_gain_bound(weight: Tensor, corners: Sequence[str]) -> float:
-    groups = geometry.parse_corners(corners)
-    diagonal = geometry.pivot_diagonal(weight, groups)
-    on_diagonal = geometry.diagonal_entries(weight.shape, groups, weight.device)
-    norms = bound.off_diagonal_norm(weight.masked_fill(on_diagonal, 0) / diagonal[:, None, None, None], len(groups))
-    inverses = diagonal.abs().reciprocal().unflatten(0, (len(groups), -1)).amax(1)
+def _inverse_gain_bound(weight: Tensor, stencils: Sequence[int]) -> float:
+    diagonal = stencil.pivot_diagonal(weight, stencils)
+    on_diagonal = stencil.diagonal_entries(weight.shape, stencils, weight.device)
+    relative = weight.masked_fill(on_diagonal, 0) / diagonal.view(-1, *[1] * (weight.dim() - 1))
+    norms = bound.off_diagonal_norm(relative, len(stencils))
+    inverses = diagonal.abs().reciprocal().unflatten(0, (len(stencils), -1)).amax(1)
     return torch.where(norms < 1, inverses / (1 - norms), math.inf).max().item()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nflows_kconv.attributes import replaced
 from nflows_kconv.bijection import Bijection, as_bijection, is_bijection
-from nflows_kconv.layer import InvertibleConv2d
+from nflows_kconv.layer import InvertibleConv
 
 _HARMLESS = 1e-4  # 1/40 of a gray level of 256
 _UNEXPLAINED = 100  # roundings; what the growths of steps do not tell is more
@@ -323,7 +323,7 @@ def _judge(
         f"{10 ** min(growth[kind], 300):.1e}, the worst, {worst.name}, by {worst.growth:.1e}."
     )
     reduced = [f"{name} = {value}" for name, value in settings.items() if value not in ("none", "ieee")]
-    if isinstance(module, InvertibleConv2d):
+    if isinstance(module, InvertibleConv):
         cure = (
             "Train with InvertibleConv2d(..., max_inverse_gain=4), or run the flow in float64, flow.double(); "
             "nflows_kconv.diagnostics.conditioning tells how much a layer amplifies."

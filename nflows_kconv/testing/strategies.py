@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nflows_kconv import geometry
+from nflows_kconv import stencil
 from nflows_kconv.layer import InvertibleConv2d
 
 try:
@@ -91,7 +91,7 @@ def images(
 def corners(groups: int | None = None) -> SearchStrategy[tuple[str, ...]]:
     """A corner for each of so many channel groups, 1 to 4 if None."""
     least, most = (1, 4) if groups is None else (groups, groups)
-    return st.lists(st.sampled_from(geometry.CORNERS), min_size=least, max_size=most).map(tuple)
+    return st.lists(st.sampled_from(stencil.CORNERS[2]), min_size=least, max_size=most).map(tuple)
 
 
 def kernel_sizes(max_size: int = 4) -> SearchStrategy[tuple[int, int]]:
@@ -102,7 +102,7 @@ def kernel_sizes(max_size: int = 4) -> SearchStrategy[tuple[int, int]]:
 def weights(
     conditioning: str = "well",
     *,
-    corners: str | Sequence[str] = geometry.CORNERS,
+    corners: str | Sequence[str] = stencil.CORNERS[2],
     per_group: int | None = None,
     kernel_size: tuple[int, int] | None = None,
     dtype: torch.dtype = torch.float32,
@@ -146,7 +146,7 @@ def weight(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """The weight that `weights` draws, by which a failure names it."""
-    well, groups = conditioning == "well", geometry.parse_corners(corners)
+    well, groups = conditioning == "well", stencil.parse(corners)
     shape, generator = (len(groups) * per_group, per_group, *kernel_size), torch.Generator().manual_seed(seed)
 
     def uniform(*shape: int) -> Tensor:
@@ -155,9 +155,9 @@ def weight(
     # What is drawn first stays as it is while the kernel shrinks behind it.
     sign = torch.where(uniform(shape[0], 1, 1, 1) < 0.5, 1, -1)
     diagonal = sign * 2 ** ((2 * uniform(shape[0], 1, 1, 1) - 1) * (1 if well else 5))
-    on_diagonal = geometry.diagonal_entries(shape, groups)
+    on_diagonal = stencil.diagonal_entries(shape, groups)
     coupling = 2 * uniform(*shape) - 1 if well else uniform(*shape)
-    coupling[geometry.masked_entries(shape, groups) | on_diagonal] = 0
+    coupling[stencil.masked_entries(shape, groups) | on_diagonal] = 0
     coupling *= (0.5 if well else 2) / coupling.abs().sum((1, 2, 3), keepdim=True).clamp_min(1e-300)
     return torch.where(on_diagonal, diagonal, -diagonal * coupling).to(dtype)
 
@@ -186,7 +186,7 @@ def layers(
     drawn = draw(weights(conditioning, corners=names, per_group=size // groups, dtype=torch.float64))
     with torch.random.fork_rng(devices=[]):
         layer = layer_class(size, drawn.shape[2:], corners=names, diagonal=diagonal, bias=bias).to(dtype)
-    scale = geometry.pivot_diagonal(drawn, geometry.parse_corners(names))
+    scale = stencil.pivot_diagonal(drawn, stencil.parse(names))
     with torch.no_grad():
         layer.raw_weight.copy_(drawn / (scale if diagonal == "unit" else scale.sign())[:, None, None, None])
         if layer.log_diagonal is not None:
@@ -218,7 +218,7 @@ def flows(draw: DrawFn, image_shape: tuple[int, int, int] = (1, 4, 4), *, librar
             steps=draw(st.integers(1, 2)),
             hidden_channels=4,
             kernel_size=draw(kernel_sizes(3)),
-            corners=draw(st.sampled_from((("TL",), ("BR", "TL"), geometry.CORNERS, (("TL",), ("BR",))))),
+            corners=draw(st.sampled_from((("TL",), ("BR", "TL"), stencil.CORNERS[2], (("TL",), ("BR",))))),
             diagonal=draw(st.sampled_from(("unit", "learned"))),
             direction=draw(st.sampled_from(("forward", "inverse"))),
         )

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from cuda_emulator import library
 from cuda_emulator.memory import Memory, once, span
-from nflows_kconv.cuda import planning
-from nflows_kconv.cuda.plan import POINTER_BYTES, Device, Launch, Plan, Problem
+from nflows_kconv.backends.cuda import planning
+from nflows_kconv.backends.cuda.plan import POINTER_BYTES, Device, Launch, Plan, Problem
 
 H100 = Device((9, 0), 132, 232448)
 

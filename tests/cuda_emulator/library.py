@@ -12,8 +12,8 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from nflows_kconv.cuda import compiler
-from nflows_kconv.cuda.plan import Kernel
+from nflows_kconv.backends.cuda import compiler
+from nflows_kconv.backends.cuda.plan import Kernel
 
 COMPILER = "g++"  # others instrument accesses to memory in other ways
 CACHE = Path(__file__).parents[2] / ".pytest_cache" / "cuda_emulator"

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nflows_kconv.cuda import driver
-from nflows_kconv.cuda.plan import Problem
-from nflows_kconv.cuda.runtime import Runtime
+from nflows_kconv.backends.cuda import driver
+from nflows_kconv.backends.cuda.plan import Problem
+from nflows_kconv.backends.cuda.runtime import Runtime
 
 _MAX_PLANS = 4096
 

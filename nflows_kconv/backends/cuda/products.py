@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from nflows_kconv.cuda.plan import Device, Launch, Plan, Problem, aligned, arguments, ceil_div, kernel
+from nflows_kconv.backends.cuda.plan import Device, Launch, Plan, Problem, aligned, arguments, ceil_div, kernel
 
 # The parts of products.cu.
 _OUTSIDE, _INSIDE, _ALL = range(3)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nflows_kconv.cuda.plan import ceil_div
+from nflows_kconv.backends.cuda.plan import ceil_div
 
 # What every GPU grants a thread block without asking; it also lets several blocks share a multiprocessor.
 SHARED_MEMORY = 48 * 1024

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nflows_kconv.cuda.plan import Kernel
+from nflows_kconv.backends.cuda.plan import Kernel
 
 
 def source_directory() -> Path:
     """Where the kernels' sources lie: inside an installed package, beside it in a checkout."""
-    package = Path(__file__).resolve().parent.parent
+    package = Path(__file__).resolve().parent.parent.parent
     installed = package / "csrc" / "cuda"
     return installed if installed.exists() else package.parent / "csrc" / "cuda"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nflows_kconv.cuda.plan import Device, Launch, Plan, Problem, aligned, arguments, ceil_div, kernel
+from nflows_kconv.backends.cuda.plan import Device, Launch, Plan, Problem, aligned, arguments, ceil_div, kernel
 
 # Registers of 32 bits full of weights that a thread may hold in each kernel. It has 255 at most, and a multiprocessor
 # 65536; with more weights, sums and addresses spill to memory.

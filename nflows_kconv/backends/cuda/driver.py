@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from nflows_kconv.cuda.plan import Device
+from nflows_kconv.backends.cuda.plan import Device
 
 _DRIVER_FUNCTIONS = (
     "cuLaunchKernel",

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from nflows_kconv.cuda.plan import Device, Launch, Plan, Problem, arguments, ceil_div, kernel
-from nflows_kconv.cuda.tiling import MAX_THREADS, SHARED_MEMORY, evenly
+from nflows_kconv.backends.cuda.plan import Device, Launch, Plan, Problem, arguments, ceil_div, kernel
+from nflows_kconv.backends.cuda.tiling import MAX_THREADS, SHARED_MEMORY, evenly
 
 _MAX_COLUMNS = 32
 _MAX_TAPS = 8  # kernel rows, or columns, of a stage

@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from nflows_kconv.cuda import driver
-from nflows_kconv.cuda.plan import Problem
-from nflows_kconv.cuda.runtime import Runtime, by_reference
+from nflows_kconv.backends.cuda import driver
+from nflows_kconv.backends.cuda.plan import Problem
+from nflows_kconv.backends.cuda.runtime import Runtime, by_reference
 
 _OPERATIONS = ("conv", "solve", "weight_gradient")
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from nflows_kconv.cuda import products, wavefront
-from nflows_kconv.cuda.convolution import plan_convolution
-from nflows_kconv.cuda.plan import Device, Plan, Problem
-from nflows_kconv.cuda.weight_gradient import plan_weight_gradient
+from nflows_kconv.backends.cuda import products, wavefront
+from nflows_kconv.backends.cuda.convolution import plan_convolution
+from nflows_kconv.backends.cuda.plan import Device, Plan, Problem
+from nflows_kconv.backends.cuda.weight_gradient import plan_weight_gradient
 
 # Channels of a group from which on the convolution is a matrix product.
 _MANY_CHANNELS = 64

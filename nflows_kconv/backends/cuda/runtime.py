@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from nflows_kconv.cuda import cache, compiler, driver, planning
-from nflows_kconv.cuda.plan import Kernel, Plan, Problem
+from nflows_kconv.backends.cuda import cache, compiler, driver, planning
+from nflows_kconv.backends.cuda.plan import Kernel, Plan, Problem
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from nflows_kconv.cuda.plan import Device, Launch, Plan, Problem, arguments, ceil_div, kernel
-from nflows_kconv.cuda.tiling import MAX_THREADS, SHARED_MEMORY, evenly
+from nflows_kconv.backends.cuda.plan import Device, Launch, Plan, Problem, arguments, ceil_div, kernel
+from nflows_kconv.backends.cuda.tiling import MAX_THREADS, SHARED_MEMORY, evenly
 
 _SCRATCH = 32 * 2**20
 _PIXELS = 4  # that a thread takes at a time

@@ -5,8 +5,10 @@ from __future__ import annotations
 import ctypes
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
 
@@ -31,7 +33,7 @@ def _load(directory: Path) -> tuple[ctypes.CDLL | None, str]:
     return library, ""
 
 
-_library, reason = _load(Path(__file__).parent)
+_library, reason = _load(Path(__file__).parent.parent)
 available = _library is not None
 
 
@@ -44,6 +46,28 @@ def loaded() -> ctypes.CDLL:
     if _library is None:
         raise RuntimeError(f"the native library is not available: {reason}")
     return _library
+
+
+def call(name: str, *args: Any) -> Tensor:
+    """Calls an operator of the native library, below autograd, whose part `ops` has done."""
+    try:
+        with torch._C._AutoDispatchBelowAutograd():
+            return getattr(torch.ops.nflows_kconv_native, name).default(*args)
+    except RuntimeError as error:
+        raise _with_type(error) from None
+
+
+def _with_type(error: RuntimeError) -> BaseException:
+    """The exception that it was.
+
+    torch passes on the text alone: of the launcher of CUDA kernels always, of the CPU's kernels since torch 2.15.
+    """
+    text = str(error)
+    if text.startswith("out of memory: "):
+        return torch.OutOfMemoryError(text)
+    if text.startswith("the pivot's diagonal must be finite"):
+        return ValueError(text)
+    return KeyboardInterrupt() if text == "KeyboardInterrupt" else error
 
 
 def instruction_set() -> str:

@@ -1,0 +1,83 @@
+"""The implementations of the primitive: which can run here, which will, and why. A new one registers below.
+
+registry     what a problem is; asks the backends, in the order in which they are registered here
+reference    plain PyTorch: every stencil, dimension and device
+cpu          the kernels under csrc/cpu, in the native library
+cuda         the kernels under csrc/cuda, compiled at run time
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from nflows_kconv.backends import cpu, cuda, reference
+from nflows_kconv.backends.registry import Implementation, Status, register, registered, run, use_backend
+
+__all__ = ["Backend", "available_backends", "run", "selected_backends", "use_backend"]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation, as `print` shows it: `cpu (cpu): selected, AVX-512, 8 threads`.
+
+    Attributes:
+        name: "cpu", "cuda" or "reference", as `use_backend` takes it.
+        device: The type of the tensors it is for, "any" for every type.
+        available: Whether it can run here.
+        selected: Whether tensors of some device that is present will run on it.
+        reason: What it runs with, or why it cannot run or is not selected.
+    """
+
+    name: str
+    device: str
+    available: bool
+    selected: bool
+    reason: str
+
+    def __str__(self) -> str:
+        """One line for people."""
+        state = "selected" if self.selected else "available" if self.available else "not available"
+        return f"{self.name} ({self.device}): {state}, {self.reason}"
+
+
+def available_backends() -> dict[str, Backend]:
+    """Tells for every backend, by name, whether it can and will run here, and why or why not.
+
+    Examples:
+        >>> from nflows_kconv import available_backends
+        >>> for backend in available_backends().values():
+        ...     print(backend)
+        cpu (cpu): ...
+        cuda (cuda): ...
+        reference (...): ...
+    """
+    selected = set(selected_backends().values())
+    backends = {}
+    for each in registered():
+        available, reason = each.status()
+        backends[each.name] = Backend(each.name, each.device, available, each.name in selected, reason)
+    return backends
+
+
+def selected_backends() -> dict[str, str]:
+    """The name of the backend that tensors will run on, for each type of device present."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    devices = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
+    return {
+        device: next(each.name for each in registered() if each.device in (device, "any") and each.status().available)
+        for device in devices
+    }
+
+
+def _reference_status() -> Status:
+    devices = [device for device, name in selected_backends().items() if name == "reference"]
+    return Status(
+        True, f"plain PyTorch for {' and '.join(devices)} tensors" if devices else "no device here needs it"
+    )
+
+
+register(Implementation("cpu", "cpu", cpu.status, cpu.why_not, cpu.run))
+register(Implementation("cuda", "cuda", cuda.status, cuda.why_not, cuda.run))
+register(Implementation("reference", "any", _reference_status, reference.why_not, reference.run))

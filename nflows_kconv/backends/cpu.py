@@ -1,0 +1,44 @@
+"""The backend of the native library's CPU kernels, csrc/cpu."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nflows_kconv import stencil
+from nflows_kconv.backends import native, planes, reference
+from nflows_kconv.backends.registry import Problem, Status
+
+_INSTRUCTION_SET_NAMES = {"baseline": "baseline instructions", "avx2": "AVX2", "avx512": "AVX-512"}
+# Bytes of a group's weights that stay in a second-level cache. Every position reads them all, so that beyond this size
+# F.conv2d, which holds several positions in registers, is the faster forward.
+_CACHED_WEIGHTS = 1 << 20
+
+
+def status() -> Status:
+    """Whether the native library is there, and with what it runs."""
+    if not native.available:
+        return Status(False, native.reason)
+    threads = torch.get_num_threads()
+    name = _INSTRUCTION_SET_NAMES[native.instruction_set()]
+    return Status(True, f"{name}, {threads} thread{'s' * (threads != 1)}")
+
+
+def why_not(problem: Problem) -> str | None:
+    """None where the native library is there, for corners."""
+    if not native.available:
+        return native.reason
+    return None if all(map(stencil.is_corner, problem.stencils)) else "its kernels know corners alone"
+
+
+def run(problem: Problem) -> Tensor:
+    """Runs a problem; what torch's own convolutions do as fast, they do."""
+    operation, input, weight, stencils, bias, log_diagonal, unit_diagonal, transpose, _ = problem
+    if operation == "solve":
+        if problem.dimensions == 3:
+            return planes.solve(problem, run)
+        return native.call("solve", input, weight, bias, log_diagonal, stencils, unit_diagonal, transpose)
+    if operation == "conv" and problem.dimensions == 2:
+        if weight.numel() * weight.element_size() <= _CACHED_WEIGHTS * len(stencils):
+            return native.call("conv", input, weight, bias, log_diagonal, stencils, unit_diagonal, transpose)
+    return reference.run(problem)

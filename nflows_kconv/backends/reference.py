@@ -1,0 +1,162 @@
+"""The primitive in plain PyTorch: the executable specification, and the backend of every stencil, dimension and device.
+
+For one group in the canonical frame of its stencil, with the image zero outside its borders (FInC Flow, Kallappa,
+Nagar, Varma 2023, arXiv 2301.09266, section 3):
+
+    y[o, p] = sum_{i, l} W[o, i, l] x[i, p - l]        l: the lags of the taps, see `stencil`
+
+`conv` computes y from x, `solve` x from y. The pixels with equal tau . p depend on those with smaller ones alone, so
+that `solve` takes one step for each value of tau . p: H + W - 1 for a corner. The transposed operator has the same
+lags, c_in and c_out exchanged, in the opposite stencil.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn import grad as convolution_gradients
+
+from nflows_kconv import stencil
+from nflows_kconv.backends.registry import Problem
+
+_CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_WEIGHT_GRADIENTS = {
+    1: convolution_gradients.conv1d_weight,
+    2: convolution_gradients.conv2d_weight,
+    3: convolution_gradients.conv3d_weight,
+}
+
+
+def why_not(problem: Problem) -> None:
+    """There is nothing that it cannot run."""
+
+
+def run(problem: Problem) -> Tensor:
+    """The result of a problem.
+
+    Returns:
+        For "conv" and "solve" with the shape, dtype and memory format of the input, for "weight_gradient" a contiguous
+        weight. Half precision is computed in float32 and rounded once, bias included.
+
+    Raises:
+        ValueError: If a solution is asked for, on the CPU, and the pivot's diagonal has an entry that is zero or not
+            finite.
+    """
+    return {"conv": _conv, "solve": _solve, "weight_gradient": _weight_gradient}[problem.operation](problem)
+
+
+def _conv(problem: Problem) -> Tensor:
+    input, dimensions, count = problem.input, problem.dimensions, len(problem.stencils)
+    output = torch.empty_like(input)
+    if input.numel() == 0:
+        return output
+    weight, stencils = _effective(problem), list(problem.stencils)
+    if problem.transpose:
+        axes = list(range(-dimensions, 0))
+        weight = weight.unflatten(0, (count, -1)).transpose(1, 2).flip(axes).flatten(0, 1)
+        stencils = [stencil.opposite(code, dimensions) for code in stencils]
+    biases = [None] * count if problem.bias is None else problem.bias.to(weight.dtype).chunk(count)
+    groups = zip(input.to(weight.dtype).chunk(count, 1), weight.chunk(count), biases, stencils, strict=True)
+    with in_own_precision(input.device):
+        outputs = [
+            _CONVOLUTIONS[dimensions](F.pad(x, stencil.padding(code, w.shape[2:])), w, b) for x, w, b, code in groups
+        ]
+    return output.copy_(torch.cat(outputs, 1))
+
+
+def _solve(problem: Problem) -> Tensor:
+    input, dimensions, stencils = problem.input, problem.dimensions, problem.stencils
+    weight = _effective(problem)
+    if input.device.type == "cpu":  # elsewhere the look at the values would wait for the device
+        stencil.check_diagonal(stencil.pivot_diagonal(weight, stencils))
+    rhs = input.to(weight.dtype)
+    if problem.bias is not None:
+        rhs = rhs - problem.bias.to(weight.dtype).view(-1, *[1] * dimensions)
+    images, kernels = list(rhs.chunk(len(stencils), 1)), weight.chunk(len(stencils))
+    frames = [stencil.opposite(code, dimensions) if problem.transpose else code for code in stencils]
+    for family in {stencil.family(code) for code in stencils} if input.numel() else ():
+        members = [group for group, code in enumerate(stencils) if stencil.family(code) == family]
+        y = torch.stack([stencil.canonical(images[g], frames[g], dimensions) for g in members], 1)
+        taps = torch.stack([stencil.canonical(kernels[g], stencils[g], dimensions) for g in members])
+        lags = stencil.lags(family, weight.shape[2:])
+        with in_own_precision(input.device):
+            x = _substitute(y, taps.flatten(3)[..., : len(lags)], lags, problem.transpose)
+        for index, g in enumerate(members):
+            images[g] = stencil.from_canonical(x[:, index], frames[g], dimensions)
+    return torch.empty_like(input).copy_(torch.cat(images, 1))
+
+
+def _substitute(y: Tensor, taps: Tensor, lags: Sequence[Sequence[int]], transpose: bool) -> Tensor:
+    """Back-substitution in the canonical frame: y [B, G, C/G, ...], taps [G, C/G, C/G, lags], the pivot last."""
+    if transpose:
+        taps = taps.transpose(1, 2)
+    pivot, others = taps[..., -1], taps[..., :-1]
+    sizes, offsets = y.shape[3:], torch.tensor(lags[:-1], dtype=torch.long, device=y.device).view(-1, len(lags[0]))
+    before = [max(0, *axis) for axis in zip(*lags, (0,) * len(sizes), strict=True)]
+    after = [max(0, *(-lag for lag in axis)) for axis in zip(*lags, (0,) * len(sizes), strict=True)]
+    x = F.pad(torch.zeros_like(y), [n for pair in zip(before[::-1], after[::-1], strict=True) for n in pair])
+
+    pixels = torch.cartesian_prod(*(torch.arange(size) for size in sizes)).view(-1, len(sizes))
+    times = pixels @ torch.tensor(stencil.schedule(lags) or (0,) * len(sizes))
+    counts = torch.unique(times, return_counts=True)[1].tolist()
+    for step in pixels[times.argsort(stable=True)].to(y.device).split(counts):
+        here = step.unbind(1)
+        read = [(h - o[:, None] + b) for h, o, b in zip(here, offsets.unbind(1), before, strict=True)]
+        known = torch.einsum("goit,bgitp->bgop", others, x[(..., *read)])
+        left = (y[(..., *here)] - known).permute(1, 2, 0, 3).flatten(2)  # [G, C/G, B * pixels]
+        solved = torch.linalg.solve_triangular(pivot, left, upper=transpose)
+        x[(..., *(h + b for h, b in zip(here, before, strict=True)))] = solved.unflatten(2, (len(y), -1)).permute(
+            2, 0, 1, 3
+        )
+    inside = (slice(b, b + size) for b, size in zip(before, sizes, strict=True))
+    return x[(..., *inside)]
+
+
+def _weight_gradient(problem: Problem) -> Tensor:
+    input, grad, stencils, kernel_size = problem.input, problem.other, problem.stencils, list(problem.kernel_size)
+    channels, count = input.shape[1], len(stencils)
+    per_group = channels // count
+    if input.numel() == 0:
+        return input.new_zeros(channels, per_group, *kernel_size)
+    dtype = torch.promote_types(input.dtype, torch.float32)
+    groups = zip(input.to(dtype).chunk(count, 1), grad.to(dtype).chunk(count, 1), stencils, strict=True)
+    of_group = _WEIGHT_GRADIENTS[problem.dimensions]
+    with in_own_precision(input.device):
+        gradients = [
+            of_group(F.pad(x, stencil.padding(code, kernel_size)), (per_group, per_group, *kernel_size), g)
+            for x, g, code in groups
+        ]
+    gradient = torch.cat(gradients)
+    masked = stencil.masked_entries(gradient.shape, stencils, input.device, diagonal=problem.unit_diagonal)
+    return gradient.masked_fill_(masked, 0).to(input.dtype, memory_format=torch.contiguous_format)
+
+
+def _effective(problem: Problem) -> Tensor:
+    """The weight that counts, in float32 at least."""
+    dtype = torch.promote_types(problem.other.dtype, torch.float32)
+    log_diagonal = None if problem.log_diagonal is None else problem.log_diagonal.to(dtype)
+    return stencil.effective(problem.other.to(dtype), problem.stencils, log_diagonal, problem.unit_diagonal)
+
+
+@contextmanager
+def in_own_precision(device: torch.device) -> Iterator[None]:
+    """Neither autocast nor TF32 reaches what is computed inside."""
+    settings: tuple[Any, ...] = ()
+    if device.type == "cuda":
+        # Not allow_tf32, which raises an error where somebody else has set this newer name of it.
+        settings = torch.backends.cudnn.conv, torch.backends.cuda.matmul  # type: ignore[attr-defined]
+    before = [setting.fp32_precision for setting in settings]
+    for setting in settings:
+        setting.fp32_precision = "ieee"
+    try:
+        has_autocast = torch.amp.is_autocast_available(device.type)
+        with torch.autocast(device.type, enabled=False) if has_autocast else nullcontext():
+            yield
+    finally:
+        for setting, precision in zip(settings, before, strict=True):
+            setting.fp32_precision = precision

@@ -1,0 +1,128 @@
+"""What a call of the primitive is, and who can run it: each backend tells why it cannot, or does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Problem(NamedTuple):
+    """One call of an operator, its arguments checked.
+
+    Attributes:
+        operation: "conv", "solve" or "weight_gradient".
+        input: [B, C, H, W] or [B, C, D, H, W].
+        other: The weight, [C, C/G, ...]; for "weight_gradient" the gradient, of the shape of the input.
+        stencils: One a channel group, see `stencil`.
+        bias: [C], or None.
+        log_diagonal: [C], or None: the pivot's diagonal is the weight's own.
+        unit_diagonal: Whether the pivot's diagonal counts as 1; for "weight_gradient", whether it has no gradient.
+        transpose: Whether A^T stands for A.
+        kernel_size: Of the weight.
+    """
+
+    operation: str
+    input: Tensor
+    other: Tensor
+    stencils: Sequence[int]
+    bias: Tensor | None = None
+    log_diagonal: Tensor | None = None
+    unit_diagonal: bool = False
+    transpose: bool = False
+    kernel_size: Sequence[int] = ()
+
+    @property
+    def dimensions(self) -> int:
+        """Of an image."""
+        return self.input.dim() - 2
+
+
+class Status(NamedTuple):
+    """Whether a backend can run here, and with what, or why not."""
+
+    available: bool
+    reason: str
+
+
+class Implementation(NamedTuple):
+    """A backend: what it registers.
+
+    Attributes:
+        name: How users choose it.
+        device: The type of the tensors that it runs, "any" for all.
+        status: Tells whether it can run here, and with what or why not.
+        why_not: Tells why it cannot run a problem on a device of its type; None where it can.
+        run: Runs a problem.
+    """
+
+    name: str
+    device: str
+    status: Callable[[], Status]
+    why_not: Callable[[Problem], str | None]
+    run: Callable[[Problem], Tensor]
+
+
+_registered: dict[str, Implementation] = {}
+_chosen: Implementation | None = None  # for all threads: backward passes have threads of their own
+
+
+def register(implementation: Implementation) -> None:
+    """Adds a backend. Of those that can run a problem, the one registered first does."""
+    _registered[implementation.name] = implementation
+
+
+def registered() -> Sequence[Implementation]:
+    """All backends, those first that are asked first."""
+    return tuple(_registered.values())
+
+
+def run(problem: Problem) -> Tensor:
+    """Runs a problem on the chosen backend, or on the first that can.
+
+    Raises:
+        RuntimeError: If the chosen one cannot.
+    """
+    chosen, device = _chosen, problem.input.device.type
+    if chosen is not None:
+        reason = f"it runs {chosen.device} tensors" if chosen.device not in ("any", device) else chosen.why_not(problem)
+        if reason is not None:
+            raise RuntimeError(f'backend "{chosen.name}" must be able to run this {device} problem: {reason}')
+        return chosen.run(problem)
+    for each in _registered.values():
+        if each.device in (device, "any") and each.why_not(problem) is None:
+            return each.run(problem)
+    raise RuntimeError(f"no backend runs {device} tensors")
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Makes all calls in this context run on one backend, in place of the fastest that can; in the whole process.
+
+    Args:
+        name: A key of `available_backends()`.
+
+    Raises:
+        ValueError: If there is no such backend, or it is not available here.
+        RuntimeError: From the calls inside, if the backend cannot run one of them, such as tensors of another device.
+
+    Examples:
+        >>> import torch
+        >>> from nflows_kconv import InvertibleConv2d, use_backend
+        >>> layer, images = InvertibleConv2d(4), torch.randn(2, 4, 8, 8)
+        >>> with use_backend("reference"):
+        ...     expected, _ = layer.inverse(images)
+    """
+    if name not in _registered:
+        raise ValueError(f"backend must be one of {tuple(_registered)}, got {name!r}")
+    status = _registered[name].status()
+    if not status.available:
+        raise ValueError(f'backend "{name}" must be available here, but {status.reason}')
+    global _chosen
+    before, _chosen = _chosen, _registered[name]
+    try:
+        yield
+    finally:
+        _chosen = before

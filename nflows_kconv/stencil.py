@@ -1,0 +1,218 @@
+"""Stencils: which pixels a pixel of the convolution reads, which taps are masked, in what order pixels can be solved.
+
+A stencil is a symmetry of the image and a *pivot*, the tap that reads the pixel itself. The symmetry, mirrored axes and
+for some an exchange of the two axes, leads to the *canonical* frame. There
+
+    the taps before the pivot, in raster order, are free;
+    the pivot's matrix counts as lower triangular;
+    the taps after the pivot are masked,
+
+so that a pixel reads none that comes after it in raster order, and the Jacobian is triangular. With the last tap as
+pivot the stencil is a *corner* (a quarter plane): nothing but the pivot's triangle is masked. With the middle of the
+last row it is a *side* (a half plane): the rows above, and in the pixel's own row what is to the left.
+
+The *lag* of a tap is how far back it reads along each canonical axis, in pixels. The *schedule* is integers tau with
+tau . lag > 0 for all free taps: pixels with equal tau . position can be solved at once (Lamport's hyperplane method,
+1974). The transposed operator has the same lags in the opposite stencil, and its channels exchanged.
+
+Inside the package a stencil is an integer: bit i mirrors the i-th axis from the last; `_SIDE` and `_EXCHANGED` are what
+they say. `csrc/cpu/problem.h` says the same for C++.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+_SIDE, _EXCHANGED = 8, 16
+_MIRRORS = 7
+
+STENCILS: dict[int, dict[str, int]] = {
+    1: {"L": 0, "R": 1},
+    2: {
+        **{"TL": 0, "TR": 1, "BL": 2, "BR": 3},
+        **{"T": _SIDE, "B": _SIDE | 3, "L": _SIDE | _EXCHANGED, "R": _SIDE | _EXCHANGED | 3},
+    },
+    3: {"".join(name): code for code, name in enumerate(itertools.product("NF", "TB", "LR"))},
+}
+CORNERS = {n: tuple(name for name, code in codes.items() if code <= _MIRRORS) for n, codes in STENCILS.items()}
+
+
+def parse(corners: str | Sequence[str], dimensions: int = 2) -> list[int]:
+    """Turns names into integers, one a channel group.
+
+    Raises:
+        TypeError: If `corners` is neither a string nor a sequence of strings.
+        ValueError: If there is no name, or one that no stencil of so many dimensions has.
+    """
+    known = STENCILS[dimensions]
+    names = (corners,) if isinstance(corners, str) else corners
+    if not isinstance(names, (tuple, list, Sequence)) or not all([isinstance(name, str) for name in names]):
+        raise TypeError(f"corners must be a string or a sequence of strings out of {tuple(known)}, got {corners!r}")
+    codes = [known.get(name, -1) for name in names]
+    if -1 in codes or not codes:
+        side = any(name in STENCILS[2] and STENCILS[2][name] & _SIDE for name in names if name not in known)
+        raise ValueError(
+            f"corners must name at least one stencil, each out of {tuple(known)} in {dimensions} "
+            f"dimension{'s' * (dimensions > 1)}, got {corners!r}{'; sides are for two dimensions' * side}"
+        )
+    return codes
+
+
+def name(code: int, dimensions: int) -> str:
+    """The stencil's name, which `parse` takes."""
+    return next(name for name, known in STENCILS[dimensions].items() if known == code)
+
+
+def is_corner(code: int) -> bool:
+    """Whether the pivot is the last tap, and no tap is masked as a whole."""
+    return not code & _SIDE
+
+
+def opposite(code: int, dimensions: int) -> int:
+    """The stencil mirrored along all axes: where the transposed operator reads."""
+    return code ^ ((1 << dimensions) - 1)
+
+
+def family(code: int) -> int:
+    """The stencil that it is a mirror image of: those of a family have equal lags."""
+    return code & ~_MIRRORS
+
+
+def canonical(tensor: Tensor, code: int, dimensions: int) -> Tensor:
+    """An image or a kernel, the last dimensions of a tensor, in the canonical frame."""
+    if code & _EXCHANGED:
+        tensor = tensor.transpose(-1, -2)
+    return tensor.flip(_mirrored(code, dimensions))
+
+
+def from_canonical(tensor: Tensor, code: int, dimensions: int) -> Tensor:
+    """The inverse of `canonical`."""
+    tensor = tensor.flip(_mirrored(code, dimensions))
+    return tensor.transpose(-1, -2) if code & _EXCHANGED else tensor
+
+
+def lags(code: int, kernel_size: Sequence[int], dilation: Sequence[int] = ()) -> list[tuple[int, ...]]:
+    """How far back each free tap reads along the canonical axes, in the raster order of taps; the pivot is the last."""
+    size, pivot_ = _exchanged(code, kernel_size), _canonical_pivot(code, kernel_size)
+    steps = _exchanged(code, dilation or [1] * len(size))
+    taps = itertools.product(*map(range, size))
+    return [tuple((p - t) * s for p, t, s in zip(pivot_, tap, steps, strict=True)) for tap in taps if tap <= pivot_]
+
+
+def schedule(lags: Iterable[Sequence[int]]) -> tuple[int, ...]:
+    """The smallest positive tau with tau . lag > 0 for every lag but zero.
+
+    The first number of each lag that is not zero must be positive: a tap before the pivot reads back.
+    """
+    others = [lag for lag in lags if any(lag)]
+    tau: list[int] = []
+    for axis in reversed(range(len(others[0]) if others else 0)):
+        needed = 1
+        for lag in others:
+            if lag[axis] > 0 and not any(lag[:axis]):
+                further = sum(t * step for t, step in zip(tau, lag[axis + 1 :], strict=True))
+                needed = max(needed, -further // lag[axis] + 1)
+        tau.insert(0, needed)
+    return tuple(tau)
+
+
+def pivot(code: int, kernel_size: Sequence[int]) -> tuple[int, ...]:
+    """Where the kernel has the tap that reads the pixel itself."""
+    size, place = _exchanged(code, kernel_size), list(_canonical_pivot(code, kernel_size))
+    for axis in _mirrored(code, len(size)):
+        place[axis] = size[axis] - 1 - place[axis]
+    return tuple(_exchanged(code, place))
+
+
+def padding(code: int, kernel_size: Sequence[int], dilation: Sequence[int] = ()) -> list[int]:
+    """What `F.pad` must add, from the last axis on, before a convolution of torch."""
+    steps = dilation or [1] * len(kernel_size)
+    axes = zip(pivot(code, kernel_size), kernel_size, steps, strict=True)
+    before_after = [(step * place, step * (size - 1 - place)) for place, size, step in axes]
+    return [amount for pair in reversed(before_after) for amount in pair]
+
+
+def masked_entries(
+    shape: Sequence[int], stencils: Sequence[int], device: torch.device | None = None, *, diagonal: bool = False
+) -> Tensor:
+    """True where a weight of this shape counts as zero: the pivot's entries with c_in > c_out, and masked taps.
+
+    With `diagonal` also on the pivot's diagonal: where a raw weight is ignored.
+    """
+    above = torch.ones(shape[1], shape[1], dtype=torch.bool, device=device).triu(0 if diagonal else 1)
+    return _of_groups(shape, stencils, above, after_pivot=True)
+
+
+def diagonal_entries(shape: Sequence[int], stencils: Sequence[int], device: torch.device | None = None) -> Tensor:
+    """True on the pivot's diagonal."""
+    diagonal = torch.eye(shape[1], dtype=torch.bool, device=device)
+    return _of_groups(shape, stencils, diagonal, after_pivot=False)
+
+
+def pivot_diagonal(weight: Tensor, stencils: Sequence[int]) -> Tensor:
+    """The diagonal of the pivot taps, [C]: the diagonal of the Jacobian at every pixel."""
+    groups = weight.unflatten(0, (len(stencils), -1))
+    taps = (pivot(code, weight.shape[2:]) for code in stencils)
+    return torch.cat([group[(..., *place)].diagonal() for group, place in zip(groups, taps, strict=True)])
+
+
+def effective(
+    weight: Tensor, stencils: Sequence[int], log_diagonal: Tensor | None = None, unit_diagonal: bool = False
+) -> Tensor:
+    """The weight that counts: zero where it is masked, with its own diagonal, exp(log_diagonal) or ones."""
+    device = weight.device
+    weight = weight.masked_fill(masked_entries(weight.shape, stencils, device), 0)
+    if not unit_diagonal and log_diagonal is None:
+        return weight
+    on_diagonal = diagonal_entries(weight.shape, stencils, device)
+    if log_diagonal is None:
+        return weight.masked_fill(on_diagonal, 1)
+    diagonal = log_diagonal.exp().to(weight.dtype)
+    return torch.where(on_diagonal, diagonal.view(-1, *[1] * (weight.dim() - 1)), weight)
+
+
+def check_diagonal(diagonal: Tensor) -> None:
+    """Raises a ValueError unless every entry and its reciprocal, in float32 at least, are finite and not zero."""
+    diagonal = diagonal.to(torch.promote_types(diagonal.dtype, torch.float32))
+    bad = ((diagonal * diagonal.reciprocal()).round() != 1).nonzero()  # NaN and infinity are not 1
+    if len(bad):
+        channel = int(bad[0, 0])
+        raise ValueError(
+            "the pivot's diagonal must be finite and not zero (and its reciprocal, too) for the convolution to have an "
+            f"inverse, got {diagonal[channel].item():g} in channel {channel}"
+        )
+
+
+def _mirrored(code: int, dimensions: int) -> list[int]:
+    return [-1 - bit for bit in range(dimensions) if code >> bit & 1]
+
+
+def _exchanged(code: int, values: Sequence[int]) -> list[int]:
+    return list(values)[::-1] if code & _EXCHANGED else list(values)  # of two axes
+
+
+def _canonical_pivot(code: int, kernel_size: Sequence[int]) -> tuple[int, ...]:
+    *rest, last = [size - 1 for size in _exchanged(code, kernel_size)]
+    return (*rest, last // 2 if code & _SIDE else last)
+
+
+def _of_groups(shape: Sequence[int], stencils: Sequence[int], at_pivot: Tensor, after_pivot: bool) -> Tensor:
+    """A mask of a weight: this one at the pivot, and one value at all taps after it."""
+    masks = {code: _of_group(shape[2:], code, at_pivot, after_pivot) for code in set(stencils)}
+    return torch.cat([masks[code] for code in stencils])
+
+
+def _of_group(kernel_size: Sequence[int], code: int, at_pivot: Tensor, after_pivot: bool) -> Tensor:
+    size = _exchanged(code, kernel_size)
+    place = 0  # of the pivot in raster order
+    for length, index in zip(size, _canonical_pivot(code, kernel_size), strict=True):
+        place = place * length + index
+    taps = at_pivot.new_zeros(*at_pivot.shape, math.prod(size))
+    taps[..., place] = at_pivot
+    taps[..., place + 1 :] = after_pivot
+    return from_canonical(taps.unflatten(-1, size), code, len(size))
