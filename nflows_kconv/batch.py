@@ -7,13 +7,15 @@ import math
 from torch import Tensor
 
 
-def flatten_batch(input: Tensor) -> Tensor:
-    """[..., C, H, W] as [B, C, H, W].
+def flatten_batch(input: Tensor, dimensions: int) -> Tensor:
+    """[..., C, H, W] as [B, C, H, W], for images of so many dimensions.
 
     Raises:
-        ValueError: If the input has fewer than three dimensions.
+        ValueError: If the input has fewer than those and one for channels.
     """
-    if input.dim() < 3:
-        raise ValueError(f"input must have the dimensions [..., C, H, W], got shape {tuple(input.shape)}")
+    event = dimensions + 1
+    if input.dim() < event:
+        axes = ", ".join(("...", "C", *"DHW"[-dimensions:])) if dimensions > 1 else "..., C, L"
+        raise ValueError(f"input must have the dimensions [{axes}], got shape {tuple(input.shape)}")
     # Not -1 for B, which is ambiguous where an image has no pixels.
-    return input.reshape(math.prod(input.shape[:-3]), *input.shape[-3:])
+    return input.reshape(math.prod(input.shape[:-event]), *input.shape[-event:])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -12,10 +13,80 @@ from torch.distributions import ComposeTransform, Transform, constraints
 from nflows_kconv import bijection, layer
 from nflows_kconv.batch import flatten_batch
 
-__all__ = ["InvertibleConv2d"]
+__all__ = ["InvertibleConv1d", "InvertibleConv2d", "InvertibleConv3d"]
 
 
-class InvertibleConv2d(layer.InvertibleConv2d, Transform):
+class _Transform(layer.InvertibleConv, Transform):
+    """The layer with the interface of torch.distributions."""
+
+    bijective = True
+    sign = 1  # the Jacobian is triangular, its diagonal positive
+
+    __hash__ = object.__hash__  # which Transform takes away, and modules need
+
+    def __init__(
+        self,
+        num_channels: int,
+        kernel_size: int | Sequence[int] = 3,
+        *,
+        cache_size: Literal[0, 1] = 0,
+        **options: Any,
+    ) -> None:
+        layer.InvertibleConv.__init__(self, num_channels, kernel_size, **options)
+        Transform.__init__(self, cache_size)
+        self._cached_state: list[tuple[int, int]] = []
+
+    def with_cache(self, cache_size: Literal[0, 1] = 1) -> _Transform:
+        """The transform with another cache, and the same parameters.
+
+        Raises:
+            ValueError: If `cache_size` is neither 0 nor 1.
+        """
+        if cache_size == self._cache_size:
+            return self
+        twin = copy.copy(self)  # shares the dictionaries of parameters and buffers
+        Transform.__init__(twin, cache_size)
+        return twin
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """log |det dy/dx|, [...], in float32 at least.
+
+        Args:
+            x: [..., C, H, W], of which the shape alone counts.
+            y: Ignored.
+
+        Raises:
+            ValueError: If x has fewer dimensions.
+        """
+        return self._log_abs_det(flatten_batch(x, self.dimensions)).reshape(x.shape[: -1 - self.dimensions])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """y = A x, [..., C, H, W]; see `nflows_kconv.functional.conv2d` for what is raised."""
+        self._forget_if_changed()
+        return Transform.__call__(self, x)
+
+    def _inv_call(self, y: Tensor) -> Tensor:
+        self._forget_if_changed()
+        return super()._inv_call(y)
+
+    def _forget_if_changed(self) -> None:
+        if self._cache_size:
+            state = [(each.data_ptr(), 0 if each.is_inference() else each._version) for each in self.parameters()]
+            if state != self._cached_state:
+                self._cached_x_y, self._cached_state = (None, None), state
+
+    def _call(self, x: Tensor) -> Tensor:
+        return nn.Module.__call__(self, flatten_batch(x, self.dimensions))[0].reshape(x.shape)
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return self.inverse(flatten_batch(y, self.dimensions))[0].reshape(y.shape)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy and a file take: neither the inverse, which belongs to this transform, nor what is cached."""
+        return {**super().__getstate__(), "_inv": None, "_cached_x_y": (None, None)}
+
+
+class InvertibleConv2d(_Transform, layer.InvertibleConv2d):
     """`nflows_kconv.InvertibleConv2d` as a `torch.distributions.Transform` of images [..., C, H, W].
 
     Called, it convolves: y = A x; `inv` solves: x = A^-1 y. FInC Flow (Kallappa, Nagar, Varma 2023, arXiv 2301.09266).
@@ -50,73 +121,19 @@ class InvertibleConv2d(layer.InvertibleConv2d, Transform):
         torch.Size([5])
     """
 
-    domain = constraints.independent(constraints.real, 3)
-    codomain = constraints.independent(constraints.real, 3)
-    bijective = True
-    sign = 1  # the Jacobian is triangular, its diagonal positive
+    domain = codomain = constraints.independent(constraints.real, 3)
 
-    __hash__ = object.__hash__  # which Transform takes away, and modules need
 
-    def __init__(
-        self,
-        num_channels: int,
-        kernel_size: int | tuple[int, int] = 3,
-        *,
-        cache_size: Literal[0, 1] = 0,
-        **options: Any,
-    ) -> None:
-        layer.InvertibleConv2d.__init__(self, num_channels, kernel_size, **options)
-        Transform.__init__(self, cache_size)
-        self._cached_state: list[tuple[int, int]] = []
+class InvertibleConv1d(_Transform, layer.InvertibleConv1d):
+    """`nflows_kconv.InvertibleConv1d` as a `torch.distributions.Transform`; see `InvertibleConv2d`."""
 
-    def with_cache(self, cache_size: Literal[0, 1] = 1) -> InvertibleConv2d:
-        """The transform with another cache, and the same parameters.
+    domain = codomain = constraints.independent(constraints.real, 2)
 
-        Raises:
-            ValueError: If `cache_size` is neither 0 nor 1.
-        """
-        if cache_size == self._cache_size:
-            return self
-        twin = copy.copy(self)  # shares the dictionaries of parameters and buffers
-        Transform.__init__(twin, cache_size)
-        return twin
 
-    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        """log |det dy/dx|, [...], in float32 at least.
+class InvertibleConv3d(_Transform, layer.InvertibleConv3d):
+    """`nflows_kconv.InvertibleConv3d` as a `torch.distributions.Transform`; see `InvertibleConv2d`."""
 
-        Args:
-            x: [..., C, H, W], of which the shape alone counts.
-            y: Ignored.
-
-        Raises:
-            ValueError: If x has fewer than three dimensions.
-        """
-        return self._log_abs_det(flatten_batch(x)).reshape(x.shape[:-3])
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """y = A x, [..., C, H, W]; see `nflows_kconv.functional.conv2d` for what is raised."""
-        self._forget_if_changed()
-        return Transform.__call__(self, x)
-
-    def _inv_call(self, y: Tensor) -> Tensor:
-        self._forget_if_changed()
-        return super()._inv_call(y)
-
-    def _forget_if_changed(self) -> None:
-        if self._cache_size:
-            state = [(each.data_ptr(), 0 if each.is_inference() else each._version) for each in self.parameters()]
-            if state != self._cached_state:
-                self._cached_x_y, self._cached_state = (None, None), state
-
-    def _call(self, x: Tensor) -> Tensor:
-        return nn.Module.__call__(self, flatten_batch(x))[0].reshape(x.shape)
-
-    def _inverse(self, y: Tensor) -> Tensor:
-        return self.inverse(flatten_batch(y))[0].reshape(y.shape)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What a copy and a file take: neither the inverse, which belongs to this transform, nor what is cached."""
-        return {**super().__getstate__(), "_inv": None, "_cached_x_y": (None, None)}
+    domain = codomain = constraints.independent(constraints.real, 4)
 
 
 def run_transform(transform: Transform, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,10 +15,58 @@ try:
 except ImportError as error:
     raise ImportError('nflows_kconv.freia needs FrEIA, which comes with pip install "nflows-kconv[freia]"') from error
 
-__all__ = ["InvertibleConv2d"]
+__all__ = ["InvertibleConv1d", "InvertibleConv2d", "InvertibleConv3d"]
 
 
-class InvertibleConv2d(InvertibleModule, layer.InvertibleConv2d):
+class _Module(InvertibleModule, layer.InvertibleConv):
+    """The layer with the interface of FrEIA."""
+
+    def __init__(
+        self,
+        dims_in: Sequence[tuple[int, ...]],
+        dims_c: Sequence[tuple[int, ...]] | None = None,
+        **options: Any,
+    ) -> None:
+        if [len(shape) for shape in dims_in] != [self.dimensions + 1]:
+            raise ValueError(
+                f"dims_in must be one shape of C and {self.dimensions} sizes, as [(C, H, W)] for images, got {dims_in}"
+            )
+        layer.InvertibleConv.__init__(self, dims_in[0][0], **options)
+        # As the constructor of InvertibleModule does, which would call that of the layer without its arguments.
+        self.dims_in, self.dims_c = list(dims_in), list(dims_c or ())
+
+    def forward(  # type: ignore[override]
+        self, x_or_z: Sequence[Tensor], c: Any = None, rev: bool = False, jac: bool = True
+    ) -> tuple[tuple[Tensor], Tensor]:
+        """Convolves, or solves.
+
+        Args:
+            x_or_z: One tensor, [B, C, ...], in the dtype of the parameters.
+            c: Ignored.
+            rev: Whether to solve.
+            jac: Ignored: the log-determinant costs nothing.
+
+        Returns:
+            One tensor, [B, C, ...], and the log-determinant of the direction, [B].
+
+        Raises:
+            TypeError: See `nflows_kconv.functional.conv2d`.
+            ValueError: See `nflows_kconv.functional.conv2d`.
+        """
+        (input,) = x_or_z
+        output, log_abs_det = layer.InvertibleConv.forward(self, input, inverse=rev)
+        return (output,), log_abs_det
+
+    def inverse(self, x_or_z: Sequence[Tensor], c: Any = None) -> tuple[tuple[Tensor], Tensor]:  # type: ignore[override]
+        """`forward` with `rev=True`."""
+        return self(x_or_z, c, rev=True)
+
+    def output_dims(self, input_dims: Sequence[tuple[int, ...]]) -> Sequence[tuple[int, ...]]:
+        """The shapes of the inputs."""
+        return input_dims
+
+
+class InvertibleConv2d(_Module, layer.InvertibleConv2d):
     """`nflows_kconv.InvertibleConv2d` as a `FrEIA.modules.InvertibleModule`.
 
     Forward (data -> latent) is the convolution y = A x, with `rev=True` (latent -> data) the solution x = A^-1 y. FInC
@@ -42,47 +90,13 @@ class InvertibleConv2d(InvertibleModule, layer.InvertibleConv2d):
         >>> flow.append(InvertibleConv2d, corners="BR")
     """
 
-    def __init__(
-        self,
-        dims_in: Sequence[tuple[int, ...]],
-        dims_c: Sequence[tuple[int, ...]] | None = None,
-        **options: Any,
-    ) -> None:
-        if [len(shape) for shape in dims_in] != [3]:
-            raise ValueError(f"dims_in must be the shape of one image, [(C, H, W)], got {dims_in}")
-        layer.InvertibleConv2d.__init__(self, dims_in[0][0], **options)
-        # As the constructor of InvertibleModule does, which would call that of the layer without its arguments.
-        self.dims_in, self.dims_c = list(dims_in), list(dims_c or ())
 
-    def forward(  # type: ignore[override]
-        self, x_or_z: Sequence[Tensor], c: Any = None, rev: bool = False, jac: bool = True
-    ) -> tuple[tuple[Tensor], Tensor]:
-        """Convolves, or solves.
+class InvertibleConv1d(_Module, layer.InvertibleConv1d):
+    """`nflows_kconv.InvertibleConv1d` as a `FrEIA.modules.InvertibleModule`; see `InvertibleConv2d`."""
 
-        Args:
-            x_or_z: One tensor, [B, C, H, W], in the dtype of the parameters.
-            c: Ignored.
-            rev: Whether to solve.
-            jac: Ignored: the log-determinant costs nothing.
 
-        Returns:
-            One tensor, [B, C, H, W], and the log-determinant of the direction, [B].
-
-        Raises:
-            TypeError: See `nflows_kconv.functional.conv2d`.
-            ValueError: See `nflows_kconv.functional.conv2d`.
-        """
-        (input,) = x_or_z
-        output, log_abs_det = layer.InvertibleConv2d.forward(self, input, inverse=rev)
-        return (output,), log_abs_det
-
-    def inverse(self, x_or_z: Sequence[Tensor], c: Any = None) -> tuple[tuple[Tensor], Tensor]:  # type: ignore[override]
-        """`forward` with `rev=True`."""
-        return self(x_or_z, c, rev=True)
-
-    def output_dims(self, input_dims: Sequence[tuple[int, ...]]) -> Sequence[tuple[int, ...]]:
-        """The shapes of the inputs."""
-        return input_dims
+class InvertibleConv3d(_Module, layer.InvertibleConv3d):
+    """`nflows_kconv.InvertibleConv3d` as a `FrEIA.modules.InvertibleModule`; see `InvertibleConv2d`."""
 
 
 def _run(module: InvertibleModule, value: bijection.Value, context: Any, rev: bool) -> tuple[bijection.Value, Tensor]:

@@ -197,7 +197,9 @@ def run(
     dimensions = len(dilation)
     _check_arguments(input, weight, bias, log_diagonal, stencils, dimensions)
     if dimensions == 1:  # a row of an image
-        rows = _over_phases(operator, input[:, :, None], weight[:, :, None], bias, log_diagonal, stencils, unit_diagonal, (1, *dilation))
+        rows = _over_phases(
+            operator, input[:, :, None], weight[:, :, None], bias, log_diagonal, stencils, unit_diagonal, (1, *dilation)
+        )
         return rows[:, :, 0]
     return _over_phases(operator, input, weight, bias, log_diagonal, stencils, unit_diagonal, dilation)
 
@@ -249,7 +251,9 @@ def _over_phases(operator: Callable[..., Tensor], input: Tensor, *arguments: Any
     def of_phases(phases: Tensor) -> Tensor:  # [B, C, ..., pixels, phases]
         count = phases.shape[-1]
         images = phases.movedim(-1, 0).flatten(0, 1).movedim(-1, dim)
-        return _over_phases(operator, images, *others, dilation).movedim(dim, -1).unflatten(0, (count, -1)).movedim(0, -1)
+        return (
+            _over_phases(operator, images, *others, dilation).movedim(dim, -1).unflatten(0, (count, -1)).movedim(0, -1)
+        )
 
     pixels = input.movedim(dim, -1)
     each, rest = divmod(pixels.shape[-1], step)

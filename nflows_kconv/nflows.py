@@ -25,7 +25,15 @@ except ImportError as error:
         'nflows_kconv.nflows needs nflows, which comes with pip install "nflows-kconv[nflows]"'
     ) from error
 
-__all__ = ["ImageFlow", "InvertibleConv2d", "ReversibleCompositeTransform", "Step", "finc_flow"]
+__all__ = [
+    "ImageFlow",
+    "InvertibleConv1d",
+    "InvertibleConv2d",
+    "InvertibleConv3d",
+    "ReversibleCompositeTransform",
+    "Step",
+    "finc_flow",
+]
 
 
 class InvertibleConv2d(layer.InvertibleConv2d, Transform):
@@ -43,6 +51,14 @@ class InvertibleConv2d(layer.InvertibleConv2d, Transform):
         >>> from nflows_kconv.nflows import InvertibleConv2d
         >>> step = CompositeTransform([InvertibleConv2d(12), ActNorm(12), OneByOneConvolution(12)])
     """
+
+
+class InvertibleConv1d(layer.InvertibleConv1d, Transform):
+    """`nflows_kconv.InvertibleConv1d` as an `nflows.transforms.Transform`; see `InvertibleConv2d`."""
+
+
+class InvertibleConv3d(layer.InvertibleConv3d, Transform):
+    """`nflows_kconv.InvertibleConv3d` as an `nflows.transforms.Transform`; see `InvertibleConv2d`."""
 
 
 class Step(InvertibleModule, Transform):

@@ -25,10 +25,29 @@ except ImportError as error:
         'nflows_kconv.normflows needs normflows, which comes with pip install "nflows-kconv[normflows]"'
     ) from error
 
-__all__ = ["GlowBlock", "ImageFlow", "InvertibleConv2d", "ReversibleComposite", "Step", "finc_flow"]
+__all__ = [
+    "GlowBlock",
+    "ImageFlow",
+    "InvertibleConv1d",
+    "InvertibleConv2d",
+    "InvertibleConv3d",
+    "ReversibleComposite",
+    "Step",
+    "finc_flow",
+]
 
 
-class InvertibleConv2d(layer.InvertibleConv2d, flows.Flow):
+class _FromLatent(layer.InvertibleConv, flows.Flow):
+    """The layer with the directions of normflows."""
+
+    def _run_forward(self, input: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        return super()._run_inverse(input, context)
+
+    def _run_inverse(self, input: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        return super()._run_forward(input, context)
+
+
+class InvertibleConv2d(_FromLatent, layer.InvertibleConv2d):
     """`nflows_kconv.InvertibleConv2d` as a `normflows.flows.Flow`.
 
     forward (latent -> data) is the solution x = A^-1 z, inverse (data -> latent) the convolution z = A x.
@@ -44,11 +63,13 @@ class InvertibleConv2d(layer.InvertibleConv2d, flows.Flow):
         >>> flows = [Invertible1x1Conv(12), ActNorm((12, 1, 1)), InvertibleConv2d(12)]
     """
 
-    def _run_forward(self, input: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        return super()._run_inverse(input, context)
 
-    def _run_inverse(self, input: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        return super()._run_forward(input, context)
+class InvertibleConv1d(_FromLatent, layer.InvertibleConv1d):
+    """`nflows_kconv.InvertibleConv1d` as a `normflows.flows.Flow`; see `InvertibleConv2d`."""
+
+
+class InvertibleConv3d(_FromLatent, layer.InvertibleConv3d):
+    """`nflows_kconv.InvertibleConv3d` as a `normflows.flows.Flow`; see `InvertibleConv2d`."""
 
 
 class GlowBlock(flows.GlowBlock):

@@ -38,7 +38,6 @@ from torch.utils.flop_counter import register_flop_formula
 from nflows_kconv import backends, checks, stencil
 from nflows_kconv.backends.registry import Problem
 
-
 _library = torch.library.Library("nflows_kconv", "DEF")
 for _name in ("conv", "solve"):
     _library.define(

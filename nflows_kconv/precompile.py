@@ -50,7 +50,9 @@ def warmup(module: nn.Module, input_shape: Sequence[int], context: Any = None) -
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
     layers = _layers(module)
     if not layers:
-        raise ValueError(f"module must contain an InvertibleConv1d, 2d or 3d, got a {type(module).__name__} without one")
+        raise ValueError(
+            f"module must contain an InvertibleConv1d, 2d or 3d, got a {type(module).__name__} without one"
+        )
     if any(layer.raw_weight.is_cuda for layer in layers):
         for problem in problems(module, input_shape, context):
             differentiate(problem)

@@ -19,10 +19,53 @@ except ImportError as error:
         'nflows_kconv.torchflows needs torchflows, which comes with pip install "nflows-kconv[torchflows]"'
     ) from error
 
-__all__ = ["InvertibleConv2d"]
+__all__ = ["InvertibleConv1d", "InvertibleConv2d", "InvertibleConv3d"]
 
 
-class InvertibleConv2d(Bijection, layer.InvertibleConv2d):
+class _Bijection(Bijection, layer.InvertibleConv):
+    """The layer with the interface of torchflows."""
+
+    def __init__(
+        self,
+        event_shape: Sequence[int],
+        context_shape: Sequence[int] | None = None,
+        **options: Any,
+    ) -> None:
+        if len(event_shape) != self.dimensions + 1:
+            raise ValueError(
+                f"event_shape must be C and {self.dimensions} sizes, as (C, H, W) for images, got {tuple(event_shape)}"
+            )
+        layer.InvertibleConv.__init__(self, event_shape[0], **options)
+        # As the constructor of Bijection does, which would call that of the layer without its arguments.
+        self.event_shape, self.context_shape = tuple(event_shape), context_shape
+        self.n_dim = math.prod(event_shape)
+
+    def forward(self, x: Tensor, context: Any = None, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
+        """Convolves, or solves.
+
+        Args:
+            x: x, or z if `inverse`, [..., C, H, W], in the dtype of the parameters.
+            context: Ignored.
+            inverse: Whether to solve for x.
+
+        Returns:
+            z and log |det dz/dx|, or x and log |det dx/dz|: [..., C, H, W] and [...].
+
+        Raises:
+            TypeError: See `nflows_kconv.functional.conv2d`.
+            ValueError: See `nflows_kconv.functional.conv2d`.
+        """
+        output, log_abs_det = layer.InvertibleConv.forward(self, flatten_batch(x, self.dimensions), inverse=inverse)
+        return output.reshape(x.shape), log_abs_det.reshape(x.shape[: -1 - self.dimensions])
+
+    def inverse(self, z: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
+        """Undoes `forward`."""
+        if "forward" in vars(self):  # torchflows' `invert` has exchanged the two methods of this instance
+            return type(self).forward(self, z, context, inverse=True)
+        return layer.InvertibleConv.inverse(self, z, context)
+
+
+class InvertibleConv2d(_Bijection, layer.InvertibleConv2d):
     """`nflows_kconv.InvertibleConv2d` as a torchflows `Bijection`.
 
     forward (data -> noise) is the convolution z = A x, inverse (noise -> data) the solution x = A^-1 z. FInC Flow
@@ -48,42 +91,13 @@ class InvertibleConv2d(Bijection, layer.InvertibleConv2d):
         torch.Size([5])
     """
 
-    def __init__(
-        self,
-        event_shape: Sequence[int],
-        context_shape: Sequence[int] | None = None,
-        **options: Any,
-    ) -> None:
-        if len(event_shape) != 3:
-            raise ValueError(f"event_shape must be (C, H, W), got {tuple(event_shape)}")
-        layer.InvertibleConv2d.__init__(self, event_shape[0], **options)
-        # As the constructor of Bijection does, which would call that of the layer without its arguments.
-        self.event_shape, self.context_shape = tuple(event_shape), context_shape
-        self.n_dim = math.prod(event_shape)
 
-    def forward(self, x: Tensor, context: Any = None, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
-        """Convolves, or solves.
+class InvertibleConv1d(_Bijection, layer.InvertibleConv1d):
+    """`nflows_kconv.InvertibleConv1d` as a torchflows `Bijection`; see `InvertibleConv2d`."""
 
-        Args:
-            x: x, or z if `inverse`, [..., C, H, W], in the dtype of the parameters.
-            context: Ignored.
-            inverse: Whether to solve for x.
 
-        Returns:
-            z and log |det dz/dx|, or x and log |det dx/dz|: [..., C, H, W] and [...].
-
-        Raises:
-            TypeError: See `nflows_kconv.functional.conv2d`.
-            ValueError: See `nflows_kconv.functional.conv2d`.
-        """
-        output, log_abs_det = layer.InvertibleConv2d.forward(self, flatten_batch(x), inverse=inverse)
-        return output.reshape(x.shape), log_abs_det.reshape(x.shape[:-3])
-
-    def inverse(self, z: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
-        """Undoes `forward`."""
-        if "forward" in vars(self):  # torchflows' `invert` has exchanged the two methods of this instance
-            return type(self).forward(self, z, context, inverse=True)
-        return layer.InvertibleConv2d.inverse(self, z, context)
+class InvertibleConv3d(_Bijection, layer.InvertibleConv3d):
+    """`nflows_kconv.InvertibleConv3d` as a torchflows `Bijection`; see `InvertibleConv2d`."""
 
 
 def _sample(flow: Flow, num_samples: int, context: Any) -> Tensor:

@@ -73,9 +73,7 @@ def selected_backends() -> dict[str, str]:
 
 def _reference_status() -> Status:
     devices = [device for device, name in selected_backends().items() if name == "reference"]
-    return Status(
-        True, f"plain PyTorch for {' and '.join(devices)} tensors" if devices else "no device here needs it"
-    )
+    return Status(True, f"plain PyTorch for {' and '.join(devices)} tensors" if devices else "no device here needs it")
 
 
 register(Implementation("cpu", "cpu", cpu.status, cpu.why_not, cpu.run))
