@@ -32,8 +32,7 @@ def per_axis(name: str, value: int | Sequence[int], dimensions: int) -> tuple[in
         TypeError: If it is, or has, no integer.
         ValueError: If there is not one for each axis, or one below 1.
     """
-    several = isinstance(value, Sequence) and not isinstance(value, str)
-    values = tuple(value) if isinstance(value, Sequence) and several else (value,) * dimensions
+    values = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,) * dimensions
     if len(values) != dimensions:
         raise ValueError(f"{name} must be an integer or one for each of {dimensions} axes, got {value!r}")
     return tuple(positive(name, each) for each in values)

@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from numbers import Integral
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from nflows_kconv import checks, ops, stencil
+from nflows_kconv.polyphase import over_phases
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _AXES = {1: ("L",), 2: ("H", "W"), 3: ("D", "H", "W")}
@@ -197,11 +197,16 @@ def run(
     dimensions = len(dilation)
     _check_arguments(input, weight, bias, log_diagonal, stencils, dimensions)
     if dimensions == 1:  # a row of an image
-        rows = _over_phases(
-            operator, input[:, :, None], weight[:, :, None], bias, log_diagonal, stencils, unit_diagonal, (1, *dilation)
+        input, weight, dilation = input[:, :, None], weight[:, :, None], (1, *dilation)
+    if max(dilation) == 1:
+        output = ops.call(operator, input, weight, bias, log_diagonal, stencils, unit_diagonal)
+    else:
+        output = over_phases(
+            lambda images: ops.call(operator, images, weight, bias, log_diagonal, stencils, unit_diagonal),
+            input,
+            dilation,
         )
-        return rows[:, :, 0]
-    return _over_phases(operator, input, weight, bias, log_diagonal, stencils, unit_diagonal, dilation)
+    return output[:, :, 0] if dimensions == 1 else output
 
 
 def check_diagonal(diagonal: Tensor) -> None:
@@ -233,36 +238,6 @@ def _from_tensors(
 ) -> Tensor:
     stencils, steps = stencil.parse(corners, dimensions), parse_dilation(dilation, dimensions)
     return run(operator, input, weight, bias, None, stencils, False, steps)
-
-
-def _over_phases(operator: Callable[..., Tensor], input: Tensor, *arguments: Any) -> Tensor:
-    """A dilated operator: every d-th pixel is an image of its own (polyphase), with an operator that is not dilated.
-
-    One axis after the other. The first `rest` phases of n pixels have one more than the others, so that images of equal
-    size are computed together and none is padded: a side reads both ways, and would read what it made of the padding.
-    """
-    *others, dilation = arguments
-    axis = next((axis for axis, step in enumerate(dilation) if step > 1), None)
-    if axis is None:
-        return ops.call(operator, input, *others)
-    step, dim = dilation[axis], axis + 2
-    dilation = [1 if other == axis else each for other, each in enumerate(dilation)]
-
-    def of_phases(phases: Tensor) -> Tensor:  # [B, C, ..., pixels, phases]
-        count = phases.shape[-1]
-        images = phases.movedim(-1, 0).flatten(0, 1).movedim(-1, dim)
-        return (
-            _over_phases(operator, images, *others, dilation).movedim(dim, -1).unflatten(0, (count, -1)).movedim(0, -1)
-        )
-
-    pixels = input.movedim(dim, -1)
-    each, rest = divmod(pixels.shape[-1], step)
-    whole = pixels[..., : each * step].unflatten(-1, (each, step))
-    if rest == 0:
-        return of_phases(whole).flatten(-2).movedim(-1, dim)
-    longer = of_phases(torch.cat([whole[..., :rest], pixels[..., None, each * step :]], -2))
-    whole = torch.cat([longer[..., :each, :], of_phases(whole[..., rest:])], -1)
-    return torch.cat([whole.flatten(-2), longer[..., each, :]], -1).movedim(-1, dim)
 
 
 # These run at every call, so that a tensor's shape, which costs as much as the rest of a check, is asked for once.

@@ -133,8 +133,8 @@ class InvertibleConv(InvertibleModule):
         masked = value[stencil.masked_entries(value.shape, self._stencils, value.device)]
         if masked.any():
             raise ValueError(
-                "weight must be zero where it is masked, above the pivot's diagonal and at the taps after the pivot of a "
-                f"side, got {int(masked.count_nonzero())} entries other than zero there"
+                "weight must be zero where it is masked, above the pivot's diagonal and at a side's taps after the "
+                f"pivot, got {int(masked.count_nonzero())} entries other than zero there"
             )
         for name in parameters:
             if not isinstance(self._parameters.get(name), nn.Parameter):
@@ -153,13 +153,15 @@ class InvertibleConv(InvertibleModule):
             super().register_parameter(name, param)
 
     def _weight(self) -> Tensor:
-        weight, log_diagonal = self.raw_weight, self.log_diagonal
-        if self.max_inverse_gain is not None:
-            weight = self._bounded(weight, log_diagonal)
-        return stencil.effective(weight, self._stencils, log_diagonal, log_diagonal is None)
+        log_diagonal = self.log_diagonal
+        return stencil.effective(self._bounded_raw_weight(), self._stencils, log_diagonal, log_diagonal is None)
 
-    def _bounded(self, raw_weight: Tensor, log_diagonal: Tensor | None) -> Tensor:
-        """The raw weight, scaled so that `max_inverse_gain` holds."""
+    def _bounded_raw_weight(self) -> Tensor:
+        """The raw weight, scaled down where `max_inverse_gain` asks for it."""
+        raw_weight: Tensor = self.raw_weight
+        log_diagonal = self.log_diagonal
+        if self.max_inverse_gain is None:
+            return raw_weight
         dtype = torch.promote_types(raw_weight.dtype, torch.float32)  # so that half precision rounds once
         relative = raw_weight.to(dtype).masked_fill(_ignored(raw_weight, self._stencils), 0)
         if log_diagonal is not None:
@@ -168,11 +170,9 @@ class InvertibleConv(InvertibleModule):
         return (raw_weight * scale).to(raw_weight.dtype)
 
     def _run(self, operator: Any, input: Tensor) -> Tensor:
-        weight, log_diagonal = self.raw_weight, self.log_diagonal
-        if self.max_inverse_gain is not None:
-            weight = self._bounded(weight, log_diagonal)
+        weight, log_diagonal, stencils = self._bounded_raw_weight(), self.log_diagonal, self._stencils
         return functional.run(
-            operator, input, weight, self.bias, log_diagonal, self._stencils, log_diagonal is None, self.dilation
+            operator, input, weight, self.bias, log_diagonal, stencils, log_diagonal is None, self.dilation
         )
 
     def forward(self, input: Tensor, context: Any = None, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
@@ -346,8 +346,8 @@ class InvertibleConv2d(InvertibleConv):
     """An invertible k x k convolution with an exact inverse and an exact log-determinant.
 
     Each of the G channel groups is padded and convolved so that a pixel reads one *corner* of the image (a quarter
-    plane) or one *side* (a half plane). Of a corner only the upper triangle of the *pivot* is masked, the tap that reads
-    the pixel itself; of a side also the taps after the pivot in its own row. The Jacobian is triangular, so that
+    plane) or one *side* (a half plane). Of a corner only the upper triangle of the *pivot* is masked, the tap that
+    reads the pixel itself; of a side also the taps after the pivot in its own row. The Jacobian is triangular, so that
 
         log |det dy/dx| = H W sum_o log |W[o, o, pivot]|
 
@@ -358,9 +358,9 @@ class InvertibleConv2d(InvertibleConv):
     masked, and the diagonal. Whatever happens to the parameters (weight decay, loading, in-place steps), the mask
     holds. The layer starts close to the identity.
 
-    A state_dict has the parameters alone; its metadata, which `torch.save` keeps, records corners and dilation. Loading takes
-    also a plain `weight` in place of `raw_weight` and `log_diagonal`. What cannot be loaded, such as other corners,
-    other shapes or the version of a later release, leaves the layer as it was.
+    A state_dict has the parameters alone; its metadata, which `torch.save` keeps, records corners and dilation. Loading
+    takes also a plain `weight` in place of `raw_weight` and `log_diagonal`. What cannot be loaded, such as other
+    corners, other shapes or the version of a later release, leaves the layer as it was.
 
     Args:
         num_channels: C, a multiple of the number of corners.

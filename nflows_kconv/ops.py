@@ -51,6 +51,7 @@ _library.define(
 conv = torch.ops.nflows_kconv.conv.default
 solve = torch.ops.nflows_kconv.solve.default
 weight_gradient = torch.ops.nflows_kconv.weight_gradient.default
+_NAMES: dict[Callable[..., Tensor], str] = {conv: "conv", solve: "solve", weight_gradient: "weight_gradient"}
 
 
 def _problem(name: str, *args: Any) -> Problem:
@@ -79,8 +80,8 @@ def _check(problem: Problem) -> None:
     fits = known and len(stencils) > 0 and shape[1] % len(stencils) == 0 and set(stencils) <= set(known)
     if not (fits and len(kernel_size) == dimensions and all(size > 0 for size in kernel_size)):
         raise ValueError(
-            f"{name} needs images [B, C, H, W] or [B, C, D, H, W], one of their stencils for each group of channels and "
-            f"a kernel of positive size, got {tuple(shape)}, {list(stencils)} and {tuple(kernel_size)}"
+            f"{name} needs images [B, C, H, W] or [B, C, D, H, W], one of their stencils for each group of channels "
+            f"and a kernel of positive size, got {tuple(shape)}, {list(stencils)} and {tuple(kernel_size)}"
         )
     weights = (shape[1], shape[1] // len(stencils), *kernel_size)
     expected = {"second tensor": shape if name == "weight_gradient" else weights}
@@ -326,8 +327,7 @@ def call(
         bias, log_diagonal = (None if t is None else t.float() for t in (bias, log_diagonal))
     if _is_recorded(input, weight, bias, log_diagonal) or not _is_direct(input):
         return operator(input, weight, bias, log_diagonal, stencils, unit_diagonal, False)
-    name = "conv" if operator is conv else "solve"
-    return backends.run(Problem(name, input, weight, stencils, bias, log_diagonal, unit_diagonal, False))
+    return backends.run(Problem(_NAMES[operator], input, weight, stencils, bias, log_diagonal, unit_diagonal, False))
 
 
 def autocast_is_on(tensor: Tensor) -> bool:
@@ -352,7 +352,7 @@ def _is_direct(tensor: Tensor) -> bool:
 
 def _evaluated(operator: Callable[..., Tensor], *args: Any) -> Tensor:
     if _is_direct(args[0]) and forward_ad._current_level < 0 and not checks.is_under_torch_func():
-        return backends.run(_problem(operator._name.split("::")[1].split(".")[0], *args))
+        return backends.run(_problem(_NAMES[operator], *args))
     # A function's forward runs with both modes of differentiation off, which would hide this call from the outer levels
     # of nested torch.func transforms.
     with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), torch._C._AutoDispatchBelowAutograd():
@@ -441,11 +441,10 @@ for _operator, _function, _tensors, _vmap, _flops in (
     (solve, _Solve, 4, _batched_operator(solve), _operator_flops),
     (weight_gradient, _WeightGradient, 2, _batched_weight_gradient, _weight_gradient_flops),
 ):
-    _name = _operator.name()
-    _short = _name.removeprefix("nflows_kconv::")
-    _library.impl(_short, _checked(_short, backends.run), "CompositeExplicitAutograd")
-    _library.impl(_short, _differentiable(_operator, _function, _tensors), "Autograd")
-    torch.library.register_fake(_name, _checked(_short, _fake), lib=_library)
-    torch.library.register_vmap(_name, _vmap, lib=_library)
+    _name = _NAMES[_operator]
+    _library.impl(_name, _checked(_name, backends.run), "CompositeExplicitAutograd")
+    _library.impl(_name, _differentiable(_operator, _function, _tensors), "Autograd")
+    torch.library.register_fake(_operator.name(), _checked(_name, _fake), lib=_library)
+    torch.library.register_vmap(_operator.name(), _vmap, lib=_library)
     # Two operations a multiply-add, those with the border included: as F.conv2d counts them.
     register_flop_formula(_operator.overloadpacket)(_flops)

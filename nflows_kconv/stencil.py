@@ -63,11 +63,6 @@ def parse(corners: str | Sequence[str], dimensions: int = 2) -> list[int]:
     return codes
 
 
-def name(code: int, dimensions: int) -> str:
-    """The stencil's name, which `parse` takes."""
-    return next(name for name, known in STENCILS[dimensions].items() if known == code)
-
-
 def is_corner(code: int) -> bool:
     """Whether the pivot is the last tap, and no tap is masked as a whole."""
     return not code & _SIDE
@@ -157,8 +152,8 @@ def diagonal_entries(shape: Sequence[int], stencils: Sequence[int], device: torc
 def pivot_diagonal(weight: Tensor, stencils: Sequence[int]) -> Tensor:
     """The diagonal of the pivot taps, [C]: the diagonal of the Jacobian at every pixel."""
     groups = weight.unflatten(0, (len(stencils), -1))
-    taps = (pivot(code, weight.shape[2:]) for code in stencils)
-    return torch.cat([group[(..., *place)].diagonal() for group, place in zip(groups, taps, strict=True)])
+    taps = [(..., *pivot(code, weight.shape[2:])) for code in stencils]
+    return torch.cat([group[tap].diagonal() for group, tap in zip(groups, taps, strict=True)])
 
 
 def effective(

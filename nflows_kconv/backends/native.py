@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +53,14 @@ def call(name: str, *args: Any) -> Tensor:
     """Calls an operator of the native library, below autograd, whose part `ops` has done."""
     try:
         with torch._C._AutoDispatchBelowAutograd():
-            return getattr(torch.ops.nflows_kconv_native, name).default(*args)
+            return _operator(name)(*args)
     except RuntimeError as error:
         raise _with_type(error) from None
+
+
+@cache
+def _operator(name: str) -> Any:
+    return getattr(torch.ops.nflows_kconv_native, name).default
 
 
 def _with_type(error: RuntimeError) -> BaseException:

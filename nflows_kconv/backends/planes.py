@@ -28,7 +28,7 @@ def solve(problem: Problem, solve_planes: Callable[[Problem], Tensor]) -> Tensor
     bias, log_diagonal = (None if t is None else t.to(dtype) for t in (problem.bias, problem.log_diagonal))
     weight, stencils, transpose = problem.other.to(dtype), problem.stencils, problem.transpose
     is_far = [bool(code & 4) for code in stencils]
-    # Groups are mirrored along the first axis, so that all read earlier planes, and kernels have the pivot's plane last.
+    # Groups are mirrored along the first axis: all read earlier planes, and kernels have the pivot's plane last.
     kernels = torch.cat([w.flip(2) if far else w for w, far in zip(weight.chunk(len(stencils)), is_far, strict=True)])
     codes = [code & 3 for code in stencils]
     of_plane = problem._replace(

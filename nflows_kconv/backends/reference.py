@@ -105,16 +105,17 @@ def _substitute(y: Tensor, taps: Tensor, lags: Sequence[Sequence[int]], transpos
     times = pixels @ torch.tensor(stencil.schedule(lags) or (0,) * len(sizes))
     counts = torch.unique(times, return_counts=True)[1].tolist()
     for step in pixels[times.argsort(stable=True)].to(y.device).split(counts):
-        here = step.unbind(1)
-        read = [(h - o[:, None] + b) for h, o, b in zip(here, offsets.unbind(1), before, strict=True)]
-        known = torch.einsum("goit,bgitp->bgop", others, x[(..., *read)])
-        left = (y[(..., *here)] - known).permute(1, 2, 0, 3).flatten(2)  # [G, C/G, B * pixels]
+        place = (..., *step.unbind(1))
+        there = [h + b for h, b in zip(step.unbind(1), before, strict=True)]
+        read = (..., *(t - offset[:, None] for t, offset in zip(there, offsets.unbind(1), strict=True)))
+        known = torch.einsum("goit,bgitp->bgop", others, x[read])
+        left = (y[place] - known).permute(1, 2, 0, 3).flatten(2)  # [G, C/G, B * pixels]
         solved = torch.linalg.solve_triangular(pivot, left, upper=transpose)
-        x[(..., *(h + b for h, b in zip(here, before, strict=True)))] = solved.unflatten(2, (len(y), -1)).permute(
-            2, 0, 1, 3
-        )
-    inside = (slice(b, b + size) for b, size in zip(before, sizes, strict=True))
-    return x[(..., *inside)]
+        padded = (..., *there)
+        x[padded] = solved.unflatten(2, (len(y), -1)).permute(2, 0, 1, 3)
+    for axis, (start, size) in enumerate(zip(before, sizes, strict=True), 3):
+        x = x.narrow(axis, start, size)
+    return x
 
 
 def _weight_gradient(problem: Problem) -> Tensor:

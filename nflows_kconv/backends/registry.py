@@ -85,15 +85,15 @@ def run(problem: Problem) -> Tensor:
     Raises:
         RuntimeError: If the chosen one cannot.
     """
-    chosen, device = _chosen, problem.input.device.type
+    device, chosen = problem.input.device.type, _chosen
     if chosen is not None:
         reason = f"it runs {chosen.device} tensors" if chosen.device not in ("any", device) else chosen.why_not(problem)
         if reason is not None:
             raise RuntimeError(f'backend "{chosen.name}" must be able to run this {device} problem: {reason}')
         return chosen.run(problem)
-    for each in _registered.values():
-        if each.device in (device, "any") and each.why_not(problem) is None:
-            return each.run(problem)
+    for _, each_device, _, why_not, run_problem in _registered.values():
+        if each_device in (device, "any") and why_not(problem) is None:
+            return run_problem(problem)
     raise RuntimeError(f"no backend runs {device} tensors")
 
 

@@ -9,7 +9,8 @@ native_launcher, python_launcher   from a call of an operator to launches
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 from torch import Tensor
 
 from nflows_kconv import stencil
@@ -49,8 +50,9 @@ def run(problem: Problem) -> Tensor:
     if problem.dimensions == 3:
         return planes.solve(problem, run) if problem.operation == "solve" else reference.run(problem)
     operation, input, other, stencils, bias, log_diagonal, unit_diagonal, transpose, kernel_size = problem
+    arguments: tuple[Any, ...]
     if operation == "weight_gradient":
-        arguments = (input, other, stencils, kernel_size)
+        arguments = input, other, stencils, kernel_size
     else:
         if unit_diagonal or log_diagonal is not None:
             other = stencil.effective(other, stencils, log_diagonal, unit_diagonal)
