@@ -22,7 +22,7 @@ integers here, see `stencil`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -155,30 +155,36 @@ class _Operator(_SingleLevelFunction):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Those of weight, bias and log-diagonal, for the gradient of A x + b."""
         _, needs_weight, needs_bias, needs_log_diagonal = ctx.needs_input_grad[:4]
-        d_weight = d_log_diagonal = None
+        d_weight = d_bias = d_log_diagonal = None
+        if needs_weight:
+            first, second = (grad, x) if ctx.transpose else (x, grad)
+            is_fixed = ctx.unit_diagonal or log_diagonal is not None
+            d_weight = weight_gradient(first, second, ctx.stencils, ctx.kernel_size, is_fixed)
+        if needs_bias:
+            d_bias = _sum_of_pixels(grad)
         if log_diagonal is not None and needs_log_diagonal:
-            wide = _widened(x, grad, log_diagonal)
-            d_weight = _weight_gradient(ctx, wide[0], wide[1], False)
-            d_log_diagonal = stencil.pivot_diagonal(d_weight, ctx.stencils) * wide[2].exp()
-            d_weight = _without_diagonal(d_weight, ctx.stencils) if needs_weight else None
-        elif needs_weight:
-            d_weight = _weight_gradient(ctx, x, grad, ctx.unit_diagonal or log_diagonal is not None)
-        return d_weight, _sum_of_pixels(grad) if needs_bias else None, d_log_diagonal
+            x, grad, log_diagonal = _widened(x, grad, log_diagonal)
+            d_log_diagonal = _sum_of_pixels(x * grad) * log_diagonal.exp()
+        return d_weight, d_bias, d_log_diagonal
 
     @staticmethod
-    def tangent(
-        ctx: Any, x: Tensor, log_diagonal: Tensor | None, d_weight: Tensor | None, d_log_diagonal: Tensor | None
-    ) -> Tensor | None:
-        """dA x."""
-        if d_weight is not None and (ctx.unit_diagonal or log_diagonal is not None):
-            d_weight = _without_diagonal(d_weight, ctx.stencils)
+    def tangents(
+        ctx: Any,
+        x: Tensor,
+        log_diagonal: Tensor | None,
+        d_weight: Tensor | None,
+        d_bias: Tensor | None,
+        d_log_diagonal: Tensor | None,
+    ) -> Iterator[Tensor]:
+        """The terms of dA x + db."""
+        if d_weight is not None:
+            if ctx.unit_diagonal or log_diagonal is not None:
+                d_weight = _without_diagonal(d_weight, ctx.stencils)
+            yield conv(x, d_weight, None, None, ctx.stencils, False, ctx.transpose)
+        if d_bias is not None:
+            yield _on_pixels(d_bias, x)
         if d_log_diagonal is not None and log_diagonal is not None:
-            if d_weight is None:
-                d_weight = x.new_zeros(x.shape[1], x.shape[1] // len(ctx.stencils), *ctx.kernel_size)
-            on_diagonal = stencil.diagonal_entries(d_weight.shape, ctx.stencils, x.device)
-            d_diagonal = (log_diagonal.exp() * d_log_diagonal).view(-1, *[1] * (d_weight.dim() - 1))
-            d_weight = torch.where(on_diagonal, d_diagonal, d_weight)
-        return None if d_weight is None else conv(x, d_weight, None, None, ctx.stencils, False, ctx.transpose)
+            yield _on_pixels(log_diagonal.exp() * d_log_diagonal, x) * x
 
 
 class _Conv(_Operator):
@@ -204,14 +210,11 @@ class _Conv(_Operator):
     @_seen_by_outer_levels
     def jvp(ctx: Any, input: Tensor, weight: Tensor, log_diagonal: Tensor | None, *tangents: Tensor | None) -> Tensor:
         dtype, shape = input.dtype, input.shape
-        input, weight, log_diagonal, d_input, d_weight, d_bias, d_log_diagonal = _widened(
-            input, weight, log_diagonal, *tangents
-        )
-        of_input = None
+        input, weight, log_diagonal, d_input, *others = _widened(input, weight, log_diagonal, *tangents)
+        terms = list(_Operator.tangents(ctx, input, log_diagonal, *others))
         if d_input is not None:
-            of_input = conv(d_input, weight, None, log_diagonal, ctx.stencils, ctx.unit_diagonal, ctx.transpose)
-        of_weight = _Operator.tangent(ctx, input, log_diagonal, d_weight, d_log_diagonal)
-        return _sum(shape, of_input, of_weight, _on_pixels(d_bias, shape)).to(dtype)
+            terms.append(conv(d_input, weight, None, log_diagonal, ctx.stencils, ctx.unit_diagonal, ctx.transpose))
+        return _sum(shape, *terms).to(dtype)
 
 
 class _Solve(_Operator):
@@ -235,11 +238,8 @@ class _Solve(_Operator):
     @_seen_by_outer_levels
     def jvp(ctx: Any, output: Tensor, weight: Tensor, log_diagonal: Tensor | None, *tangents: Tensor | None) -> Tensor:
         dtype, shape = output.dtype, output.shape
-        output, weight, log_diagonal, d_input, d_weight, d_bias, d_log_diagonal = _widened(
-            output, weight, log_diagonal, *tangents
-        )
-        known = (_Operator.tangent(ctx, output, log_diagonal, d_weight, d_log_diagonal), _on_pixels(d_bias, shape))
-        rhs = _sum(shape, d_input, *(None if term is None else -term for term in known))
+        output, weight, log_diagonal, d_input, *others = _widened(output, weight, log_diagonal, *tangents)
+        rhs = _sum(shape, d_input, *(-term for term in _Operator.tangents(ctx, output, log_diagonal, *others)))
         return solve(rhs, weight, None, log_diagonal, ctx.stencils, ctx.unit_diagonal, ctx.transpose).to(dtype)
 
 
@@ -276,12 +276,6 @@ class _WeightGradient(_SingleLevelFunction):
         ).to(dtype)
 
 
-def _weight_gradient(ctx: Any, x: Tensor, grad: Tensor, unit_diagonal: bool) -> Tensor:
-    if ctx.transpose:
-        x, grad = grad, x
-    return weight_gradient(x, grad, ctx.stencils, ctx.kernel_size, unit_diagonal)
-
-
 def _without_diagonal(weight: Tensor, stencils: Sequence[int]) -> Tensor:
     return weight.masked_fill(stencil.diagonal_entries(weight.shape, stencils, weight.device), 0)
 
@@ -290,8 +284,8 @@ def _sum_of_pixels(images: Tensor) -> Tensor:
     return images.sum([dim for dim in range(images.dim()) if dim != 1])  # half precision is added up in float32
 
 
-def _on_pixels(bias: Tensor | None, shape: Sequence[int]) -> Tensor | None:
-    return None if bias is None else bias.view(-1, *[1] * (len(shape) - 2))
+def _on_pixels(channels: Tensor, images: Tensor) -> Tensor:
+    return channels.view(-1, *[1] * (images.dim() - 2))
 
 
 def _widened(first: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
@@ -327,7 +321,8 @@ def call(
         bias, log_diagonal = (None if t is None else t.float() for t in (bias, log_diagonal))
     if _is_recorded(input, weight, bias, log_diagonal) or not _is_direct(input):
         return operator(input, weight, bias, log_diagonal, stencils, unit_diagonal, False)
-    return backends.run(Problem(_NAMES[operator], input, weight, stencils, bias, log_diagonal, unit_diagonal, False))
+    name = "conv" if operator is conv else "solve"
+    return backends.run(Problem(name, input, weight, stencils, bias, log_diagonal, unit_diagonal, False))
 
 
 def autocast_is_on(tensor: Tensor) -> bool:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -133,8 +134,21 @@ def _weight_gradient(problem: Problem) -> Tensor:
             for x, g, code in groups
         ]
     gradient = torch.cat(gradients)
-    masked = stencil.masked_entries(gradient.shape, stencils, input.device, diagonal=problem.unit_diagonal)
+    masked = _mask(gradient.shape, tuple(stencils), input.device, problem.unit_diagonal)
     return gradient.masked_fill_(masked, 0).to(input.dtype, memory_format=torch.contiguous_format)
+
+
+def _mask(shape: torch.Size, stencils: tuple[int, ...], device: torch.device, diagonal: bool) -> Tensor:
+    # What is made inside the capture of a CUDA graph has no values before its replay.
+    return (_mask_on_cpu if device.type == "cpu" else _new_mask)(shape, stencils, device, diagonal)
+
+
+def _new_mask(shape: torch.Size, stencils: tuple[int, ...], device: torch.device, diagonal: bool) -> Tensor:
+    with torch.inference_mode(False):
+        return stencil.masked_entries(shape, stencils, device, diagonal=diagonal)
+
+
+_mask_on_cpu = lru_cache(maxsize=32)(_new_mask)  # to make one takes as long as the rest of a small gradient
 
 
 def _effective(problem: Problem) -> Tensor:
