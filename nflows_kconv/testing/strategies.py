@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nflows_kconv import stencil
-from nflows_kconv.layer import InvertibleConv2d
+from nflows_kconv.layer import InvertibleConv, InvertibleConv2d
 
 try:
     from hypothesis import HealthCheck, Phase, settings
@@ -88,15 +88,15 @@ def images(
     return st.builds(noise, shapes, _SEEDS, **({} if dtype == torch.float32 else {"dtype": st.just(dtype)}))
 
 
-def corners(groups: int | None = None) -> SearchStrategy[tuple[str, ...]]:
-    """A corner for each of so many channel groups, 1 to 4 if None."""
+def corners(groups: int | None = None, dimensions: int = 2) -> SearchStrategy[tuple[str, ...]]:
+    """A corner or a side for each of so many channel groups, 1 to 4 if None."""
     least, most = (1, 4) if groups is None else (groups, groups)
-    return st.lists(st.sampled_from(stencil.CORNERS[2]), min_size=least, max_size=most).map(tuple)
+    return st.lists(st.sampled_from(tuple(stencil.STENCILS[dimensions])), min_size=least, max_size=most).map(tuple)
 
 
-def kernel_sizes(max_size: int = 4) -> SearchStrategy[tuple[int, int]]:
-    """Kernel sizes (kh, kw), even, odd and oblong."""
-    return st.tuples(st.integers(1, max_size), st.integers(1, max_size))
+def kernel_sizes(max_size: int = 4, dimensions: int = 2) -> SearchStrategy[tuple[int, ...]]:
+    """Kernel sizes, (kh, kw) in two dimensions, even, odd and oblong."""
+    return st.tuples(*[st.integers(1, max_size)] * dimensions)
 
 
 def weights(
@@ -104,10 +104,11 @@ def weights(
     *,
     corners: str | Sequence[str] = stencil.CORNERS[2],
     per_group: int | None = None,
-    kernel_size: tuple[int, int] | None = None,
+    kernel_size: tuple[int, ...] | None = None,
+    dimensions: int = 2,
     dtype: torch.dtype = torch.float32,
 ) -> SearchStrategy[Tensor]:
-    """Weights [C, C/G, kh, kw] of `nflows_kconv.functional.conv2d`.
+    """Weights of `nflows_kconv.functional.conv2d`, [C, C/G, kh, kw], or of `conv1d` or `conv3d`.
 
     With D the diagonal of the convolution A = D (1 - N), "well" has sizes of D between 1/2 and 2 and absolute row sums
     of N of at most 1/2: in the maximum norm, ||A^-1|| <= ||D^-1|| / (1 - ||N||) <= 4. "ill" has sizes of D between 1/32
@@ -118,7 +119,8 @@ def weights(
         conditioning: "well" or "ill".
         corners: One for each of the G groups of channels.
         per_group: C/G; 1 to 3 if None.
-        kernel_size: (kh, kw); up to 4 x 4 if None.
+        kernel_size: (kh, kw); up to 4 along each axis if None.
+        dimensions: Of the images.
         dtype: Of the weight.
 
     Raises:
@@ -131,7 +133,7 @@ def weights(
         st.just(conditioning),
         st.just(corners),
         st.integers(1, 3) if per_group is None else st.just(per_group),
-        kernel_sizes() if kernel_size is None else st.just(kernel_size),
+        kernel_sizes(dimensions=dimensions) if kernel_size is None else st.just(kernel_size),
         _SEEDS,
         st.just(dtype),
     )
@@ -141,54 +143,61 @@ def weight(
     conditioning: str,
     corners: str | Sequence[str],
     per_group: int,
-    kernel_size: tuple[int, int],
+    kernel_size: tuple[int, ...],
     seed: int,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """The weight that `weights` draws, by which a failure names it."""
-    well, groups = conditioning == "well", stencil.parse(corners)
+    well, groups = conditioning == "well", stencil.parse(corners, len(kernel_size))
     shape, generator = (len(groups) * per_group, per_group, *kernel_size), torch.Generator().manual_seed(seed)
 
     def uniform(*shape: int) -> Tensor:
         return torch.rand(shape, generator=generator, dtype=torch.float64)
 
     # What is drawn first stays as it is while the kernel shrinks behind it.
-    sign = torch.where(uniform(shape[0], 1, 1, 1) < 0.5, 1, -1)
-    diagonal = sign * 2 ** ((2 * uniform(shape[0], 1, 1, 1) - 1) * (1 if well else 5))
-    on_diagonal = stencil.diagonal_entries(shape, groups)
+    column = shape[0], *[1] * (len(shape) - 1)
+    sign = torch.where(uniform(*column) < 0.5, 1, -1)
+    diagonal = sign * 2 ** ((2 * uniform(*column) - 1) * (1 if well else 5))
     coupling = 2 * uniform(*shape) - 1 if well else uniform(*shape)
-    coupling[stencil.masked_entries(shape, groups) | on_diagonal] = 0
-    coupling *= (0.5 if well else 2) / coupling.abs().sum((1, 2, 3), keepdim=True).clamp_min(1e-300)
-    return torch.where(on_diagonal, diagonal, -diagonal * coupling).to(dtype)
+    coupling[stencil.masked_entries(shape, groups, diagonal=True)] = 0
+    coupling *= (0.5 if well else 2) / coupling.abs().flatten(1).sum(1).clamp_min(1e-300).view(column)
+    return torch.where(stencil.diagonal_entries(shape, groups), diagonal, -diagonal * coupling).to(dtype)
 
 
 @st.composite
 def layers(
     draw: DrawFn,
-    layer_class: Callable[..., InvertibleConv2d] = InvertibleConv2d,
+    layer_class: Callable[..., InvertibleConv] = InvertibleConv2d,
     *,
     conditioning: str = "well",
     channels: int | None = None,
     dtype: torch.dtype = torch.float32,
-) -> InvertibleConv2d:
+) -> InvertibleConv:
     """Layers with drawn corners, kernel sizes, options and parameters.
 
     Args:
         draw: Given by hypothesis.
-        layer_class: `InvertibleConv2d` of the package or of an adapter.
+        layer_class: `InvertibleConv1d`, `2d` or `3d` of the package or of an adapter.
         conditioning: See `weights`; rows of a unit diagonal are divided by theirs.
         channels: C; 1 to 8 if None.
         dtype: Of the parameters.
     """
     size = draw(st.integers(1, 8)) if channels is None else channels
     groups = draw(st.sampled_from([groups for groups in (1, 2, 3, 4) if size % groups == 0]))
-    names, diagonal, bias = draw(corners(groups)), draw(st.sampled_from(("unit", "learned"))), draw(st.booleans())
-    drawn = draw(weights(conditioning, corners=names, per_group=size // groups, dtype=torch.float64))
+    dimensions = getattr(layer_class, "dimensions", 2)
+    names, diagonal, bias = (
+        draw(corners(groups, dimensions)),
+        draw(st.sampled_from(("unit", "learned"))),
+        draw(st.booleans()),
+    )
+    per_group, float64 = size // groups, torch.float64
+    drawn = draw(weights(conditioning, corners=names, per_group=per_group, dimensions=dimensions, dtype=float64))
     with torch.random.fork_rng(devices=[]):
         layer = layer_class(size, drawn.shape[2:], corners=names, diagonal=diagonal, bias=bias).to(dtype)
-    scale = stencil.pivot_diagonal(drawn, stencil.parse(names))
+    scale = stencil.pivot_diagonal(drawn, stencil.parse(names, dimensions))
+    rows = (scale if diagonal == "unit" else scale.sign()).view(-1, *[1] * (drawn.dim() - 1))
     with torch.no_grad():
-        layer.raw_weight.copy_(drawn / (scale if diagonal == "unit" else scale.sign())[:, None, None, None])
+        layer.raw_weight.copy_(drawn / rows)
         if layer.log_diagonal is not None:
             layer.log_diagonal.copy_(scale.abs().log())
         if layer.bias is not None:
