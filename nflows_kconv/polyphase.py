@@ -32,7 +32,8 @@ def over_phases(function: Callable[[Tensor], Tensor], images: Tensor, dilation: 
         return outputs.unflatten(0, (phases.shape[-1], -1)).movedim(0, -1)
 
     pixels = images.movedim(dim, -1)
-    each, rest = divmod(pixels.shape[-1], step)
+    size = pixels.shape[-1]
+    each, rest = size // step, size % step  # torch.compile knows no divmod of dynamic sizes
     whole = pixels[..., : each * step].unflatten(-1, (each, step))
     if rest == 0:
         return of_phases(whole).flatten(-2).movedim(-1, dim)

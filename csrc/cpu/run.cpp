@@ -138,7 +138,7 @@ void run_tasks(int64_t begin, int64_t end, void* context) {
 
 template <typename T>
 void run(const Problem<T>& problem, int64_t threads, ParallelFor parallel_for) {
-  if (problem.solve) check_diagonal(problem);
+  if (problem.solve || problem.log_diagonal) check_diagonal(problem);
   const Kernels<T>& kernels = current().kernels(T());
   const OwnedPlan plan = make_plan(problem, kernels.target, threads);
   const std::unique_ptr<T[]> packed(new T[problem.groups * plan.group_weights]);

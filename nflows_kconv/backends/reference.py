@@ -45,8 +45,8 @@ def run(problem: Problem) -> Tensor:
         weight. Half precision is computed in float32 and rounded once, bias included.
 
     Raises:
-        ValueError: If a solution is asked for, on the CPU, and the pivot's diagonal has an entry that is zero or not
-            finite.
+        ValueError: If on the CPU an entry of the pivot's diagonal is zero or not finite, for a solution or where the
+            diagonal is exp(log_diagonal).
     """
     return {"conv": _conv, "solve": _solve, "weight_gradient": _weight_gradient}[problem.operation](problem)
 
@@ -57,6 +57,8 @@ def _conv(problem: Problem) -> Tensor:
     if input.numel() == 0:
         return output
     weight, stencils = _effective(problem), list(problem.stencils)
+    if problem.log_diagonal is not None:
+        _check_diagonal(weight, stencils)
     if problem.transpose:
         axes = list(range(-dimensions, 0))
         weight = weight.unflatten(0, (count, -1)).transpose(1, 2).flip(axes).flatten(0, 1)
@@ -73,8 +75,7 @@ def _conv(problem: Problem) -> Tensor:
 def _solve(problem: Problem) -> Tensor:
     input, dimensions, stencils = problem.input, problem.dimensions, problem.stencils
     weight = _effective(problem)
-    if input.device.type == "cpu":  # elsewhere the look at the values would wait for the device
-        stencil.check_diagonal(stencil.pivot_diagonal(weight, stencils))
+    _check_diagonal(weight, stencils)
     rhs = input.to(weight.dtype)
     if problem.bias is not None:
         rhs = rhs - problem.bias.to(weight.dtype).view(-1, *[1] * dimensions)
@@ -149,6 +150,11 @@ def _new_mask(shape: torch.Size, stencils: tuple[int, ...], device: torch.device
 
 
 _mask_on_cpu = lru_cache(maxsize=32)(_new_mask)  # to make one takes as long as the rest of a small gradient
+
+
+def _check_diagonal(weight: Tensor, stencils: Sequence[int]) -> None:
+    if weight.device.type == "cpu":  # elsewhere the look at the values would wait for the device
+        stencil.check_diagonal(stencil.pivot_diagonal(weight, stencils))
 
 
 def _effective(problem: Problem) -> Tensor:
