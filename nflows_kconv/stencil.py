@@ -16,7 +16,7 @@ tau . lag > 0 for all free taps: pixels with equal tau . position can be solved 
 1974). The transposed operator has the same lags in the opposite stencil, and its channels exchanged.
 
 Inside the package a stencil is an integer: bit i mirrors the i-th axis from the last; `_SIDE` and `_EXCHANGED` are what
-they say. `csrc/cpu/problem.h` says the same for C++.
+they say. `csrc/cpu/stencil.h` says the same for C++.
 """
 
 from __future__ import annotations

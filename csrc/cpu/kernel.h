@@ -144,27 +144,26 @@ TileKernel<T> tile_kernel(int64_t size, int64_t vectors) {
 
 template <typename T>
 void pack_weights(const Problem<T>& problem, const Plan& plan, int64_t group, int64_t index, T* packed) {
-  const int64_t channels = plan.channels, height = problem.kernel_height, width = problem.kernel_width;
-  const int64_t area = height * width;
-  const bool right = problem.stencils[group] & 1, bottom = problem.stencils[group] & 2, transpose = problem.transpose;
+  const int64_t channels = plan.channels, area = problem.kernel_height * problem.kernel_width;
+  const int64_t stencil = problem.stencils[group];
+  const bool transpose = problem.transpose;
 
-  // The weight of canonical output o and input i at the tap that reads r rows up and c columns left is
-  // origin[o * output_stride + i * input_stride + r * row_stride + c * column_stride].
-  const int64_t row_stride = bottom ? width : -width, column_stride = right ? 1 : -1;
+  // The weight of canonical output o and input i at a tap is
+  // origin[o * output_stride + i * input_stride + problem.tap(stencil, lag)].
   const int64_t output_stride = transpose ? -area : channels * area, input_stride = transpose ? -channels * area : area;
   const T* origin = problem.weight + group * channels * channels * area;
-  origin += (bottom ? 0 : (height - 1) * width) + (right ? 0 : width - 1);
   origin += transpose ? (channels * channels - 1) * area : 0;
 
   const Tile& tile = plan.tiles[index];
   const T* outputs = origin + tile.first * output_stride;
   T* to = packed + tile.weights;
-  for (int64_t tap = plan.tap_rows * plan.tap_columns - 1; tap >= 0; --tap) {
-    const T* inputs = outputs + tap / plan.tap_columns * row_stride + tap % plan.tap_columns * column_stride;
-    const int64_t known = tap == 0 ? tile.first : channels;
+  for (int64_t tap = 0; tap < plan.tap_count; ++tap) {
+    const T* inputs = outputs + problem.tap(stencil, plan.taps[tap]);
+    const int64_t known = tap == plan.tap_count - 1 ? tile.first : channels;
     for (int64_t i = 0; i < known; ++i)
       for (int64_t o = 0; o < tile.size; ++o) *to++ = inputs[o * output_stride + i * input_stride];
   }
+  outputs += problem.tap(stencil, {0, 0});
   for (int64_t o = 0; o < tile.size; ++o)
     for (int64_t i = 0; i < tile.size; ++i) {
       T value = i <= o ? outputs[o * output_stride + (tile.first + i) * input_stride] : T(0);
@@ -176,32 +175,33 @@ void pack_weights(const Problem<T>& problem, const Plan& plan, int64_t group, in
     }
 }
 
-// ---- Pixels to and from the buffer
-// -----------------------------------------------------------------------------------
+// ---- Pixels to and from the buffer ---------------------------------------------------------------------------------
 
 // Canonical rows [begin, end) of one group of some images, and where they lie in the buffer.
 template <typename T>
 struct Strip {
   const Problem<T>& problem;
   const Plan& plan;
-  bool flip_rows, flip_columns;
+  bool flip_rows, flip_columns, by_columns;
   int64_t images;  // lanes in use, where lanes are images
   const T* bias;   // of the group's channels, or null
   T* buffer;
   int64_t* places;
 
-  // Elements from the buffer's start, in the order in which the tensor's rows store their pixels; `top` is the
-  // canonical row of the buffer's first pixel.
+  // Elements from the buffer's start, in the order in which the tensor stores the pixels: row by row or, `by_columns`,
+  // column by column. `top` is the canonical row of the buffer's first pixel.
   void place(int64_t begin, int64_t end, int64_t top) const {
+    const int64_t rows = end - begin, width = problem.width;
+    const int64_t row_step =
+        plan.lanes_are_rows ? plan.skew * plan.position_pitch + 1 : plan.row_positions * plan.position_pitch;
+    const int64_t first = plan.first_position * plan.position_pitch + plan.halo_lanes + (begin - top) * row_step;
     int64_t* to = places;
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t row = (flip_rows ? end - 1 - (i - begin) : i) - top;
-      const int64_t first = plan.lanes_are_rows
-                                ? (plan.first_position + row) * plan.position_pitch + plan.halo_lanes + row
-                                : (plan.first_position + row * plan.row_positions) * plan.position_pitch;
-      for (int64_t w = 0; w < problem.width; ++w)
-        *to++ = first + (flip_columns ? problem.width - 1 - w : w) * plan.position_pitch;
-    }
+    for (int64_t i = 0; i < (by_columns ? width : rows); ++i)
+      for (int64_t j = 0; j < (by_columns ? rows : width); ++j) {
+        const int64_t row = by_columns ? j : i, column = by_columns ? i : j;
+        *to++ = first + (flip_rows ? rows - 1 - row : row) * row_step +
+                (flip_columns ? width - 1 - column : column) * plan.position_pitch;
+      }
   }
 
   // Moves the rows, taking the bias off on their way to the buffer or adding it on their way back, if there is one and
@@ -218,18 +218,20 @@ struct Strip {
   template <bool kToBuffer, bool kShift, typename Pointer>
   void move_shifted(Pointer group_pixels, const Strides& strides, int64_t begin, int64_t end) const {
     const int64_t first_row = flip_rows ? problem.height - end : begin;
-    const int64_t rows = end - begin, width = problem.width;
-    const bool contiguous = strides.column == 1 && (strides.row == width || rows == 1);
+    const int64_t lines = by_columns ? problem.width : end - begin, length = by_columns ? end - begin : problem.width;
+    const int64_t line_stride = by_columns ? strides.column : strides.row;
+    const int64_t stride = by_columns ? strides.row : strides.column;
+    const bool contiguous = stride == 1 && (line_stride == length || lines == 1);
     for (int64_t channel = 0; channel < plan.channels; ++channel) {
       Pointer pixels = group_pixels + channel * strides.channel + first_row * strides.row;
       T* lanes = buffer + (problem.transpose ? plan.channels - 1 - channel : channel) * plan.channel_pitch;
       const T shift = !kShift ? T(0) : kToBuffer ? -bias[channel] : bias[channel];
       if (contiguous) {
-        move_run<kToBuffer, kShift>(pixels, 1, strides.batch, rows * width, places, lanes, shift);
+        move_run<kToBuffer, kShift>(pixels, 1, strides.batch, lines * length, places, lanes, shift);
       } else {
-        for (int64_t row = 0; row < rows; ++row)
-          move_run<kToBuffer, kShift>(pixels + row * strides.row, strides.column, strides.batch, width,
-                                      places + row * width, lanes, shift);
+        for (int64_t line = 0; line < lines; ++line)
+          move_run<kToBuffer, kShift>(pixels + line * line_stride, stride, strides.batch, length,
+                                      places + line * length, lanes, shift);
       }
     }
   }
@@ -246,13 +248,19 @@ struct Strip {
     for (int64_t first = 0; first < images; first += n) {  // a vector of lanes
       const int64_t present = smaller(n, images - first);
       Pointer images_pixels = pixels + first * batch_stride;
-      int64_t p = 0;
-      for (; stride == 1 && p + n <= count; p += n)
-        move_square<kToBuffer, kShift>(images_pixels + p, batch_stride, present, run_places + p, lanes + first, shift);
-      for (; p < count; ++p)
+      for (int64_t p = 0; p < count; p += n) {
+        const int64_t pixels_here = smaller(n, count - p);
+        if (stride == 1 && pixels_here == n) {
+          move_square<kToBuffer, kShift>(images_pixels + p, batch_stride, present, run_places + p, lanes + first,
+                                         shift);
+          continue;
+        }
+        // Image by image: pixels of one image share a cache line, those of many images may evict each other.
         for (int64_t image = 0; image < present; ++image)
-          copy<kToBuffer, kShift>(images_pixels + image * batch_stride + p * stride,
-                                  lanes + run_places[p] + first + image, shift);
+          for (int64_t q = p; q < p + pixels_here; ++q)
+            copy<kToBuffer, kShift>(images_pixels + image * batch_stride + q * stride,
+                                    lanes + run_places[q] + first + image, shift);
+      }
     }
   }
 
@@ -288,7 +296,7 @@ struct Strip {
 
 template <bool kSolve, typename T>
 void compute_position(T* position, const Plan& plan, const T* packed, const TileKernel<T>* kernels) {
-  const int64_t inputs = (plan.tap_rows * plan.tap_columns - 1) * plan.channels;
+  const int64_t inputs = (plan.tap_count - 1) * plan.channels;
   for (int64_t t = 0; t < plan.tile_count; ++t) {
     const Tile& tile = plan.tiles[kSolve ? t : plan.tile_count - 1 - t];
     kernels[tile.size - 1](position, position + tile.first * plan.channel_pitch, plan.channel_pitch, plan.offsets,
@@ -302,10 +310,20 @@ void clear_borders(const Plan& plan, T* buffer) {
     __builtin_memset(buffer, 0, plan.buffer_size * sizeof(T));
     return;
   }
-  const int64_t above = (plan.tap_rows - 1) * plan.row_positions * plan.position_pitch;
+  const int64_t above = plan.rows_above * plan.row_positions * plan.position_pitch;
   __builtin_memset(buffer, 0, above * sizeof(T));
-  const int64_t row = plan.row_positions * plan.position_pitch, left = (plan.tap_columns - 1) * plan.position_pitch;
+  const int64_t row = plan.row_positions * plan.position_pitch, left = plan.halo_positions * plan.position_pitch;
   for (T* to = buffer + above; to < buffer + plan.buffer_size; to += row) __builtin_memset(to, 0, left * sizeof(T));
+}
+
+// Where taps read to the right, a solution must not leave anything beyond the ends of the rows that are lanes: only
+// rows [first, last) have a pixel at this step, and others would read it.
+template <typename T>
+void clear_outside(T* position, const Plan& plan, int64_t first, int64_t last) {
+  for (int64_t channel = 0; channel < plan.channels; ++channel, position += plan.channel_pitch) {
+    for (int64_t lane = 0; lane < first; ++lane) position[lane] = 0;
+    for (int64_t lane = last; lane < plan.lanes_per_vector; ++lane) position[lane] = 0;
+  }
 }
 
 // A convolution goes through strips, positions and channels in the reverse order of a solution: each output then takes
@@ -313,7 +331,7 @@ void clear_borders(const Plan& plan, T* buffer) {
 template <bool kSolve, typename T>
 void run_task(const Problem<T>& problem, const Plan& plan, const T* packed, int64_t group, int64_t block, T* buffer,
               int64_t* places) {
-  const int64_t corner = problem.transpose ? 3 - problem.stencils[group] : problem.stencils[group];
+  const int64_t stencil = problem.transpose ? opposite(problem.stencils[group]) : problem.stencils[group];
   const int64_t block_images = plan.lanes_are_rows ? 1 : plan.vectors * plan.lanes_per_vector;
   const int64_t first_image = block * block_images;
   const int64_t images = smaller(block_images, problem.batch - first_image);
@@ -323,7 +341,15 @@ void run_task(const Problem<T>& problem, const Plan& plan, const T* packed, int6
   T* output =
       problem.output + first_image * problem.output_strides.batch + first_channel * problem.output_strides.channel;
   const T* bias = problem.bias ? problem.bias + first_channel : nullptr;
-  const Strip<T> strip{problem, plan, (corner & 2) != 0, (corner & 1) != 0, images, bias, buffer, places};
+  const Strip<T> strip{problem,
+                       plan,
+                       (stencil & kMirrorsRows) != 0,
+                       (stencil & kMirrorsColumns) != 0,
+                       problem.output_strides.row < problem.output_strides.column,
+                       images,
+                       bias,
+                       buffer,
+                       places};
 
   const int64_t vectors = divide_up(images, plan.lanes_per_vector);
   TileKernel<T> kernels[kMaxTile];
@@ -333,7 +359,7 @@ void run_task(const Problem<T>& problem, const Plan& plan, const T* packed, int6
   for (int64_t s = 0; s < strips; ++s) {
     const int64_t top = (kSolve ? s : strips - 1 - s) * plan.strip_rows;
     const int64_t bottom = smaller(top + plan.strip_rows, problem.height);
-    const int64_t halo_top = larger(0, top - (plan.tap_rows - 1));
+    const int64_t halo_top = larger(0, top - plan.rows_above);
     clear_borders(plan, buffer);
     if (halo_top < top) {
       strip.place(halo_top, top, top);
@@ -346,12 +372,17 @@ void run_task(const Problem<T>& problem, const Plan& plan, const T* packed, int6
     strip.template move<true, kSolve>(input, problem.input_strides, top, bottom);
 
     const int64_t lines = plan.lanes_are_rows ? 1 : bottom - top;
-    const int64_t steps = plan.lanes_are_rows ? problem.width + bottom - top - 1 : problem.width;
+    const int64_t steps = plan.lanes_are_rows ? problem.width + plan.skew * (bottom - top - 1) : problem.width;
     T* first = buffer + plan.first_position * plan.position_pitch + plan.halo_lanes;
     for (int64_t i = 0; i < lines; ++i) {
       T* line = first + (kSolve ? i : lines - 1 - i) * plan.row_positions * plan.position_pitch;
-      for (int64_t j = 0; j < steps; ++j)
-        compute_position<kSolve>(line + (kSolve ? j : steps - 1 - j) * plan.position_pitch, plan, packed, kernels);
+      for (int64_t j = 0; j < steps; ++j) {
+        T* position = line + (kSolve ? j : steps - 1 - j) * plan.position_pitch;
+        compute_position<kSolve>(position, plan, packed, kernels);
+        if (kSolve && plan.lanes_are_rows && plan.right > 0)
+          clear_outside(position, plan, larger(0, divide_up(j - problem.width + 1, plan.skew)),
+                        smaller(j / plan.skew + 1, plan.lanes_per_vector));
+      }
     }
     strip.template move<false, !kSolve>(output, problem.output_strides, top, bottom);
   }

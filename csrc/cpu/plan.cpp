@@ -40,27 +40,30 @@ int64_t image_blocks(int64_t image_vectors, int64_t groups, int64_t threads, int
 }  // namespace
 
 template <typename T>
-OwnedPlan make_plan(const Problem<T>& problem, const Target& target, int64_t threads) {
+OwnedPlan make_plan(const Problem<T>& problem, int64_t family, int64_t groups, const Target& target, int64_t threads) {
   OwnedPlan plan{};
   const int64_t height = problem.height, width = problem.width;
   plan.channels = problem.group_channels();
-  plan.tap_rows = std::min(problem.kernel_height, height);
-  plan.tap_columns = std::min(problem.kernel_width, width);
+  const int64_t pivot = pivot_column(family, problem.kernel_width);
+  plan.rows_above = std::min(problem.kernel_height, height) - 1;
+  plan.left = std::min(pivot, width - 1);
+  plan.right = plan.rows_above ? std::min(problem.kernel_width - 1 - pivot, width - 1) : 0;
+  plan.skew = plan.right + 1;
   const int64_t lanes = plan.lanes_per_vector = target.vector_bytes / int64_t(sizeof(T));
   const int64_t image_vectors = divide_up(problem.batch, lanes);
 
   // Steps of the inner kernel, on one vector each: many images fill lanes, few large ones fill them with rows.
   const int64_t image_steps = image_vectors * height * width;
-  const int64_t row_steps = problem.batch * divide_up(height, lanes) * (width + lanes - 1);
+  const int64_t row_steps = problem.batch * divide_up(height, lanes) * (width + plan.skew * (lanes - 1));
   plan.lanes_are_rows = row_steps < image_steps;
 
   if (plan.lanes_are_rows) {
     plan.vectors = 1;
     plan.blocks = problem.batch;
     plan.strip_rows = lanes;
-    plan.halo_lanes = plan.tap_rows - 1;
+    plan.halo_lanes = plan.rows_above;
   } else {
-    plan.blocks = image_blocks(image_vectors, problem.groups, threads, target.max_vectors);
+    plan.blocks = image_blocks(image_vectors, groups, threads, target.max_vectors);
     plan.vectors = divide_up(image_vectors, plan.blocks);
     plan.halo_lanes = 0;
   }
@@ -68,37 +71,42 @@ OwnedPlan make_plan(const Problem<T>& problem, const Target& target, int64_t thr
   plan.position_pitch = plan.channels * plan.channel_pitch;
 
   if (plan.lanes_are_rows) {
-    plan.first_position = plan.tap_rows - 1 + plan.tap_columns - 1;
-    plan.buffer_size = (plan.first_position + width + lanes - 1) * plan.position_pitch;
+    plan.first_position = plan.skew * plan.rows_above + plan.left;
+    plan.buffer_size = (plan.first_position + width + plan.skew * (lanes - 1)) * plan.position_pitch;
   } else {
-    plan.row_positions = plan.tap_columns - 1 + width;
-    plan.first_position = (plan.tap_rows - 1) * plan.row_positions + plan.tap_columns - 1;
-    const int64_t halo = plan.tap_rows - 1;
+    plan.halo_positions = std::max(plan.left, plan.right);
+    plan.row_positions = plan.halo_positions + width;
+    plan.first_position = plan.rows_above * plan.row_positions + plan.halo_positions;
+    const int64_t halo = plan.rows_above;
     const int64_t row_bytes = plan.row_positions * plan.position_pitch * int64_t(sizeof(T));
-    plan.strip_rows = std::min(height, std::max({kBufferBytes / row_bytes - halo, 2 * halo, int64_t(1)}));
+    const int64_t fitting = std::max({kBufferBytes / row_bytes - halo, 2 * halo, int64_t(1)});
+    // Whole vectors of rows, for tensors that store columns.
+    plan.strip_rows = std::min(height, fitting > lanes ? fitting / lanes * lanes : fitting);
     plan.buffer_size = (plan.strip_rows + halo) * plan.row_positions * plan.position_pitch;
   }
 
-  const int64_t taps = plan.tap_rows * plan.tap_columns - 1;
-  for (int64_t tap = taps; tap >= 0; --tap) {  // the pivot, tap 0, last
-    const int64_t row = tap / plan.tap_columns, column = tap % plan.tap_columns;
-    const int64_t back = plan.lanes_are_rows ? (row + column) * plan.position_pitch + row
-                                             : (row * plan.row_positions + column) * plan.position_pitch;
-    for (int64_t channel = 0; channel < plan.channels; ++channel)
-      plan.owned_offsets.push_back(channel * plan.channel_pitch - back);
-  }
+  for (int64_t row = plan.rows_above; row >= 0; --row)
+    for (int64_t column = plan.left; column >= (row ? -plan.right : 0); --column) {
+      plan.owned_taps.push_back({row, column});
+      const int64_t back = plan.lanes_are_rows ? (plan.skew * row + column) * plan.position_pitch + row
+                                               : (row * plan.row_positions + column) * plan.position_pitch;
+      for (int64_t channel = 0; channel < plan.channels; ++channel)
+        plan.owned_offsets.push_back(channel * plan.channel_pitch - back);
+    }
+  plan.tap_count = int64_t(plan.owned_taps.size());
   // Registers hold the sums, a vector of inputs for each vector of lanes, and a weight.
   const int64_t largest = std::min<int64_t>(kMaxTile, (target.registers - 1) / plan.vectors - 1);
-  plan.owned_tiles = make_tiles(plan.channels, taps, largest);
+  plan.owned_tiles = make_tiles(plan.channels, plan.tap_count - 1, largest);
   const Tile& last = plan.owned_tiles.back();
-  plan.group_weights = last.weights + (taps * plan.channels + last.first + last.size) * last.size;
+  plan.group_weights = last.weights + ((plan.tap_count - 1) * plan.channels + last.first + last.size) * last.size;
   plan.tile_count = int64_t(plan.owned_tiles.size());
   plan.tiles = plan.owned_tiles.data();
+  plan.taps = plan.owned_taps.data();
   plan.offsets = plan.owned_offsets.data();
   return plan;  // moved or built in place: the pointers stay
 }
 
-template OwnedPlan make_plan(const Problem<float>&, const Target&, int64_t);
-template OwnedPlan make_plan(const Problem<double>&, const Target&, int64_t);
+template OwnedPlan make_plan(const Problem<float>&, int64_t, int64_t, const Target&, int64_t);
+template OwnedPlan make_plan(const Problem<double>&, int64_t, int64_t, const Target&, int64_t);
 
 }  // namespace kconv

@@ -1,15 +1,16 @@
 // How a problem is cut into tasks, and how the pixels and weights of a task lie in memory.
 //
-// Every group is mirrored to corner TL ("canonical" rows and columns), and for A^T its channels are reversed, so that
-// each output depends on smaller rows, columns and channels alone. A task works in a buffer of positions; a position
-// holds [channels][lanes], and one step computes all channels of a position for all lanes at once. Lanes are either
+// Every group is in the canonical frame of its family (see stencil.h), and for A^T its channels are reversed, so that
+// each output depends on earlier pixels, in raster order, and smaller channels alone. A task works in a buffer of
+// positions; a position holds [channels][lanes], and one step computes all channels of a position for all lanes at
+// once. Lanes are either
 //
 //   images: position = pixel (raster order), lane = image of the batch;
-//   rows:   position = anti-diagonal row + column of a band of rows, lane = row (its first lanes repeat the rows
-//   above).
+//   rows:   position = skew * row + column of a band of rows, lane = row (its first lanes repeat the rows above), where
+//           (skew, 1) is the schedule of nflows_kconv/stencil.py.
 //
 // In both, a tap of the kernel is one fixed offset, so that one inner kernel serves both. Borders are positions that
-// hold 0.
+// hold 0; where lanes are images, those to the right of a row are those to the left of the next.
 #pragma once
 
 #include <cstdint>
@@ -37,11 +38,13 @@ struct Tile {  // output channels [first, first + size) and their packed weights
 
 struct Plan {
   bool lanes_are_rows;
-  int64_t channels;               // of a group
-  int64_t tap_rows, tap_columns;  // of the kernel, as far as they can reach into the image
-  int64_t vectors;                // of lanes in a position, at most
+  int64_t channels;                 // of a group
+  int64_t rows_above, left, right;  // how far taps reach, clipped to the image
+  int64_t skew;
+  int64_t vectors;  // of lanes in a position, at most
   int64_t lanes_per_vector;
   int64_t halo_lanes;      // lanes before those that are computed
+  int64_t halo_positions;  // lanes are images: before the first pixel of a row
   int64_t channel_pitch;   // elements from a channel to the next
   int64_t position_pitch;  // elements from a position to the next
   int64_t row_positions;   // lanes are images: positions from a row to the next
@@ -52,15 +55,19 @@ struct Plan {
   int64_t group_weights;   // packed elements of a group
   int64_t tile_count;
   const Tile* tiles;
-  const int64_t* offsets;  // of the inputs of a pixel: each channel at each tap, the pivot last
+  int64_t tap_count;
+  const Lag* taps;         // that can reach into the image, the pivot last
+  const int64_t* offsets;  // of the inputs of a pixel: each channel at each tap
 };
 
 struct OwnedPlan : Plan {
   std::vector<Tile> owned_tiles;
+  std::vector<Lag> owned_taps;
   std::vector<int64_t> owned_offsets;
 };
 
+// For so many groups of a family; the problem is in the family's frame.
 template <typename T>
-OwnedPlan make_plan(const Problem<T>& problem, const Target& target, int64_t threads);
+OwnedPlan make_plan(const Problem<T>& problem, int64_t family, int64_t groups, const Target& target, int64_t threads);
 
 }  // namespace kconv

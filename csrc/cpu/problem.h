@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "stencil.h"
+
 namespace kconv {
 
 struct Strides {  // in elements
@@ -16,23 +18,50 @@ inline double exponential(double x) { return __builtin_exp(x); }
 // output = A input + bias, A^T input + bias, A^-1 (input - bias) or A^-T (input - bias), see nflows_kconv/ops.py for A.
 template <typename T>
 struct Problem {
-  const T* input;   // [batch, channels, height, width]
-  T* output;        // the same shape, not overlapping the input
-  const T* weight;  // [channels, channels / groups, kernel_height, kernel_width], contiguous
-  const T* bias;    // [channels], contiguous; null stands for zero
+  const T* input;         // [batch, channels, height, width]
+  T* output;              // the same shape, not overlapping the input
+  const T* weight;        // [channels, channels / groups, kernel_height, kernel_width], contiguous
+  const T* bias;          // [channels], contiguous; null stands for zero
   const T* log_diagonal;  // [channels], contiguous: the diagonal is its exponential; null: unit_diagonal tells
   bool unit_diagonal;     // whether the diagonal is 1 or the weight's own
   Strides input_strides, output_strides;
   int64_t batch, channels, height, width;
   int64_t groups, kernel_height, kernel_width;
-  const int64_t* stencils;  // one a group; bit 0: right, bit 1: bottom
+  const int64_t* stencils;  // one a group
   bool transpose, solve;
+  int64_t kernel_row_stride = kernel_width, kernel_column_stride = 1;
 
   int64_t group_channels() const { return channels / groups; }
+
+  // The same problem with the rows and columns that a family's canonical frame has before it is mirrored.
+  Problem in_frame_of(int64_t family) const {
+    Problem framed = *this;
+    if (family & kExchanged) {
+      for (Strides* strides : {&framed.input_strides, &framed.output_strides}) exchange(strides->row, strides->column);
+      exchange(framed.height, framed.width);
+      exchange(framed.kernel_height, framed.kernel_width);
+      exchange(framed.kernel_row_stride, framed.kernel_column_stride);
+    }
+    return framed;
+  }
+
+  // In the frame of the stencil's family: elements from the start of a kernel to the tap of this lag.
+  int64_t tap(int64_t stencil, Lag lag) const {
+    const int64_t row = kernel_height - 1 - lag.rows, column = pivot_column(stencil, kernel_width) - lag.columns;
+    return (stencil & kMirrorsRows ? kernel_height - 1 - row : row) * kernel_row_stride +
+           (stencil & kMirrorsColumns ? kernel_width - 1 - column : column) * kernel_column_stride;
+  }
 
   // The diagonal of the Jacobian in a channel, whose weight has this entry there.
   T diagonal(int64_t channel, T own) const {
     return log_diagonal ? exponential(log_diagonal[channel]) : unit_diagonal ? T(1) : own;
+  }
+
+ private:
+  static void exchange(int64_t& a, int64_t& b) {
+    const int64_t before = a;
+    a = b;
+    b = before;
   }
 };
 

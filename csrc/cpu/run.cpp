@@ -8,6 +8,7 @@
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "instruction_sets.h"
 
@@ -78,11 +79,11 @@ thread_local Scratch scratch;
 
 template <typename T>
 void check_diagonal(const Problem<T>& problem) {
-  const int64_t channels = problem.group_channels(), height = problem.kernel_height, width = problem.kernel_width;
+  const int64_t channels = problem.group_channels(), area = problem.kernel_height * problem.kernel_width;
   for (int64_t channel = 0; channel < problem.channels; ++channel) {
-    const int64_t corner = problem.stencils[channel / channels];
-    const int64_t row = corner & 2 ? 0 : height - 1, column = corner & 1 ? 0 : width - 1;
-    const T own = problem.weight[((channel * channels + channel % channels) * height + row) * width + column];
+    const int64_t stencil = problem.stencils[channel / channels];
+    const int64_t pivot = problem.in_frame_of(family(stencil)).tap(stencil, {0, 0});
+    const T own = problem.weight[(channel * channels + channel % channels) * area + pivot];
     const T value = problem.diagonal(channel, own);
     if (!(std::abs(value * (1 / value) - 1) < 0.5)) {  // zero, not finite, or a denormal whose reciprocal overflows
       char text[32];
@@ -100,6 +101,7 @@ struct Run {
   const Problem<T>& problem;
   const Plan& plan;
   const Kernels<T>& kernels;
+  const int64_t* groups;
   T* packed;
   std::atomic<bool> out_of_memory{false};
 };
@@ -109,7 +111,8 @@ void pack_tiles(int64_t begin, int64_t end, void* context) {
   const Run<T>& run = *static_cast<const Run<T>*>(context);
   for (int64_t i = begin; i < end; ++i) {
     const int64_t group = i / run.plan.tile_count, tile = i % run.plan.tile_count;
-    run.kernels.pack_weights(run.problem, run.plan, group, tile, run.packed + group * run.plan.group_weights);
+    run.kernels.pack_weights(run.problem, run.plan, run.groups[group], tile,
+                             run.packed + group * run.plan.group_weights);
   }
 }
 
@@ -118,7 +121,7 @@ void run_tasks(int64_t begin, int64_t end, void* context) {
   Run<T>& run = *static_cast<Run<T>*>(context);
   const Plan& plan = run.plan;
   const size_t buffer_bytes = (plan.buffer_size * sizeof(T) + 63) / 64 * 64;
-  const int64_t rows = plan.strip_rows > plan.tap_rows ? plan.strip_rows : plan.tap_rows;
+  const int64_t rows = plan.strip_rows > plan.rows_above ? plan.strip_rows : plan.rows_above;
   char* memory;
   try {
     memory = static_cast<char*>(scratch.get(buffer_bytes + rows * run.problem.width * sizeof(int64_t)));
@@ -128,10 +131,30 @@ void run_tasks(int64_t begin, int64_t end, void* context) {
   }
   for (int64_t task = begin; task < end; ++task) {
     const int64_t group = task / plan.blocks, block = task % plan.blocks;
-    run.kernels.run_task(run.problem, plan, run.packed + group * plan.group_weights, group, block,
+    run.kernels.run_task(run.problem, plan, run.packed + group * plan.group_weights, run.groups[group], block,
                          reinterpret_cast<T*>(memory), reinterpret_cast<int64_t*>(memory + buffer_bytes));
   }
   scratch.give_back();
+}
+
+// Runs the groups of one family; the problem is in its frame.
+template <typename T>
+void run_family(const Problem<T>& problem, int64_t family, const std::vector<int64_t>& groups, int64_t threads,
+                ParallelFor parallel_for) {
+  const Kernels<T>& kernels = current().kernels(T());
+  const int64_t count = int64_t(groups.size());
+  const OwnedPlan plan = make_plan(problem, family, count, kernels.target, threads);
+  const std::unique_ptr<T[]> packed(new T[count * plan.group_weights]);
+  Run<T> run{problem, plan, kernels, groups.data(), packed.get()};
+
+  // Work that is worth waking a thread for, in weights packed and in vector operations.
+  constexpr int64_t kGrain = 16384;
+  parallel_for(count * plan.tile_count, kGrain * plan.tile_count / plan.group_weights + 1, pack_tiles<T>, &run);
+  const int64_t positions = plan.lanes_are_rows ? divide_up(problem.height, plan.lanes_per_vector) * problem.width
+                                                : problem.height * problem.width;
+  const int64_t operations = positions * plan.vectors * plan.group_weights;
+  parallel_for(count * plan.blocks, kGrain / operations + 1, run_tasks<T>, &run);
+  if (run.out_of_memory) throw std::bad_alloc();
 }
 
 }  // namespace
@@ -139,20 +162,12 @@ void run_tasks(int64_t begin, int64_t end, void* context) {
 template <typename T>
 void run(const Problem<T>& problem, int64_t threads, ParallelFor parallel_for) {
   if (problem.solve || problem.log_diagonal) check_diagonal(problem);
-  const Kernels<T>& kernels = current().kernels(T());
-  const OwnedPlan plan = make_plan(problem, kernels.target, threads);
-  const std::unique_ptr<T[]> packed(new T[problem.groups * plan.group_weights]);
-  Run<T> run{problem, plan, kernels, packed.get()};
-
-  // Work that is worth waking a thread for, in weights packed and in vector operations.
-  constexpr int64_t kGrain = 16384;
-  parallel_for(problem.groups * plan.tile_count, kGrain * plan.tile_count / plan.group_weights + 1, pack_tiles<T>,
-               &run);
-  const int64_t positions = plan.lanes_are_rows ? divide_up(problem.height, plan.lanes_per_vector) * problem.width
-                                                : problem.height * problem.width;
-  const int64_t operations = positions * plan.vectors * plan.group_weights;
-  parallel_for(problem.groups * plan.blocks, kGrain / operations + 1, run_tasks<T>, &run);
-  if (run.out_of_memory) throw std::bad_alloc();
+  for (const int64_t one : kFamilies) {
+    std::vector<int64_t> groups;
+    for (int64_t group = 0; group < problem.groups; ++group)
+      if (family(problem.stencils[group]) == one) groups.push_back(group);
+    if (!groups.empty()) run_family(problem.in_frame_of(one), one, groups, threads, parallel_for);
+  }
 }
 
 template void run(const Problem<float>&, int64_t, ParallelFor);

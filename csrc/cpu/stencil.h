@@ -1,0 +1,28 @@
+// Stencils as numbers, by the convention of nflows_kconv/stencil.py, which says what they are.
+//
+// Bits 0 and 1 mirror columns and rows; kSide tells sides from corners, kExchanged that rows and columns are exchanged
+// before they are mirrored. Stencils that differ in their mirrors alone are a family; its canonical frame has rows,
+// columns and kernel as `Problem::in_frame_of` gives them. There the pivot is in the last row of the kernel, the lag of
+// a tap is how many rows up and columns left it reads, and the transposed operator has the same lags in `opposite`.
+#pragma once
+
+#include <cstdint>
+
+namespace kconv {
+
+constexpr int64_t kMirrorsColumns = 1, kMirrorsRows = 2, kSide = 8, kExchanged = 16;
+constexpr int64_t kFamilies[] = {0, kSide, kSide | kExchanged};
+
+inline int64_t family(int64_t stencil) { return stencil & ~(kMirrorsColumns | kMirrorsRows); }
+inline int64_t opposite(int64_t stencil) { return stencil ^ (kMirrorsColumns | kMirrorsRows); }
+
+// The pivot's column in a canonical kernel.
+inline int64_t pivot_column(int64_t stencil, int64_t kernel_width) {
+  return stencil & kSide ? (kernel_width - 1) / 2 : kernel_width - 1;
+}
+
+struct Lag {
+  int64_t rows, columns;
+};
+
+}  // namespace kconv
