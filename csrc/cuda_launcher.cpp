@@ -3,7 +3,6 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
@@ -16,20 +15,20 @@
 #include <stdexcept>
 #include <string>
 #include <unordered_map>
+#include <vector>
 
 #include "export.h"
 #include "torch_errors.h"
 
 namespace kconv::cuda {
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 struct Launch {
   void* function;
   std::array<unsigned, 3> grid;
   unsigned block, shared;
-  std::vector<char> arguments;  // its first five pointers are those of the call
+  std::vector<char> arguments;  // begins with the pointers of the call
 };
 
 struct Plan {
@@ -37,13 +36,12 @@ struct Plan {
   void* context = nullptr;
   int64_t scratch = 0, zeroed = 0;  // bytes
   int64_t output_strides[4];
-  bool by_reference = false;  // no kernel can run here
   std::string error;
 };
 
 namespace {
 
-constexpr size_t kPointers = 5 * sizeof(void*);
+constexpr size_t kPointers = 6 * sizeof(void*);
 constexpr size_t kMaxArguments = 4096;  // of a kernel, in bytes
 constexpr size_t kMaxPlans = 4096;
 
@@ -109,24 +107,10 @@ View view(const Tensor& tensor) {
   return view;
 }
 
-int64_t dtype_number(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return 0;
-    case ScalarType::Double:
-      return 1;
-    case ScalarType::Half:
-      return 2;
-    case ScalarType::BFloat16:
-      return 3;
-    default:
-      STD_TORCH_CHECK(false, "dtype must be a floating point of 16 to 64 bits");
-  }
-}
-
 Tensor allocate(int64_t dimensions, const int64_t* sizes, const int64_t* strides, int32_t dtype, const View& like) {
   AtenTensorHandle handle;
-  // An exception keeps its text alone on its way through torch: nflows_kconv/ops.py knows this one by its beginning.
+  // An exception keeps its text alone on its way through torch: nflows_kconv/backends/native.py knows this one by its
+  // beginning.
   if (aoti_torch_empty_strided(dimensions, sizes, strides, dtype, like.device_type, like.device, &handle) != 0) {
     throw std::runtime_error("out of memory: " + torch_reason("allocate memory"));
   }
@@ -152,13 +136,25 @@ std::shared_ptr<const Plan> make(const Key& key, const Problem& problem) {
   return plan;
 }
 
-void launch(const Plan& plan, const Tensor& first, const Tensor& second, const std::optional<Tensor>& bias,
-            const Tensor& output, const View& like) {
+// The tensors of a call. Vectors are contiguous.
+struct Operands {
+  const Tensor &first, &second;
+  std::optional<Tensor> bias, log_diagonal;
+};
+
+const void* data(const Tensor& tensor) {
+  // Freed under the tensor, as sharding libraries do.
+  STD_TORCH_CHECK(tensor.const_data_ptr(), "the memory of the tensors must not have been freed");
+  return tensor.const_data_ptr();
+}
+
+const void* data(const std::optional<Tensor>& tensor) { return tensor ? data(*tensor) : nullptr; }
+
+void launch(const Plan& plan, const Operands& operands, const Tensor& output, const View& like) {
   Tensor memory = output;  // stands for none
-  const void* pointers[5] = {first.const_data_ptr(), second.const_data_ptr(), output.mutable_data_ptr(), nullptr,
-                             bias ? bias->const_data_ptr() : nullptr};
-  STD_TORCH_CHECK(pointers[0] && pointers[1] && (!bias || pointers[4]),
-                  "the memory of the tensors must not have been freed");
+  const void* pointers[] = {data(operands.first), data(operands.second),      output.mutable_data_ptr(), nullptr,
+                            data(operands.bias),  data(operands.log_diagonal)};
+  static_assert(sizeof(pointers) == kPointers);
   void* stream;
   check_torch(driver.get_stream(like.device, &stream), "tell the current stream");
   if (plan.scratch > 0) {
@@ -182,34 +178,17 @@ void launch(const Plan& plan, const Tensor& first, const Tensor& second, const s
   }
 }
 
-template <typename... Arguments>
-Tensor by_reference(const char* name, const Arguments&... arguments) {
-  std::array<StableIValue, sizeof...(Arguments)> stack{torch::stable::detail::from(arguments)...};
-  check_torch(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION), "run the reference implementation");
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
 // What differs between the operators.
 struct Operator {
   int64_t number;
-  bool transpose;
+  bool unit_diagonal, transpose;
   const int64_t* kernel_size;
   const int64_t* output_sizes;
 };
 
-// Calls reference() where no kernel can run.
-template <typename Reference>
-Tensor run(const Operator& op, const Tensor& first, const Tensor& second, const std::optional<Tensor>& bias,
-           const std::vector<int64_t>& corners, const Reference& reference) {
+Tensor run(const Operator& op, const Operands& operands, const std::vector<int64_t>& stencils) {
+  const Tensor &first = operands.first, &second = operands.second;
   const View a = view(first), b = view(second);
-  const auto check_match = [&](const View& other) {
-    STD_TORCH_CHECK(a.dtype == other.dtype, "all tensors must have one dtype");
-    STD_TORCH_CHECK(a.device_type == other.device_type && a.device == other.device,
-                    "all tensors must be on one device");
-  };
-  check_match(b);
-  if (bias) check_match(view(*bias));
-  for (int64_t corner : corners) STD_TORCH_CHECK(corner >= 0 && corner < 4, "corners must be 0, 1, 2 or 3");
   const bool images = op.output_sizes == a.sizes;
   if (first.numel() == 0) {
     return images ? torch::stable::empty_like(first)
@@ -217,16 +196,17 @@ Tensor run(const Operator& op, const Tensor& first, const Tensor& second, const 
   }
 
   thread_local Key key;
-  key.assign({op.number, a.dtype, a.device_type, a.device, op.transpose, bias.has_value(), op.kernel_size[0],
-              op.kernel_size[1]});
+  key.assign({op.number, a.dtype, a.device_type, a.device, op.unit_diagonal, op.transpose, operands.bias.has_value(),
+              op.kernel_size[0], op.kernel_size[1]});
   key.insert(key.end(), a.sizes, a.sizes + 4);
   key.insert(key.end(), a.strides, a.strides + 4);
   key.insert(key.end(), b.strides, b.strides + 4);
-  key.insert(key.end(), corners.begin(), corners.end());
+  key.insert(key.end(), stencils.begin(), stencils.end());
   std::shared_ptr<const Plan> plan = find(key);
   if (plan == nullptr) {
-    Problem problem{op.number, dtype_number(first),     a.device,      op.transpose, bias.has_value(), {}, {}, {}, {},
-                    {},        int64_t(corners.size()), corners.data()};
+    Problem problem{
+        op.number, a.dtype, a.device, op.unit_diagonal,         op.transpose,   operands.bias.has_value(), {}, {},
+        {},        {},      {},       int64_t(stencils.size()), stencils.data()};
     std::copy_n(a.sizes, 4, problem.shape);
     std::copy_n(op.kernel_size, 2, problem.kernel_size);
     std::copy_n(a.strides, 4, problem.first_strides);
@@ -238,64 +218,41 @@ Tensor run(const Operator& op, const Tensor& first, const Tensor& second, const 
     }
     plan = make(Key(key), problem);
   }
-  if (plan->by_reference) return reference();
   const Tensor output = allocate(4, op.output_sizes, plan->output_strides, a.dtype, a);
-  launch(*plan, first, second, bias, output, a);
+  launch(*plan, operands, output, a);
   return output;
 }
 
-Tensor run_on_images(int64_t number, const char* reference, const Tensor& input, const Tensor& weight,
-                     std::optional<Tensor> bias, const std::vector<int64_t>& corners, bool transpose) {
-  const int64_t groups = int64_t(corners.size());
-  STD_TORCH_CHECK(input.dim() == 4 && weight.dim() == 4, "input and weight must have 4 dimensions");
-  const View images = view(input), taps = view(weight);
-  STD_TORCH_CHECK(groups > 0 && taps.sizes[0] == images.sizes[1] && taps.sizes[1] * groups == images.sizes[1] &&
-                      taps.sizes[2] > 0 && taps.sizes[3] > 0,
-                  "weight must have shape [C, C/G, kh, kw] for an input of C channels and G corners");
-  if (bias) {
-    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == images.sizes[1],
-                    "bias must have shape [C] for an input of C channels");
-    if (bias->stride(0) != 1) bias = telling("allocate memory", [&] { return torch::stable::contiguous(*bias); });
-  }
-  return run({number, transpose, taps.sizes + 2, images.sizes}, input, weight, bias, corners,
-             [&] { return by_reference(reference, input, weight, bias, corners, transpose); });
+std::optional<Tensor> dense(const std::optional<Tensor>& vector) {
+  if (!vector || vector->stride(0) == 1) return vector;
+  return telling("allocate memory", [&] { return torch::stable::contiguous(*vector); });
+}
+
+// The arguments are those that nflows_kconv/ops.py has checked.
+template <int64_t kNumber>
+Tensor run_on_images(const Tensor& input, const Tensor& weight, std::optional<Tensor> bias,
+                     std::optional<Tensor> log_diagonal, std::vector<int64_t> stencils, bool unit_diagonal,
+                     bool transpose) {
+  return run({kNumber, unit_diagonal, transpose, view(weight).sizes + 2, view(input).sizes},
+             {input, weight, dense(bias), dense(log_diagonal)}, stencils);
+}
+
+Tensor weight_gradient(const Tensor& input, const Tensor& grad, std::vector<int64_t> stencils,
+                       std::vector<int64_t> kernel_size, bool unit_diagonal) {
+  const int64_t channels = input.size(1);
+  const int64_t sizes[] = {channels, channels / int64_t(stencils.size()), kernel_size[0], kernel_size[1]};
+  return run({2, unit_diagonal, false, kernel_size.data(), sizes}, {input, grad, std::nullopt, std::nullopt}, stencils);
 }
 
 }  // namespace
-
-Tensor conv(const Tensor& input, const Tensor& weight, std::optional<Tensor> bias, std::vector<int64_t> corners,
-            bool transpose) {
-  return run_on_images(0, "nflows_kconv::conv_reference", input, weight, bias, corners, transpose);
-}
-
-Tensor solve(const Tensor& input, const Tensor& weight, std::optional<Tensor> bias, std::vector<int64_t> corners,
-             bool transpose) {
-  return run_on_images(1, "nflows_kconv::solve_reference", input, weight, bias, corners, transpose);
-}
-
-Tensor weight_gradient(const Tensor& input, const Tensor& grad, std::vector<int64_t> corners,
-                       std::vector<int64_t> kernel_size) {
-  const int64_t groups = int64_t(corners.size());
-  STD_TORCH_CHECK(input.dim() == 4 && grad.dim() == 4, "input and grad must have 4 dimensions");
-  const View images = view(input);
-  STD_TORCH_CHECK(std::equal(images.sizes, images.sizes + 4, view(grad).sizes), "grad must have the input's shape");
-  STD_TORCH_CHECK(groups > 0 && images.sizes[1] % groups == 0, "channels must be a multiple of the number of corners");
-  STD_TORCH_CHECK(kernel_size.size() == 2 && kernel_size[0] > 0 && kernel_size[1] > 0,
-                  "kernel_size must be two positive numbers");
-  const int64_t sizes[] = {images.sizes[1], images.sizes[1] / groups, kernel_size[0], kernel_size[1]};
-  return run({2, false, kernel_size.data(), sizes}, input, grad, std::nullopt, corners, [&] {
-    return by_reference("nflows_kconv::weight_gradient_reference", input, grad, corners, kernel_size);
-  });
-}
-
 }  // namespace kconv::cuda
 
 using namespace kconv::cuda;
 
 // For tensors of every device: tests call them with the CPU's.
 STABLE_TORCH_LIBRARY_IMPL(nflows_kconv_native, CompositeExplicitAutograd, library) {
-  library.impl("conv_cuda", TORCH_BOX(&conv));
-  library.impl("solve_cuda", TORCH_BOX(&solve));
+  library.impl("conv_cuda", TORCH_BOX(&run_on_images<0>));
+  library.impl("solve_cuda", TORCH_BOX(&run_on_images<1>));
   library.impl("weight_gradient_cuda", TORCH_BOX(&weight_gradient));
 }
 
@@ -324,7 +281,5 @@ KCONV_EXPORT void nflows_kconv_finish_plan(Plan* plan, void* context, int64_t sc
   plan->scratch = scratch;
   plan->zeroed = zeroed;
 }
-
-KCONV_EXPORT void nflows_kconv_plan_reference(Plan* plan) { plan->by_reference = true; }
 
 KCONV_EXPORT void nflows_kconv_plan_error(Plan* plan, const char* error) { plan->error = error; }

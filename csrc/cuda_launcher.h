@@ -4,22 +4,10 @@
 // The driver's functions come from Python as well, so that a library built without CUDA serves every build of torch.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-
 #include <cstddef>
 #include <cstdint>
-#include <optional>
-#include <vector>
 
 namespace kconv::cuda {
-
-// See nflows_kconv/ops.py for what they compute. All throw std::runtime_error.
-torch::stable::Tensor conv(const torch::stable::Tensor& input, const torch::stable::Tensor& weight,
-                           std::optional<torch::stable::Tensor> bias, std::vector<int64_t> corners, bool transpose);
-torch::stable::Tensor solve(const torch::stable::Tensor& input, const torch::stable::Tensor& weight,
-                            std::optional<torch::stable::Tensor> bias, std::vector<int64_t> corners, bool transpose);
-torch::stable::Tensor weight_gradient(const torch::stable::Tensor& input, const torch::stable::Tensor& grad,
-                                      std::vector<int64_t> corners, std::vector<int64_t> kernel_size);
 
 // Functions of libcuda and one of libtorch_cuda; handles are pointers, results are error codes.
 struct Driver {
@@ -34,15 +22,15 @@ struct Driver {
   int (*get_stream)(int device, void** stream);
 };
 
-// What Python is asked to plan; nflows_kconv/cuda/native_launcher.py has the same struct.
+// What Python is asked to plan; nflows_kconv/backends/cuda/native_launcher.py has the same struct.
 struct Problem {
   int64_t operation;  // 0: conv, 1: solve, 2: weight_gradient
-  int64_t dtype;      // 0: float32, 1: float64, 2: float16, 3: bfloat16
-  int64_t device, transpose, bias;
+  int64_t dtype;      // torch's ScalarType
+  int64_t device, unit_diagonal, transpose, bias;
   int64_t shape[4], kernel_size[2];
   int64_t first_strides[4], second_strides[4], output_strides[4];
   int64_t groups;
-  const int64_t* corners;
+  const int64_t* stencils;
 };
 
 struct Plan;

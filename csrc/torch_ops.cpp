@@ -46,8 +46,8 @@ const T* data(const std::optional<Tensor>& tensor) {
 }
 
 template <typename T>
-void run(const Operands& operands, const std::vector<int64_t>& stencils, bool unit_diagonal, bool transpose,
-         bool solve, Tensor& output) {
+void run(const Operands& operands, const std::vector<int64_t>& stencils, bool unit_diagonal, bool transpose, bool solve,
+         Tensor& output) {
   const Tensor &input = operands.input, &weight = operands.weight;
   const kconv::Problem<T> problem{data<T>(input),
                                   static_cast<T*>(output.mutable_data_ptr()),
@@ -121,13 +121,14 @@ Tensor run_operator(const Tensor& input, const Tensor& weight, std::optional<Ten
 
 // Beside these stand the operators of the CUDA launcher, in cuda_launcher.cpp.
 STABLE_TORCH_LIBRARY(nflows_kconv_native, library) {
-  for (const char* operation : {"conv", "solve"}) {
-    const std::string name = operation;
+  for (const std::string name : {"conv", "solve", "conv_cuda", "solve_cuda"}) {
     library.def((name + "(Tensor input, Tensor weight, Tensor? bias, Tensor? log_diagonal, int[] stencils, "
-                        "bool unit_diagonal, bool transpose) -> Tensor").c_str());
-    library.def((name + "_cuda(Tensor input, Tensor weight, Tensor? bias, int[] corners, bool transpose) -> Tensor").c_str());
+                        "bool unit_diagonal, bool transpose) -> Tensor")
+                    .c_str());
   }
-  library.def("weight_gradient_cuda(Tensor input, Tensor grad, int[] corners, int[] kernel_size) -> Tensor");
+  library.def(
+      "weight_gradient_cuda(Tensor input, Tensor grad, int[] stencils, int[] kernel_size, bool unit_diagonal) -> "
+      "Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(nflows_kconv_native, CPU, library) {

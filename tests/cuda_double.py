@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import cuda_emulator
-import torch
 
-from nflows_kconv import native
 from nflows_kconv.backends.cuda.plan import Device, Kernel, Launch
 
 CONTEXT = 0xC0
@@ -110,7 +106,7 @@ class DriverDouble:
             return self.error
         assert (block_y, block_z, extra) == (1, 1, None)
         words = dict(self._kernels[function - 1].constants)["CORNER_WORDS"]
-        arguments = ctypes.string_at(parameters[0], 224 + -(-words // 2) * 8)
+        arguments = ctypes.string_at(parameters[0], 232 + -(-(1 + words) // 2) * 8)
         self.launch(0, function, (x, y, z), block, shared, arguments, stream)
         return 0
 
@@ -138,24 +134,3 @@ class DriverDouble:
     def _get_stream(self, device, stream):
         stream[0] = STREAM
         return 0
-
-
-@functools.cache
-def native_operators() -> Any:
-    """The native launcher's operators, which serve CUDA, registered for the CPU under names of their own."""
-    library = torch.library.Library("nflows_kconv_launcher", "DEF")
-    torch_cpu = ctypes.CDLL("libtorch_cpu.so")
-    handle = ctypes.c_void_p()
-    version = [int(part) for part in torch.__version__.split("+")[0].split(".")]
-    abi = ctypes.c_uint64(version[0] << 56 | version[1] << 48 | version[2] << 40)
-    name = b"nflows_kconv_launcher"
-    assert (
-        torch_cpu.aoti_torch_library_init_impl(name, b"CPU", __file__.encode(), ctypes.c_uint(1), ctypes.byref(handle))
-        == 0
-    )
-    for operator in ("conv", "solve", "weight_gradient"):
-        schema = str(getattr(torch.ops.nflows_kconv, operator).default._schema).partition("::")[2]
-        library.define(schema)
-        function = getattr(native.loaded(), f"nflows_kconv_launch_{operator}")
-        assert torch_cpu.torch_library_impl(handle, operator.encode(), function, abi) == 0
-    return library, torch.ops.nflows_kconv_launcher

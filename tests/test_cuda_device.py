@@ -15,9 +15,11 @@ from cases import BR, CORNERS, TL, Case
 from torch import Tensor
 
 import nflows_kconv
-from nflows_kconv import InvertibleConv2d, functional, geometry, native, ops
+from nflows_kconv import InvertibleConv2d, functional, ops, stencil
+from nflows_kconv.backends import native
 from nflows_kconv.backends.cuda.python_launcher import PythonLauncher
 from nflows_kconv.backends.cuda.runtime import Runtime, runtime
+from nflows_kconv.backends.registry import Problem
 
 pytestmark = pytest.mark.gpu
 
@@ -38,7 +40,7 @@ def directions(case: Case, device: str = "cuda") -> Callable[[Tensor], tuple[Ten
         results = []
         for function in (functional.conv2d, functional.conv2d_inverse):
             leaf = input.detach().requires_grad_()
-            output = function(leaf, weight, case.corners)
+            output = function(leaf, weight, corners=case.corners)
             results += [output.detach(), *torch.autograd.grad(output, (leaf, weight), torch.ones_like(output))]
         return tuple(results)
 
@@ -85,12 +87,12 @@ def test_first_seen_in_a_graph():
     input, weight = case.input("cuda"), case.weight("cuda")
     with pytest.raises(RuntimeError, match=r"nflows_kconv\.warmup\(module, input_shape\)"):
         with torch.cuda.graph(torch.cuda.CUDAGraph()):
-            functional.conv2d_inverse(input, weight, case.corners)
+            functional.conv2d_inverse(input, weight, corners=case.corners)
     torch.cuda.synchronize()
-    expected = functional.conv2d_inverse(input, weight, case.corners)
+    expected = functional.conv2d_inverse(input, weight, corners=case.corners)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        output = functional.conv2d_inverse(input, weight, case.corners)
+        output = functional.conv2d_inverse(input, weight, corners=case.corners)
     graph.replay()
     assert torch.equal(output, expected)
 
@@ -154,7 +156,7 @@ def test_in_new_threads(case: Case):
 
     def work() -> None:
         try:
-            first = functional.conv2d(input, weight, case.corners)  # what this thread does with CUDA first
+            first = functional.conv2d(input, weight, corners=case.corners)  # what this thread does with CUDA first
             with torch.cuda.stream(torch.cuda.Stream()):
                 for _ in range(10):
                     assert_equal(run(input), expected)
@@ -184,16 +186,17 @@ def test_on_a_device_that_is_not_the_current_one(case: Case):
 @every_case
 def test_launched_from_python(case: Case):
     launcher = PythonLauncher(Runtime())
-    input, grad, weight = case.input("cuda"), case.input("cuda", seed=2), case.weight("cuda")
-    corners = geometry.parse_corners(case.corners)
-    for transpose in (False, True):
-        for name in ("conv", "solve"):
-            bias = case.bias("cuda") if transpose else None
-            output = getattr(launcher, name)(input, weight, bias, corners, transpose)
-            assert torch.equal(output, getattr(ops, name)(input, weight, bias, corners, transpose))
-            assert output.stride() == input.stride()
-    gradient = launcher.weight_gradient(input, grad, corners, case.kernel_size)
-    assert torch.equal(gradient, ops.weight_gradient(input, grad, corners, case.kernel_size))
+    input, grad, weight, bias = case.input("cuda"), case.input("cuda", seed=2), case.weight("cuda"), case.bias("cuda")
+    stencils, size = stencil.parse(case.corners), case.kernel_size
+    for vectors in ((None, None), (bias, bias / 8)):
+        for transpose in (False, True):
+            for name in ("conv", "solve"):
+                options = (*vectors, transpose and vectors[1] is None, transpose)
+                output = launcher.run(Problem(name, input, weight, stencils, *options, size))
+                assert torch.equal(output, getattr(ops, name)(input, weight, *vectors, stencils, *options[2:]))
+                assert output.stride() == input.stride()
+    gradient = launcher.run(Problem("weight_gradient", input, grad, stencils, kernel_size=size))
+    assert torch.equal(gradient, ops.weight_gradient(input, grad, stencils, size, False))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
@@ -225,9 +228,9 @@ def test_arguments_on_two_devices():
     case = Case()
     for input, weight in ((case.input("cuda"), case.weight()), (case.input(), case.weight("cuda"))):
         with pytest.raises(ValueError, match="input and weight must be on one device"):
-            functional.conv2d(input, weight, case.corners)
+            functional.conv2d(input, weight, corners=case.corners)
         with pytest.raises((RuntimeError, ValueError)):
-            ops.solve(input, weight, None, [0, 1, 2, 3], False)
+            ops.solve(input, weight, None, None, [0, 1, 2, 3], False, False)
 
 
 def test_report():
@@ -291,5 +294,5 @@ torch.testing.assert_close(torch.cat(list(loader)), expected)
 def test_corners_are_those_of_the_reference():
     """A last look at the whole way from the public function to the kernels."""
     case = Case(CORNERS, batch=5)
-    output = functional.conv2d(case.input("cuda"), case.weight("cuda"), case.corners)
-    torch.testing.assert_close(output.cpu(), functional.conv2d(case.input(), case.weight(), case.corners))
+    output = functional.conv2d(case.input("cuda"), case.weight("cuda"), corners=case.corners)
+    torch.testing.assert_close(output.cpu(), functional.conv2d(case.input(), case.weight(), corners=case.corners))

@@ -15,15 +15,17 @@ import oracles
 import pytest
 import torch
 from cases import BL, BR, CASES, CORNERS, LAYOUTS, MAX_UNKNOWNS, TL, TR, Case
-from cuda_emulator import DECREASING, H100, INCREASING
+from cuda_emulator import DECREASING, H100
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import assert_close
 from torch import Tensor
 
-from nflows_kconv import geometry, reference
+from nflows_kconv import stencil
+from nflows_kconv.backends import reference
 from nflows_kconv.backends.cuda import compiler, planning
 from nflows_kconv.backends.cuda.plan import Device
+from nflows_kconv.backends.registry import Problem
 
 pytestmark = emulator.needs_compiler
 
@@ -92,24 +94,27 @@ orders = st.sampled_from((DECREASING, *range(10)))
 few_examples = settings(max_examples=10 if thorough else 3)
 
 
-def call(
-    operation: str, case: Case, device: Device, first: Tensor, second: Tensor, *, seed: int = INCREASING, **options: Any
-) -> Tensor:
-    corners = geometry.parse_corners(case.corners)
-    if case.biased and operation != "weight_gradient":
-        options["bias"] = case.bias()
-    return emulator.call(operation, first, second, corners, device=device, seed=seed, **options)
+def problem(operation: str, case: Case, **changes: Any) -> Problem:
+    weights = operation == "weight_gradient"
+    own = Problem(
+        operation,
+        case.input(),
+        case.input(seed=2) if weights else case.weight(),
+        stencil.parse(case.corners),
+        bias=case.bias() if case.biased and not weights else None,
+        kernel_size=case.kernel_size,
+    )
+    return own._replace(**changes)
 
 
-def expected(operation: str, case: Case, transpose: bool) -> Tensor:
-    """By dense linear algebra, or where the matrices are too large by the reference in float64."""
-    input, weight, solves = case.input().double(), case.weight(), operation == "solve"
+def expected(operation: str, case: Case, weight: Tensor, transpose: bool) -> Tensor:
+    """By dense linear algebra, or where the matrices are too large by the reference, in float64."""
+    input, solves = case.input().double(), operation == "solve"
     bias = case.bias().double() if case.biased else torch.zeros(case.channels, dtype=torch.float64)
     bias = bias[:, None, None]
     if case.per_group * case.height * case.width > MAX_UNKNOWNS:
-        operator = reference.solve if solves else reference.conv
         given = input - bias if solves else input
-        output = operator(given, weight.double(), None, geometry.parse_corners(case.corners), transpose)
+        output = reference.run(problem(operation, case, input=given, other=weight, bias=None, transpose=transpose))
     elif solves:
         output = oracles.solve(input - bias, weight, case.corners, transpose)
     else:
@@ -120,18 +125,24 @@ def expected(operation: str, case: Case, transpose: bool) -> Tensor:
 @pytest.mark.parametrize("transpose", BOTH, ids=["plain", "transposed"])
 @pytest.mark.parametrize("operation", ["solve", "conv"])
 @over_table
-@given(data=st.data())
+@given(data=st.data(), diagonal=st.sampled_from(["own", "unit", "learned"]))
 @few_examples
-def test_operators(case: Case, device: Device, operation: str, transpose: bool, data: st.DataObject):
+def test_operators(case: Case, device: Device, operation: str, transpose: bool, diagonal: str, data: st.DataObject):
     case, order = data.draw(variants(case)), data.draw(orders)
-    input, weight = case.input(), case.weight()
-    output = call(operation, case, device, input, weight, transpose=transpose)
-    assert_close(output, expected(operation, case, transpose))
-    # In another order of the threads, and with masked entries that show where they are read.
-    broken = weight.masked_fill(oracles.masked(case.weight_shape, case.corners), float("nan"))
-    again = call(operation, case, device, input, broken, transpose=transpose, seed=order)
+    asked, weight = problem(operation, case, transpose=transpose), case.weight().double()
+    broken = asked.other.masked_fill(oracles.masked(case.weight_shape, case.corners), float("nan"))
+    if diagonal != "own":
+        log_diagonal = torch.zeros(case.channels) if diagonal == "unit" else case.bias() / 8
+        oracles.set_diagonal(weight, case.corners, log_diagonal.double().exp())
+        oracles.set_diagonal(broken, case.corners, torch.full((case.channels,), float("nan")))
+        is_unit = diagonal == "unit"
+        asked = asked._replace(unit_diagonal=is_unit, log_diagonal=None if is_unit else log_diagonal)
+    output = emulator.call(asked, device=device)
+    assert_close(output, expected(operation, case, weight, transpose))
+    # In another order of the threads, and with entries that do not count showing where they are read.
+    again = emulator.call(asked._replace(other=broken), device=device, seed=order)
     assert torch.equal(again, output)
-    assert again.stride() == torch.empty_like(input).stride()
+    assert again.stride() == torch.empty_like(asked.input).stride()
 
 
 @over_table
@@ -139,24 +150,25 @@ def test_operators(case: Case, device: Device, operation: str, transpose: bool, 
 @few_examples
 def test_weight_gradient(case: Case, device: Device, data: st.DataObject):
     case, order = data.draw(variants(case)), data.draw(orders)
-    input, grad = case.input(), case.input(seed=2)
-    gradient = call("weight_gradient", case, device, input, grad, kernel_size=case.kernel_size)
-    assert_close(gradient, oracles.weight_gradient(input, grad, case.weight(), case.corners), factor=4)
-    again = call("weight_gradient", case, device, input, grad, kernel_size=case.kernel_size, seed=order)
-    assert torch.equal(again, gradient)
+    asked = problem("weight_gradient", case)
+    gradient = emulator.call(asked, device=device)
+    assert_close(gradient, oracles.weight_gradient(asked.input, asked.other, case.weight(), case.corners), factor=4)
+    oracles.set_diagonal(gradient, case.corners, torch.zeros(case.channels))
+    without_diagonal = emulator.call(asked._replace(unit_diagonal=True), device=device, seed=order)
+    assert torch.equal(without_diagonal, gradient)
 
 
 @pytest.mark.parametrize("operation", ["solve", "conv"])
 @over_table
 def test_a_non_finite_pixel_changes_only_its_quadrant(case: Case, device: Device, operation: str):
     """And only in its own image."""
-    input, weight = case.input(), case.weight()
+    input = case.input()
     changed, (image, row, column) = input.clone(), (size // 2 for size in (case.batch, case.height, case.width))
     changed[image, :, row, column] = -float("inf")
     for transpose in BOTH:
         before, after = (
-            call(operation, case, device, first, weight, transpose=transpose, seed=DECREASING)
-            for first in (input, changed)
+            emulator.call(problem(operation, case, input=each, transpose=transpose), device=device, seed=DECREASING)
+            for each in (input, changed)
         )
         differs = before != after
         assert not differs[:image].any()
@@ -172,10 +184,9 @@ def test_a_non_finite_pixel_changes_only_its_quadrant(case: Case, device: Device
 @pytest.mark.parametrize("which", ["input", "grad"])
 @over_table
 def test_non_finite_values_stay_in_their_weights(case: Case, device: Device, which: str):
-    tensors = {"input": case.input(), "grad": case.input(seed=2)}
-    channel = case.channels // 2
-    tensors[which][0, channel] = float("inf")
-    gradient = call("weight_gradient", case, device, *tensors.values(), kernel_size=case.kernel_size)
+    asked, channel = problem("weight_gradient", case), case.channels // 2
+    {"input": asked.input, "grad": asked.other}[which][0, channel] = float("inf")
+    gradient = emulator.call(asked, device=device)
     finite = gradient.isfinite().flatten(2).all(2)
     own = torch.zeros_like(finite)
     if which == "grad":
@@ -204,20 +215,16 @@ WHOLES = dict(IMAGES="BATCH", ROWS="HEIGHT", COLUMNS="WIDTH", TAPS_H="KERNEL_H",
 )
 
 
+OPERATIONS = (("weight_gradient", False), *product(("solve", "conv"), BOTH))
+
+
 def test_the_table_reaches_every_kernel_and_branch():
     launched: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for case, device in TABLE:
-        input, weight, corners = case.input(), case.weight(), geometry.parse_corners(case.corners)
-        problems = [
-            emulator.problem("weight_gradient", input, input, corners, kernel_size=case.kernel_size),
-            *(
-                emulator.problem(operation, input, weight, corners, transpose, biased=case.biased)
-                for operation, transpose in product(("solve", "conv"), BOTH)
-            ),
-        ]
+        asked = [problem(operation, case, transpose=transpose) for operation, transpose in OPERATIONS]
         sizes = dict(BATCH=case.batch, HEIGHT=case.height, WIDTH=case.width)
-        for problem in problems:
-            for launch in planning.plan(problem, device).launches:
+        for each in asked:
+            for launch in planning.plan(emulator.planned(each), device).launches:
                 launched[launch.kernel.name].append(dict(launch.kernel.constants) | sizes)
     sources = "".join(path.read_text() for path in compiler.source_directory().glob("*.cu"))
     assert set(launched) == set(re.findall(r'extern "C" __global__ void __launch_bounds__\(.*\)\s+(\w+)\(', sources))

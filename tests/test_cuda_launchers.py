@@ -8,48 +8,47 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import cuda_emulator
 import pytest
 import torch
 from cases import BL, BR, CORNERS, TL, TR, Case
-from cuda_double import CONTEXT, STREAM, DriverDouble, native_operators
+from cuda_double import CONTEXT, STREAM, DriverDouble
 from oracles import assert_close
 
-from nflows_kconv import geometry, native, reference
-from nflows_kconv.backends.cuda import planning, runtime
+from nflows_kconv import stencil
+from nflows_kconv.backends import native, reference
+from nflows_kconv.backends.cuda import native_launcher, plan, planning, runtime
 from nflows_kconv.backends.cuda.native_launcher import NativeLauncher
-from nflows_kconv.backends.cuda.plan import POINTER_BYTES, Launch, Plan, Problem, arguments, kernel
+from nflows_kconv.backends.cuda.plan import POINTER_BYTES, Launch, Plan, arguments, kernel
 from nflows_kconv.backends.cuda.python_launcher import PythonLauncher
 from nflows_kconv.backends.cuda.runtime import Runtime
+from nflows_kconv.backends.registry import Problem
 
 needs_native = pytest.mark.skipif(not native.available, reason=f"no native library: {native.reason}")
 
 
 @pytest.fixture(params=["python", pytest.param("native", marks=needs_native)])
 def launcher(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
-    """A launcher's operators on a new driver: `conv`, `solve`, `weight_gradient`, `driver` and `name`."""
+    """A launcher on a new driver: `run`, `driver` and `name`."""
     monkeypatch.setattr(runtime, "_code", lambda kernel, capability: kernel)
     driver = DriverDouble()
     if request.param == "python":
-        operators = PythonLauncher(Runtime(driver), driver)
+        run = PythonLauncher(Runtime(driver), driver).run
     else:
         connected = NativeLauncher.connected
-        NativeLauncher(native.loaded(), Runtime(driver), driver, lambda: False).connect()
-        _, operators = native_operators()
-    yield SimpleNamespace(
-        name=request.param,
-        driver=driver,
-        conv=operators.conv,
-        solve=operators.solve,
-        weight_gradient=operators.weight_gradient,
-    )
+        NativeLauncher(native.loaded(), Runtime(driver), driver).connect()
+        run = native_launcher.run
+    yield SimpleNamespace(name=request.param, driver=driver, run=run)
     if request.param == "native":
         connected.connect()
 
 
-def numbers(case: Case) -> list[int]:
-    return geometry.parse_corners(case.corners)
+def problem(case: Case, operation: str = "solve", **changes: Any) -> Problem:
+    other = case.input(seed=2) if operation == "weight_gradient" else case.weight()
+    own = Problem(operation, case.input(), other, stencil.parse(case.corners), kernel_size=case.kernel_size)
+    return own._replace(**changes)
 
 
 # With real plans and kernels
@@ -67,16 +66,23 @@ EMULATED = (
 @cuda_emulator.needs_compiler
 @pytest.mark.parametrize("case", EMULATED, ids=str)
 def test_results_are_those_of_the_reference(launcher: SimpleNamespace, case: Case):
-    input, weight, grad, corners = case.input(), case.weight(), case.input(seed=2), numbers(case)
     bias = case.bias().repeat_interleave(2)[::2]
-    for transpose in (False, True):
-        for name, b in (("conv", None), ("conv", bias), ("solve", bias if transpose else None)):
-            output = getattr(launcher, name)(input, weight, b, corners, transpose)
-            assert_close(output, getattr(reference, name)(input, weight, b, corners, transpose))
-            assert output.stride() == torch.empty_like(input).stride()
-    gradient = launcher.weight_gradient(input, grad, corners, case.kernel_size)
-    assert_close(gradient, reference.weight_gradient(input, grad, corners, case.kernel_size), factor=4)
-    assert gradient.is_contiguous()
+    for changes in (
+        dict(),
+        dict(bias=bias, unit_diagonal=True),
+        dict(transpose=True, log_diagonal=bias / 8),
+        dict(transpose=True, bias=bias),
+    ):
+        for operation in ("conv", "solve"):
+            asked = problem(case, operation, **changes)
+            output = launcher.run(asked)
+            assert_close(output, reference.run(asked))
+            assert output.stride() == torch.empty_like(asked.input).stride()
+    for unit_diagonal in (False, True):
+        asked = problem(case, "weight_gradient", unit_diagonal=unit_diagonal)
+        gradient = launcher.run(asked)
+        assert_close(gradient, reference.run(asked), factor=4)
+        assert gradient.is_contiguous()
     assert len(launcher.driver.launches) >= 5
 
 
@@ -87,9 +93,9 @@ class Planner:
     """Plans two launches, with scratch memory, for every problem."""
 
     def __init__(self) -> None:
-        self.problems: list[Problem] = []
+        self.problems: list[plan.Problem] = []
 
-    def __call__(self, problem: Problem, device: object) -> Plan:
+    def __call__(self, problem: plan.Problem, device: object) -> Plan:
         self.problems.append(problem)
         first = Launch(kernel(problem, "made_up.cu", "first"), (3, 2, 1), 64, 1000, arguments(problem, (1, 2)))
         second = Launch(kernel(problem, "made_up.cu", "second"), (70000, 1, 1), 128, 0, arguments(problem, (3,), (16,)))
@@ -106,49 +112,50 @@ def planner(monkeypatch: pytest.MonkeyPatch, launcher: SimpleNamespace) -> Plann
 
 
 def call(launcher: SimpleNamespace, **options) -> torch.Tensor:
-    case = Case(**options)
-    return launcher.solve(case.input(), case.weight(), None, numbers(case), False)
+    return launcher.run(problem(Case(**options)))
 
 
 @pytest.mark.parametrize("name", ["conv", "solve", "weight_gradient"])
 def test_the_problem_is_that_of_the_call(launcher: SimpleNamespace, planner: Planner, name: str):
     case = Case((BR, TL, TL), per_group=2, kernel_size=(2, 3), layout="cropped", dtype=torch.float64)
-    input, weight, grad = case.input(), case.weight(), case.input(seed=2).contiguous()
-    if name == "weight_gradient":
-        second, output = grad, launcher.weight_gradient(input, grad, numbers(case), case.kernel_size)
-    else:
-        second, output = weight, getattr(launcher, name)(input, weight, case.bias(), numbers(case), True)
+    is_operator = name != "weight_gradient"
+    asked = problem(case, name, unit_diagonal=True)
+    if is_operator:
+        asked = asked._replace(bias=case.bias(), transpose=True)
+    output = launcher.run(asked)
     assert planner.problems == [
-        Problem(
+        plan.Problem(
             operation=name,
             dtype=torch.float64,
             shape=case.input_shape,
             kernel_size=(2, 3),
-            corners=(3, 0, 0),
-            transpose=name != "weight_gradient",
-            first_strides=input.stride(),
-            second_strides=second.stride(),
+            stencils=(3, 0, 0),
+            unit_diagonal=True,
+            transpose=is_operator,
+            first_strides=asked.input.stride(),
+            second_strides=asked.other.stride(),
             output_strides=output.stride(),
-            bias=name != "weight_gradient",
+            bias=is_operator,
         )
     ]
-    assert output.shape == (case.weight_shape if name == "weight_gradient" else case.input_shape)
+    assert output.shape == (case.input_shape if is_operator else case.weight_shape)
     assert output.dtype == torch.float64
 
 
 def test_launches_are_those_of_the_plan(launcher: SimpleNamespace, planner: Planner):
     case = Case()
-    input, weight, bias = case.input(), case.weight(), case.bias()
+    bias, log_diagonal = case.bias(), case.bias()
+    asked = problem(case, bias=bias, log_diagonal=log_diagonal)
     seen = []
 
     def run(launch: Launch) -> None:
-        first, second, output, scratch, bias = struct.unpack("=5q", launch.arguments[:POINTER_BYTES])
-        seen.append((first, second, output, bias, ctypes.string_at(scratch, 600)))
+        first, second, output, scratch, *vectors = struct.unpack("=6q", launch.arguments[:POINTER_BYTES])
+        seen.append((first, second, output, *vectors, ctypes.string_at(scratch, 600)))
         ctypes.memset(scratch, 1, 1000)
 
     launcher.driver.run = run
-    output = launcher.solve(input, weight, bias, numbers(case), False)
-    pointers = input.data_ptr(), weight.data_ptr(), output.data_ptr(), bias.data_ptr()
+    output = launcher.run(asked)
+    pointers = [tensor.data_ptr() for tensor in (asked.input, asked.other, output, bias, log_diagonal)]
     assert seen == [(*pointers, bytes(600)), (*pointers, b"\1" * 600)]
     assert launcher.driver.zeroed == [600]
     planned = planner(planner.problems[0], None).launches
@@ -161,12 +168,12 @@ def test_launches_are_those_of_the_plan(launcher: SimpleNamespace, planner: Plan
 
 
 def test_every_call_has_pointers_of_its_own(launcher: SimpleNamespace, planner: Planner):
-    inputs, weight = [Case().input(seed=seed) for seed in range(3)], Case().weight()
-    outputs = [launcher.solve(input, weight, None, [0, 1, 2, 3], False) for input in inputs]
-    firsts = [struct.unpack_from("=5q", launch.arguments) for launch, _, _ in launcher.driver.launches[::2]]
-    assert [(*first[:3], first[4]) for first in firsts] == [
-        (input.data_ptr(), weight.data_ptr(), output.data_ptr(), 0)
-        for input, output in zip(inputs, outputs, strict=True)
+    problems = [problem(Case(), input=Case().input(seed=seed)) for seed in range(3)]
+    outputs = [launcher.run(asked) for asked in problems]
+    firsts = [struct.unpack_from("=6q", launch.arguments) for launch, _, _ in launcher.driver.launches[::2]]
+    assert [(*first[:3], *first[4:]) for first in firsts] == [
+        (asked.input.data_ptr(), asked.other.data_ptr(), output.data_ptr(), 0, 0)
+        for asked, output in zip(problems, outputs, strict=True)
     ]
 
 
@@ -186,19 +193,22 @@ def test_a_problem_is_planned_once(launcher: SimpleNamespace, planner: Planner):
     for _ in range(3):
         for change in changes:
             call(launcher, **change)
-    launcher.solve(Case().input(), Case().weight(), None, [0, 1, 2, 3], True)
-    launcher.solve(Case().input(), Case().weight(), Case().bias(), [0, 1, 2, 3], False)
-    launcher.conv(Case().input(), Case().weight(), None, [0, 1, 2, 3], False)
-    assert len(planner.problems) == len(set(planner.problems)) == len(changes) + 3
+        launcher.run(problem(Case(), transpose=True))
+        launcher.run(problem(Case(), bias=Case().bias()))
+        launcher.run(problem(Case(), unit_diagonal=True))
+        launcher.run(problem(Case(), log_diagonal=Case().bias()))  # the kernels ask for it
+        launcher.run(problem(Case(), "conv"))
+    assert len(planner.problems) == len(set(planner.problems)) == len(changes) + 4
 
 
 def test_plans_are_bounded_and_kernels_stay(launcher: SimpleNamespace, planner: Planner):
     weight = torch.ones(1, 1, 1, 1)
     images = torch.ones(1, 1, 1, 1).expand(5000, 1, 1, 1)
+    asked = Problem("solve", images, weight, [0], kernel_size=(1, 1))
     for batch in range(1, 4200):
-        launcher.solve(images[:batch], weight, None, [0], False)
+        launcher.run(asked._replace(input=images[:batch]))
     assert len(planner.problems) == 4199
-    launcher.solve(images[:1], weight, None, [0], False)
+    launcher.run(asked._replace(input=images[:1]))
     assert len(planner.problems) == 4200
     assert len(launcher.driver.loaded) == 1
 
@@ -206,16 +216,15 @@ def test_plans_are_bounded_and_kernels_stay(launcher: SimpleNamespace, planner: 
 def test_empty_tensors_need_no_launch(launcher: SimpleNamespace, planner: Planner):
     for size in ("batch", "height", "width"):
         case = Case(layout="channels_last", **{size: 0})
-        output = launcher.solve(case.input(), case.weight(), None, numbers(case), False)
-        assert output.shape == case.input_shape
-        gradient = launcher.weight_gradient(case.input(), case.input(), numbers(case), (3, 3))
+        assert launcher.run(problem(case)).shape == case.input_shape
+        gradient = launcher.run(problem(case, "weight_gradient"))
         assert torch.equal(gradient, torch.zeros(case.weight_shape))
     assert not planner.problems
 
 
 @pytest.mark.parametrize("error", [RuntimeError("it cannot be planned"), ValueError("it cannot be planned")], ids=repr)
 def test_what_python_raises_comes_out(launcher: SimpleNamespace, planner: Planner, monkeypatch, error):
-    def fail(problem: Problem, device: object) -> Plan:
+    def fail(problem: plan.Problem, device: object) -> Plan:
         raise error
 
     with monkeypatch.context() as broken:
@@ -251,40 +260,6 @@ def test_nothing_is_compiled_inside_a_capture(launcher: SimpleNamespace, planner
     call(launcher)
     call(launcher, batch=7)  # another plan of the same kernels
     assert len(launcher.driver.loaded) == 1
-
-
-ALL = [0, 1, 2, 3]
-WRONG = {
-    "channels": lambda x, w, b: (x[:, :7], w, b, ALL, False),
-    "corners": lambda x, w, b: (x, w, b, [0, 1], False),
-    "dtype": lambda x, w, b: (x, w.double(), b, ALL, False),
-    "size of the kernel": lambda x, w, b: (x, w[..., :0], b, ALL, False),
-    "rank": lambda x, w, b: (x[0], w, b, ALL, False),
-    "bias's channels": lambda x, w, b: (x, w, b[:7], ALL, False),
-    "bias's rank": lambda x, w, b: (x, w, b[None], ALL, False),
-    "bias's dtype": lambda x, w, b: (x, w, b.double(), ALL, False),
-}
-
-
-@needs_native
-@pytest.mark.parametrize("launcher", ["native"], indirect=True)
-@pytest.mark.parametrize("arguments", WRONG.values(), ids=WRONG.keys())
-def test_wrong_arguments_are_not_launched(launcher: SimpleNamespace, planner: Planner, arguments):
-    for name in ("conv", "solve"):
-        with pytest.raises(RuntimeError, match="must"):
-            getattr(launcher, name)(*arguments(Case().input(), Case().weight(), Case().bias()))
-    assert not planner.problems
-
-
-def test_wrong_shapes_are_not_launched(launcher: SimpleNamespace, planner: Planner):
-    input, weight = Case().input(), Case().weight()
-    with pytest.raises((RuntimeError, ValueError), match="shape"):
-        launcher.solve(input, weight[:4], None, [0, 1, 2, 3], False)
-    with pytest.raises((RuntimeError, ValueError), match="shape"):
-        launcher.conv(input, weight, input.new_ones(7), [0, 1, 2, 3], False)
-    with pytest.raises((RuntimeError, ValueError), match="shape"):
-        launcher.weight_gradient(input, input[:1], [0, 1, 2, 3], (3, 3))
-    assert not planner.problems
 
 
 def test_threads_share_what_is_loaded(launcher: SimpleNamespace, planner: Planner):
@@ -331,26 +306,9 @@ def test_the_context_is_the_devices(native_alone: SimpleNamespace, planner: Plan
 
 
 def test_arguments_must_fit(native_alone: SimpleNamespace, planner: Planner, monkeypatch):
-    def plan(problem: Problem, device: object) -> Plan:
+    def too_long(problem: plan.Problem, device: object) -> Plan:
         return Plan((Launch(kernel(problem, "made_up.cu", "first"), (1, 1, 1), 1, 0, bytes(5000)),))
 
-    monkeypatch.setattr(planning, "plan", plan)
-    with pytest.raises(RuntimeError, match="must have 40 to 4096 bytes, got 5000"):
+    monkeypatch.setattr(planning, "plan", too_long)
+    with pytest.raises(RuntimeError, match="must have 48 to 4096 bytes, got 5000"):
         call(native_alone)
-
-
-@needs_native
-@pytest.mark.parametrize("name", ["conv", "solve", "weight_gradient"])
-def test_the_reference_runs_where_kernels_cannot(name: str):
-    connected = NativeLauncher.connected
-    driver = DriverDouble()
-    NativeLauncher(native.loaded(), Runtime(driver), driver, lambda: True).connect()
-    try:
-        _, operators = native_operators()
-        arguments = Case().input(), Case().weight(), Case().bias(), [0, 1, 2, 3], True
-        if name == "weight_gradient":
-            arguments = Case().input(), Case().input(seed=2), [0, 1, 2, 3], (3, 3)
-        assert torch.equal(getattr(operators, name)(*arguments), getattr(reference, name)(*arguments))
-        assert not driver.launches
-    finally:
-        connected.connect()

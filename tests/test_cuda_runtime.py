@@ -17,6 +17,8 @@ import torch
 from cuda_double import DriverDouble
 from cuda_emulator import H100
 
+from nflows_kconv import stencil
+from nflows_kconv.backends import cuda, registry
 from nflows_kconv.backends.cuda import cache, compiler, driver, planning, runtime
 from nflows_kconv.backends.cuda.plan import Kernel, Problem
 from nflows_kconv.backends.cuda.runtime import Runtime, why_not
@@ -32,7 +34,7 @@ def _why_no_compiler() -> str:
 
 needs_nvrtc = pytest.mark.skipif(bool(_why_no_compiler()), reason=f"no NVRTC: {_why_no_compiler()}")
 PROBLEM = Problem(
-    "solve", torch.float32, (2, 4, 5, 6), (3, 3), (0, 1), False, (120, 30, 6, 1), (18, 9, 3, 1), (120, 30, 6, 1)
+    "solve", torch.float32, (2, 4, 5, 6), (3, 3), (0, 1), False, False, (120, 30, 6, 1), (18, 9, 3, 1), (120, 30, 6, 1)
 )
 KERNEL = Kernel("made_up.cu", "made_up", (("CHANNELS", 3), ("SCALAR", "float")))
 SOURCE = b'extern "C" __global__ void made_up(SCALAR* x) { x[threadIdx.x] = CHANNELS; }'
@@ -298,14 +300,24 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(compiler, "version", lambda: (13, 0))
     monkeypatch.setattr(driver, "device_names", lambda: ["NVIDIA H100 80GB HBM3"])
-    runtime.by_reference.cache_clear()
+    runtime.told_why_not.cache_clear()
     yield
-    runtime.by_reference.cache_clear()
+    runtime.told_why_not.cache_clear()
+
+
+def problem_of(*corners: str) -> registry.Problem:
+    image = torch.ones(1, len(corners), 1, 1)
+    weight = torch.ones(len(corners), 1, 1, 1)
+    return registry.Problem("conv", image, weight, stencil.parse(corners), kernel_size=(1, 1))
 
 
 def test_nothing_is_wrong_on_a_gpu(gpu: None):
     assert why_not() is None
-    assert not runtime.by_reference()
+    assert cuda.why_not(problem_of("TL", "BR")) is None
+
+
+def test_sides_are_not_for_the_kernels(gpu: None):
+    assert cuda.why_not(problem_of("TL", "B")) == "its kernels know corners alone"
 
 
 def test_reasons(gpu: None, monkeypatch: pytest.MonkeyPatch):
@@ -333,11 +345,12 @@ def test_without_cuda_bindings(gpu: None, monkeypatch: pytest.MonkeyPatch):
 
 def test_running_on_the_reference_is_told_once(gpu: None, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.version, "hip", "7.0")
+    problem = problem_of("TL")
     with pytest.warns(RuntimeWarning, match="CUDA tensors run on the slow reference implementation: this torch is bui"):
-        assert runtime.by_reference()
+        assert cuda.why_not(problem) == "this torch is built for ROCm"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert runtime.by_reference()
+        assert cuda.why_not(problem) == "this torch is built for ROCm"
 
 
 def test_importing_imports_nothing_of_cuda():

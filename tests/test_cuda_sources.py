@@ -24,6 +24,7 @@ from cases import DTYPES
 from cuda_emulator import H100
 from hypothesis import settings
 
+from nflows_kconv.backends import registry
 from nflows_kconv.backends.cuda import compiler, planning
 from nflows_kconv.backends.cuda.plan import Device, Kernel, Launch, Problem
 
@@ -48,10 +49,13 @@ def problems(channels: int, side: int, image: tuple[int, int, int], dtype: torch
     total = channels * len(corners)
     input = torch.empty(batch, total, height, width, dtype=dtype, device="meta")
     weight = torch.empty(total, channels, side, side, dtype=dtype, device="meta")
+    size = (side, side)
     for transpose in (False, True):  # a bias takes registers: where it fits, so does the same without one
+        bias = None if transpose else torch.empty(total, device="meta")
         for operation in ("solve", "conv"):
-            yield emulator.problem(operation, input, weight, corners, transpose, biased=not transpose)
-    yield emulator.problem("weight_gradient", input, input, corners, kernel_size=(side, side))
+            asked = registry.Problem(operation, input, weight, corners, bias, transpose=transpose, kernel_size=size)
+            yield emulator.planned(asked)
+    yield emulator.planned(registry.Problem("weight_gradient", input, input, corners, kernel_size=size))
 
 
 def launches(device: Device) -> Iterator[Launch]:

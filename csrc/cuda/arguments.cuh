@@ -25,6 +25,7 @@ struct Arguments {
   void* output;
   char* scratch;               // 256-byte aligned
   const void* bias;            // [C], contiguous, or null
+  const void* log_diagonal;    // [C], contiguous, or null, see diagonal_of
   long long first_strides[4];  // all strides in elements
   long long second_strides[4];
   long long output_strides[4];
@@ -32,6 +33,7 @@ struct Arguments {
   int kernel_h, kernel_w;  // of the weight in memory, before clipping
   int parameters[8];       // of this launch; each source names its own
   long long offsets[4];    // of regions in the scratch, bytes; each source names its own
+  int unit_diagonal;       // whether the pivot's diagonal is 1, or has no gradient
   unsigned corners[CORNER_WORDS];
 };
 
@@ -67,12 +69,18 @@ __device__ inline ImageView<T> image_view(T* data, const long long (&strides)[4]
   return view;
 }
 
-__device__ inline Accumulator bias_of(const Arguments& arguments, int group, int channel) {
+// The element of a vector [C] for a channel of the group.
+__device__ inline Accumulator load_channel(const void* vector, int group, int channel) {
   const int at = group * CHANNELS + (TRANSPOSE ? CHANNELS - 1 - channel : channel);
-  return load(static_cast<const SCALAR*>(arguments.bias) + at);
+  return load(static_cast<const SCALAR*>(vector) + at);
 }
 
-// W(o, i, a, b) of one group lies at data[o * out + i * in + a * row + b * column]; the mask is the reader's.
+__device__ inline Accumulator bias_of(const Arguments& arguments, int group, int channel) {
+  return load_channel(arguments.bias, group, channel);
+}
+
+// W(o, i, a, b) of one group lies at data[o * out + i * in + a * row + b * column]; the mask and the diagonal are the
+// reader's.
 template <typename T>
 struct WeightView {
   T* data;
@@ -101,4 +109,22 @@ __device__ inline WeightView<T> weight_view(T* data, const long long (&strides)[
     view.in = -strides[0];
   }
   return view;
+}
+
+// Whether the weight holds the pivot's diagonal, W(o, o, 0, 0), itself.
+__device__ inline bool has_own_diagonal(const Arguments& arguments) {
+  return !arguments.unit_diagonal && !arguments.log_diagonal;
+}
+
+// The pivot's diagonal, where the weight does not hold it.
+__device__ inline Accumulator diagonal_of(const Arguments& arguments, int group, int channel) {
+  return arguments.unit_diagonal ? 1 : exp(load_channel(arguments.log_diagonal, group, channel));
+}
+
+// W(o, i, 0, 0), where it is not masked.
+template <typename T>
+__device__ inline Accumulator load_pivot(const WeightView<T>& weight, const Arguments& arguments, int group, int out,
+                                         int in) {
+  if (out == in && !has_own_diagonal(arguments)) return diagonal_of(arguments, group, out);
+  return load(weight.data + out * weight.out + in * weight.in);
 }

@@ -63,8 +63,8 @@ __device__ inline Stage stage_of(int index) {
 
 // A thread keeps its tap and walks the output channels, so that an address is computed once a tap; neighbouring threads
 // take neighbouring taps, as the weight lies in memory.
-__device__ inline void copy_weights(Accumulator* weights, const WeightView<const SCALAR>& view, int output,
-                                    const Stage& stage) {
+__device__ inline void copy_weights(Accumulator* weights, const WeightView<const SCALAR>& view,
+                                    const Arguments& arguments, int group, int output, const Stage& stage) {
   constexpr int kTaps = CHUNK * TAPS_H * TAPS_W;
   constexpr int kOutputsAtOnce = kTaps < kThreads ? kThreads / kTaps : 1;
   const int first = threadIdx.x / kTaps;
@@ -73,7 +73,9 @@ __device__ inline void copy_weights(Accumulator* weights, const WeightView<const
     const int b = tap % TAPS_W, a = tap / TAPS_W % TAPS_H, c = tap / (TAPS_W * TAPS_H);
     const int column = stage.tap_column + b, row = stage.tap_row + a, input = stage.channel + c;
     const bool present = column < KERNEL_W && row < KERNEL_H && input < CHANNELS;
-    const int least_output = column == 0 && row == 0 ? input : 0;  // the mask
+    const bool pivot = column == 0 && row == 0;
+    const int least_output = pivot ? input : 0;  // the mask
+    const int given_output = pivot && !has_own_diagonal(arguments) ? input : -1;
     const SCALAR* source =
         view.data + (output + first) * view.out + input * view.in + row * view.row + column * view.column;
     Accumulator* const target = weights + ((c * TAPS_W + b) * TAPS_H + a) * kTapWeights;
@@ -81,7 +83,11 @@ __device__ inline void copy_weights(Accumulator* weights, const WeightView<const
     for (int o = first; o < TILE_OUTPUTS; o += kOutputsAtOnce) {
       Accumulator* const weight = target + o / OUTPUTS * kSlotWeights + o % OUTPUTS;
       if (present && output + o >= least_output && output + o < CHANNELS) {
-        copy_to_shared(weight, source);
+        if (output + o == given_output) {
+          *weight = diagonal_of(arguments, group, input);
+        } else {
+          copy_to_shared(weight, source);
+        }
       } else {
         *weight = 0;
       }
@@ -152,7 +158,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kResidentBlocks)
   const auto copy_stage = [&](int index) {
     const Stage stage = stage_of(index);
     Accumulator* const target = shared + index % 2 * kStageSize;
-    copy_weights(target, weight, place.output, stage);
+    copy_weights(target, weight, arguments, group, place.output, stage);
     copy_tile<kThreads, CHUNK, IMAGES, kTileRows, COLUMNS + TAPS_W - 1, PITCH, kPlane>(
         target + kWeights, x, arguments.first_strides[0], arguments, stage.channel, place.image,
         place.row - stage.tap_row - (TAPS_H - 1), place.column - stage.tap_column - (TAPS_W - 1));

@@ -44,7 +44,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) premultiply(const __grid_c
   const auto weight =
       weight_view(static_cast<const SCALAR*>(arguments.second), arguments.second_strides, arguments, group);
   for (int i = threadIdx.x; i < CHANNELS * CHANNELS; i += THREADS) {
-    pivot[i] = load(weight.data + i % CHANNELS * weight.out + i / CHANNELS * weight.in);
+    pivot[i] = load_pivot(weight, arguments, group, i % CHANNELS, i / CHANNELS);
   }
   __syncthreads();
 
@@ -80,7 +80,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) pack(const __grid_constant
     const bool counts = out < CHANNELS && in < CHANNELS && (lag > 0 || in <= out);
     const SCALAR* from =
         weight.data + out * weight.out + in * weight.in + lag / KERNEL_W * weight.row + lag % KERNEL_W * weight.column;
-    packed[i] = counts ? load(from) : 0;
+    packed[i] = !counts ? 0 : lag == 0 ? load_pivot(weight, arguments, group, out, in) : load(from);
   }
 }
 

@@ -40,8 +40,10 @@ __device__ inline void read_pixel(const Accumulator* pixel, Accumulator (&values
 
 // Writes P^-1 at lag (0, 0) and -V elsewhere to premultiplied[column][CHANNELS], column = (a KERNEL_W + b) CHANNELS +
 // i: forward substitution with P for each column, one thread a column.
-__device__ inline void premultiply(const WeightView<const SCALAR>& weight, Accumulator* pivot,
+__device__ inline void premultiply(const Arguments& arguments, int group, Accumulator* pivot,
                                    Accumulator* premultiplied) {
+  const auto weight =
+      weight_view(static_cast<const SCALAR*>(arguments.second), arguments.second_strides, arguments, group);
   for (int first = 0; first < kColumns; first += THREADS) {
     const int column = first + threadIdx.x;
     const int in = column % CHANNELS, b = column / CHANNELS % KERNEL_W, a = column / (CHANNELS * KERNEL_W);
@@ -57,7 +59,7 @@ __device__ inline void premultiply(const WeightView<const SCALAR>& weight, Accum
       // While the column is on its way.
       for (int i = threadIdx.x; i < CHANNELS * CHANNELS; i += THREADS) {
         const int out = i % CHANNELS, k = i / CHANNELS;
-        const Accumulator value = load(weight.data + out * weight.out + k * weight.in);
+        const Accumulator value = load_pivot(weight, arguments, group, out, k);
         pivot[i] = out == k ? 1 / value : value;
       }
       __syncthreads();
@@ -82,9 +84,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) solve_rows(const _
 
   Accumulator* pivot = reinterpret_cast<Accumulator*>(shared_memory + kBandBytes);
   Accumulator* premultiplied = pivot + CHANNELS * CHANNELS;
-  premultiply(
-      weight_view(static_cast<const SCALAR*>(arguments.second), arguments.second_strides, arguments, band.place.group),
-      pivot, premultiplied);
+  premultiply(arguments, band.place.group, pivot, premultiplied);
   const int row = threadIdx.x % ROWS, first_output = PARTS == 1 ? 0 : threadIdx.x / ROWS * OUTPUTS;
   const bool active = threadIdx.x < ROWS * PARTS;
   Accumulator weights[KERNEL_H][KERNEL_W][CHANNELS][OUTPUTS];

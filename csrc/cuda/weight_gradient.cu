@@ -185,7 +185,7 @@ extern "C" __global__ void __launch_bounds__(REDUCTION_THREADS)
   entry /= arguments.kernel_h;
   const int output = entry % CHANNELS, group = entry / CHANNELS;
 
-  const bool masked = input > output && a == 0 && b == 0;
+  const bool masked = input + arguments.unit_diagonal > output && a == 0 && b == 0;
   const bool present = group < arguments.groups && a < KERNEL_H && b < KERNEL_W && !masked;
   Accumulator sum = 0;
   if (present) {

@@ -11,7 +11,6 @@ import os
 import platform
 import shutil
 import struct
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from cuda_emulator import library
 from cuda_emulator.memory import Memory, once, span
+from nflows_kconv.backends import registry
 from nflows_kconv.backends.cuda import planning
 from nflows_kconv.backends.cuda.plan import POINTER_BYTES, Device, Launch, Plan, Problem
 
@@ -45,67 +45,56 @@ class EmulatorError(RuntimeError):
     """A kernel did what no CUDA kernel may do."""
 
 
-def call(
-    operation: str,
-    first: Tensor,
-    second: Tensor,
-    corners: Sequence[int],
-    *,
-    bias: Tensor | None = None,
-    transpose: bool = False,
-    kernel_size: Sequence[int] | None = None,
-    device: Device = H100,
-    seed: int = INCREASING,
-) -> Tensor:
+def call(problem: registry.Problem, *, device: Device = H100, seed: int = INCREASING) -> Tensor:
     """Plans and runs one call of the primitive as the CUDA backend does.
 
     Args:
-        operation: "conv", "solve" or "weight_gradient".
-        first: The input, [B, C, H, W], not empty.
-        second: The weight, or the gradient.
-        corners: One a channel group.
-        bias: Of conv and solve.
-        transpose: Of conv and solve.
-        kernel_size: Of weight_gradient.
+        problem: What to run, not empty, its vectors contiguous.
         device: Which GPU to plan for.
         seed: The order of threads.
 
     Returns:
         The output.
     """
-    output = _output(operation, first, corners, kernel_size)
-    asked = problem(operation, first, second, corners, transpose, kernel_size, bias is not None)
-    plan = planning.plan(asked, device)
+    output = _output(problem)
+    plan = planning.plan(planned(problem), device)
     assert all(launch.shared <= device.shared_memory for launch in plan.launches), plan
-    run(plan, first, second, output, bias=bias, seed=seed)
+    tensors = {"bias": problem.bias, "log_diagonal": problem.log_diagonal}
+    run(plan, problem.input, problem.other, output, **tensors, seed=seed)
     return output
 
 
-def problem(
-    operation: str,
-    first: Tensor,
-    second: Tensor,
-    corners: Sequence[int],
-    transpose: bool = False,
-    kernel_size: Sequence[int] | None = None,
-    biased: bool = False,
-) -> Problem:
-    """The problem of a call; tensors on the device "meta" will do."""
-    size = tuple(kernel_size or second.shape[2:])
-    strides = (first.stride(), second.stride(), _output(operation, first, corners, kernel_size).stride())
-    return Problem(operation, first.dtype, tuple(first.shape), size, tuple(corners), transpose, *strides, biased)
+def planned(problem: registry.Problem) -> Problem:
+    """What is planned for a call; tensors on the device "meta" will do."""
+    return Problem(
+        problem.operation,
+        problem.input.dtype,
+        tuple(problem.input.shape),
+        tuple(problem.kernel_size),
+        tuple(problem.stencils),
+        problem.unit_diagonal,
+        problem.transpose,
+        *(tensor.stride() for tensor in (problem.input, problem.other, _output(problem))),
+        problem.bias is not None,
+    )
 
 
-def _output(operation: str, first: Tensor, corners: Sequence[int], kernel_size: Sequence[int] | None) -> Tensor:
-    if operation != "weight_gradient":
-        return torch.empty_like(first)
-    assert kernel_size is not None
-    channels = first.shape[1]
-    return first.new_empty(channels, channels // len(corners), *kernel_size)
+def _output(problem: registry.Problem) -> Tensor:
+    if problem.operation != "weight_gradient":
+        return torch.empty_like(problem.input)
+    channels = problem.input.shape[1]
+    return problem.input.new_empty(channels, channels // len(problem.stencils), *problem.kernel_size)
 
 
 def run(
-    plan: Plan, first: Tensor, second: Tensor, output: Tensor, *, bias: Tensor | None = None, seed: int = INCREASING
+    plan: Plan,
+    first: Tensor,
+    second: Tensor,
+    output: Tensor,
+    *,
+    bias: Tensor | None = None,
+    log_diagonal: Tensor | None = None,
+    seed: int = INCREASING,
 ) -> None:
     """Runs every launch of a plan on CPU tensors; they may lie anywhere.
 
@@ -115,26 +104,20 @@ def run(
         second: The weight, or the gradient.
         output: Overwritten.
         bias: Contiguous, or None.
+        log_diagonal: The same.
         seed: The order of threads: `INCREASING`, `DECREASING`, or a seed from 0 on for a random order.
 
     Raises:
         EmulatorError: If a kernel reads or writes where it may not, waits for ever, or breaks a rule of CUDA.
     """
     at_end = seed != INCREASING
-    memories = [Memory(span(tensor), tensor.element_size(), at_end) for tensor in (first, second, output)]
-    memories.append(Memory(plan.scratch, 256, at_end))
-    read = list(zip((first, second), memories, strict=False))
-    if bias is not None:
-        memories.append(Memory(span(bias), bias.element_size(), at_end))
-        read.append((bias, memories[-1]))
-    for tensor, memory in read:
-        once(memory.like(tensor)).copy_(once(tensor))
-        memory.read_only()
-    result, scratch = memories[2:4]
+    result, scratch = Memory(span(output), output.element_size(), at_end), Memory(plan.scratch, 256, at_end)
     scratch.data[: plan.zeroed] = 0
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # what is compiled, all at once
         list(pool.map(library.library, {replace(launch.kernel, name="") for launch in plan.launches}))
-    addresses = b"".join(struct.pack("=q", memory.address) for memory in memories).ljust(POINTER_BYTES, b"\0")
+    read = [None if tensor is None else _copied(tensor, at_end) for tensor in (first, second, bias, log_diagonal)]
+    memories = (*read[:2], result, scratch, *read[2:])
+    addresses = struct.pack("=6q", *(0 if memory is None else memory.address for memory in memories))
     for launch in plan.launches:
         launch = replace(launch, arguments=addresses + launch.arguments[POINTER_BYTES:])
         run_launch(launch, output=result, scratch=scratch, seed=seed)
@@ -142,6 +125,13 @@ def run(
     for name, byte in (("output", result.beyond(output)), ("scratch", scratch.beyond())):
         if byte is not None:
             raise EmulatorError(f"wrote byte {byte} of the {name}, which is not its own")
+
+
+def _copied(tensor: Tensor, at_end: bool) -> Memory:
+    memory = Memory(span(tensor), tensor.element_size(), at_end)
+    once(memory.like(tensor)).copy_(once(tensor))
+    memory.read_only()
+    return memory
 
 
 def run_launch(

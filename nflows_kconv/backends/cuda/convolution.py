@@ -52,7 +52,7 @@ class _Tiles:
         """Of the launch."""
         output_tiles = ceil_div(self.problem.channels, self.outputs * self.output_slots)
         image_tiles = ceil_div(self.problem.shape[0], self.images)
-        return len(self.problem.corners) * output_tiles * image_tiles * self.pixel_tiles[0] * self.pixel_tiles[1]
+        return len(self.problem.stencils) * output_tiles * image_tiles * self.pixel_tiles[0] * self.pixel_tiles[1]
 
     @cached_property
     def pixel_tiles(self) -> tuple[int, int]:

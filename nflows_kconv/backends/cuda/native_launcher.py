@@ -1,21 +1,22 @@
-"""Plans for the launcher in the native library, csrc/cuda_launcher.cpp, whenever it calls back for one."""
+"""Launches from C++, csrc/cuda_launcher.cpp: calls it, and makes plans whenever it calls back for one."""
 
 from __future__ import annotations
 
 import ctypes
 import threading
 import traceback
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
+from nflows_kconv.backends import native, registry
 from nflows_kconv.backends.cuda import driver
 from nflows_kconv.backends.cuda.plan import Problem
-from nflows_kconv.backends.cuda.runtime import Runtime, by_reference
+from nflows_kconv.backends.cuda.runtime import Runtime
 
 _OPERATIONS = ("conv", "solve", "weight_gradient")
-_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_DTYPES = {5: torch.float16, 6: torch.float32, 7: torch.float64, 15: torch.bfloat16}  # by torch's ScalarType
 
 
 class _Problem(ctypes.Structure):
@@ -25,6 +26,7 @@ class _Problem(ctypes.Structure):
         ("operation", ctypes.c_int64),
         ("dtype", ctypes.c_int64),
         ("device", ctypes.c_int64),
+        ("unit_diagonal", ctypes.c_int64),
         ("transpose", ctypes.c_int64),
         ("bias", ctypes.c_int64),
         ("shape", ctypes.c_int64 * 4),
@@ -33,11 +35,19 @@ class _Problem(ctypes.Structure):
         ("second_strides", ctypes.c_int64 * 4),
         ("output_strides", ctypes.c_int64 * 4),
         ("groups", ctypes.c_int64),
-        ("corners", ctypes.POINTER(ctypes.c_int64)),
+        ("stencils", ctypes.POINTER(ctypes.c_int64)),
     )
 
 
 _Planner = ctypes.CFUNCTYPE(None, ctypes.POINTER(_Problem), ctypes.c_void_p)
+
+
+def run(problem: registry.Problem) -> Tensor:
+    """The result of a problem."""
+    operation, input, other, stencils, bias, log_diagonal, unit_diagonal, transpose, kernel_size = problem
+    if operation == "weight_gradient":
+        return native.call("weight_gradient_cuda", input, other, stencils, kernel_size, unit_diagonal)
+    return native.call(f"{operation}_cuda", input, other, bias, log_diagonal, stencils, unit_diagonal, transpose)
 
 
 class NativeLauncher:
@@ -47,7 +57,6 @@ class NativeLauncher:
         library: The native library.
         runtime: Where plans come from.
         driver: The module `driver`, or what stands for it in tests.
-        by_reference: Tells whether the reference implementation must run in place of the kernels.
 
     Attributes:
         connected: The one that the native library calls.
@@ -55,17 +64,10 @@ class NativeLauncher:
 
     connected: ClassVar[NativeLauncher | None] = None
 
-    def __init__(
-        self,
-        library: ctypes.CDLL,
-        runtime: Runtime,
-        driver: Any = driver,
-        by_reference: Callable[[], bool] = by_reference,
-    ) -> None:
+    def __init__(self, library: ctypes.CDLL, runtime: Runtime, driver: Any = driver) -> None:
         self._library = library
         self._runtime = runtime
         self._driver = driver
-        self._by_reference = by_reference
         self._lock = threading.Lock()
         self._callback = _Planner(self._plan)
         handle, size = ctypes.c_void_p, ctypes.c_int64
@@ -80,7 +82,6 @@ class NativeLauncher:
             ctypes.c_uint64,
         ]
         library.nflows_kconv_finish_plan.argtypes = [handle, handle, size, size]
-        library.nflows_kconv_plan_reference.argtypes = [handle]
         library.nflows_kconv_plan_error.argtypes = [handle, ctypes.c_char_p]
 
     def connect(self) -> None:
@@ -91,10 +92,7 @@ class NativeLauncher:
 
     def _plan(self, problem: Any, plan: int) -> None:
         try:
-            if self._by_reference():
-                self._library.nflows_kconv_plan_reference(plan)
-            else:
-                self._hand_over(problem.contents, plan)
+            self._hand_over(problem.contents, plan)
         except BaseException as error:  # None may leave through the C++ code that called.
             text = str(error) if isinstance(error, RuntimeError) else ""
             text = text or "".join(traceback.format_exception_only(error)).strip()
@@ -127,7 +125,8 @@ def _read(problem: _Problem) -> Problem:
         dtype=_DTYPES[problem.dtype],
         shape=tuple(problem.shape),
         kernel_size=tuple(problem.kernel_size),
-        corners=tuple(problem.corners[: problem.groups]),
+        stencils=tuple(problem.stencils[: problem.groups]),
+        unit_diagonal=bool(problem.unit_diagonal),
         transpose=bool(problem.transpose),
         first_strides=tuple(problem.first_strides),
         second_strides=tuple(problem.second_strides),

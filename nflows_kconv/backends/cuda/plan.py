@@ -13,8 +13,8 @@ import torch
 
 Strides = tuple[int, int, int, int]
 
-# Of `struct Arguments`: first, second, output, scratch, bias.
-POINTER_BYTES = 5 * 8
+# Of `struct Arguments`: first, second, output, scratch, bias, log_diagonal.
+POINTER_BYTES = 6 * 8
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ class Problem:
         dtype: Of all tensors: float32, float64, float16 or bfloat16.
         shape: (B, C, H, W) of the images.
         kernel_size: (kh, kw).
-        corners: One a channel group.
+        stencils: One a channel group.
+        unit_diagonal: Whether the pivot's diagonal counts as 1, or has no gradient; see `ops`.
         transpose: Whether A^T stands for A; False for weight gradients.
         first_strides: Of the input, in elements.
         second_strides: Of the weight, or of the gradient.
@@ -53,7 +54,8 @@ class Problem:
     dtype: torch.dtype
     shape: tuple[int, int, int, int]
     kernel_size: tuple[int, int]
-    corners: tuple[int, ...]
+    stencils: tuple[int, ...]
+    unit_diagonal: bool
     transpose: bool
     first_strides: Strides
     second_strides: Strides
@@ -63,7 +65,7 @@ class Problem:
     @property
     def channels(self) -> int:
         """Channels of a group."""
-        return self.shape[1] // len(self.corners)
+        return self.shape[1] // len(self.stencils)
 
     @property
     def taps(self) -> tuple[int, int]:
@@ -157,26 +159,27 @@ def kernel(problem: Problem, source: str, name: str, **constants: int | str) -> 
 
 
 def _corner_words(problem: Problem) -> int:
-    return ceil_div(len(problem.corners), 16)
+    return ceil_div(len(problem.stencils), 16)
 
 
 def arguments(problem: Problem, parameters: Sequence[int] = (), offsets: Sequence[int] = ()) -> bytes:
     """`struct Arguments` of arguments.cuh as bytes, its pointers zero."""
     batch, _, height, width = problem.shape
     words = [0] * _corner_words(problem)
-    for group, corner in enumerate(problem.corners):
+    for group, corner in enumerate(problem.stencils):
         words[group // 16] |= corner << group % 16 * 2
     packed = struct.pack(
-        f"={POINTER_BYTES}x 12q 4i 2i 8i 4q {len(words)}I",
+        f"={POINTER_BYTES}x 12q 4i 2i 8i 4q i {len(words)}I",
         *problem.first_strides,
         *problem.second_strides,
         *problem.output_strides,
-        *(batch, height, width, len(problem.corners)),
+        *(batch, height, width, len(problem.stencils)),
         *problem.kernel_size,
         *parameters,
         *[0] * (8 - len(parameters)),
         *offsets,
         *[0] * (4 - len(offsets)),
+        problem.unit_diagonal,
         *words,
     )
     return packed + b"\0" * (-len(packed) % 8)

@@ -67,7 +67,7 @@ def _tile(problem: Problem) -> int:
 def _block(problem: Problem, device: Device, columns: int, pixels: int) -> tuple[int, int, int]:
     """The most efficient thread block that still leaves enough of them to fill the device."""
     for m, n, thread_m in _BLOCKS:
-        blocks = pixels * len(problem.corners) * ceil_div(problem.channels, m) * ceil_div(columns, n)
+        blocks = pixels * len(problem.stencils) * ceil_div(problem.channels, m) * ceil_div(columns, n)
         if 2 * blocks >= 3 * device.multiprocessors:
             return m, n, thread_m
     return _SMALLEST_BLOCK
@@ -176,7 +176,7 @@ class _Builder:
 
     @property
     def _groups(self) -> int:
-        return len(self._problem.corners)
+        return len(self._problem.stencils)
 
     def _transpose(self, name: str, offset: int, biased: bool) -> None:
         batch, _, height, width = self._problem.shape

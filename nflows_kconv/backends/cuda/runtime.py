@@ -93,12 +93,12 @@ def why_not() -> str | None:
 
 
 @functools.cache
-def by_reference() -> bool:
-    """Whether CUDA tensors must run on the reference implementation; tells why once, as a warning."""
+def told_why_not() -> str | None:
+    """What `why_not` says at the first call, which tells it as a warning."""
     reason = why_not()
     if reason is not None:
         warnings.warn(f"CUDA tensors run on the slow reference implementation: {reason}", RuntimeWarning, stacklevel=2)
-    return reason is not None
+    return reason
 
 
 def _code(kernel: Kernel, capability: tuple[int, int]) -> bytes:

@@ -104,12 +104,12 @@ def plan_premultiply(problem: Problem, offset: int) -> tuple[Launch, int]:
     columns = problem.taps[0] * problem.taps[1] * problem.channels
     launch = Launch(
         kernel(problem, "prepare.cu", "premultiply", PADDED=padded, THREADS=threads),
-        (len(problem.corners) * ceil_div(columns, threads // 32), 1, 1),
+        (len(problem.stencils) * ceil_div(columns, threads // 32), 1, 1),
         threads,
         problem.channels**2 * problem.accumulator_bytes,
         arguments(problem, offsets=(offset,)),
     )
-    return launch, len(problem.corners) * columns * padded * problem.accumulator_bytes
+    return launch, len(problem.stencils) * columns * padded * problem.accumulator_bytes
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class _Band:
     @property
     def count(self) -> int:
         """Bands of all images and groups."""
-        return self._bands * self.problem.shape[0] * len(self.problem.corners)
+        return self._bands * self.problem.shape[0] * len(self.problem.stencils)
 
     @property
     def constants(self) -> dict[str, int | str]:
@@ -190,7 +190,7 @@ def _fitted_band(problem: Problem, device: Device, rows: int, more_shared: int) 
 
 def _narrowed(rows: int, problem: Problem, device: Device) -> int:
     """Rows of a band, fewer where the device would otherwise have multiprocessors without one."""
-    problems = problem.shape[0] * len(problem.corners)
+    problems = problem.shape[0] * len(problem.stencils)
     while rows > _NARROW_BAND and problems * ceil_div(problem.shape[2], rows) < device.multiprocessors:
         rows = max(_NARROW_BAND, ceil_div(rows, 2))
     return rows

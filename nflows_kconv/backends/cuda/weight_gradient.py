@@ -86,7 +86,7 @@ class _Sums:
             channels, self.outputs * self.output_slots
         )
         tap_tiles = ceil_div(rows, self.taps[0]) * ceil_div(columns, self.taps[1])
-        return len(self.problem.corners) * channel_tiles * tap_tiles
+        return len(self.problem.stencils) * channel_tiles * tap_tiles
 
     @cached_property
     def terms(self) -> int:
@@ -97,7 +97,7 @@ class _Sums:
     def bytes(self) -> int:
         """Of all sums of one chunk."""
         channels, (rows, columns) = self.problem.channels, self.problem.taps
-        return len(self.problem.corners) * channels**2 * rows * columns * self.problem.accumulator_bytes
+        return len(self.problem.stencils) * channels**2 * rows * columns * self.problem.accumulator_bytes
 
 
 @dataclass(frozen=True)
