@@ -43,8 +43,8 @@ def conv2d(
         dilation: Pixels from one tap to the next, one number or one for each axis.
 
     Returns:
-        y, [B, C, H, W], in the dtype and memory format of the input. Half precision accumulates in float32 and rounds
-        once, bias included. Under autocast the layer computes in, and returns, float32.
+        y, [B, C, H, W], in the dtype of the input, and in its memory format unless dilated. Half precision accumulates
+        in float32 and rounds once, bias included. Under autocast the layer computes in, and returns, float32.
 
     Raises:
         TypeError: If an argument is no dense floating-point tensor, or the dtypes differ.
@@ -75,7 +75,7 @@ def conv2d_inverse(
         dilation: As in `conv2d`.
 
     Returns:
-        x, [B, C, H, W], in the dtype and memory format of the input.
+        x, [B, C, H, W], in the dtype of the input, and in its memory format unless dilated.
 
     Raises:
         TypeError: As in `conv2d`.
@@ -205,7 +205,7 @@ def run(
             lambda images: ops.call(operator, images, weight, bias, log_diagonal, stencils, unit_diagonal),
             input,
             dilation,
-        )
+        ).contiguous()
     return output[:, :, 0] if dimensions == 1 else output
 
 

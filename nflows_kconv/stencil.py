@@ -100,7 +100,7 @@ def lags(code: int, kernel_size: Sequence[int], dilation: Sequence[int] = ()) ->
 
 
 def schedule(lags: Iterable[Sequence[int]]) -> tuple[int, ...]:
-    """The smallest positive tau with tau . lag > 0 for every lag but zero.
+    """The smallest positive tau with tau . lag > 0 for every lag but zero; none if there is no such lag.
 
     The first number of each lag that is not zero must be positive: a tap before the pivot reads back.
     """

@@ -23,6 +23,8 @@ def solve(problem: Problem, solve_planes: Callable[[Problem], Tensor]) -> Tensor
         problem: A solution in three dimensions.
         solve_planes: Solves problems of two dimensions.
     """
+    if problem.input.numel() == 0:
+        return torch.empty_like(problem.input)
     # Half precision is rounded once: all planes are solved in float32.
     dtype = torch.promote_types(problem.input.dtype, torch.float32)
     bias, log_diagonal = (None if t is None else t.to(dtype) for t in (problem.bias, problem.log_diagonal))
