@@ -1,27 +1,34 @@
 """The one table of cases that every property runs over, and the strategy that draws more of them."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import oracles
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from oracles import SIDES
 from torch import Tensor
 
+from nflows_kconv import functional, ops, stencil
+
 CORNERS = ("TL", "TR", "BL", "BR")
+CORNERS_3D = ("NTL", "NTR", "NBL", "NBR", "FTL", "FTR", "FBL", "FBR")
+STENCILS = {1: ("L", "R"), 2: CORNERS + SIDES, 3: CORNERS_3D}
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 # Views of every kind that a kernel could take for contiguous memory, each of the shape of its argument. `expanded`
 # gives every image the memory of the first one, all others keep the values.
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda t: t,
-    "channels_last": lambda t: t.to(memory_format=torch.channels_last),
+    "channels_last": lambda t: t.movedim(1, -1).contiguous().movedim(-1, 1),
     "transposed": lambda t: t.mT.contiguous().mT,
-    "batch_last": lambda t: t.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
-    "strided": lambda t: t.repeat_interleave(2, 0).repeat_interleave(2, 1).repeat_interleave(2, 3)[::2, ::2, :, ::2],
-    "cropped": lambda t: torch.nn.functional.pad(t, (1, 2, 2, 1))[:, :, 2:-1, 1:-2],
+    "batch_last": lambda t: t.movedim(0, -1).contiguous().movedim(-1, 0),
+    "strided": lambda t: t.repeat_interleave(2, 0).repeat_interleave(2, 1).repeat_interleave(2, -1)[::2, ::2, ..., ::2],
+    "cropped": lambda t: torch.nn.functional.pad(t, (1, 2, 2, 1))[..., 2:-1, 1:-2],
     "offset": lambda t: torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape),
     "expanded": lambda t: t[:1].expand(t.shape) if len(t) else t,
 }
@@ -33,26 +40,84 @@ class Case:
 
     corners: tuple[str, ...] = CORNERS
     per_group: int = 2
-    kernel_size: tuple[int, int] = (3, 3)
+    kernel_size: tuple[int, ...] = (3, 3)
     batch: int = 2
-    height: int = 5
-    width: int = 6
+    size: tuple[int, ...] = (5, 6)  # of an image
+    dilation: int | tuple[int, ...] = 1
     dtype: torch.dtype = torch.float32
     layout: str = "contiguous"
     seed: int = 0
     biased: bool = False  # for what is compiled with or without a bias
 
     @property
+    def dimensions(self) -> int:
+        return len(self.size)
+
+    @property
     def channels(self) -> int:
         return len(self.corners) * self.per_group
 
     @property
-    def input_shape(self) -> tuple[int, int, int, int]:
-        return self.batch, self.channels, self.height, self.width
+    def unknowns(self) -> int:
+        """Of an image, in each group."""
+        return self.per_group * math.prod(self.size)
 
     @property
-    def weight_shape(self) -> tuple[int, int, int, int]:
+    def input_shape(self) -> tuple[int, ...]:
+        return self.batch, self.channels, *self.size
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
         return self.channels, self.per_group, *self.kernel_size
+
+    @property
+    def stencils(self) -> list[int]:
+        return stencil.parse(self.corners, self.dimensions)
+
+    @property
+    def transposes(self) -> tuple[bool, ...]:
+        """Whether the operators take the case as it is, and so have their transposes."""
+        return (False, True) if self.dimensions > 1 and not self.dilated else (False,)
+
+    @property
+    def has_sides(self) -> bool:
+        return any(oracles.is_side(name, self.dimensions) for name in self.corners)
+
+    @property
+    def dilated(self) -> bool:
+        return self.dilation not in (1, (1,) * self.dimensions)
+
+    @property
+    def conv(self) -> Callable[..., Tensor]:
+        """`functional.conv2d` for this case, a function of input, weight and bias."""
+        return self._function(f"conv{self.dimensions}d")
+
+    @property
+    def inverse(self) -> Callable[..., Tensor]:
+        """`functional.conv2d_inverse` likewise."""
+        return self._function(f"conv{self.dimensions}d_inverse")
+
+    def operators(
+        self,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        log_diagonal: Tensor | None = None,
+        unit_diagonal: bool = False,
+    ) -> Sequence[Callable[..., Tensor]]:
+        """The convolution and its inverse as functions of (input, transpose)."""
+        steps = functional.parse_dilation(self.dilation, self.dimensions)
+        arguments = weight, bias, log_diagonal, self.stencils, unit_diagonal
+
+        def function(operator: Callable[..., Tensor], input: Tensor, transpose: bool = False) -> Tensor:
+            if transpose:
+                return operator(input, *arguments, True)
+            return functional.run(operator, input, *arguments, steps)
+
+        return partial(function, ops.conv), partial(function, ops.solve)
+
+    def of_channels(self, vector: Tensor) -> Tensor:
+        """[C], to be added to images."""
+        return vector.view(-1, *[1] * self.dimensions)
 
     def input(self, device: str = "cpu", seed: int = 1) -> Tensor:
         """Images of normal noise; another seed gives others."""
@@ -66,7 +131,7 @@ class Case:
         """
         generator = self._generator(0)
         weight = torch.rand(self.weight_shape, generator=generator, dtype=torch.float64) * 2 - 1
-        weight *= 0.35 / (self.per_group * self.kernel_size[0] * self.kernel_size[1]) ** 0.5
+        weight *= 0.35 / weight[0].numel() ** 0.5
         size = 0.8 + 0.7 * torch.rand(self.channels, generator=generator, dtype=torch.float64)
         sign = torch.where(torch.rand(self.channels, generator=generator) < 0.5, -1, 1)
         oracles.set_diagonal(weight, self.corners, size * sign)
@@ -86,12 +151,15 @@ class Case:
         oracles.set_diagonal(weight, self.corners, diagonal)
         return LAYOUTS[self.layout](input.to(self.dtype).to(device)), weight.to(self.dtype).to(device)
 
+    def _function(self, name: str) -> Callable[..., Tensor]:
+        return partial(getattr(functional, name), corners=self.corners, dilation=self.dilation)
+
     def _generator(self, stream: int) -> torch.Generator:
         return torch.Generator().manual_seed(1000 * self.seed + stream)
 
 
 TL, TR, BL, BR = CORNERS
-_wide, _tall = dict(height=1, width=300), dict(height=300, width=1)
+_wide, _tall = dict(size=(1, 300)), dict(size=(300, 1))
 
 # No group has more than MAX_UNKNOWNS unknowns an image, so that the dense oracles stay quick.
 MAX_UNKNOWNS = 1300
@@ -112,28 +180,57 @@ CASES = (
     Case(kernel_size=(1, 4)),
     Case(kernel_size=(5, 1)),
     Case(kernel_size=(7, 7), per_group=1),
-    Case(kernel_size=(9, 4), height=3, width=2),
-    Case(kernel_size=(2, 11), height=2, width=3),
+    Case(kernel_size=(9, 4), size=(3, 2)),
+    Case(kernel_size=(2, 11), size=(2, 3)),
     # Sizes 0 and 1
     Case(batch=0),
-    Case(height=0),
-    Case(width=0),
-    Case(batch=0, height=0, width=0),
-    Case(batch=1, height=1, width=1),
-    Case((TL,), per_group=1, batch=1, height=1, width=1, kernel_size=(1, 1)),
-    Case(height=1),
-    Case(width=1, kernel_size=(4, 4)),
+    Case(size=(0, 6)),
+    Case(size=(5, 0)),
+    Case(batch=0, size=(0, 0)),
+    Case(batch=1, size=(1, 1)),
+    Case((TL,), per_group=1, batch=1, size=(1, 1), kernel_size=(1, 1)),
+    Case(size=(1, 6)),
+    Case(size=(5, 1), kernel_size=(4, 4)),
+    # Sides: odd, even and 1-wide kernels, larger than the image, mixed with corners
+    *(Case((side,), per_group=3) for side in SIDES),
+    *(Case(SIDES, kernel_size=size) for size in ((2, 3), (1, 1), (1, 3), (3, 1), (2, 4), (4, 2), (1, 2), (5, 5))),
+    Case(SIDES, kernel_size=(6, 9), size=(3, 2), per_group=1),
+    Case(SIDES, kernel_size=(2, 8), size=(1, 3)),
+    Case(("T", "L", "TR", "B"), batch=9),
+    Case(("BL", "R", "R"), kernel_size=(4, 3), dtype=torch.float64),
+    Case(("R", "T"), size=(0, 3)),
+    Case(("L", "T"), per_group=8, batch=17, layout="channels_last", dtype=torch.float16),
+    # One dimension and three
+    *(Case((name,), per_group=3, kernel_size=(3,), size=(9,)) for name in STENCILS[1]),
+    Case(("R", "L", "R"), kernel_size=(1,), size=(4,), dtype=torch.float64),
+    Case(("L", "R"), kernel_size=(6,), size=(5,), batch=9, dtype=torch.bfloat16),
+    Case(("L", "R"), kernel_size=(2,), size=(0,)),
+    Case(CORNERS_3D, per_group=1, kernel_size=(2, 2, 2), size=(2, 3, 4)),
+    Case(("FTR", "NBL"), kernel_size=(3, 1, 2), size=(4, 2, 3), dtype=torch.float64),
+    Case(("NBR", "FTL", "FTL"), kernel_size=(1, 3, 2), size=(3, 4, 2), batch=9, dtype=torch.float16),
+    Case(("FBR",), per_group=5, kernel_size=(4, 2, 3), size=(2, 1, 5), layout="channels_last"),
+    Case(("NTL", "FBR"), kernel_size=(2, 2, 2), size=(0, 2, 3)),
+    # Dilation: sizes that divide, that do not, and that are smaller
+    Case(dilation=2, size=(6, 8)),
+    Case(dilation=3, size=(7, 8), dtype=torch.float64),
+    Case(dilation=(1, 2), layout="channels_last"),
+    Case(dilation=(5, 4), size=(2, 3)),
+    Case(dilation=2, size=(0, 5)),
+    Case(SIDES, dilation=2, batch=9),
+    Case(("T", "R", "BR"), kernel_size=(2, 4), dilation=(3, 2), size=(7, 9), dtype=torch.float16),
+    Case(("R", "L"), kernel_size=(3,), size=(11,), dilation=2),
+    Case(CORNERS_3D[2:6], per_group=1, kernel_size=(2, 2, 2), size=(3, 5, 4), dilation=(2, 1, 3)),
     # Batches and rows about the widths of vectors
     *(Case((TL, BR), per_group=3, batch=batch) for batch in (1, 3, 7, 8, 9, 15, 16, 17, 31, 33)),
-    *(Case((TR, BL), per_group=2, batch=batch, height=4, width=3) for batch in (63, 64, 65, 100, 130, 1030)),
-    *(Case((BR, TR), per_group=1, batch=3, height=16 - i, width=16 + i) for i in (-1, 0, 1)),
-    Case((BL,), per_group=1, batch=1, height=31, width=33),
-    Case((TL,), per_group=1, batch=17, height=33, width=17, kernel_size=(2, 3)),
+    *(Case((TR, BL), per_group=2, batch=batch, size=(4, 3)) for batch in (63, 64, 65, 100, 130, 1030)),
+    *(Case((BR, TR), per_group=1, batch=3, size=(16 - i, 16 + i)) for i in (-1, 0, 1)),
+    Case((BL,), per_group=1, batch=1, size=(31, 33)),
+    Case((TL,), per_group=1, batch=17, size=(33, 17), kernel_size=(2, 3)),
     # Channels
-    *(Case((BR, TL), per_group=n, batch=9, height=4, width=5) for n in (1, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13)),
-    *(Case((TR,), per_group=n, batch=5, height=5, width=4) for n in (16, 17, 32, 33)),
-    Case((TL,), per_group=128, batch=3, height=3, width=3),
-    Case((BR,), per_group=1024, batch=2, height=1, width=1, kernel_size=(2, 2)),
+    *(Case((BR, TL), per_group=n, batch=9, size=(4, 5)) for n in (1, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13)),
+    *(Case((TR,), per_group=n, batch=5, size=(5, 4)) for n in (16, 17, 32, 33)),
+    Case((TL,), per_group=128, batch=3, size=(3, 3)),
+    Case((BR,), per_group=1024, batch=2, size=(1, 1), kernel_size=(2, 2)),
     Case((TL, BR) * 64, per_group=1, batch=3),
     # Long images
     Case((TL, BR), per_group=2, kernel_size=(3, 3), **_wide),
@@ -145,28 +242,32 @@ CASES = (
     *(Case(layout=layout, batch=3) for layout in LAYOUTS),
     *(Case((TL, BR), batch=19, per_group=3, layout=layout, dtype=torch.float64) for layout in LAYOUTS),
     *(Case((TL,), batch=8, per_group=3, layout=layout, dtype=torch.float16) for layout in LAYOUTS),
-    Case(layout="channels_last", batch=1, height=1, width=1),
+    Case(layout="channels_last", batch=1, size=(1, 1)),
 )
 
 _BATCHES = (0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 100, 130)
-_SIDES = (0, 1, 2, 3, 4, 5, 6, 7, 15, 16, 17, 31, 33)
-_KERNEL_SIDES = st.sampled_from((1, 2, 3, 4, 5, 7, 12))
+_SIZES = (0, 1, 2, 3, 4, 5, 6, 7, 15, 16, 17, 31, 33)
+_KERNEL_SIZES = (1, 2, 3, 4, 5, 7, 12)
 _PER_GROUP = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 16, 17, 32, 33)
 
 
 @st.composite
 def cases(draw: st.DrawFn, max_unknowns: int = 400) -> Case:
     """Any case with at most this many unknowns an image in each group."""
+    dimensions = draw(st.sampled_from((2, 2, 2, 2, 1, 3)))
     per_group = draw(_up_to(_PER_GROUP, max_unknowns))
-    height = draw(_up_to(_SIDES, max_unknowns // per_group))
-    width = draw(_up_to(_SIDES, max_unknowns // (per_group * max(1, height))))
+    size: tuple[int, ...] = ()
+    for _ in range(dimensions):
+        size += (draw(_up_to(_SIZES, max_unknowns // (per_group * max(1, math.prod(size))))),)
+    kernel_sizes = st.sampled_from(_KERNEL_SIZES[: 3 if dimensions == 3 else None])
+    dilation = draw(st.sampled_from((1, 1, 2)) | st.tuples(*[st.sampled_from((1, 2, 3, 7))] * dimensions))
     return Case(
-        corners=tuple(draw(st.lists(st.sampled_from(CORNERS), min_size=1, max_size=6))),
+        corners=tuple(draw(st.lists(st.sampled_from(STENCILS[dimensions]), min_size=1, max_size=6))),
         per_group=per_group,
-        kernel_size=draw(st.tuples(_KERNEL_SIDES, _KERNEL_SIDES)),
+        kernel_size=draw(st.tuples(*[kernel_sizes] * dimensions)),
         batch=draw(st.sampled_from(_BATCHES)),
-        height=height,
-        width=width,
+        size=size,
+        dilation=dilation,
         dtype=draw(st.sampled_from(DTYPES)),
         layout=draw(st.sampled_from(tuple(LAYOUTS))),
         seed=draw(st.integers(0, 10**6)),

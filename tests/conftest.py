@@ -8,12 +8,11 @@ import pytest
 import torch
 from hypothesis import settings
 
-from nflows_kconv import available_backends, native, reference
+from nflows_kconv import available_backends, use_backend
+from nflows_kconv.backends import native
 from nflows_kconv.testing import register_profiles
 
 register_profiles()
-
-OPERATORS = {"conv": reference.conv, "solve": reference.solve, "weight_gradient": reference.weight_gradient}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -26,14 +25,12 @@ def pytest_configure(config: pytest.Config) -> None:
     # The tensors are small, and tests run side by side; what threads may change has tests of its own.
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"  # of child processes
-    # The `backend` fixture registers the reference in place of the kernel on purpose.
-    config.addinivalue_line("filterwarnings", "ignore:Warning only once for all operators")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" in metafunc.fixturenames:
         if metafunc.config.getoption("device") == "cpu":
-            kernels = [f"native-{name}" for name in native.instruction_sets()]
+            kernels = [f"cpu-{name}" for name in native.instruction_sets()]
         else:
             kernels = ["cuda"] if available_backends()["cuda"].available else []
         metafunc.parametrize("backend", ["reference", *kernels], indirect=True, scope="session")
@@ -63,18 +60,16 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="session")
-def backend(request: pytest.FixtureRequest, device: str) -> Iterator[str]:
-    """Runs a test once on each implementation that works here; the test calls the operators as ever."""
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs a test once on each implementation that works here; what one cannot run, the reference does."""
     if request.param == "reference":
-        with torch.library._scoped_library("nflows_kconv", "IMPL") as library:
-            for name, implementation in OPERATORS.items():
-                library.impl(name, implementation, device.upper(), allow_override=True)
+        with use_backend("reference"):
             yield request.param
     elif request.param == "cuda":
         yield request.param
     else:
         best = native.instruction_set()
-        native.select_instruction_set(request.param.removeprefix("native-"))
+        native.select_instruction_set(request.param.removeprefix("cpu-"))
         yield request.param
         native.select_instruction_set(best)
 

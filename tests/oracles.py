@@ -1,14 +1,19 @@
-"""What the results must be, from the formula alone: nothing here uses the package.
+"""What the results must be, from the definition alone: nothing here uses the package.
 
-The formula is FInC Flow's (arXiv 2301.09266, section 3). For one group in corner TL, with the image zero outside its
-borders,
+A pixel p of a group reads the pixels p + d (t - pivot), d the dilation, through the taps t of its kernel; the image is
+zero outside its borders:
 
-    y[o, h, w] = sum_{i, a, b} W[o, i, a, b] x[i, h - (kh-1-a), w - (kw-1-b)]
+    y[o, p] = sum_{i, t} W[o, i, t] x[i, p + d (t - pivot)]
 
-where W's entries with i > o in the last tap, the pivot, count as zero; the other corners are its mirror images.
+A corner (FInC Flow, arXiv 2301.09266, section 3) has its pivot at the kernel's end, W's entries with i > o at the pivot
+count as zero. A side, "T", "B", "L" or "R", has it in the middle of a border of the kernel, and of that border one half
+counts as zero, too.
 """
 
+import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +25,9 @@ from torch import Tensor
 # error.
 ROUNDINGS = 64
 HALF_PRECISION = (torch.float16, torch.bfloat16)
+SIDES = ("T", "B", "L", "R")  # of images of two dimensions
 
-MIRRORED = {"columns": dict(TL="TR", TR="TL", BL="BR", BR="BL"), "rows": dict(TL="BL", BL="TL", TR="BR", BR="TR")}
+Dilation = int | Sequence[int]
 
 
 def assert_close(actual: Tensor, expected: Tensor, factor: float = 1) -> None:
@@ -41,30 +47,47 @@ def assert_close(actual: Tensor, expected: Tensor, factor: float = 1) -> None:
     )
 
 
-def padding(corner: str, kernel_size: Sequence[int]) -> tuple[int, int, int, int]:
-    """What F.pad adds to the (left, right, top, bottom)."""
-    rows, columns = kernel_size[0] - 1, kernel_size[1] - 1
-    return {
-        "TL": (columns, 0, rows, 0),
-        "TR": (0, columns, rows, 0),
-        "BL": (columns, 0, 0, rows),
-        "BR": (0, columns, 0, rows),
-    }[corner]
+def is_side(name: str, dimensions: int) -> bool:
+    """Whether the name is that of a side; in one dimension "L" and "R" are corners."""
+    return dimensions == 2 and name in SIDES
 
 
-def pivot(corner: str, kernel_size: Sequence[int]) -> tuple[int, int]:
+def pivot(name: str, kernel_size: Sequence[int]) -> tuple[int, ...]:
     """Where the kernel holds the tap that reads the pixel itself."""
-    last_row, last_column = kernel_size[0] - 1, kernel_size[1] - 1
-    return {"TL": (last_row, last_column), "TR": (last_row, 0), "BL": (0, last_column), "BR": (0, 0)}[corner]
+    if is_side(name, len(kernel_size)):
+        rows, columns = kernel_size
+        return {
+            "T": (rows - 1, (columns - 1) // 2),
+            "B": (0, columns // 2),
+            "L": ((rows - 1) // 2, columns - 1),
+            "R": (rows // 2, 0),
+        }[name]
+    return tuple(0 if letter in "FBR" else size - 1 for letter, size in zip(name, kernel_size, strict=True))
+
+
+def padding(name: str, kernel_size: Sequence[int], dilation: Dilation = 1) -> tuple[int, ...]:
+    """What F.pad adds, (left, right) in one dimension, (left, right, top, bottom) in two."""
+    steps = _per_axis(dilation, len(kernel_size))
+    axes = zip(pivot(name, kernel_size), kernel_size, steps, strict=True)
+    before_after = [(step * place, step * (size - 1 - place)) for place, size, step in axes]
+    return tuple(itertools.chain(*reversed(before_after)))
 
 
 def masked(shape: Sequence[int], corners: Sequence[str]) -> Tensor:
     """True at the entries of a weight of this shape that count as zero."""
     mask = torch.zeros(tuple(shape), dtype=torch.bool)
-    for group, corner in enumerate(corners):
-        row, column = pivot(corner, shape[-2:])
-        for output in range(shape[1]):
-            mask[group * shape[1] + output, output + 1 :, row, column] = True
+    for name, group in zip(corners, mask.unflatten(0, (len(corners), -1)), strict=True):
+        place = pivot(name, shape[2:])
+        group[(..., *place)] = torch.ones(shape[1], shape[1], dtype=torch.bool).triu(1)
+        if is_side(name, len(shape) - 2):
+            row, column = place
+            after = {
+                "T": (row, slice(column + 1, None)),
+                "B": (row, slice(0, column)),
+                "L": (slice(row + 1, None), column),
+                "R": (slice(0, row), column),
+            }[name]
+            group[(..., *after)] = True
     return mask
 
 
@@ -74,8 +97,8 @@ def diagonal(weight: Tensor, corners: Sequence[str]) -> Tensor:
 
 
 def set_diagonal(weight: Tensor, corners: Sequence[str], values: Tensor) -> None:
-    """Writes `values` [C] where `diagonal` reads."""
-    for entry, value in zip(_diagonal_entries(weight.shape, corners), values, strict=True):
+    """Writes `values` [C], or one for all, where `diagonal` reads."""
+    for entry, value in zip(_diagonal_entries(weight.shape, corners), values.expand(len(weight)), strict=True):
         weight[entry] = value
 
 
@@ -84,83 +107,120 @@ def effective(weight: Tensor, corners: Sequence[str]) -> Tensor:
     return weight.to("cpu", torch.float64).masked_fill(masked(weight.shape, corners), 0)
 
 
-def conv(input: Tensor, weight: Tensor, corners: Sequence[str]) -> Tensor:
-    """y = A x by F.pad and F.conv2d, in float64."""
+def conv(input: Tensor, weight: Tensor, corners: Sequence[str], dilation: Dilation = 1) -> Tensor:
+    """y = A x by F.pad and torch's convolutions, in float64."""
     input, weight = input.to("cpu", torch.float64), effective(weight, corners)
     if 0 in input.shape:
         return input.clone()  # F.conv2d refuses images that are smaller than the kernel even with their padding
+    convolution = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[input.dim()]
     groups = zip(input.chunk(len(corners), 1), weight.chunk(len(corners)), corners, strict=True)
-    return torch.cat([F.conv2d(F.pad(x, padding(corner, w.shape[-2:])), w) for x, w, corner in groups], 1)
+    return torch.cat(
+        [convolution(F.pad(x, padding(name, w.shape[2:], dilation)), w, dilation=dilation) for x, w, name in groups], 1
+    )
 
 
-def matrices(weight: Tensor, corners: Sequence[str], height: int, width: int) -> list[Tensor]:
-    """A of each group as a dense float64 matrix; it is lower triangular in the order of `_dense`."""
-    weight = effective(weight, corners)
+def matrices(weight: Tensor, corners: Sequence[str], size: Sequence[int], dilation: Dilation = 1) -> list[Tensor]:
+    """A of each group as a dense float64 matrix, lower triangular: in the group's `_order`, channels inside a pixel."""
+    steps = _per_axis(dilation, len(size))
     result = []
-    for group, corner in zip(weight.chunk(len(corners)), corners, strict=True):
-        row, column = pivot(corner, weight.shape[-2:])
-        size = height * width * weight.shape[1]
-        matrix = weight.new_zeros(size, size)
-        for a in range(weight.shape[2]):
-            for b in range(weight.shape[3]):
-                rows, columns = _shift(height, a - row, "B" in corner), _shift(width, b - column, "R" in corner)
-                matrix = matrix + torch.kron(torch.kron(rows, columns), group[:, :, a, b])
+    for group, name in zip(effective(weight, corners).chunk(len(corners)), corners, strict=True):
+        place, order = pivot(name, weight.shape[2:]), _order(name, size)
+        matrix = weight.new_zeros(len(order) * weight.shape[1], len(order) * weight.shape[1], dtype=torch.float64)
+        for tap in itertools.product(*map(range, weight.shape[2:])):
+            axes = zip(size, tap, place, steps, strict=True)
+            shifts = [_shift(length, step * (t - p)) for length, t, p, step in axes]
+            reads = reduce(torch.kron, shifts)[order][:, order]
+            matrix = matrix + torch.kron(reads, group[(..., *tap)])
         result.append(matrix)
     return result
 
 
-def solve(input: Tensor, weight: Tensor, corners: Sequence[str], transpose: bool = False) -> Tensor:
+def solve(
+    input: Tensor, weight: Tensor, corners: Sequence[str], dilation: Dilation = 1, transpose: bool = False
+) -> Tensor:
     """x with A x = y, or A^T x = y, by a dense triangular solve, in float64."""
 
     def operation(matrix: Tensor, columns: Tensor) -> Tensor:
         return torch.linalg.solve_triangular(matrix.mT if transpose else matrix, columns, upper=transpose)
 
-    return _dense(operation, input, weight, corners)
+    return _dense(operation, input, weight, corners, dilation)
 
 
-def multiply(input: Tensor, weight: Tensor, corners: Sequence[str], transpose: bool = False) -> Tensor:
+def multiply(
+    input: Tensor, weight: Tensor, corners: Sequence[str], dilation: Dilation = 1, transpose: bool = False
+) -> Tensor:
     """y = A x, or y = A^T x, by a dense product, in float64."""
-    return _dense(lambda matrix, columns: (matrix.mT if transpose else matrix) @ columns, input, weight, corners)
+
+    def operation(matrix: Tensor, columns: Tensor) -> Tensor:
+        return (matrix.mT if transpose else matrix) @ columns
+
+    return _dense(operation, input, weight, corners, dilation)
 
 
-def log_abs_det(weight: Tensor, corners: Sequence[str], height: int, width: int) -> Tensor:
+def log_abs_det(weight: Tensor, corners: Sequence[str], size: Sequence[int]) -> Tensor:
     """log |det A| from the dense matrices, in float64."""
-    return sum(torch.linalg.slogdet(matrix).logabsdet for matrix in matrices(weight, corners, height, width))
+    return sum(torch.linalg.slogdet(matrix).logabsdet for matrix in matrices(weight, corners, size))
 
 
 def weight_gradient(input: Tensor, grad: Tensor, weight: Tensor, corners: Sequence[str]) -> Tensor:
-    """The gradient of <grad, A input> in the weight by F.conv2d's autograd, in float64."""
+    """The gradient of <grad, A input> in the weight by autograd of torch's convolutions, in float64."""
     weight = weight.detach().to("cpu", torch.float64).requires_grad_()
     product = (conv(input, weight, corners) * grad.to("cpu", torch.float64)).sum() + 0 * weight.sum()
     return torch.autograd.grad(product, weight)[0]
 
 
-def _diagonal_entries(shape: Sequence[int], corners: Sequence[str]) -> Iterator[tuple[int, int, int, int]]:
+def followers(marked: Tensor, name: str) -> Tensor:
+    """True at the pixels, [B, C, ...], that a marked one can affect: those that may read it, at any distance."""
+    size = marked.shape[2:]
+    if is_side(name, len(size)):
+        order = _order(name, size)
+        return (marked.flatten(2)[..., order].cumsum(-1) > 0)[..., order.argsort()].unflatten(2, size)
+    far = [axis for axis, letter in enumerate(name, 2) if letter in "FBR"]
+    spread = marked.flip(far)
+    for axis in range(2, marked.dim()):
+        spread = spread.cumsum(axis)
+    return spread.flip(far) > 0
+
+
+def _per_axis(dilation: Dilation, dimensions: int) -> Sequence[int]:
+    return [dilation] * dimensions if isinstance(dilation, int) else dilation
+
+
+def _diagonal_entries(shape: Sequence[int], corners: Sequence[str]) -> Iterator[tuple[int, ...]]:
     channels, per_group = shape[:2]
     for channel in range(channels):
-        yield channel, channel % per_group, *pivot(corners[channel // per_group], shape[-2:])
+        yield channel, channel % per_group, *pivot(corners[channel // per_group], shape[2:])
 
 
-def _shift(size: int, offset: int, mirrored: bool) -> Tensor:
-    """S with (S x)[i] = x[i + offset], zero outside; on both sides in reverse order if mirrored."""
+def _order(name: str, size: Sequence[int]) -> Tensor:
+    """The pixels in an order in which each reads itself and earlier ones alone."""
+    pixels = torch.arange(math.prod(size)).view(*size)
+    if is_side(name, len(size)):  # row after row, or column after column, from there on
+        pixels = pixels.mT if name in "LR" else pixels
+        return pixels.flatten().flip(0) if name in "BR" else pixels.flatten()
+    return pixels.flip([axis for axis, letter in enumerate(name) if letter in "FBR"]).flatten()
+
+
+def _shift(size: int, offset: int) -> Tensor:
+    """S with (S x)[i] = x[i + offset], zero outside."""
     index = torch.arange(size)
-    return (index[:, None] + (-offset if mirrored else offset) == index).to(torch.float64)
+    return (index[:, None] + offset == index).to(torch.float64)
 
 
 def _dense(
-    operation: Callable[[Tensor, Tensor], Tensor], input: Tensor, weight: Tensor, corners: Sequence[str]
+    operation: Callable[[Tensor, Tensor], Tensor],
+    input: Tensor,
+    weight: Tensor,
+    corners: Sequence[str],
+    dilation: Dilation,
 ) -> Tensor:
-    """Applies an operation on (matrix, images as columns) to each group.
-
-    The columns are in raster order from the group's corner on, channels inside a pixel.
-    """
-    outputs = []
-    matrices_ = matrices(weight, corners, *input.shape[-2:])
-    for x, matrix, corner in zip(
-        input.to("cpu", torch.float64).chunk(len(corners), 1), matrices_, corners, strict=True
-    ):
-        mirrored = [dim for dim, side in ((-2, "B"), (-1, "R")) if side in corner]
-        columns = x.flip(mirrored).permute(2, 3, 1, 0)
-        result = operation(matrix, columns.flatten(0, 2)).view(columns.shape)
-        outputs.append(result.permute(3, 2, 0, 1).flip(mirrored))
+    """Applies an operation on (matrix, images as columns) to each group."""
+    size, outputs = input.shape[2:], []
+    matrices_ = matrices(weight, corners, size, dilation)
+    groups = input.to("cpu", torch.float64).chunk(len(corners), 1)
+    for x, matrix, name in zip(groups, matrices_, corners, strict=True):
+        order = _order(name, size)
+        columns = x.flatten(2)[..., order].permute(2, 1, 0)
+        result = operation(matrix, columns.flatten(0, 1)).view(columns.shape)
+        outputs.append(result.permute(2, 1, 0)[..., order.argsort()].unflatten(2, size))
     return torch.cat(outputs, 1)

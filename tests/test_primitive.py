@@ -1,5 +1,7 @@
 """conv, solve and weight_gradient against the formula and dense linear algebra, on every backend."""
 
+import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import oracles
@@ -10,26 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracles import assert_close
 
-from nflows_kconv import geometry, ops, reference
+from nflows_kconv import functional, ops
+from nflows_kconv.backends import reference
 
 BOTH = (False, True)
-
-
-def operators(case: Case, device: str, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None):
-    """The operator of a case and its inverse as functions of (input, transpose)."""
-    weight = case.weight(device) if weight is None else weight
-    corners = geometry.parse_corners(case.corners)
-    return (
-        lambda input, transpose=False: ops.conv(input, weight, bias, corners, transpose),
-        lambda input, transpose=False: ops.solve(input, weight, bias, corners, transpose),
-    )
 
 
 @over_cases()
 def test_oracles_agree(case: Case):
     input, weight = case.input(), case.weight()
-    assert_close(oracles.multiply(input, weight, case.corners), oracles.conv(input, weight, case.corners))
-    for matrix in oracles.matrices(weight, case.corners, case.height, case.width):
+    expected = oracles.conv(input, weight, case.corners, case.dilation)
+    assert_close(oracles.multiply(input, weight, case.corners, case.dilation), expected)
+    for matrix in oracles.matrices(weight, case.corners, case.size, case.dilation):
         assert not matrix.triu(1).any()
 
 
@@ -38,43 +32,49 @@ def test_oracles_agree(case: Case):
 
 
 @over_cases()
-def test_conv_is_conv2d(case: Case, backend: str, device: str):
-    conv, _ = operators(case, device, bias=case.bias(device))
-    input, bias = case.input(device), case.bias().double()[:, None, None]
-    assert_close(conv(input), oracles.conv(input, case.weight(), case.corners) + bias)
+def test_conv_is_torchs(case: Case, backend: str, device: str):
+    conv, _ = case.operators(case.weight(device), case.bias(device))
+    input, bias = case.input(device), case.of_channels(case.bias().double())
+    assert_close(conv(input), oracles.conv(input, case.weight(), case.corners, case.dilation) + bias)
 
 
 @over_cases()
 def test_transposed_conv_is_the_dense_product(case: Case, backend: str, device: str):
-    conv, _ = operators(case, device, bias=case.bias(device))
-    input, bias = case.input(device), case.bias().double()[:, None, None]
-    assert_close(conv(input, True), oracles.multiply(input, case.weight(), case.corners, transpose=True) + bias)
+    conv, _ = case.operators(case.weight(device), case.bias(device))
+    input, bias = case.input(device), case.of_channels(case.bias().double())
+    for transpose in case.transposes[1:]:
+        expected = oracles.multiply(input, case.weight(), case.corners, transpose=transpose)
+        assert_close(conv(input, transpose), expected + bias)
 
 
 @over_cases()
 def test_solve_is_the_dense_solution(case: Case, backend: str, device: str):
-    _, solve = operators(case, device, bias=case.bias(device))
-    input, bias = case.input(device), case.bias().double()[:, None, None]
-    for transpose in BOTH:
-        expected = oracles.solve(input.cpu().double() - bias, case.weight(), case.corners, transpose)
+    _, solve = case.operators(case.weight(device), case.bias(device))
+    input, bias = case.input(device), case.of_channels(case.bias().double())
+    for transpose in case.transposes:
+        rhs = input.cpu().double() - bias
+        expected = oracles.solve(rhs, case.weight(), case.corners, case.dilation, transpose)
         assert_close(solve(input, transpose), expected)
 
 
 @over_cases()
-def test_weight_gradient_is_conv2ds(case: Case, backend: str, device: str):
+def test_weight_gradient_is_torchs(case: Case, backend: str, device: str):
     input, grad = case.input(device), case.input(device, seed=2)
-    gradient = ops.weight_gradient(input, grad, geometry.parse_corners(case.corners), case.kernel_size)
-    expected = oracles.weight_gradient(input, grad, case.weight(), case.corners)
-    assert gradient.shape == expected.shape
-    assert_close(gradient, expected, factor=4)  # F.conv2d's own weight gradient sums all pixels of the batch in float32
+    expected = oracles.weight_gradient(input, grad, case.weight(), case.corners) if len(case.transposes) > 1 else None
+    for unit_diagonal in BOTH if expected is not None else ():
+        gradient = ops.weight_gradient(input, grad, case.stencils, case.kernel_size, unit_diagonal)
+        if unit_diagonal:
+            oracles.set_diagonal(expected, case.corners, torch.zeros(()))
+        assert gradient.shape == expected.shape
+        assert_close(gradient, expected, factor=4)  # torch's own sums all pixels of the batch in float32
 
 
 @over_cases()
 def test_round_trips(case: Case, backend: str, device: str):
     case = replace(case, dtype=torch.promote_types(case.dtype, torch.float32))
-    conv, solve = operators(case, device)
+    conv, solve = case.operators(case.weight(device))
     input = case.input(device)
-    for transpose in BOTH:
+    for transpose in case.transposes:
         assert_close(solve(conv(input, transpose), transpose), input)
         assert_close(conv(solve(input, transpose), transpose), input)
 
@@ -86,38 +86,37 @@ def test_small_integers_are_exact(case: Case, wide: bool, backend: str, device: 
         dtype=torch.float64 if wide else torch.float32,
         per_group=min(case.per_group, 3),
         kernel_size=tuple(min(size, 3) for size in case.kernel_size),
-        height=min(case.height, 4),
-        width=min(case.width, 4),
+        size=tuple(min(size, 4) for size in case.size),
     )
     input, weight = case.integers(device)
-    conv, solve = operators(case, device, weight)
-    for transpose in BOTH:
+    conv, solve = case.operators(weight)
+    for transpose in case.transposes:
         output = conv(input, transpose)
-        expected = oracles.multiply(input, weight, case.corners, transpose)
+        expected = oracles.multiply(input, weight, case.corners, case.dilation, transpose)
         assert torch.equal(output.to("cpu", torch.float64), expected)
         assert torch.equal(solve(output, transpose), input)
 
 
 @over_cases()
 def test_output_has_the_inputs_shape_dtype_and_memory_format(case: Case, backend: str, device: str):
-    conv, solve = operators(case, device)
+    conv, solve = case.operators(case.weight(device))
     input = case.input(device)
     like = torch.empty_like(input)
     for operator in (conv, solve):
-        for transpose in BOTH:
+        for transpose in case.transposes:
             output = operator(input, transpose)
             assert (output.shape, output.dtype, output.device) == (like.shape, like.dtype, like.device)
-            assert output.stride() == like.stride()
+            assert output.is_contiguous() if case.dilated else output.stride() == like.stride()
 
 
 @over_cases()
 def test_layouts_and_runs_change_nothing(case: Case, backend: str, device: str):
-    plain = operators(replace(case, layout="contiguous"), device)
-    strided = operators(case, device)
+    plain = case.operators(replace(case, layout="contiguous").weight(device))
+    strided = case.operators(case.weight(device))
     input = case.input(device)
     copy = input.contiguous(memory_format=torch.contiguous_format)
     for plain_operator, strided_operator in zip(plain, strided, strict=True):
-        for transpose in BOTH:
+        for transpose in case.transposes:
             output = strided_operator(input, transpose)
             assert torch.equal(output, strided_operator(input, transpose))
             assert_close(output, plain_operator(copy, transpose))
@@ -128,8 +127,8 @@ def test_arguments_are_only_read(case: Case, backend: str, device: str):
     input, weight = case.input(device), case.weight(device)
     bias = case.bias(device)
     before = input.clone(), weight.clone(), bias.clone()
-    for operator in operators(case, device, weight, bias):
-        for transpose in BOTH:
+    for operator in case.operators(weight, bias):
+        for transpose in case.transposes:
             output = operator(input, transpose)
             assert not output.numel() or output.data_ptr() != input.data_ptr()
     assert torch.equal(input, before[0])
@@ -140,8 +139,8 @@ def test_arguments_are_only_read(case: Case, backend: str, device: str):
 @over_cases()
 def test_images_of_a_batch_do_not_meet(case: Case, backend: str, device: str):
     input = case.input(device)
-    for operator in operators(case, device):
-        for transpose in BOTH:
+    for operator in case.operators(case.weight(device)):
+        for transpose in case.transposes:
             together = operator(input, transpose)
             for image in {0, case.batch // 2, case.batch - 1} if case.batch else ():
                 assert_close(together[image : image + 1], operator(input[image : image + 1], transpose))
@@ -157,60 +156,73 @@ def test_nan_and_infinity_stay_in_their_image(case: Case, backend: str, device: 
     broken[~others] = torch.tensor([float("nan"), float("inf"), -float("inf")], device=device)[
         torch.randint(3, broken[~others].shape)
     ].to(case.dtype)
-    for operator in operators(case, device):
-        for transpose in BOTH:
+    for operator in case.operators(case.weight(device)):
+        for transpose in case.transposes:
             assert_close(operator(broken, transpose)[others], operator(input, transpose)[others])
 
 
 @pytest.mark.parametrize("value", [100.0, float("nan"), -float("inf")])
 @over_cases()
-def test_a_pixel_changes_only_its_quadrant(case: Case, value: float, backend: str, device: str):
-    """Non-finite ones like all others, as in F.conv2d."""
-    input = case.input(device)
+def test_a_pixel_changes_only_what_reads_it(case: Case, value: float, backend: str, device: str):
+    """Non-finite ones like all others, but that a masked tap of a convolution may be computed, too: zero times them."""
+    input, operators = case.input(device), case.operators(case.weight(device))
     if not input.numel():
         return
-    row, column = case.height // 2, case.width // 3
-    changed = input.clone()
-    changed[:, :, row, column] = value
-    rows, columns = torch.arange(case.height)[:, None], torch.arange(case.width)
-    for operator in operators(case, device):
-        for transpose in BOTH:
+    if case.has_sides and not math.isfinite(value):
+        operators = operators[1:]
+    pixel = (..., *(size // 2 for size in case.size[:-1]), case.size[-1] // 3)
+    changed, marked = input.clone(), torch.zeros(1, 1, *case.size, dtype=torch.bool)
+    changed[pixel], marked[pixel] = value, True
+    for operator in operators:
+        for transpose in case.transposes:
             differs = (operator(changed, transpose) != operator(input, transpose)).cpu()
             for group, corner in zip(differs.chunk(len(case.corners), 1), case.corners, strict=True):
-                # Read by the pixels on the far side from the corner; the transposed operator has the opposite one.
-                below = (rows <= row) if ("B" in corner) != transpose else (rows >= row)
-                right = (columns <= column) if ("R" in corner) != transpose else (columns >= column)
-                assert not group[:, :, ~(below & right)].any()
-                assert group[:, :, row, column].any()
+                may = oracles.followers(marked, _turned(corner) if transpose else corner)
+                assert not (group & ~may).any()
+                assert group[pixel].any()
 
 
+def _turned(name: str) -> str:
+    return name.translate(str.maketrans("NFTBLR", "FNBTRL"))
+
+
+SYMMETRIES: dict[str, tuple[Callable[[str], str], Callable[[torch.Tensor], torch.Tensor]]] = {
+    "turned": (_turned, lambda t: t.flip(list(range(2, t.dim())))),
+    "mirrored": (lambda name: name[:-1] + _turned(name[-1]), lambda t: t.flip(-1)),
+    "transposed": (lambda name: name.translate(str.maketrans("TBLR", "LRTB"))[::-1], lambda t: t.mT),
+}
+
+
+@pytest.mark.parametrize("symmetry", SYMMETRIES)
 @over_cases()
-def test_mirror_images(case: Case, backend: str, device: str):
-    for dim, mirrored in ((-1, "columns"), (-2, "rows")):
-        corners = tuple(oracles.MIRRORED[mirrored][corner] for corner in case.corners)
-        input, weight = case.input(device), case.weight(device)
-        here = operators(case, device, weight)
-        there = operators(replace(case, corners=corners), device, weight.flip(dim))
-        for operator, mirror_image in zip(here, there, strict=True):
-            for transpose in BOTH:
-                assert_close(mirror_image(input.flip(dim), transpose), operator(input, transpose).flip(dim))
+def test_mirror_images(case: Case, symmetry: str, backend: str, device: str):
+    if (symmetry == "mirrored" and case.has_sides) or (symmetry == "transposed" and case.dimensions != 2):
+        return
+    rename, mirror = SYMMETRIES[symmetry]
+    there = replace(case, corners=tuple(map(rename, case.corners)))
+    if symmetry == "transposed" and case.dilation != 1:
+        there = replace(there, dilation=functional.parse_dilation(case.dilation, 2)[::-1])
+    input, weight = case.input(device), case.weight(device)
+    for operator, mirrored in zip(case.operators(weight), there.operators(mirror(weight)), strict=True):
+        for transpose in case.transposes:
+            assert_close(mirrored(mirror(input), transpose), mirror(operator(input, transpose)))
 
 
 @over_cases()
 def test_one_by_one_kernels_are_triangular_matrices(case: Case, backend: str, device: str):
-    case = replace(case, kernel_size=(1, 1))
-    conv, solve = operators(case, device)
+    case = replace(case, kernel_size=(1,) * case.dimensions)
+    conv, solve = case.operators(case.weight(device))
     input = case.input(device)
-    matrix = torch.block_diag(*(w.tril() for w in case.weight()[..., 0, 0].double().chunk(len(case.corners))))
-    pixels = input.cpu().double().permute(1, 0, 2, 3).flatten(1)
+    matrix = torch.block_diag(*(w.tril() for w in case.weight().flatten(1).double().chunk(len(case.corners))))
+    pixels = input.cpu().double().transpose(0, 1).flatten(1)
 
     def images(pixels: torch.Tensor) -> torch.Tensor:
-        return pixels.unflatten(1, (case.batch, case.height, case.width)).permute(1, 0, 2, 3)
+        return pixels.unflatten(1, (case.batch, *case.size)).transpose(0, 1)
 
-    assert_close(conv(input), images(matrix @ pixels))
-    assert_close(conv(input, True), images(matrix.mT @ pixels))
-    assert_close(solve(input), images(torch.linalg.solve_triangular(matrix, pixels, upper=False)))
-    assert_close(solve(input, True), images(torch.linalg.solve_triangular(matrix.mT, pixels, upper=True)))
+    for transpose in case.transposes:
+        own = matrix.mT if transpose else matrix
+        assert_close(conv(input, transpose), images(own @ pixels))
+        assert_close(solve(input, transpose), images(torch.linalg.solve_triangular(own, pixels, upper=transpose)))
 
 
 @pytest.mark.parametrize("exponent", [-100, -13, 13, 100])
@@ -220,48 +232,58 @@ def test_diagonals_of_any_size(case: Case, exponent: int, backend: str, device: 
     size, diagonal = 2.0**exponent, torch.linspace(1, 3, case.channels)
     weight = torch.zeros_like(case.weight(device))
     oracles.set_diagonal(weight, case.corners, diagonal * size)
-    conv, solve = operators(case, device, weight)
-    input, diagonal = case.input(device), diagonal.to(device, case.dtype)[:, None, None]
-    for transpose in BOTH:
+    conv, solve = case.operators(weight)
+    input, diagonal = case.input(device), case.of_channels(diagonal.to(device, case.dtype))
+    for transpose in case.transposes:
         assert_close(conv(input, transpose) / size, input * diagonal)
         assert_close(solve(input, transpose) * size, input / diagonal)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("diagonal", ["own", "unit", "learned"])
 @over_cases()
-def test_masked_entries_are_never_read(case: Case, value: float, backend: str, device: str):
-    masked = oracles.masked(case.weight_shape, case.corners).to(device)
-    clean = operators(case, device, case.weight(device).masked_fill(masked, 0))
-    broken = operators(case, device, case.weight(device).masked_fill(masked, value))
+def test_raw_weights(case: Case, diagonal: str, backend: str, device: str):
+    """Their masked entries are never read, nor is their diagonal where there is another one, whatever lies there."""
+    ignored, log_diagonal = oracles.masked(case.weight_shape, case.corners), torch.zeros(case.channels)
+    weight = case.weight().to(torch.promote_types(case.dtype, torch.float32)).masked_fill(ignored, 0)
+    if diagonal == "learned":
+        log_diagonal = torch.linspace(-0.4, 0.5, case.channels).to(case.dtype)
+    if diagonal != "own":
+        oracles.set_diagonal(ignored, case.corners, torch.tensor(True))
+        oracles.set_diagonal(weight, case.corners, log_diagonal.to(weight.dtype).exp())
+    raw = case.weight(device).masked_fill(ignored.to(device), math.nan)
+    learned = log_diagonal.to(device) if diagonal == "learned" else None
+    functions = case.operators(raw, None, learned, diagonal == "unit"), case.operators(weight.to(device))
     input = case.input(device)
-    for with_zeros, with_value in zip(clean, broken, strict=True):
-        for transpose in BOTH:
-            assert torch.equal(with_zeros(input, transpose), with_value(input, transpose))
+    for function, expected in zip(*functions, strict=True):
+        for transpose in case.transposes:
+            assert_close(function(input, transpose), expected(input.to(weight.dtype), transpose))
 
 
 LARGE = (
-    Case(per_group=3, batch=3, height=32, width=32),
-    Case((TL,), per_group=12, batch=2, height=32, width=32),
-    Case((BR,), per_group=48, batch=33, height=8, width=8),
-    Case((TR, BL), per_group=24, batch=100, height=16, width=16),
-    Case((TL,), per_group=128, batch=9, height=8, width=7),
-    Case((BL,), per_group=1024, batch=2, height=1, width=3, kernel_size=(1, 2)),
-    Case((BR,), per_group=2, batch=2, height=1, width=4096),
-    Case((TR,), per_group=2, batch=2, height=1024, width=3),
-    Case((TL,), per_group=1, batch=1, height=129, width=127, kernel_size=(5, 5)),
-    Case((BL,), per_group=1, batch=20_000, height=3, width=2),
+    Case(per_group=3, batch=3, size=(32, 32)),
+    Case((TL,), per_group=12, batch=2, size=(32, 32)),
+    Case((BR,), per_group=48, batch=33, size=(8, 8)),
+    Case((TR, BL), per_group=24, batch=100, size=(16, 16)),
+    Case((TL,), per_group=128, batch=9, size=(8, 7)),
+    Case((BL,), per_group=1024, batch=2, size=(1, 3), kernel_size=(1, 2)),
+    Case((BR,), per_group=2, batch=2, size=(1, 4096)),
+    Case((TR,), per_group=2, batch=2, size=(1024, 3)),
+    Case((TL,), per_group=1, batch=1, size=(129, 127), kernel_size=(5, 5)),
+    Case((BL,), per_group=1, batch=20_000, size=(3, 2)),
+    Case(("T", "L"), per_group=3, batch=3, size=(17, 16)),
+    Case(("NTL", "FBR"), per_group=4, batch=9, kernel_size=(3, 3, 3), size=(6, 7, 8)),
     # Rows too large for a cache, and kernels higher than a vector has lanes
-    Case((BR,), per_group=64, batch=33, height=20, width=24, kernel_size=(5, 2)),
-    Case((TL,), per_group=128, batch=17, height=3, width=40, kernel_size=(1, 2)),
-    Case((TR,), per_group=1, batch=1, height=40, width=30, kernel_size=(11, 3), dtype=torch.float64),
-    Case((BL,), per_group=1, batch=1, height=70, width=90, kernel_size=(20, 18)),
+    Case((BR,), per_group=64, batch=33, size=(20, 24), kernel_size=(5, 2)),
+    Case((TL,), per_group=128, batch=17, size=(3, 40), kernel_size=(1, 2)),
+    Case((TR,), per_group=1, batch=1, size=(40, 30), kernel_size=(11, 3), dtype=torch.float64),
+    Case((BL,), per_group=1, batch=1, size=(70, 90), kernel_size=(20, 18)),
 )
 
 
 @pytest.mark.parametrize("transpose", BOTH, ids=["plain", "transposed"])
 @pytest.mark.parametrize("case", LARGE, ids=lambda case: "x".join(map(str, case.input_shape)))
 def test_large_images(case: Case, transpose: bool, backend: str, device: str):
-    conv, solve = operators(case, device)
+    conv, solve = case.operators(case.weight(device))
     input = case.input(device)
     output = conv(input, transpose)
     if not transpose:
@@ -271,10 +293,10 @@ def test_large_images(case: Case, transpose: bool, backend: str, device: str):
 
 
 THREADED = (
-    Case(per_group=3, batch=100, height=16, width=16),
-    Case((TL,), per_group=12, batch=33, height=16, width=16),
-    Case((BR,), per_group=64, batch=5, height=8, width=8),
-    Case((BR,), per_group=2, batch=1, height=64, width=64),
+    Case(per_group=3, batch=100, size=(16, 16)),
+    Case((TL,), per_group=12, batch=33, size=(16, 16)),
+    Case((BR,), per_group=64, batch=5, size=(8, 8)),
+    Case((BR,), per_group=2, batch=1, size=(64, 64)),
 )
 
 
@@ -287,8 +309,8 @@ def test_threads_and_runs_change_no_bit(case: Case, backend: str, device: str):
         results = []
         for threads in (1, 2, 2):
             torch.set_num_threads(threads)
-            biased = operators(case, device, bias=case.bias())
-            results.append([operator(input, t) for operator in biased for t in BOTH])
+            biased = case.operators(case.weight(), case.bias())
+            results.append([operator(input, t) for operator in biased for t in case.transposes])
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
@@ -300,8 +322,8 @@ def test_the_reference_switches_tf32_off_and_leaves_the_setting(setting: str, ow
     operations = torch.backends.cudnn.conv, torch.backends.cuda.matmul
     for operation in operations:
         operation.fp32_precision = setting
-    with pytest.raises(KeyError), reference._in_own_precision(torch.device("cuda")):
+    with pytest.raises(KeyError), reference.in_own_precision(torch.device("cuda")):
         assert [operation.fp32_precision for operation in operations] == ["ieee", "ieee"]
         raise KeyError
-    with reference._in_own_precision(torch.device("cpu")):
+    with reference.in_own_precision(torch.device("cpu")):
         assert [operation.fp32_precision for operation in operations] == [setting, setting]
