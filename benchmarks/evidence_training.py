@@ -20,9 +20,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import image_data
 
 from nflows_kconv.diagnostics import round_trip
-from nflows_kconv.images import bits_per_dim, grid
+from nflows_kconv.flows.images import bits_per_dim, grid
+from nflows_kconv.flows.sampling import GraphSampler
 from nflows_kconv.nflows import finc_flow
-from nflows_kconv.sampling import GraphSampler
 
 PAIR = (("TL",), ("BR",))
 # Arguments of finc_flow; the kernel size is that of the configuration.

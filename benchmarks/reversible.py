@@ -30,7 +30,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nflows_kconv import InvertibleConv2d, reversible, step
+from nflows_kconv import InvertibleConv2d
+from nflows_kconv.flows import reversible, steps
 
 LEAST_TURNS = 5
 
@@ -58,7 +59,7 @@ SIZES = {
 }
 
 
-class Checkpointed(step.Sequence):
+class Checkpointed(steps.Sequence):
     """A stack that keeps the input of each step."""
 
     def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,20 +71,20 @@ class Checkpointed(step.Sequence):
         return input, total
 
 
-STACKS = {"ordinary": step.Sequence, "reversible": reversible.Chain, "checkpoint": Checkpointed}
+STACKS = {"ordinary": steps.Sequence, "reversible": reversible.Chain, "checkpoint": Checkpointed}
 
 
-def build(size: Size, steps: int, device: str) -> tuple[list[nn.Module], Tensor]:
+def build(size: Size, count: int, device: str) -> tuple[list[nn.Module], Tensor]:
     """The steps, ActNorm initialised, and a batch."""
     torch.manual_seed(0)
     channels = size.shape[0]
     modules: list[nn.Module] = []
-    for _ in range(steps):
-        network = step.coupling_network(channels, size.hidden_channels)
+    for _ in range(count):
+        network = steps.coupling_network(channels, size.hidden_channels)
         nn.init.normal_(network[-1].weight, std=0.02)  # at zero the other gradients of the network are zero
-        layers = [InvertibleConv2d(channels), step.ActNorm(channels), step.InvertibleConv1x1(channels)]
-        modules.append(step.Sequence([*layers, step.AffineCoupling(network)]))
-    stack = step.Sequence(modules).to(device)
+        layers = [InvertibleConv2d(channels), steps.ActNorm(channels), steps.InvertibleConv1x1(channels)]
+        modules.append(steps.Sequence([*layers, steps.AffineCoupling(network)]))
+    stack = steps.Sequence(modules).to(device)
     batch = torch.randn(size.batch, *size.shape, device=device)
     with torch.no_grad():
         stack(batch)
@@ -190,8 +191,8 @@ def main() -> None:
     }
     for key, value in results["machine"].items():
         print(f"{key}: {value}")
-    for steps in size.steps:
-        row = measure(size, steps, arguments.device, arguments.seconds)
+    for count in size.steps:
+        row = measure(size, count, arguments.device, arguments.seconds)
         print_row(row)
         results["rows"].append(row)
         if arguments.output:

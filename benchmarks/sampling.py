@@ -30,8 +30,8 @@ from torch import Tensor, nn
 
 import nflows_kconv.nflows
 import nflows_kconv.normflows
-from nflows_kconv.sampling import GraphSampler
-from nflows_kconv.step import AffineCoupling, Sequence
+from nflows_kconv.flows.sampling import GraphSampler
+from nflows_kconv.flows.steps import AffineCoupling, Sequence
 
 SAMPLING = Target(1.05, aim=1.02)
 SAMPLER_AGAINST_LIBRARY = Target(0.45)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from nflows_kconv import InvertibleConv2d
 from nflows_kconv.diagnostics import conditioning, round_trip
-from nflows_kconv.images import bits_per_dim
+from nflows_kconv.flows.images import bits_per_dim
 from nflows_kconv.nflows import ImageFlow, finc_flow
 
 SHAPE = (3, 32, 32)

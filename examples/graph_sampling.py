@@ -11,8 +11,8 @@ import time
 
 import torch
 
+from nflows_kconv.flows.sampling import GraphSampler
 from nflows_kconv.nflows import finc_flow
-from nflows_kconv.sampling import GraphSampler
 
 
 def milliseconds(function, calls):

@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageOps
 from sklearn.datasets import load_sample_image
 
-from nflows_kconv import images
+from nflows_kconv.flows import images
 from nflows_kconv.nflows import finc_flow
 
 SHAPE = (3, 16, 16)

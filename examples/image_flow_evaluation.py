@@ -17,8 +17,8 @@ from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
 from nflows_kconv.diagnostics import round_trip
-from nflows_kconv.images import bits_per_dim, grid, importance_weighted_bound
-from nflows_kconv.sampling import GraphSampler
+from nflows_kconv.flows.images import bits_per_dim, grid, importance_weighted_bound
+from nflows_kconv.flows.sampling import GraphSampler
 
 COLUMNS = 10
 PICTURE_WIDTH = 600

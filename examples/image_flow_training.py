@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import nflows_kconv.nflows
 import nflows_kconv.normflows
-from nflows_kconv.images import bits_per_dim
+from nflows_kconv.flows.images import bits_per_dim
 
 LIBRARIES = {"nflows": nflows_kconv.nflows.finc_flow, "normflows": nflows_kconv.normflows.finc_flow}
 

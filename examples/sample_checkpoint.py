@@ -13,8 +13,8 @@ from image_flow_evaluation import save_picture
 from image_flow_training import build_flow
 from torch import nn
 
-from nflows_kconv.images import grid
-from nflows_kconv.sampling import GraphSampler
+from nflows_kconv.flows.images import grid
+from nflows_kconv.flows.sampling import GraphSampler
 
 
 def load_flow(checkpoint: Path) -> nn.Module:

@@ -9,9 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from nflows_kconv import bijection, checks, flow_state, image_flow, layer, stencil
+from nflows_kconv import bijection, checks, layer, stencil
+from nflows_kconv.flows import image_flow, state
+from nflows_kconv.flows.reversible import cascade
 from nflows_kconv.invertible import InvertibleModule
-from nflows_kconv.reversible import cascade
 
 try:
     from nflows.distributions import Distribution
@@ -62,7 +63,7 @@ class InvertibleConv3d(layer.InvertibleConv3d, Transform):
 
 
 class Step(InvertibleModule, Transform):
-    """A module of `nflows_kconv.step` as an `nflows.transforms.Transform`.
+    """A module of `nflows_kconv.flows.steps` as an `nflows.transforms.Transform`.
 
     Args:
         step: Has `forward` from data to noise and `inverse`, both with a log-determinant [B].
@@ -83,7 +84,8 @@ class ReversibleCompositeTransform(InvertibleModule, CompositeTransform):
     """`nflows.transforms.CompositeTransform` that trains in memory independent of the number of transforms.
 
     Parameters, state_dict and results are the same. One transform's activations exist at a time, so give it those of a
-    step as one `CompositeTransform`. See `nflows_kconv.reversible.cascade` for how it works and what it asks of them.
+    step as one `CompositeTransform`. See `nflows_kconv.flows.reversible.cascade` for how it works and what it asks of
+    them.
 
     Args:
         transforms: The first one takes the data; all must have an inverse.
@@ -186,8 +188,8 @@ class ImageFlow(image_flow.Interface, Flow):
             TypeError: If the images, or a part of the context, have the wrong type, or the flow's parameters are of
                 half precision.
             ValueError: If the images have another shape than those of the flow, or other values (see
-                `nflows_kconv.images.UniformDequantization` for where they are looked at); if the context does not fit,
-                or is missing, or the flow takes none.
+                `nflows_kconv.flows.images.UniformDequantization` for where they are looked at); if the context does not
+                fit, or is missing, or the flow takes none.
         """
         return self(inputs, context)
 
@@ -236,7 +238,7 @@ class ImageFlow(image_flow.Interface, Flow):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """See `torch.nn.Module.load_state_dict`; takes the state_dict of the same flow of normflows, too."""
-        return super().load_state_dict(flow_state.for_nflows(state_dict, self.architecture), strict, assign)
+        return super().load_state_dict(state.for_nflows(state_dict, self.architecture), strict, assign)
 
     @property
     def _preprocessing(self) -> image_flow.Preprocessing:
@@ -307,8 +309,8 @@ def finc_flow(
         context_shape: If given, (E,) or (E, H', W'), each coupling and each learned prior also sees a vector or an
             image [B, *context_shape], the flow's context: vectors at every pixel, images average-pooled to the level's
             size. At the start it has no effect. With classes as well, the context is (classes, tensor).
-        reversible: Whether to train in memory independent of K, for some more time, see `nflows_kconv.reversible`. The
-            state_dict is the same.
+        reversible: Whether to train in memory independent of K, for some more time, see
+            `nflows_kconv.flows.reversible`. The state_dict is the same.
 
     Returns:
         An `nflows.flows.Flow` with a `MultiscaleCompositeTransform`.

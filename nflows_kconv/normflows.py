@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nflows_kconv import bijection, checks, flow_state, image_flow, layer, stencil
+from nflows_kconv import bijection, checks, layer, stencil
+from nflows_kconv.flows import image_flow, state
+from nflows_kconv.flows.reversible import cascade
 from nflows_kconv.invertible import InvertibleModule
-from nflows_kconv.reversible import cascade
 
 try:
     from normflows import ClassCondFlow, MultiscaleFlow, NormalizingFlow, flows
@@ -129,7 +130,7 @@ class GlowBlock(flows.GlowBlock):
 
 
 class Step(InvertibleModule, flows.Flow):
-    """A module of `nflows_kconv.step` as a `normflows.flows.Flow`, whose `forward` goes from latent to data.
+    """A module of `nflows_kconv.flows.steps` as a `normflows.flows.Flow`, whose `forward` goes from latent to data.
 
     Args:
         step: Has `forward` from data to latent and `inverse`, both with a log-determinant [B].
@@ -150,7 +151,7 @@ class ReversibleComposite(InvertibleModule, flows.Composite):
     """`normflows.flows.Composite` that trains in memory independent of the number of flows.
 
     Parameters, state_dict and results are the same. One flow's activations exist at a time, so give it steps such as
-    `GlowBlock`. See `nflows_kconv.reversible.cascade` for how it works and what it asks of them.
+    `GlowBlock`. See `nflows_kconv.flows.reversible.cascade` for how it works and what it asks of them.
 
     Args:
         flows: The first one takes the latent variable; all must have an inverse.
@@ -224,8 +225,8 @@ class ImageFlow(image_flow.Interface, MultiscaleFlow):
             TypeError: If the images, or a part of the condition, have the wrong type, or the flow's parameters are of
                 half precision.
             ValueError: If the images have another shape than those of the flow, or other values (see
-                `nflows_kconv.images.UniformDequantization` for where they are looked at); if the condition does not
-                fit, or is missing, or the flow takes none.
+                `nflows_kconv.flows.images.UniformDequantization` for where they are looked at); if the condition does
+                not fit, or is missing, or the flow takes none.
         """
         return -self(x, y, context)
 
@@ -295,7 +296,7 @@ class ImageFlow(image_flow.Interface, MultiscaleFlow):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """See `torch.nn.Module.load_state_dict`; takes the state_dict of the same flow of nflows, too."""
-        return super().load_state_dict(flow_state.for_normflows(state_dict, self.architecture), strict, assign)
+        return super().load_state_dict(state.for_normflows(state_dict, self.architecture), strict, assign)
 
     @contextmanager
     def _temperature(self, temperature: float | None) -> Iterator[None]:
@@ -424,8 +425,8 @@ def finc_flow(
         context_shape: If given, (E,) or (E, H', W'), each coupling and each learned prior also sees a vector or an
             image [B, *context_shape], the context: vectors at every pixel, images average-pooled to the level's size.
             At the start it has no effect. With classes as well, the context is (classes, tensor).
-        reversible: Whether to train in memory independent of K, for some more time, see `nflows_kconv.reversible`. The
-            state_dict is the same.
+        reversible: Whether to train in memory independent of K, for some more time, see
+            `nflows_kconv.flows.reversible`. The state_dict is the same.
 
     Returns:
         A `normflows.MultiscaleFlow`.

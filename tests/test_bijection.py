@@ -26,8 +26,9 @@ from torchflows.bijections.finite.autoregressive.architectures import RealNVP
 import nflows_kconv.freia
 import nflows_kconv.nflows
 import nflows_kconv.normflows
-from nflows_kconv import InvertibleConv2d, bijection, step
+from nflows_kconv import InvertibleConv2d, bijection
 from nflows_kconv.bijection import NoInverse, as_bijection, is_bijection, register
+from nflows_kconv.flows import steps
 
 D, E = 4, 3  # entries of a sample and of a context
 
@@ -276,7 +277,7 @@ def test_what_classes_tell_is_inherited_kind_by_kind():
 def test_couplings_of_every_library_tell_their_networks():
     coupling = normflows.flows.AffineCoupling(nn.Identity())
     mask = normflows.flows.MaskedAffineFlow(torch.ones(4))
-    modules = (step.AffineCoupling(nn.Identity()), nflows_coupling(), coupling, mask, nn.Linear(2, 2))
+    modules = (steps.AffineCoupling(nn.Identity()), nflows_coupling(), coupling, mask, nn.Linear(2, 2))
     expected = [("network",), ("transform_net",), ("param_map",), ("s", "t"), ()]
     assert [bijection.Bijection(module).networks for module in modules] == expected
 

@@ -11,7 +11,8 @@ from torch import nn
 from torch._dynamo.utils import counters
 from torch.func import grad, hessian, jacfwd, jvp, vmap
 
-from nflows_kconv import InvertibleConv2d, functional, step
+from nflows_kconv import InvertibleConv2d, functional
+from nflows_kconv.flows import steps
 
 LAYERS = {
     "unit": {},
@@ -179,9 +180,9 @@ def test_parameters_that_change_are_seen(device: str):
     assert_close(fast(input)[0], layer(input)[0])
 
 
-def steps_with_actnorm(device: str) -> step.Sequence:
+def steps_with_actnorm(device: str) -> steps.Sequence:
     torch.manual_seed(0)
-    return step.Sequence([step.Sequence([a_layer({}, device), step.ActNorm(4)]) for _ in range(3)]).to(device)
+    return steps.Sequence([steps.Sequence([a_layer({}, device), steps.ActNorm(4)]) for _ in range(3)]).to(device)
 
 
 def test_actnorm_compiles_once_more_after_its_first_batch(device: str):
@@ -196,7 +197,7 @@ def test_actnorm_compiles_once_more_after_its_first_batch(device: str):
     counters.clear()
     assert_close(fast(2 * input)[0], expected(2 * input)[0])
     assert counters["stats"]["unique_graphs"] == 1
-    norms = [module for module in model.modules() if isinstance(module, step.ActNorm)]
+    norms = [module for module in model.modules() if isinstance(module, steps.ActNorm)]
     with torch.compiler.set_stance("fail_on_recompile"):
         fast(input)
         for norm in norms:

@@ -10,9 +10,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import nflows_kconv.nflows
 import nflows_kconv.normflows
-from nflows_kconv import InvertibleConv2d, step
+from nflows_kconv import InvertibleConv2d
 from nflows_kconv.bijection import NoInverse
 from nflows_kconv.diagnostics import conditioning, round_trip
+from nflows_kconv.flows.steps import ActNorm, AffineCoupling, InvertibleConv1x1, Sequence
 from nflows_kconv.testing import check_transform
 from nflows_kconv.testing.probe import Probe
 
@@ -105,7 +106,7 @@ def test_a_float32_flow_makes_no_float64(library: str, form: dict):
 
 def test_neither_do_layers_and_steps():
     with WithoutFloat64():
-        steps = step.Sequence([InvertibleConv2d(4, bias=True), step.ActNorm(4), step.InvertibleConv1x1(4)])
+        steps = Sequence([InvertibleConv2d(4, bias=True), ActNorm(4), InvertibleConv1x1(4)])
         steps.steps[0].weight = steps.steps[0].weight
         for module in steps.modules():
             if hasattr(module, "reset_parameters"):
@@ -146,8 +147,8 @@ def device(monkeypatch):
 
 
 def build_step():
-    coupling = step.AffineCoupling(nn.Conv2d(3, 4, 3, padding=1), context_channels=1)
-    steps = step.Sequence([step.ActNorm(4), InvertibleConv2d(4, bias=True), coupling])
+    coupling = AffineCoupling(nn.Conv2d(3, 4, 3, padding=1), context_channels=1)
+    steps = Sequence([ActNorm(4), InvertibleConv2d(4, bias=True), coupling])
     steps(torch.randn(10, 4, 3, 3), torch.randn(10, 1))  # initialises
     return steps
 

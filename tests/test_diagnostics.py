@@ -29,8 +29,9 @@ import nflows_kconv.freia
 import nflows_kconv.nflows
 import nflows_kconv.normflows
 import nflows_kconv.torchflows
-from nflows_kconv import InvertibleConv2d, bijection, step
+from nflows_kconv import InvertibleConv2d, bijection
 from nflows_kconv.diagnostics import conditioning, round_trip
+from nflows_kconv.flows import steps
 
 SIZES = (1, 2, 4, 8, 12)
 
@@ -254,13 +255,13 @@ def test_nothing_changes(build, kinds: list[str]):
 
 
 def test_it_runs_in_evaluation_mode():
-    coupling = step.AffineCoupling(nn.Sequential(nn.Dropout(0.5), nn.Conv2d(2, 4, 3, padding=1)))
+    coupling = steps.AffineCoupling(nn.Sequential(nn.Dropout(0.5), nn.Conv2d(2, 4, 3, padding=1)))
     assert "nothing is lost" in round_trip(coupling.train(), images(3, 4, 8, 8)).verdict
 
 
-def stack(*steps: nn.Module) -> step.Sequence:
+def stack(*tested: nn.Module) -> steps.Sequence:
     """Steps that are not to blame, with those to be tested among them."""
-    return step.Sequence([step.ActNorm(4), InvertibleConv2d(4), *steps, step.InvertibleConv1x1(4)])
+    return steps.Sequence([steps.ActNorm(4), InvertibleConv2d(4), *tested, steps.InvertibleConv1x1(4)])
 
 
 def test_it_blames_a_layer_that_amplifies():
@@ -288,7 +289,7 @@ def test_errors_are_told_where_they_are_born_and_where_they_arrive():
         def inverse(self, input: Tensor, context: None = None) -> tuple[Tensor, Tensor]:
             return input.flip(3) + 0.01 * input.abs().max(), input.new_zeros(len(input))
 
-    first, off, last = round_trip(step.Sequence([step.ActNorm(4), Off(), step.ActNorm(4)]), images(3, 4, 8, 8)).steps
+    first, off, last = round_trip(steps.Sequence([steps.ActNorm(4), Off(), steps.ActNorm(4)]), images(3, 4, 8, 8)).steps
     assert (last.local, last.arriving, last.leaving) == (0, 0, 0)
     assert off.local == off.leaving == pytest.approx(0.01, rel=1e-5)
     assert off.growth == off.leaving / 2**-23
@@ -297,7 +298,7 @@ def test_errors_are_told_where_they_are_born_and_where_they_arrive():
 
 
 def test_it_blames_an_inverse_that_is_wrong():
-    class Wrong(step.ActNorm):
+    class Wrong(steps.ActNorm):
         def inverse(self, input: Tensor, context: None = None) -> tuple[Tensor, Tensor]:
             return 1.001 * input, input.new_zeros(len(input))
 
@@ -344,8 +345,8 @@ def test_an_error_between_steps_is_not_blamed_on_them():
 @pytest.mark.parametrize("setting", ["none", "ieee", "tf32", "bf16"])
 def test_it_blames_networks_in_reduced_precision(setting: str):
     """A network that rounds its input jumps where the input is off by a rounding: its step has no error of its own."""
-    steps = [(step.AffineCoupling(Net(2, 4, rounds=True)), step.InvertibleConv1x1(4)) for _ in range(6)]
-    flow = stack(*chain.from_iterable(steps))
+    pairs = [(steps.AffineCoupling(Net(2, 4, rounds=True)), steps.InvertibleConv1x1(4)) for _ in range(6)]
+    flow = stack(*chain.from_iterable(pairs))
     before = torch.backends.mkldnn.conv.fp32_precision
     torch.backends.mkldnn.conv.fp32_precision = setting
     try:
@@ -367,9 +368,9 @@ def test_autocast_is_a_setting():
 
 def test_ways_that_are_not_finite():
     layer = layer_with(1e30)
-    result = round_trip(step.Sequence([step.Inverse(layer), step.ActNorm(4)]), images(3, 4, 8, 8))
+    result = round_trip(steps.Sequence([steps.Inverse(layer), steps.ActNorm(4)]), images(3, 4, 8, 8))
     assert result.verdict == "The way to the latent variable is not finite from steps.0.step on."
-    result = round_trip(step.Sequence([step.ActNorm(4), layer]), images(3, 4, 8, 8))
+    result = round_trip(steps.Sequence([steps.ActNorm(4), layer]), images(3, 4, 8, 8))
     assert result.error == math.inf
     assert [one.growth for one in result.steps] == [1, math.inf]
     assert "All InvertibleConv2d together" in result.verdict
@@ -385,7 +386,7 @@ def test_rounding_to_whole_numbers_is_no_loss():
         def inverse(self, input: Tensor, context: None = None) -> tuple[Tensor, Tensor]:
             return (input - 1e-5).floor(), input.new_zeros(len(input))
 
-    result = round_trip(step.Sequence([Edge(), InvertibleConv2d(4)]), images(3, 4, 8, 8).mul(10).round())
+    result = round_trip(steps.Sequence([Edge(), InvertibleConv2d(4)]), images(3, 4, 8, 8).mul(10).round())
     assert result.steps[0].leaving > 0.01
     assert result.steps[0].growth == 1
     assert "nothing is lost" in result.verdict
@@ -633,7 +634,7 @@ class Straight(nn.Module):
             r"Linear must have forward\(x\) -> \(y, log_abs_det\) and inverse, as in",
         ),
         (
-            Straight(step.ActNorm(4), InvertibleConv2d(4)),
+            Straight(steps.ActNorm(4), InvertibleConv2d(4)),
             ValueError,
             r"got \[steps.0, steps.1\] there and, reversed, \[st",
         ),

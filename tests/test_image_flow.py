@@ -16,9 +16,10 @@ from torch.utils._pytree import tree_map_only
 
 import nflows_kconv.nflows
 import nflows_kconv.normflows
-from nflows_kconv import InvertibleConv2d, step
+from nflows_kconv import InvertibleConv2d
 from nflows_kconv.diagnostics import round_trip
-from nflows_kconv.sampling import GraphSampler
+from nflows_kconv.flows import steps
+from nflows_kconv.flows.sampling import GraphSampler
 from nflows_kconv.testing import check_transform
 
 LIBRARIES = {"nflows": nflows_kconv.nflows.finc_flow, "normflows": nflows_kconv.normflows.finc_flow}
@@ -144,8 +145,8 @@ def test_they_are_the_libraries_own_flows():
 def test_every_step_has_what_the_arguments_say(library):
     def layers(**arguments) -> list[InvertibleConv2d]:
         flow = build(library, **arguments)
-        steps = [module for module in flow.modules() if isinstance(module, step.ActNorm)]
-        assert len(steps) == 4
+        norms = [module for module in flow.modules() if isinstance(module, steps.ActNorm)]
+        assert len(norms) == 4
         return [module for module in flow.modules() if isinstance(module, InvertibleConv2d)]
 
     assert layers(kernel_size=None) == []
@@ -184,7 +185,7 @@ def test_the_first_batch_normalises(library):
     flow, images = build(library, trained=False), random_images(64)
     flow.train()
     latent, _ = to_latent(flow, library, images)
-    first_norm = next(module for module in flow.modules() if isinstance(module, step.ActNorm))
+    first_norm = next(module for module in flow.modules() if isinstance(module, steps.ActNorm))
     assert first_norm.initialized
     assert latent.mean().abs() < 0.05
     assert (latent.std() - 1).abs() < 0.05
@@ -328,14 +329,14 @@ def test_contexts_have_no_effect_at_the_start_and_one_on_every_part_later(librar
         assert ((there != back).any(0) == trained).all()
         assert torch.equal(flow.decode(there, context), images)
     for module in flow.modules():  # the learned prior sees it, too
-        if isinstance(module, step.AffineCoupling) and not isinstance(module.network, nn.Conv2d):
+        if isinstance(module, steps.AffineCoupling) and not isinstance(module.network, nn.Conv2d):
             nn.init.zeros_(module.network[-1].weight)
     there, back = (flow.encode(images, each)[0] for each in (context, other))
     assert (there != back)[:, : there.shape[1] // 2].all()
 
 
 def test_images_as_context_are_averaged():
-    coupling = step.AffineCoupling(nn.Conv2d(4, 4, 1), context_channels=2).double()
+    coupling = steps.AffineCoupling(nn.Conv2d(4, 4, 1), context_channels=2).double()
     input, context = torch.randn(3, 4, 2, 3).double(), torch.randn(3, 2, 4, 9).double()
     small = context.unflatten(3, (3, 3)).unflatten(2, (2, 2)).mean((3, 5))
     torch.testing.assert_close(coupling(input, context), coupling(input, small))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.autograd.functional import jacobian
 
-from nflows_kconv.images import (
+from nflows_kconv.flows.images import (
     Affine,
     Logit,
     UniformDequantization,
@@ -333,7 +333,9 @@ class TestVariationalDequantization:
 
         def y_of_noise(noise, image):
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("nflows_kconv.images.dequantization._uniform_noise", lambda values, levels: noise[None])
+                patch.setattr(
+                    "nflows_kconv.flows.images.dequantization._uniform_noise", lambda values, levels: noise[None]
+                )
                 return module(image[None])
 
         for noise, image in zip(v, x, strict=True):

@@ -20,7 +20,8 @@ from torch.nn.utils import weight_norm as old_weight_norm
 
 import nflows_kconv.nflows
 import nflows_kconv.normflows
-from nflows_kconv import InvertibleConv2d, step
+from nflows_kconv import InvertibleConv2d
+from nflows_kconv.flows import steps
 
 LIBRARIES = {"nflows": nflows_kconv.nflows.finc_flow, "normflows": nflows_kconv.normflows.finc_flow}
 in_both = pytest.mark.parametrize("library", LIBRARIES)
@@ -102,7 +103,7 @@ def test_hooks_fire_once_in_either_direction(library: str, form: str):
 
 def _couplings(flow: nn.Module) -> list[nn.Module]:
     return [
-        module.network[0] for module in parts(flow, step.AffineCoupling) if isinstance(module.network, nn.Sequential)
+        module.network[0] for module in parts(flow, steps.AffineCoupling) if isinstance(module.network, nn.Sequential)
     ]
 
 

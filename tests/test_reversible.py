@@ -26,7 +26,8 @@ from torch.nn.utils import prune
 
 import nflows_kconv.nflows
 import nflows_kconv.normflows
-from nflows_kconv import InvertibleConv2d, bijection, reversible, step
+from nflows_kconv import InvertibleConv2d, bijection
+from nflows_kconv.flows import reversible, steps
 from nflows_kconv.nflows import ReversibleCompositeTransform
 from nflows_kconv.normflows import ReversibleComposite
 
@@ -62,13 +63,13 @@ class ContextNetwork(nn.Module):
 
 
 def neutral_step() -> nn.Module:
-    coupling = step.AffineCoupling(smooth_network(2, 4))
-    return step.Sequence([InvertibleConv2d(4), step.ActNorm(4), step.InvertibleConv1x1(4), coupling])
+    coupling = steps.AffineCoupling(smooth_network(2, 4))
+    return steps.Sequence([InvertibleConv2d(4), steps.ActNorm(4), steps.InvertibleConv1x1(4), coupling])
 
 
 def inverse_step() -> nn.Module:
-    layers = [step.Inverse(InvertibleConv2d(4, diagonal="learned", bias=True, corners="TL")), step.learned_prior(4)]
-    return step.Sequence([*layers, step.InvertibleConv1x1(4)])
+    layers = [steps.Inverse(InvertibleConv2d(4, diagonal="learned", bias=True, corners="TL")), steps.learned_prior(4)]
+    return steps.Sequence([*layers, steps.InvertibleConv1x1(4)])
 
 
 def nflows_step() -> nn.Module:
@@ -116,8 +117,8 @@ class OrdinaryComposite(nf.flows.Composite):
 
 # name: a step, and the ordinary and the reversible container.
 LIBRARIES = {
-    "neutral": (neutral_step, step.Sequence, reversible.Chain),
-    "neutral, inverse": (inverse_step, step.Sequence, reversible.Chain),
+    "neutral": (neutral_step, steps.Sequence, reversible.Chain),
+    "neutral, inverse": (inverse_step, steps.Sequence, reversible.Chain),
     "nflows": (nflows_step, transforms.CompositeTransform, ReversibleCompositeTransform),
     "nflows, splines": (nflows_splines, transforms.CompositeTransform, ReversibleCompositeTransform),
     "normflows": (normflows_step, OrdinaryComposite, ReversibleComposite),
@@ -226,17 +227,17 @@ def test_gradients_in_float32_are_the_ordinary_ones_to_rounding(library, steps):
 
 def test_gradients_stay_right_where_inverses_explode(monkeypatch):
     def squeezing_step() -> nn.Module:
-        norm = step.ActNorm(4)
+        norm = steps.ActNorm(4)
         with torch.no_grad():
             norm.log_scale.copy_(torch.tensor([0.1, 0.1, 1.5, 1.5]).log())
-        return step.Sequence([norm, step.AffineCoupling(smooth_network(2, 4)), step.InvertibleConv1x1(4)]).eval()
+        return steps.Sequence([norm, steps.AffineCoupling(smooth_network(2, 4)), steps.InvertibleConv1x1(4)]).eval()
 
-    steps = [squeezing_step() for _ in range(56)]
+    modules = [squeezing_step() for _ in range(56)]
     inputs = images(dtype=torch.float32)
-    expected = gradients(step.Sequence(steps), inputs)
-    assert error(gradients(reversible.Chain(steps), inputs), expected) < 1e-5
+    expected = gradients(steps.Sequence(modules), inputs)
+    assert error(gradients(reversible.Chain(modules), inputs), expected) < 1e-5
     monkeypatch.setattr(reversible, "_is_close", lambda *arguments: True)
-    assert error(gradients(reversible.Chain(steps), inputs), expected) > 1e-4  # else this tests nothing
+    assert error(gradients(reversible.Chain(modules), inputs), expected) > 1e-4  # else this tests nothing
 
 
 @pytest.mark.parametrize(
@@ -245,9 +246,9 @@ def test_gradients_stay_right_where_inverses_explode(monkeypatch):
 def test_the_memory_is_independent_of_the_number_of_steps(library, direction):
     inputs = images(dtype=torch.float32)
     ordinary, peaks = {}, {}
-    for steps in (16, 48):
-        ordinary[steps], peaks[steps] = (
-            peak_bytes(module, inputs, direction) for module in twins(library, steps, torch.float32)
+    for count in (16, 48):
+        ordinary[count], peaks[count] = (
+            peak_bytes(module, inputs, direction) for module in twins(library, count, torch.float32)
         )
     assert ordinary[48] > 2.5 * ordinary[16]
     assert peaks[48] < 1.1 * peaks[16] < 0.55 * ordinary[16]
@@ -288,8 +289,8 @@ def test_each_network_is_evaluated_twice_in_a_training_step(library):
 
 
 def test_the_first_batch_initialises_once():
-    steps = [neutral_step() for _ in range(STEPS)]
-    ordinary, other = step.Sequence(copy.deepcopy(steps)), reversible.Chain(steps)
+    modules = [neutral_step() for _ in range(STEPS)]
+    ordinary, other = steps.Sequence(copy.deepcopy(modules)), reversible.Chain(modules)
     inputs = 3 + 2 * images(20, torch.float32)
     found, expected = gradients(other, inputs), gradients(ordinary, inputs)
     assert error(found, expected) < 1e-5
@@ -386,10 +387,10 @@ def test_gradients_accumulate_in_parameters_as_ever():
 
 
 def test_a_step_that_occurs_twice_gets_both_gradients():
-    steps = [neutral_step().double() for _ in range(6)] * 4
+    modules = [neutral_step().double() for _ in range(6)] * 4
     inputs = images()
-    step.Sequence(steps)(inputs)  # ActNorm looks at its first batch
-    assert_equal(gradients(reversible.Chain(steps), inputs), gradients(step.Sequence(steps), inputs))
+    steps.Sequence(modules)(inputs)  # ActNorm looks at its first batch
+    assert_equal(gradients(reversible.Chain(modules), inputs), gradients(steps.Sequence(modules), inputs))
 
 
 def test_one_of_the_results_is_enough():
@@ -485,7 +486,7 @@ def test_sharding_around_the_steps_trains_and_of_each_step_is_refused(tmp_path):
 @pytest.mark.filterwarnings("ignore")  # of torch.compile, about its graph breaks
 def test_torch_compile_breaks_its_graph(monkeypatch):
     monkeypatch.setattr(reversible, "_KEPT_INPUTS", 1)  # else it takes many steps, which compile slowly, to undo any
-    module = reversible.Chain([step.AffineCoupling(smooth_network(2, 4)) for _ in range(3)]).double()
+    module = reversible.Chain([steps.AffineCoupling(smooth_network(2, 4)) for _ in range(3)]).double()
     inputs = images()
     results = []
     for function in (module, torch.compile(module, backend="aot_eager")):
@@ -545,7 +546,7 @@ class AddNoise(nn.Module):
 @pytest.mark.parametrize("draws", [nn.Dropout(0.5), AddNoise()], ids=["dropout", "noise"])
 def test_random_numbers_are_refused(draws):
     if isinstance(draws, nn.Dropout):
-        draws = step.AffineCoupling(nn.Sequential(draws, smooth_network(2, 4)))
+        draws = steps.AffineCoupling(nn.Sequential(draws, smooth_network(2, 4)))
     module = reversible.Chain([neutral_step(), draws])
     with pytest.raises(RuntimeError, match="random numbers, as dropout does"):
         module(images(dtype=torch.float32))
@@ -556,7 +557,7 @@ def test_random_numbers_are_refused(draws):
 def normalised(normalise: Callable[[nn.Module], nn.Module]) -> nn.Module:
     network = smooth_network(2, 4)
     network[0] = normalise(network[0])
-    return reversible.Chain([neutral_step(), step.AffineCoupling(network)])
+    return reversible.Chain([neutral_step(), steps.AffineCoupling(network)])
 
 
 STATEFUL = {
@@ -574,7 +575,7 @@ def test_networks_that_change_whenever_they_are_called_are_refused(normalise):
         module(images())
     module.eval()
     inputs = images()
-    assert_equal(gradients(module, inputs), gradients(step.Sequence(module.steps), inputs))
+    assert_equal(gradients(module, inputs), gradients(steps.Sequence(module.steps), inputs))
     with torch.no_grad():
         module.train()(inputs)
 
@@ -589,7 +590,7 @@ def test_a_refusal_leaves_everything_as_it_was(library, refused):
     """In the flows of `finc_flow`, and beside the libraries' own ActNorm, which replace what ours changes in place."""
     if library in LIBRARIES:
         build, _, container = LIBRARIES[library]
-        module, inputs = container([build(), step.AffineCoupling(smooth_network(2, 4))]), images(dtype=torch.float32)
+        module, inputs = container([build(), steps.AffineCoupling(smooth_network(2, 4))]), images(dtype=torch.float32)
     else:
         adapter = nflows_kconv.nflows if library.endswith(" nflows") else nflows_kconv.normflows
         module, inputs = (
@@ -597,7 +598,7 @@ def test_a_refusal_leaves_everything_as_it_was(library, refused):
             torch.randint(256, (5, 1, 4, 4)),
         )
     call = module if library in LIBRARIES else module.log_prob
-    network = [part.network for part in module.modules() if isinstance(part, step.AffineCoupling)][-1]
+    network = [part.network for part in module.modules() if isinstance(part, steps.AffineCoupling)][-1]
     network[0] = refused(network[0])
     for _ in range(2):
         before, tensors = copy.deepcopy(module.state_dict()), [*module.parameters(), *module.buffers()]
@@ -622,10 +623,10 @@ def test_a_refusal_leaves_everything_as_it_was(library, refused):
 )
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
 def test_networks_whose_weights_are_computed_get_the_ordinary_gradients(normalise):
-    steps = [step.AffineCoupling(normalised(normalise).steps[1].network) for _ in range(STEPS)]
+    modules = [steps.AffineCoupling(normalised(normalise).steps[1].network) for _ in range(STEPS)]
     inputs = images()
-    ordinary = step.Sequence(steps).double()
-    assert_equal(gradients(reversible.Chain(steps), inputs), gradients(ordinary, inputs))
+    ordinary = steps.Sequence(modules).double()
+    assert_equal(gradients(reversible.Chain(modules), inputs), gradients(ordinary, inputs))
 
 
 def test_a_flow_whose_steps_normalise_by_the_batch_is_refused():
@@ -684,10 +685,10 @@ def test_on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     inputs = images(500, torch.float32).cuda()
     peaks = {}
-    for steps in (32, 64):
-        ordinary, other = (module.cuda() for module in twins("neutral", steps, torch.float32))
+    for count in (32, 64):
+        ordinary, other = (module.cuda() for module in twins("neutral", count, torch.float32))
         assert error(gradients(other, inputs), gradients(ordinary, inputs)) < 1e-4
-        peaks[steps] = peak_bytes(other, inputs)
+        peaks[count] = peak_bytes(other, inputs)
     assert peaks[64] < 1.05 * peaks[32] + 512 * len(list(other.parameters()))  # blocks are of 512 bytes
 
 

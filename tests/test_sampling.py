@@ -15,9 +15,10 @@ from torch.nn.utils import parametrize, prune
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nflows_kconv import bijection, sampling
-from nflows_kconv.sampling import GraphSampler, inverse_weights
-from nflows_kconv.step import InvertibleConv1x1
+from nflows_kconv import bijection
+from nflows_kconv.flows import sampling
+from nflows_kconv.flows.sampling import GraphSampler, inverse_weights
+from nflows_kconv.flows.steps import InvertibleConv1x1
 
 nflows_flows = pytest.importorskip("nflows.flows")
 normflows = pytest.importorskip("normflows")

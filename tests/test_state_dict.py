@@ -21,7 +21,8 @@ import nflows_kconv.freia
 import nflows_kconv.nflows
 import nflows_kconv.normflows
 import nflows_kconv.torchflows
-from nflows_kconv import InvertibleConv2d, functional, step
+from nflows_kconv import InvertibleConv2d, functional
+from nflows_kconv.flows import steps
 
 LAYERS = {
     "unit": {},
@@ -258,7 +259,7 @@ ADAPTERS: dict[str, Callable[[], nn.Module]] = {
     "freia": lambda: nflows_kconv.freia.InvertibleConv2d([(4, 5, 5)], **OPTIONS),
     "torchflows": lambda: nflows_kconv.torchflows.InvertibleConv2d((4, 5, 5), **OPTIONS),
     "distributions": lambda: nflows_kconv.distributions.InvertibleConv2d(4, cache_size=1, **OPTIONS),
-    "steps": lambda: step.Sequence([step.ActNorm(4), step.InvertibleConv1x1(4), step.learned_prior(4)]),
+    "steps": lambda: steps.Sequence([steps.ActNorm(4), steps.InvertibleConv1x1(4), steps.learned_prior(4)]),
     **{
         f"flow of {library.__name__}": lambda library=library, **options: library.finc_flow(
             (4, 4, 4), 1, 1, hidden_channels=4, preprocessing=None, **options
@@ -363,8 +364,8 @@ def test_files_of_earlier_versions():
     """Whose layers had their masks as buffers, which were not saved, and whose ActNorm had a flag of its own."""
     keys = {
         InvertibleConv2d(4, **OPTIONS): ["raw_weight", "log_diagonal", "bias"],
-        step.ActNorm(4): ["log_scale", "shift", "initialized"],
-        step.InvertibleConv1x1(4): ["lower", "upper", "log_scale", "permutation", "sign"],
+        steps.ActNorm(4): ["log_scale", "shift", "initialized"],
+        steps.InvertibleConv1x1(4): ["lower", "upper", "log_scale", "permutation", "sign"],
     }
     for module, names in keys.items():
         assert sorted(module.state_dict()) == sorted(names)
@@ -380,7 +381,7 @@ def test_emptied_modules_can_be_reset(adapter: str):
         return  # whose distributions have buffers that nothing resets
     assert all(tensor.isfinite().all() for tensor in both_directions(module))
     assert not any(
-        norm.initialized and norm.shift.eq(0).all() for norm in module.modules() if isinstance(norm, step.ActNorm)
+        norm.initialized and norm.shift.eq(0).all() for norm in module.modules() if isinstance(norm, steps.ActNorm)
     )
 
 

@@ -26,7 +26,8 @@ import nflows_kconv.freia
 import nflows_kconv.nflows
 import nflows_kconv.normflows
 import nflows_kconv.torchflows
-from nflows_kconv import InvertibleConv2d, bijection, images, step, testing
+from nflows_kconv import InvertibleConv2d, bijection, testing
+from nflows_kconv.flows import images, steps
 
 # nflows' and normflows' 1x1 convolutions
 pytestmark = [pytest.mark.filterwarnings(f"ignore:torch.{name} is deprecated") for name in ("lu", "triangular_solve")]
@@ -151,7 +152,10 @@ TRANSFORMS = {
     },
     "layer in nflows, inverted": (lambda: nt.InverseTransform(nflows_kconv.nflows.InvertibleConv2d(4)), pictures()),
     "GlowBlock": (lambda: nflows_kconv.normflows.GlowBlock(4, 4), pictures()),
-    "steps": (lambda: step.Sequence([step.ActNorm(4), step.InvertibleConv1x1(4), step.learned_prior(4)]), pictures()),
+    "steps": (
+        lambda: steps.Sequence([steps.ActNorm(4), steps.InvertibleConv1x1(4), steps.learned_prior(4)]),
+        pictures(),
+    ),
     "logit": (images.Logit, pictures().sigmoid()),
     # Whose Jacobian has another sign in another context
     "reflection, without inverse": (lambda: Reflection(), vectors(), torch.tensor([1.0, -1.0, 1.0])),

@@ -27,7 +27,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from nflows_kconv import InvertibleConv2d, reversible
+from nflows_kconv import InvertibleConv2d
+from nflows_kconv.flows import reversible
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))

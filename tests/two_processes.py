@@ -15,7 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import nflows_kconv.nflows
 import nflows_kconv.normflows
-from nflows_kconv import InvertibleConv2d, step
+from nflows_kconv import InvertibleConv2d
+from nflows_kconv.flows import steps
 
 SCENARIOS: dict[str, Callable[[int], None]] = {}
 LIBRARIES = {"nflows": nflows_kconv.nflows.finc_flow, "normflows": nflows_kconv.normflows.finc_flow}
@@ -51,13 +52,13 @@ class Density(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.steps = step.Sequence(
-            step.Sequence(
+        self.steps = steps.Sequence(
+            steps.Sequence(
                 [
                     InvertibleConv2d(4, diagonal="learned"),
-                    step.ActNorm(4),
-                    step.InvertibleConv1x1(4),
-                    step.AffineCoupling(step.coupling_network(4, 8)),
+                    steps.ActNorm(4),
+                    steps.InvertibleConv1x1(4),
+                    steps.AffineCoupling(steps.coupling_network(4, 8)),
                 ]
             )
             for _ in range(2)
@@ -108,8 +109,8 @@ def train_together(model: DistributedDataParallel, rank: int, library: str | Non
     assert_equal_in_both(model)
 
 
-def norms(model: nn.Module) -> list[step.ActNorm]:
-    return [module for module in model.modules() if isinstance(module, step.ActNorm)]
+def norms(model: nn.Module) -> list[steps.ActNorm]:
+    return [module for module in model.modules() if isinstance(module, steps.ActNorm)]
 
 
 def assert_equal_in_both(model: nn.Module) -> None:
@@ -205,7 +206,7 @@ def as_one_process_on_the_joined_batch(rank, library, build):
 
 @scenario
 def statistics_far_from_zero(rank):
-    model = DistributedDataParallel(step.ActNorm(2))
+    model = DistributedDataParallel(steps.ActNorm(2))
     images = torch.randn(16, 2, 8, 8, generator=torch.Generator().manual_seed(1)) + 1e4
     model(half(images, rank))
     torch.testing.assert_close(model.module.shift.double(), -images.double().mean((0, 2, 3)), atol=1e-3, rtol=0)
@@ -215,12 +216,12 @@ def statistics_far_from_zero(rank):
 
 @scenario
 def an_empty_batch_takes_part(rank):
-    model = DistributedDataParallel(step.ActNorm(4))
+    model = DistributedDataParallel(steps.ActNorm(4))
     images = numbers()[:0] if rank else numbers()
     model(images)
     assert_equal_in_both(model)
     torch.testing.assert_close(model.module.shift, -numbers().mean((0, 2, 3)))
-    other = DistributedDataParallel(step.ActNorm(4))
+    other = DistributedDataParallel(steps.ActNorm(4))
     other(images[:0])
     assert not other.module.initialized
 
@@ -251,12 +252,12 @@ def calls_outside_the_wrapper_are_ones_own(rank):
     if rank == 0:
         model.module(numbers())
         assert all(norm.initialized for norm in norms(model))
-    stranger = step.ActNorm(4)
+    stranger = steps.ActNorm(4)
 
     class Calls(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.norm = step.ActNorm(4)
+            self.norm = steps.ActNorm(4)
 
         def forward(self, images: Tensor) -> Tensor:
             if rank == 0:
@@ -269,7 +270,7 @@ def calls_outside_the_wrapper_are_ones_own(rank):
 
 def shard(model: nn.Module) -> nn.Module:
     for module in list(model.modules()):
-        if isinstance(module, InvertibleConv2d | step.ActNorm | step.AffineCoupling):
+        if isinstance(module, InvertibleConv2d | steps.ActNorm | steps.AffineCoupling):
             fully_shard(module)
     return fully_shard(model)
 

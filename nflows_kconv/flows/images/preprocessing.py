@@ -8,7 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from nflows_kconv.images.arguments import at_least_float32, check_numbers, for_each_image
+from nflows_kconv.flows.images.arguments import at_least_float32, check_numbers, for_each_image
 from nflows_kconv.invertible import InvertibleModule
 
 

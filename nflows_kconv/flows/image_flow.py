@@ -20,10 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nflows_kconv import checks, images, step
-from nflows_kconv.images.dequantization import check_levels
+from nflows_kconv import checks
+from nflows_kconv.flows import images, steps
+from nflows_kconv.flows.images.dequantization import check_levels
+from nflows_kconv.flows.reversible import Chain
 from nflows_kconv.layer import InvertibleConv2d
-from nflows_kconv.reversible import Chain
 
 Corners = str | Sequence[str] | Sequence[Sequence[str]]
 Shape = tuple[int, int, int]
@@ -100,30 +101,30 @@ class Architecture:
         """The way from images, or continuous data, to the numbers that the first level takes."""
         return Preprocessing(self.image_shape, None if self.preprocessing is None else self.num_levels)
 
-    def build_stacks(self) -> list[step.Sequence]:
+    def build_stacks(self) -> list[nn.Module]:
         """The steps of each level, the learned prior of its split included."""
         context_channels = 0 if self.context_shape is None else self.context_shape[0]
-        kind = Chain if self.reversible else step.Sequence
-        built = []
+        kind = Chain if self.reversible else steps.Sequence
+        built: list[nn.Module] = []
         for level, (channels, _, _) in enumerate(self.level_shapes, start=1):
             modules: list[nn.Module] = [self._step(channels, context_channels) for _ in range(self.steps)]
             if level < self.levels:
-                modules.append(step.learned_prior(channels, context_channels))
+                modules.append(steps.learned_prior(channels, context_channels))
             built.append(kind(modules))
         return built
 
-    def _step(self, channels: int, context_channels: int) -> step.Sequence:
+    def _step(self, channels: int, context_channels: int) -> nn.Module:
         layers: list[nn.Module] = []
         if self.kernel_size is not None:
             options = {"diagonal": self.diagonal, "max_inverse_gain": self.max_inverse_gain}
             layers = convolutions(InvertibleConv2d, channels, self.kernel_size, self.corners, **options)
-        return step.Sequence(
+        return steps.Sequence(
             [
-                *(step.Inverse(layer) if self.direction == "inverse" else layer for layer in layers),
-                step.ActNorm(channels),
-                step.InvertibleConv1x1(channels),
-                step.AffineCoupling(
-                    step.coupling_network(channels, self.hidden_channels, context_channels), context_channels
+                *(steps.Inverse(layer) if self.direction == "inverse" else layer for layer in layers),
+                steps.ActNorm(channels),
+                steps.InvertibleConv1x1(channels),
+                steps.AffineCoupling(
+                    steps.coupling_network(channels, self.hidden_channels, context_channels), context_channels
                 ),
             ]
         )
@@ -138,7 +139,7 @@ def convolutions(
     return [layer_class(channels, kernel_size, corners=each, **options) for each in layers]
 
 
-class Preprocessing(step.Sequence):
+class Preprocessing(steps.Sequence):
     """Data -> real numbers: for images uniform dequantisation, then the logit with alpha = 1e-6; else as it is.
 
     Args:
@@ -278,7 +279,7 @@ class Interface(nn.Module):
             TypeError: If it is of half precision.
         """
         # Not next(self.parameters()): the replicas of DataParallel have none, but attributes of these names.
-        parameter = next(module for module in self.modules() if isinstance(module, step.ActNorm)).log_scale
+        parameter = next(module for module in self.modules() if isinstance(module, steps.ActNorm)).log_scale
         if parameter.dtype not in (torch.float32, torch.float64):
             raise TypeError(
                 f"a flow's parameters must be float32 or float64, as its inverse needs their digits, got "

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nflows_kconv import checks
-from nflows_kconv.images.arguments import at_least_float32, check_images
+from nflows_kconv.flows.images.arguments import at_least_float32, check_images
 
 
 def bits_per_dim(log_prob: Tensor, image_shape: Sequence[int]) -> Tensor:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from nflows_kconv import checks
-from nflows_kconv.images.arguments import at_least_float32, check_images, for_each_image
-from nflows_kconv.images.preprocessing import Logit
+from nflows_kconv.flows.images.arguments import at_least_float32, check_images, for_each_image
+from nflows_kconv.flows.images.preprocessing import Logit
 from nflows_kconv.invertible import InvertibleModule
 
 

@@ -11,8 +11,8 @@ Vicol, Wang, Grosse, Jacobsen 2021, arXiv 2006.09347). A kept input ends this gr
 Where it was too large, the inputs up to the next kept one, K / 8 of them, are computed again in the forward direction.
 
 The networks of couplings, which are most of the work, are evaluated once to undo and repeat a step (see
-`nflows_kconv.shared_networks`). Where they are all that counts, a training step takes 4/3 of the ordinary time: two
-evaluations and the derivative, which costs two more, in place of one and the derivative.
+`shared_networks`). Where they are all that counts, a training step takes 4/3 of the ordinary time: two evaluations and
+the derivative, which costs two more, in place of one and the derivative.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import get_device_states
 
-from nflows_kconv import step
 from nflows_kconv.bijection import Bijection, as_bijection
-from nflows_kconv.shared_networks import evaluated_once
+from nflows_kconv.flows import steps
+from nflows_kconv.flows.shared_networks import evaluated_once
 
 Gradients = dict[Tensor, Tensor]
 
@@ -41,8 +41,8 @@ _KEPT_INPUTS = 8
 _settled: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
-class Chain(step.Sequence):
-    """`step.Sequence` that trains in memory independent of the number of steps, see `cascade`.
+class Chain(steps.Sequence):
+    """`steps.Sequence` that trains in memory independent of the number of steps, see `cascade`.
 
     Its parameters, state_dict and results are the same.
 

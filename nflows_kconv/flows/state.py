@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from nflows_kconv.image_flow import Architecture
+from nflows_kconv.flows.image_flow import Architecture
 
 _PATTERNS = {
     "nflows": re.compile(r"_transform\._transforms\.1\._transforms\.(\d+)\._transforms\.1\.(.*)"),

@@ -10,17 +10,18 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nflows_kconv import InvertibleConv2d, step
+from nflows_kconv import InvertibleConv2d
+from nflows_kconv.flows import steps
 from nflows_kconv.testing import check_transform
 
 STEPS = {
-    "actnorm": lambda: step.ActNorm(4),
-    "1x1": lambda: step.InvertibleConv1x1(4),
-    "coupling": lambda: step.AffineCoupling(step.coupling_network(4, 6)),
-    "prior": lambda: step.learned_prior(4),
-    "sequence": lambda: step.Sequence([InvertibleConv2d(4), step.ActNorm(4), step.InvertibleConv1x1(4)]),
-    "inverse": lambda: step.Inverse(InvertibleConv2d(4, diagonal="learned", corners="TL")),
-    "nothing": lambda: step.Sequence([]),
+    "actnorm": lambda: steps.ActNorm(4),
+    "1x1": lambda: steps.InvertibleConv1x1(4),
+    "coupling": lambda: steps.AffineCoupling(steps.coupling_network(4, 6)),
+    "prior": lambda: steps.learned_prior(4),
+    "sequence": lambda: steps.Sequence([InvertibleConv2d(4), steps.ActNorm(4), steps.InvertibleConv1x1(4)]),
+    "inverse": lambda: steps.Inverse(InvertibleConv2d(4, diagonal="learned", corners="TL")),
+    "nothing": lambda: steps.Sequence([]),
 }
 every_step = pytest.mark.parametrize("name", STEPS)
 
@@ -59,7 +60,7 @@ def test_half_precision_has_float32_log_determinants(name):
 
 
 def test_the_first_batch_in_training_mode_sets_actnorm():
-    norm = step.ActNorm(3)
+    norm = steps.ActNorm(3)
     x = torch.randn(50, 3, 4, 5) * torch.tensor([0.1, 2.0, 30.0])[:, None, None] + 7
     assert torch.equal(norm.eval()(x)[0], x)
     y, _ = norm.train()(x)
@@ -74,7 +75,7 @@ def test_the_first_batch_in_training_mode_sets_actnorm():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_actnorm_of_numbers_far_from_zero(dtype):
     """Their variance is what float32 loses of the mean of squares."""
-    norm = step.ActNorm(2)
+    norm = steps.ActNorm(2)
     x = (torch.randn(40, 2, 8, 8) * torch.tensor([1, 100.0])[:, None, None] + 1e4).to(dtype)
     norm.to(dtype)(x)
     exact = x.double()
@@ -100,13 +101,13 @@ RESETS = {
 @pytest.mark.parametrize("free", ["cpu", "none"])
 @pytest.mark.parametrize("reset", RESETS)
 def test_the_buffer_of_actnorm_decides(reset, free, monkeypatch):
-    monkeypatch.setattr(step, "_LOOKS_ARE_FREE", (free,))
-    norm, x = step.ActNorm(3), torch.randn(9, 3, 4, 4) + 5
+    monkeypatch.setattr(steps, "_LOOKS_ARE_FREE", (free,))
+    norm, x = steps.ActNorm(3), torch.randn(9, 3, 4, 4) + 5
     norm(x)
     set_by_first = norm.shift.clone()
     norm(x + 1)
     assert torch.equal(norm.shift, set_by_first)
-    RESETS[reset](norm, step.ActNorm(3))
+    RESETS[reset](norm, steps.ActNorm(3))
     assert not norm.initialized
     if reset == "data" and free == "none":  # leaves no trace
         norm.train()
@@ -121,7 +122,7 @@ def test_the_buffer_of_actnorm_decides(reset, free, monkeypatch):
 
 
 def test_actnorm_waits_for_a_batch_with_values():
-    norm, x = step.ActNorm(3), torch.randn(9, 3, 4, 4) + 5
+    norm, x = steps.ActNorm(3), torch.randn(9, 3, 4, 4) + 5
     norm(x[:0])
     assert not norm.initialized
     parameters = dict(norm.named_parameters())
@@ -133,11 +134,11 @@ def test_actnorm_waits_for_a_batch_with_values():
     together = torch.func.vmap(lambda *state: torch.func.functional_call(norm, state, (x,))[0])(parameters, buffers)
     torch.testing.assert_close(together, norm(x)[0].expand(2, -1, -1, -1, -1))
     with torch.device("meta"):
-        step.ActNorm(3)(torch.empty(9, 3, 4, 4))
+        steps.ActNorm(3)(torch.empty(9, 3, 4, 4))
     with FakeTensorMode():
-        step.ActNorm(3)(torch.empty(9, 3, 4, 4))
+        steps.ActNorm(3)(torch.empty(9, 3, 4, 4))
     with torch.inference_mode():
-        made_there = step.ActNorm(3)
+        made_there = steps.ActNorm(3)
         for _ in range(2):
             made_there(x)
     assert torch.equal(made_there.shift, norm.shift)
@@ -157,9 +158,9 @@ class OneLook(TorchDispatchMode):
 
 def test_other_devices_are_asked_once(monkeypatch):
     """Where each look waits for the device: only the first, and after a change."""
-    norm, x = step.ActNorm(3), torch.randn(9, 3, 4, 4) + 5
+    norm, x = steps.ActNorm(3), torch.randn(9, 3, 4, 4) + 5
     norm(x)
-    monkeypatch.setattr(step, "_LOOKS_ARE_FREE", ())
+    monkeypatch.setattr(steps, "_LOOKS_ARE_FREE", ())
     with OneLook() as counter:
         for _ in range(3):
             norm(x)
@@ -172,20 +173,20 @@ def test_other_devices_are_asked_once(monkeypatch):
 
 
 def test_running_back_sets_nothing():
-    norm = step.ActNorm(3)
+    norm = steps.ActNorm(3)
     norm.inverse(torch.randn(4, 3, 2, 2))
     assert not norm.initialized
 
 
 def test_actnorm_of_a_constant_channel_stays_finite():
-    norm = step.ActNorm(2)
+    norm = steps.ActNorm(2)
     y, log_abs_det = norm(torch.full((3, 2, 2, 2), 5.0))
     assert y.isfinite().all()
     assert log_abs_det.isfinite().all()
 
 
 def test_a_state_dict_carries_the_initialisation():
-    norm, loaded = step.ActNorm(2), step.ActNorm(2)
+    norm, loaded = steps.ActNorm(2), steps.ActNorm(2)
     norm(torch.randn(9, 2, 3, 3) + 4)
     loaded.load_state_dict(norm.state_dict())
     x = torch.randn(5, 2, 3, 3)
@@ -193,7 +194,7 @@ def test_a_state_dict_carries_the_initialisation():
 
 
 def test_the_1x1_starts_as_a_rotation():
-    convolution = step.InvertibleConv1x1(6)
+    convolution = steps.InvertibleConv1x1(6)
     x = torch.randn(2, 6, 3, 4)
     y, log_abs_det = convolution(x)
     torch.testing.assert_close(y.square().sum(1), x.square().sum(1))
@@ -202,7 +203,7 @@ def test_the_1x1_starts_as_a_rotation():
     torch.testing.assert_close(convolution.inverse_weight() @ weight, torch.eye(6), atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("module", [step.learned_prior(4), step.AffineCoupling(step.coupling_network(4, 8))])
+@pytest.mark.parametrize("module", [steps.learned_prior(4), steps.AffineCoupling(steps.coupling_network(4, 8))])
 def test_couplings_start_as_the_identity(module):
     x = torch.randn(2, 4, 3, 3)
     y, log_abs_det = module(x)
@@ -215,15 +216,15 @@ def test_scales_of_couplings_are_bounded():
         def forward(self, kept: Tensor) -> Tensor:
             return torch.cat([kept.sign() * 1e6, torch.zeros_like(kept)], 1)
 
-    y, _ = step.AffineCoupling(Huge())(torch.ones(1, 4, 1, 1) * torch.tensor([1.0, 1, 1, -1])[:, None, None])
+    y, _ = steps.AffineCoupling(Huge())(torch.ones(1, 4, 1, 1) * torch.tensor([1.0, 1, 1, -1])[:, None, None])
     torch.testing.assert_close(y[0, :2, 0, 0].log(), torch.tensor([2.0, -2.0]))
 
 
 def test_only_networks_run_in_half_precision_under_autocast():
-    steps = step.Sequence([InvertibleConv2d(4), step.ActNorm(4), step.InvertibleConv1x1(4)]).eval()
+    sequence = steps.Sequence([InvertibleConv2d(4), steps.ActNorm(4), steps.InvertibleConv1x1(4)]).eval()
     x = torch.randn(3, 4, 5, 2)
     with torch.autocast("cpu", torch.bfloat16):
-        y, _ = steps(x)
-        restored, _ = steps.inverse(y)
+        y, _ = sequence(x)
+        restored, _ = sequence.inverse(y)
     assert y.dtype == torch.float32
     torch.testing.assert_close(restored, x)

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from nflows_kconv import checks
 from nflows_kconv.attributes import replaced
 from nflows_kconv.bijection import Bijection
-from nflows_kconv.step import InvertibleConv1x1, inverse_weight
+from nflows_kconv.flows.steps import InvertibleConv1x1, inverse_weight
 
 _GRAPH_DEVICE = "cuda"
 # What the flow is conditioned on, one row an image.
@@ -34,7 +34,7 @@ class GraphSampler:
 
     Sampling launches thousands of small kernels; launching them takes longer than running them. The first call on a
     GPU captures them in a graph, and every call replays it. On other devices each call runs the flow. Either way all
-    matrices of a size among the flow's `step.InvertibleConv1x1` are inverted in one batch; layers with forward
+    matrices of a size among the flow's `steps.InvertibleConv1x1` are inverted in one batch; layers with forward
     pre-hooks, such as those of pruning, invert their own.
 
     Any flow will do that `nflows_kconv.bijection` can draw samples from. On a GPU no layer may wait for it, to look at
@@ -61,7 +61,7 @@ class GraphSampler:
     Examples:
         >>> import torch
         >>> from nflows_kconv.nflows import finc_flow
-        >>> from nflows_kconv.sampling import GraphSampler
+        >>> from nflows_kconv.flows.sampling import GraphSampler
         >>> flow = finc_flow((3, 32, 32), levels=3, steps=2, hidden_channels=64)
         >>> sampler = GraphSampler(flow.to("cuda" if torch.cuda.is_available() else "cpu"), num_samples=10)
         >>> sampler(temperature=0.7).shape

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor, peek_interpreter_stack
 
-from nflows_kconv import bijection, parallel
+from nflows_kconv import bijection
+from nflows_kconv.flows import parallel
 from nflows_kconv.invertible import InvertibleModule
 
 # Elsewhere to look at a value waits for the device.
