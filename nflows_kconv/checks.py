@@ -8,7 +8,8 @@ from numbers import Integral, Real
 
 import torch
 from torch import Tensor
-from torch._C._functorch import peek_interpreter_stack
+
+from nflows_kconv.torch_internals import is_under_torch_func
 
 
 def positive(name: str, value: int) -> int:
@@ -36,15 +37,6 @@ def per_axis(name: str, value: int | Sequence[int], dimensions: int) -> tuple[in
     if len(values) != dimensions:
         raise ValueError(f"{name} must be an integer or one for each of {dimensions} axes, got {value!r}")
     return tuple(positive(name, each) for each in values)
-
-
-def is_under_torch_func() -> bool:
-    """Whether a transformation of torch.func is at work, such as vmap; under torch.compile, too, which traces it."""
-    return peek_interpreter_stack() is not None
-
-
-# What torch.compiler.assume_constant_result does, which would import the compiler along with this package.
-is_under_torch_func._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def temperature(value: float) -> float:

@@ -35,8 +35,9 @@ from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 from torch.utils.flop_counter import register_flop_formula
 
-from nflows_kconv import backends, checks, stencil
+from nflows_kconv import backends, stencil
 from nflows_kconv.backends.registry import Problem
+from nflows_kconv.torch_internals import is_under_torch_func
 
 _library = torch.library.Library("nflows_kconv", "DEF")
 for _name in ("conv", "solve"):
@@ -336,7 +337,7 @@ def _is_recorded(*tensors: Tensor | None) -> bool:
             if tensor is not None and tensor.requires_grad:
                 return True
     # Graphs of torch.compile enter a level of torch.func without telling forward_ad.
-    return forward_ad._current_level >= 0 or checks.is_under_torch_func()
+    return forward_ad._current_level >= 0 or is_under_torch_func()
 
 
 def _is_direct(tensor: Tensor) -> bool:
@@ -346,7 +347,7 @@ def _is_direct(tensor: Tensor) -> bool:
 
 
 def _evaluated(operator: Callable[..., Tensor], *args: Any) -> Tensor:
-    if _is_direct(args[0]) and forward_ad._current_level < 0 and not checks.is_under_torch_func():
+    if _is_direct(args[0]) and forward_ad._current_level < 0 and not is_under_torch_func():
         return backends.run(_problem(_NAMES[operator], *args))
     # A function's forward runs with both modes of differentiation off, which would hide this call from the outer levels
     # of nested torch.func transforms.

@@ -26,12 +26,12 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import get_device_states
 
 from nflows_kconv.bijection import Bijection, as_bijection
 from nflows_kconv.flows import steps
 from nflows_kconv.flows.shared_networks import evaluated_once
+from nflows_kconv.torch_internals import tree_leaves
 
 Gradients = dict[Tensor, Tensor]
 

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import vmap
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from nflows_kconv import checks
 from nflows_kconv.attributes import replaced
 from nflows_kconv.bijection import Bijection
 from nflows_kconv.flows.steps import InvertibleConv1x1, inverse_weight
+from nflows_kconv.torch_internals import tree_leaves, tree_map_only
 
 _GRAPH_DEVICE = "cuda"
 # What the flow is conditioned on, one row an image.

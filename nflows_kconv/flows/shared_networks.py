@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from nflows_kconv.attributes import replaced
 from nflows_kconv.bijection import Bijection
+from nflows_kconv.torch_internals import tree_leaves, tree_map_only
 
 
 @contextmanager

@@ -11,12 +11,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch._C._functorch import is_functorch_wrapped_tensor, peek_interpreter_stack
+from torch import Tensor, distributed, nn
 
 from nflows_kconv import bijection
-from nflows_kconv.flows import parallel
 from nflows_kconv.invertible import InvertibleModule
+from nflows_kconv.torch_internals import (
+    is_functorch_wrapped_tensor,
+    is_sharded,
+    is_under_torch_func,
+    process_group,
+    uncompiled,
+)
 
 # Elsewhere to look at a value waits for the device.
 _LOOKS_ARE_FREE = ("cpu",)
@@ -105,7 +110,6 @@ class ActNorm(InvertibleModule):
 
     def _run_forward(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
         if self.training and not self._is_initialized():
-            # The decorator of torch.compiler would import the compiler with this package.
             initialize = self._initialize_uncompiled if torch.compiler.is_compiling() else self._initialize
             initialize(input)
         scale, shift = self.log_scale.exp()[:, None, None], self.shift[:, None, None]
@@ -135,29 +139,29 @@ class ActNorm(InvertibleModule):
 
     @torch.no_grad()
     def _initialize(self, input: Tensor) -> None:
-        if peek_interpreter_stack() is not None:
+        if is_under_torch_func():
             raise RuntimeError("ActNorm must see its first batch, or be in evaluation mode, before torch.func uses it")
-        if parallel.is_sharded(self):
+        if is_sharded(self):
             raise RuntimeError(
                 "ActNorm must see its first batch, or load a state_dict, before fully_shard, which loses what it sets"
             )
-        group = parallel.process_group(self)
+        group = process_group(self)
         values = input.to(torch.promote_types(input.dtype, torch.float32))
         count = values.new_full(values.shape[1:2], values.numel() // values.shape[1])
-        count, total = parallel.total(torch.stack([count, values.sum((0, 2, 3))]), group)
+        count, total = _total(torch.stack([count, values.sum((0, 2, 3))]), group)
         if not count[0]:
             return
         # About the mean, or float32 would lose the variance of what is far from 0.
         about = total / count
         values = values - about[:, None, None]
-        rest, square = parallel.total(torch.stack([values.sum((0, 2, 3)), values.square().sum((0, 2, 3))]), group)
+        rest, square = _total(torch.stack([values.sum((0, 2, 3)), values.square().sum((0, 2, 3))]), group)
         rest, square = rest / count, square / count
         self.shift.copy_(-(about + rest))
         self.log_scale.copy_(-0.5 * ((square - rest.square()).clamp_min(0) + 1e-12).log())
         self.initialized.fill_(True)
         self._is_initialized()
 
-    _initialize_uncompiled = torch._disable_dynamo(_initialize)
+    _initialize_uncompiled = uncompiled(_initialize)
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
@@ -332,6 +336,13 @@ def _per_image(log_scale: Tensor, input: Tensor) -> Tensor:
 
 def _sum(log_scale: Tensor) -> Tensor:
     return log_scale.to(torch.promote_types(log_scale.dtype, torch.float32)).sum((1, 2, 3))
+
+
+def _total(values: Tensor, group: distributed.ProcessGroup | None) -> Tensor:
+    """The sum of the values over the group's processes; the values where there is none. Changes them in place."""
+    if group is not None:
+        distributed.all_reduce(values, group=group)
+    return values
 
 
 bijection.register(AffineCoupling, networks=("network",))

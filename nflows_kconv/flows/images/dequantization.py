@@ -13,6 +13,7 @@ from nflows_kconv import checks
 from nflows_kconv.flows.images.arguments import at_least_float32, check_images, for_each_image
 from nflows_kconv.flows.images.preprocessing import Logit
 from nflows_kconv.invertible import InvertibleModule
+from nflows_kconv.torch_internals import assert_async, is_under_torch_func
 
 
 class _Dequantization(InvertibleModule):
@@ -31,8 +32,8 @@ class _Dequantization(InvertibleModule):
         if not _holds_nothing_else(input.dtype, self.levels):
             if torch.compiler.is_compiling():
                 # vmap and devices such as MPS know no assertion.
-                if values.device.type in ("cpu", "cuda") and not checks.is_under_torch_func():
-                    torch._assert_async(_is_allowed(values, self.levels).all(), _expected(self.levels))
+                if values.device.type in ("cpu", "cuda") and not is_under_torch_func():
+                    assert_async(_is_allowed(values, self.levels).all(), _expected(self.levels))
             elif checks.values_are_at_hand(values):
                 _look(values, self.levels, input.is_floating_point())
             elif self._may_wait(values):

@@ -1,9 +1,35 @@
-"""What a module cannot see of distributed training: whether others run it too, and where its parameters are."""
+"""All that the package uses of torch without torch's promise to keep it, in one place."""
 
 from __future__ import annotations
 
-from torch import Tensor, distributed, nn
+import torch
+from torch import distributed, nn
+from torch._C._functorch import is_functorch_wrapped_tensor, peek_interpreter_stack
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+__all__ = [
+    "assert_async",
+    "is_functorch_wrapped_tensor",
+    "is_sharded",
+    "is_under_torch_func",
+    "process_group",
+    "tree_leaves",
+    "tree_map_only",
+    "uncompiled",
+]
+
+assert_async = torch._assert_async
+uncompiled = torch._disable_dynamo  # torch.compiler.disable would import the compiler along with this package
+
+
+def is_under_torch_func() -> bool:
+    """Whether a transformation of torch.func is at work, such as vmap; under torch.compile, too, which traces it."""
+    return peek_interpreter_stack() is not None
+
+
+# What torch.compiler.assume_constant_result does, which would import the compiler along with this package.
+is_under_torch_func._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def process_group(module: nn.Module) -> distributed.ProcessGroup | None:
@@ -13,7 +39,7 @@ def process_group(module: nn.Module) -> distributed.ProcessGroup | None:
     """
     if not (distributed.is_available() and distributed.is_initialized()):
         return None
-    # torch has no public name for it. Should this one go, all processes are the better guess.
+    # Should this name go, all processes are the better guess.
     wrapper = getattr(DistributedDataParallel, "_active_ddp_module", distributed.group.WORLD)
     if not isinstance(wrapper, DistributedDataParallel):
         return wrapper
@@ -26,14 +52,7 @@ def is_sharded(module: nn.Module) -> bool:
         return False
     from torch.distributed import _composable_state, fsdp
 
-    # torch has no public list of such modules; this one is of all modules that a composable API manages.
+    # A list of all modules that a composable API manages.
     managed = getattr(_composable_state, "_module_state_mapping", ())
     roots = [each for each in managed if isinstance(each, fsdp.FSDPModule)]
     return any(each is module for root in roots for each in root.modules())  # type: ignore[attr-defined]
-
-
-def total(values: Tensor, group: distributed.ProcessGroup | None) -> Tensor:
-    """The sum of the values over the group's processes; the values where there is none. Changes them in place."""
-    if group is not None:
-        distributed.all_reduce(values, group=group)
-    return values
