@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nflows_kconv import bijection, checks, layer, stencil
-from nflows_kconv.flows import image_flow, state
+from nflows_kconv import bijection, checks, layer
+from nflows_kconv.flows import image_flow, state, steps
 from nflows_kconv.flows.reversible import cascade
 from nflows_kconv.invertible import InvertibleModule
 
 try:
     from nflows.distributions import Distribution
     from nflows.flows import Flow
-    from nflows.transforms import CompositeTransform, MultiscaleCompositeTransform, SqueezeTransform
+    from nflows.transforms import CompositeTransform, MultiscaleCompositeTransform
     from nflows.transforms.base import InverseNotAvailable, Transform
     from nflows.transforms.coupling import CouplingTransform
     from nflows.transforms.linear import Linear
@@ -162,10 +162,10 @@ class ImageFlow(image_flow.Interface, Flow):
     def __init__(self, architecture: image_flow.Architecture) -> None:
         multiscale = MultiscaleCompositeTransform(num_transforms=architecture.levels)
         for stack, shape in zip(architecture.build_stacks(), architecture.level_shapes, strict=True):
-            multiscale.add_transform(CompositeTransform([SqueezeTransform(), Step(stack)]), shape)
+            multiscale.add_transform(CompositeTransform([Step(steps.Squeeze()), Step(stack)]), shape)
         super().__init__(
             CompositeTransform([Step(architecture.build_preprocessing()), multiscale]),
-            _Latent(math.prod(architecture.image_shape), architecture.num_classes),
+            _Latent(math.prod(architecture.data_shape), architecture.num_classes),
             _TransformContext(architecture),
         )
         self.architecture = architecture
@@ -181,7 +181,8 @@ class ImageFlow(image_flow.Interface, Flow):
         """The log-density of images, [B].
 
         Args:
-            inputs: [B, C, H, W], whole numbers 0..num_levels - 1, or with `preprocessing=None` floating-point numbers.
+            inputs: [B, *data_shape], whole numbers 0..num_levels - 1, or with `preprocessing=None` floating-point
+                numbers.
             context: See `ImageFlow`.
 
         Raises:
@@ -197,7 +198,7 @@ class ImageFlow(image_flow.Interface, Flow):
     def sample(
         self, num_samples: int, context: image_flow.Context | None = None, batch_size: int | None = None
     ) -> Tensor:
-        """Images, [num_samples, C, H, W], or [B, num_samples, C, H, W] for a context of B rows.
+        """Data, [num_samples, *data_shape], or [B, num_samples, *data_shape] for a context of B rows.
 
         They carry no graph; where gradients of samples are needed, `decode` noise.
 
@@ -231,7 +232,7 @@ class ImageFlow(image_flow.Interface, Flow):
         return _by_row(images, condition, num_samples), _by_row(log_prob, condition, num_samples)
 
     def transform_to_noise(self, inputs: Tensor, context: image_flow.Context | None = None) -> Tensor:
-        """The latent of images with the noise of dequantisation, [B, C H W]; takes and raises what `encode` does."""
+        """The latent of images with the noise of dequantisation, [B, D]; takes and raises what `encode` does."""
         numbers = self._to_numbers(inputs)
         condition = self._condition("context", context, numbers.shape[0], classes_needed=False)
         return self._transform(numbers, condition.tensor)[0]
@@ -254,7 +255,7 @@ class ImageFlow(image_flow.Interface, Flow):
         """Latents, classes and context of so many images for each row of the condition."""
         classes, tensor = (None if part is None else part.repeat_interleave(number, 0) for part in condition)
         like, rows = self._parameter(), number * (1 if condition.rows is None else condition.rows)
-        noise = torch.randn(rows, math.prod(self.architecture.image_shape), dtype=like.dtype, device=like.device)
+        noise = torch.randn(rows, math.prod(self.architecture.data_shape), dtype=like.dtype, device=like.device)
         return self._distribution.scaled(noise, classes), classes, tensor
 
 
@@ -263,61 +264,14 @@ def _by_row(values: Tensor, condition: image_flow.Condition, number: int) -> Ten
     return values if condition.rows is None else values.unflatten(0, (condition.rows, number))
 
 
-def finc_flow(
-    image_shape: Sequence[int],
-    levels: int,
-    steps: int,
-    *,
-    hidden_channels: int = 512,
-    kernel_size: int | tuple[int, int] | None = 3,
-    corners: image_flow.Corners = stencil.CORNERS[2],
-    diagonal: Literal["unit", "learned"] = "unit",
-    max_inverse_gain: float | None = None,
-    direction: Literal["forward", "inverse"] = "forward",
-    num_levels: int = 256,
-    preprocessing: Literal["images"] | None = "images",
-    num_classes: int | None = None,
-    context_shape: Sequence[int] | None = None,
-    reversible: bool = False,
-) -> ImageFlow:
-    """A multiscale flow of images in nflows.
+@image_flow.with_arguments_of(image_flow.Architecture)
+def finc_flow(*arguments: Any, **options: Any) -> ImageFlow:
+    """An `nflows.flows.Flow` of images, sequences or volumes, with a `MultiscaleCompositeTransform`.
 
-    That of FInC Flow (Kallappa, Nagar, Varma 2023, arXiv 2301.09266, section 4). Each of the L levels squeezes 2 x 2
-    pixels into channels, takes K steps [k x k convolution -> ActNorm -> invertible 1 x 1 convolution -> affine
-    coupling], and, but for the last one, gives half of the channels to the latent variable, by a learned prior.
-    Dequantisation and its log-determinant are inside: `log_prob` takes images with values 0..255, and `sample` returns
-    such images. With the same seed and weights it is the same density as that of `nflows_kconv.normflows.finc_flow`,
-    whose state_dict it loads.
-
-    Args:
-        image_shape: (C, H, W); H and W multiples of 2^L.
-        levels: L.
-        steps: K, in each level.
-        hidden_channels: Width of the couplings' networks.
-        kernel_size: See `InvertibleConv2d`; None leaves the convolution out, which makes the flow Glow.
-        corners: See `InvertibleConv2d`; or several of these, one convolution each: (("TL",), ("BR",)) is a pair of full
-            convolutions in opposite corners.
-        diagonal: See `InvertibleConv2d`.
-        max_inverse_gain: See `InvertibleConv2d`.
-        direction: "forward" convolves from data to latent, and solves to sample; "inverse" the other way round, as in
-            Inverse-Flow (Nagar, Varma 2025, arXiv 2410.14634).
-        num_levels: Images hold whole numbers 0..num_levels - 1; 32 for images of 5 bits.
-        preprocessing: "images", or None for continuous data of any range: `log_prob` is then the density of the data as
-            they are, and `sample` gives such data.
-        num_classes: If given, the latent variable has a mean and a scale for each class; the labels, [B] whole numbers,
-            are the flow's context.
-        context_shape: If given, (E,) or (E, H', W'), each coupling and each learned prior also sees a vector or an
-            image [B, *context_shape], the flow's context: vectors at every pixel, images average-pooled to the level's
-            size. At the start it has no effect. With classes as well, the context is (classes, tensor).
-        reversible: Whether to train in memory independent of K, for some more time, see
-            `nflows_kconv.flows.reversible`. The state_dict is the same.
-
-    Returns:
-        An `nflows.flows.Flow` with a `MultiscaleCompositeTransform`.
-
-    Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If an argument has a wrong value, or the image does not divide into the levels.
+    Its arguments and the model are those of `nflows_kconv.flows.image_flow.Architecture`. Dequantisation and its
+    log-determinant are inside: `log_prob` takes images with values 0..255, and `sample` returns such images. The
+    condition of a call is its context. With the same seed and weights it is the same density as that of
+    `nflows_kconv.normflows.finc_flow`, whose state_dict it loads.
 
     Examples:
         >>> import torch
@@ -339,23 +293,7 @@ def finc_flow(
         >>> flow.sample(3, torch.randn(2, 5)).shape  # three for each row
         torch.Size([2, 3, 1, 8, 8])
     """
-    architecture = image_flow.Architecture(
-        image_shape=image_shape,
-        levels=levels,
-        steps=steps,
-        hidden_channels=hidden_channels,
-        kernel_size=kernel_size,
-        corners=corners,
-        diagonal=diagonal,
-        max_inverse_gain=max_inverse_gain,
-        direction=direction,
-        num_levels=num_levels,
-        preprocessing=preprocessing,
-        num_classes=num_classes,
-        context_shape=context_shape,
-        reversible=reversible,
-    )
-    return ImageFlow(architecture)
+    return ImageFlow(image_flow.Architecture(*arguments, **options))
 
 
 def _forward(flow: Flow, inputs: Tensor, context: Any) -> tuple[Tensor, Tensor]:

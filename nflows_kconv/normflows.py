@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nflows_kconv import bijection, checks, layer, stencil
-from nflows_kconv.flows import image_flow, state
+from nflows_kconv.flows import image_flow, state, steps
 from nflows_kconv.flows.reversible import cascade
 from nflows_kconv.invertible import InvertibleModule
 
@@ -195,7 +195,7 @@ class ImageFlow(image_flow.Interface, MultiscaleFlow):
                 bases.append(DiagGaussian(shape, trainable=False))
             else:
                 bases.append(ClassCondDiagGaussian(shape, architecture.num_classes))
-        latent_to_data = [[Step(stack), flows.Squeeze()] for stack in reversed(architecture.build_stacks())]
+        latent_to_data = [[Step(stack), Step(steps.Squeeze())] for stack in reversed(architecture.build_stacks())]
         merges = [flows.Merge("channel_inv") for _ in bases[1:]]  # the first half of the channels leaves, as in nflows
         is_conditional = architecture.num_classes is not None or architecture.context_shape is not None
         preprocessing = Step(architecture.build_preprocessing())
@@ -217,7 +217,7 @@ class ImageFlow(image_flow.Interface, MultiscaleFlow):
         """The log-density of images, [B].
 
         Args:
-            x: [B, C, H, W], whole numbers 0..num_levels - 1, or with `preprocessing=None` floating-point numbers.
+            x: [B, *data_shape], whole numbers 0..num_levels - 1, or with `preprocessing=None` floating-point numbers.
             y: The condition, see `ImageFlow`.
             context: The condition, or its tensor, see `ImageFlow`.
 
@@ -238,7 +238,7 @@ class ImageFlow(image_flow.Interface, MultiscaleFlow):
         temperature: float | None = None,
         context: image_flow.Context | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Images, [B, C, H, W], and their log-density, [B].
+        """Data, [B, *data_shape], and their log-density, [B].
 
         They carry no graph; where gradients of samples are needed, `decode` noise.
 
@@ -289,7 +289,7 @@ class ImageFlow(image_flow.Interface, MultiscaleFlow):
             part.shape != (z[0].shape[0], *shape) for part, shape in zip(z, shapes, strict=True)
         ):
             got = [tuple(part.shape) for part in z]
-            raise ValueError(f"latents must have the shapes [B, C, H, W] with (C, H, W) of {shapes}, got {got}")
+            raise ValueError(f"latents must have the shapes [B, *shape] for each shape of {shapes}, got {got}")
         condition = self._given(y, context, z[0].shape[0], classes_needed=False)
         dtype = self._parameter().dtype
         return self._from_latents([part.to(dtype) for part in z], condition.tensor)
@@ -379,61 +379,14 @@ class ImageFlow(image_flow.Interface, MultiscaleFlow):
         return images, total + log_abs_det
 
 
-def finc_flow(
-    image_shape: Sequence[int],
-    levels: int,
-    steps: int,
-    *,
-    hidden_channels: int = 512,
-    kernel_size: int | tuple[int, int] | None = 3,
-    corners: image_flow.Corners = stencil.CORNERS[2],
-    diagonal: Literal["unit", "learned"] = "unit",
-    max_inverse_gain: float | None = None,
-    direction: Literal["forward", "inverse"] = "forward",
-    num_levels: int = 256,
-    preprocessing: Literal["images"] | None = "images",
-    num_classes: int | None = None,
-    context_shape: Sequence[int] | None = None,
-    reversible: bool = False,
-) -> ImageFlow:
-    """A multiscale flow of images in normflows.
+@image_flow.with_arguments_of(image_flow.Architecture)
+def finc_flow(*arguments: Any, **options: Any) -> ImageFlow:
+    """A `normflows.MultiscaleFlow` of images, sequences or volumes.
 
-    That of FInC Flow (Kallappa, Nagar, Varma 2023, arXiv 2301.09266, section 4). Each of the L levels squeezes 2 x 2
-    pixels into channels, takes K steps [k x k convolution -> ActNorm -> invertible 1 x 1 convolution -> affine
-    coupling], and, but for the last one, gives half of the channels to the latent variable, by a learned prior.
-    Dequantisation and its log-determinant are inside: `log_prob` takes images with values 0..255, and `sample` returns
-    such images and their log-density. With the same seed and weights it is the same density as that of
-    `nflows_kconv.nflows.finc_flow`, whose state_dict it loads.
-
-    Args:
-        image_shape: (C, H, W); H and W multiples of 2^L.
-        levels: L.
-        steps: K, in each level.
-        hidden_channels: Width of the couplings' networks.
-        kernel_size: See `InvertibleConv2d`; None leaves the convolution out, which makes the flow Glow.
-        corners: See `InvertibleConv2d`; or several of these, one convolution each: (("TL",), ("BR",)) is a pair of full
-            convolutions in opposite corners.
-        diagonal: See `InvertibleConv2d`.
-        max_inverse_gain: See `InvertibleConv2d`.
-        direction: "forward" convolves from data to latent, and solves to sample; "inverse" the other way round, as in
-            Inverse-Flow (Nagar, Varma 2025, arXiv 2410.14634).
-        num_levels: Images hold whole numbers 0..num_levels - 1; 32 for images of 5 bits.
-        preprocessing: "images", or None for continuous data of any range: `log_prob` is then the density of the data as
-            they are, and `sample` gives such data.
-        num_classes: If given, the latent variable has a mean and a scale for each class; the labels, [B] whole numbers,
-            are y, or the context.
-        context_shape: If given, (E,) or (E, H', W'), each coupling and each learned prior also sees a vector or an
-            image [B, *context_shape], the context: vectors at every pixel, images average-pooled to the level's size.
-            At the start it has no effect. With classes as well, the context is (classes, tensor).
-        reversible: Whether to train in memory independent of K, for some more time, see
-            `nflows_kconv.flows.reversible`. The state_dict is the same.
-
-    Returns:
-        A `normflows.MultiscaleFlow`.
-
-    Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If an argument has a wrong value, or the image does not divide into the levels.
+    Its arguments and the model are those of `nflows_kconv.flows.image_flow.Architecture`. Dequantisation and its
+    log-determinant are inside: `log_prob` takes images with values 0..255, and `sample` returns such images and their
+    log-density. The condition of a call is its y, or its context. With the same seed and weights it is the same density
+    as that of `nflows_kconv.nflows.finc_flow`, whose state_dict it loads.
 
     Examples:
         >>> import torch
@@ -453,23 +406,7 @@ def finc_flow(
         torch.Size([10])
         >>> samples, log_prob = flow.sample(context=torch.randn(3, 5))  # one for each row
     """
-    architecture = image_flow.Architecture(
-        image_shape=image_shape,
-        levels=levels,
-        steps=steps,
-        hidden_channels=hidden_channels,
-        kernel_size=kernel_size,
-        corners=corners,
-        diagonal=diagonal,
-        max_inverse_gain=max_inverse_gain,
-        direction=direction,
-        num_levels=num_levels,
-        preprocessing=preprocessing,
-        num_classes=num_classes,
-        context_shape=context_shape,
-        reversible=reversible,
-    )
-    return ImageFlow(architecture)
+    return ImageFlow(image_flow.Architecture(*arguments, **options))
 
 
 def _forward(flow: flows.Flow, value: bijection.Value, context: Any) -> tuple[bijection.Value, Tensor]:

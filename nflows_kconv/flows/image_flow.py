@@ -1,20 +1,12 @@
-"""The multiscale image flow of FInC Flow as modules that belong to no library; the adapters combine them.
-
-Each of the L levels squeezes 2 x 2 pixels into channels, then takes K steps
-
-    k x k convolution -> ActNorm -> invertible 1 x 1 convolution -> affine coupling
-
-and, but for the last level, gives half of the channels, by a prior learned from the other half, to the latent variable
-(FInC Flow, Kallappa, Nagar, Varma 2023, arXiv 2301.09266, section 4; without the convolution it is Glow, Kingma,
-Dhariwal 2018, arXiv 1807.03039).
-"""
+"""The multiscale flow of FInC Flow as modules that belong to no library; the adapters combine them."""
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -24,47 +16,84 @@ from nflows_kconv import checks
 from nflows_kconv.flows import images, steps
 from nflows_kconv.flows.images.dequantization import check_levels
 from nflows_kconv.flows.reversible import Chain
-from nflows_kconv.layer import InvertibleConv2d
+from nflows_kconv.layer import InvertibleConv1d, InvertibleConv2d, InvertibleConv3d
 
 Corners = str | Sequence[str] | Sequence[Sequence[str]]
-Shape = tuple[int, int, int]
+Shape = tuple[int, ...]
 Context = Tensor | tuple[Tensor | None, Tensor]
+Arguments = ParamSpec("Arguments")
+Flow = TypeVar("Flow")
+
+_LAYERS: dict[int, Any] = {1: InvertibleConv1d, 2: InvertibleConv2d, 3: InvertibleConv3d}
+_SIZES = {1: "L", 2: "H, W", 3: "D, H, W"}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Architecture:
-    """What to build: the arguments of `finc_flow` of the adapters, checked.
+    """The multiscale flow of FInC Flow (Kallappa, Nagar, Varma 2023, arXiv 2301.09266, section 4): what to build.
+
+    Each of the L levels squeezes two pixels along every axis into channels, then takes K steps
+
+        k x k convolution -> ActNorm -> invertible 1 x 1 convolution -> affine coupling
+
+    and, but for the last level, gives half of the channels, by a prior learned from the other half, to the latent
+    variable. Without the convolution it is Glow (Kingma, Dhariwal 2018, arXiv 1807.03039).
+
+    Args:
+        data_shape: (C, L) of sequences, (C, H, W) of images or (C, D, H, W) of volumes; sizes multiples of 2^levels.
+        levels: L.
+        steps: K, in each level.
+        hidden_channels: Width of the couplings' networks.
+        kernel_size: See `InvertibleConv2d`; None leaves the convolution out, which makes the flow Glow.
+        corners: See `InvertibleConv2d`; or several of these, one convolution each: (("TL",), ("BR",)) is a pair of full
+            convolutions in opposite corners. By default one of each for the data's number of axes.
+        dilation: See `InvertibleConv2d`.
+        diagonal: See `InvertibleConv2d`.
+        max_inverse_gain: See `InvertibleConv2d`.
+        direction: "forward" convolves from data to latent, and solves to sample; "inverse" the other way round, as in
+            Inverse-Flow (Nagar, Varma 2025, arXiv 2410.14634).
+        num_levels: Data hold whole numbers 0..num_levels - 1; 32 for images of 5 bits.
+        preprocessing: "images" for whole numbers, or None for continuous data of any range: `log_prob` is then the
+            density of the data as they are, and `sample` gives such data.
+        num_classes: If given, the latent variable has a mean and a scale for each class. The labels, [B] whole numbers,
+            are the condition of each call.
+        context_shape: If given, (E,) or (E, ...) with as many sizes as the data have, each coupling and each learned
+            prior also sees a tensor [B, *context_shape], the condition of each call: vectors at every pixel, others
+            average-pooled to the level's size. At the start it has no effect. With classes as well, the condition is
+            (classes, tensor).
+        reversible: Whether to train in memory independent of K, for some more time, see
+            `nflows_kconv.flows.reversible`. The state_dict is the same.
 
     Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If an argument has a wrong value, or the image does not divide into the levels.
+        TypeError: If an argument has the wrong type, or is unknown.
+        ValueError: If an argument has a wrong value, or a size of the data does not divide into the levels.
     """
 
-    image_shape: Sequence[int]
+    data_shape: Sequence[int]
     levels: int
     steps: int
-    hidden_channels: int
-    kernel_size: int | tuple[int, int] | None
-    corners: Corners
-    diagonal: Literal["unit", "learned"]
-    max_inverse_gain: float | None
-    direction: Literal["forward", "inverse"]
-    num_levels: int
-    preprocessing: Literal["images"] | None
-    num_classes: int | None
-    context_shape: Sequence[int] | None
-    reversible: bool
+    _: KW_ONLY
+    hidden_channels: int = 512
+    kernel_size: int | Sequence[int] | None = 3
+    corners: Corners | None = None
+    dilation: int | Sequence[int] = 1
+    diagonal: Literal["unit", "learned"] = "unit"
+    max_inverse_gain: float | None = None
+    direction: Literal["forward", "inverse"] = "forward"
+    num_levels: int = 256
+    preprocessing: Literal["images"] | None = "images"
+    num_classes: int | None = None
+    context_shape: Sequence[int] | None = None
+    reversible: bool = False
 
     def __post_init__(self) -> None:  # noqa: D105
-        _check_shape("image_shape", self.image_shape, {3: "(C, H, W)"})
-        numbers = {name: getattr(self, name) for name in ("levels", "steps", "hidden_channels")}
-        for name, number in [*zip(("channels", "height", "width"), self.image_shape, strict=True), *numbers.items()]:
-            checks.positive(name, number)
-        _, height, width = self.image_shape
-        if height % 2**self.levels or width % 2**self.levels:
+        _check_shape("data_shape", self.data_shape, {n + 1: f"(C, {sizes})" for n, sizes in _SIZES.items()})
+        for name in ("levels", "steps", "hidden_channels"):
+            checks.positive(name, getattr(self, name))
+        if any(size % 2**self.levels for size in self.data_shape[1:]):
             raise ValueError(
-                f"height and width must be multiples of 2^levels = {2**self.levels} for {self.levels} levels, "
-                f"got {height} x {width}"
+                f"sizes in data_shape must be multiples of 2^levels = {2**self.levels} for {self.levels} levels, "
+                f"got {' x '.join(map(str, self.data_shape[1:]))}"
             )
         if not isinstance(self.reversible, bool):
             raise TypeError(f"reversible must be True or False, got {self.reversible!r}")
@@ -79,109 +108,144 @@ class Architecture:
         if self.num_classes is not None:
             checks.positive("num_classes", self.num_classes)
         if self.context_shape is not None:
-            _check_shape("context_shape", self.context_shape, {1: "(E,)", 3: "(E, H, W)"})
-            for number in self.context_shape:
-                checks.positive("sizes in context_shape", number)
+            n = self.dimensions
+            _check_shape("context_shape", self.context_shape, {1: "(E,)", n + 1: f"(E, {_SIZES[n]})"})
+
+    @property
+    def dimensions(self) -> int:
+        """1 for sequences, 2 for images, 3 for volumes."""
+        return len(self.data_shape) - 1
 
     @property
     def level_shapes(self) -> tuple[Shape, ...]:
-        """(C, H, W) of what the steps of each level work on, the level next to the data first."""
-        channels, height, width = self.image_shape
-        return tuple(
-            (2 ** (level + 1) * channels, height >> level, width >> level) for level in range(1, self.levels + 1)
-        )
+        """(C, ...) of what the steps of each level work on, the level next to the data first."""
+        channels, *sizes = self.data_shape
+        shapes = []
+        for level in range(1, self.levels + 1):
+            channels *= 2**self.dimensions
+            shapes.append((channels, *(size >> level for size in sizes)))
+            channels //= 2  # the other half leaves
+        return tuple(shapes)
 
     @property
     def latent_shapes(self) -> tuple[Shape, ...]:
-        """(C, H, W) of what each level gives to the latent variable, the first split first."""
+        """(C, ...) of what each level gives to the latent variable, the first split first."""
         *splits, last = self.level_shapes
-        return (*((channels // 2, height, width) for channels, height, width in splits), last)
+        return (*((channels // 2, *sizes) for channels, *sizes in splits), last)
 
     def build_preprocessing(self) -> Preprocessing:
-        """The way from images, or continuous data, to the numbers that the first level takes."""
-        return Preprocessing(self.image_shape, None if self.preprocessing is None else self.num_levels)
+        """The way from whole numbers, or continuous data, to the numbers that the first level takes."""
+        return Preprocessing(self.data_shape, None if self.preprocessing is None else self.num_levels)
 
     def build_stacks(self) -> list[nn.Module]:
         """The steps of each level, the learned prior of its split included."""
         context_channels = 0 if self.context_shape is None else self.context_shape[0]
         kind = Chain if self.reversible else steps.Sequence
         built: list[nn.Module] = []
-        for level, (channels, _, _) in enumerate(self.level_shapes, start=1):
+        for level, (channels, *_) in enumerate(self.level_shapes, start=1):
             modules: list[nn.Module] = [self._step(channels, context_channels) for _ in range(self.steps)]
             if level < self.levels:
-                modules.append(steps.learned_prior(channels, context_channels))
+                modules.append(steps.learned_prior(channels, context_channels, self.dimensions))
             built.append(kind(modules))
         return built
 
     def _step(self, channels: int, context_channels: int) -> nn.Module:
         layers: list[nn.Module] = []
         if self.kernel_size is not None:
-            options = {"diagonal": self.diagonal, "max_inverse_gain": self.max_inverse_gain}
-            layers = convolutions(InvertibleConv2d, channels, self.kernel_size, self.corners, **options)
-        return steps.Sequence(
-            [
-                *(steps.Inverse(layer) if self.direction == "inverse" else layer for layer in layers),
-                steps.ActNorm(channels),
-                steps.InvertibleConv1x1(channels),
-                steps.AffineCoupling(
-                    steps.coupling_network(channels, self.hidden_channels, context_channels), context_channels
-                ),
-            ]
-        )
+            options = {name: getattr(self, name) for name in ("dilation", "diagonal", "max_inverse_gain")}
+            layers = convolutions(_LAYERS[self.dimensions], channels, self.kernel_size, self.corners, **options)
+        if self.direction == "inverse":
+            layers = [steps.Inverse(layer) for layer in layers]
+        rest = [steps.ActNorm(channels), steps.InvertibleConv1x1(channels)]
+        network = steps.coupling_network(channels, self.hidden_channels, context_channels, self.dimensions)
+        return steps.Sequence([*layers, *rest, steps.AffineCoupling(network, context_channels)])
+
+
+Architecture.__init__.__qualname__ = "finc_flow"  # by which Python's errors call what takes an unknown argument
+
+
+def with_arguments_of(
+    source: Callable[Arguments, Any],
+) -> Callable[[Callable[..., Flow]], Callable[Arguments, Flow]]:
+    """Decorates a function that passes its arguments on: for `inspect`, `help` and type checkers it has the source's.
+
+    Args:
+        source: A class with a docstring whose sections from "Args:" on belong before the function's examples.
+    """
+
+    def decorate(function: Callable[..., Flow]) -> Callable[Arguments, Flow]:
+        result = inspect.signature(function).return_annotation
+        function.__signature__ = inspect.signature(source).replace(return_annotation=result)  # type: ignore[attr-defined]
+        summary, title, examples = (inspect.getdoc(function) or "").partition("Examples:")
+        arguments = "".join((inspect.getdoc(source) or "").partition("Args:")[1:])
+        function.__doc__ = f"{summary}{arguments}\n\n{title}{examples}"
+        return function
+
+    return decorate
 
 
 def convolutions(
-    layer_class: Callable[..., Any], channels: int, kernel_size: Any, corners: Corners, **options: Any
+    layer_class: Callable[..., Any], channels: int, kernel_size: Any, corners: Corners | None, **options: Any
 ) -> list[Any]:
     """A convolution, or one for each entry where `corners` has several of what a layer takes."""
     several = isinstance(corners, Sequence) and len(corners) > 0 and not isinstance(corners[0], str)
-    layers = corners if several else (corners,)
+    layers: Any = corners if several else (corners,)
     return [layer_class(channels, kernel_size, corners=each, **options) for each in layers]
 
 
 class Preprocessing(steps.Sequence):
-    """Data -> real numbers: for images uniform dequantisation, then the logit with alpha = 1e-6; else as it is.
+    """Data -> real numbers: whole numbers by uniform dequantisation, then the logit with alpha = 1e-6; else as it is.
 
     Args:
-        image_shape: (C, H, W).
-        num_levels: Of images; None for continuous data.
+        data_shape: (C, ...).
+        num_levels: Of whole numbers; None for continuous data.
 
     Raises:
-        ValueError: If a call has no image, or images of another shape, or values that are not in 0..num_levels - 1.
+        ValueError: If a call has no data, or data of another shape, or values that are not in 0..num_levels - 1.
     """
 
-    def __init__(self, image_shape: Sequence[int], num_levels: int | None) -> None:
+    def __init__(self, data_shape: Sequence[int], num_levels: int | None) -> None:
         super().__init__([] if num_levels is None else [images.UniformDequantization(num_levels), images.Logit()])
-        self.image_shape = tuple(image_shape)
+        self.data_shape = tuple(data_shape)
 
     def _run_forward(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
         self._check(input)
-        return super()._run_forward(input, context)
+        numbers, log_abs_det = super()._run_forward(_as_images(input), context)
+        return numbers.reshape(input.shape), log_abs_det
+
+    def _run_inverse(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
+        data, log_abs_det = super()._run_inverse(_as_images(input), context)
+        return data.reshape(input.shape), log_abs_det
 
     def middle(self, input: Tensor) -> tuple[Tensor, Tensor]:
         """Does what `forward` does, with the middle of each level in place of noise."""
-        self._check(input)
         if not self.steps:
-            return super()._run_forward(input, None)
+            return self._run_forward(input, None)
+        self._check(input)
         dequantization, logit = self.steps
-        values, first = dequantization.middle(input)  # type: ignore[operator]
+        values, first = dequantization.middle(_as_images(input))  # type: ignore[operator]
         numbers, second = logit(values)
-        return numbers, first + second
+        return numbers.reshape(input.shape), first + second
 
     def _check(self, input: Tensor) -> None:
-        if input.dim() != 4 or tuple(input.shape[1:]) != self.image_shape:
-            expected = ", ".join(map(str, self.image_shape))
-            raise ValueError(f"images must have shape [B, {expected}], got {tuple(input.shape)}")
+        if tuple(input.shape[1:]) != self.data_shape:
+            expected = ", ".join(map(str, self.data_shape))
+            raise ValueError(f"data must have shape [B, {expected}], got {tuple(input.shape)}")
         if input.shape[0] == 0:
-            raise ValueError(f"images must hold at least one image, got shape {tuple(input.shape)}")
+            raise ValueError(f"data must hold at least one sample, got shape {tuple(input.shape)}")
+
+
+def _as_images(input: Tensor) -> Tensor:
+    """Data as [B, C, H, W], which `images` takes; where a number lies does not matter there."""
+    return input if input.dim() == 4 else input.flatten(2).unsqueeze(3)
 
 
 class Condition(NamedTuple):
-    """What images depend on.
+    """What data depend on.
 
     Attributes:
         classes: [B] of int64, or [B, num_classes] one-hot where the library's flow takes that; None if there are none.
-        tensor: [B, E] or [B, E, H, W] in the dtype of the parameters; None if the flow takes none.
+        tensor: [B, E] or [B, E, ...] in the dtype of the parameters; None if the flow takes none.
     """
 
     classes: Tensor | None
@@ -206,22 +270,22 @@ class Interface(nn.Module):
 
     @property
     def latent_shapes(self) -> tuple[Shape, ...]:
-        """(C, H, W) of the parts of a latent, the one that leaves next to the data first."""
+        """(C, ...) of the parts of a latent, the one that leaves next to the data first."""
         return self.architecture.latent_shapes
 
     def encode(self, images: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
-        """The latent of images, without noise: each value counts as the middle of its level, (x + 1/2) / num_levels.
+        """The latent of data, without noise: a whole number counts as the middle of its level, (x + 1/2) / num_levels.
 
         In float32 without TF32, `decode` restores the very images; of 16 bits, all of them in float64 alone. Where it
         does not, the flow's inverse amplifies rounding errors: `nflows_kconv.diagnostics.round_trip` tells where.
 
         Args:
-            images: [B, C, H, W], as `log_prob` takes them.
+            images: [B, *data_shape], as `log_prob` takes them.
             context: What `log_prob` takes; classes may be left out, as they change the latent's distribution alone.
 
         Returns:
-            The latent, [B, D], D = C H W: parts of the shapes `latent_shapes`, flattened one after the other, the same
-            in both libraries. And log |det d latent / d images|, [B].
+            The latent, [B, D], D numbers in a sample: parts of the shapes `latent_shapes`, flattened one after the
+            other, the same in both libraries. And log |det d latent / d images|, [B].
 
         Raises:
             TypeError: See `log_prob`.
@@ -244,13 +308,13 @@ class Interface(nn.Module):
             context: See `encode`.
 
         Returns:
-            [B, C, H, W].
+            [B, *data_shape].
 
         Raises:
             TypeError: If the latent is no tensor of floating-point numbers, or the context has the wrong type.
             ValueError: If the latent or the context has another shape.
         """
-        dimensions, dtype = math.prod(self.architecture.image_shape), self._parameter().dtype
+        dimensions, dtype = math.prod(self.architecture.data_shape), self._parameter().dtype
         if not isinstance(latent, Tensor) or not latent.is_floating_point():
             kind = latent.dtype if isinstance(latent, Tensor) else type(latent).__name__
             raise TypeError(f"latent must be a tensor of floating-point numbers, got {kind}")
@@ -291,9 +355,9 @@ class Interface(nn.Module):
     def _to_numbers(self, images: Tensor) -> Tensor:
         """The images, of any real dtype, in that of the parameters."""
         if not isinstance(images, Tensor):
-            raise TypeError(f"images must be a tensor, got {type(images).__name__}")
+            raise TypeError(f"data must be a tensor, got {type(images).__name__}")
         if images.is_complex():
-            raise TypeError(f"images must be of real numbers, got {images.dtype}")
+            raise TypeError(f"data must be of real numbers, got {images.dtype}")
         if self.architecture.preprocessing is None and not images.is_floating_point():
             raise TypeError(f"continuous data must be of floating-point numbers, got {images.dtype}")
         return images.to(self._parameter().dtype)
@@ -376,3 +440,5 @@ def _check_shape(name: str, shape: Any, forms: dict[int, str]) -> None:
         raise TypeError(expected)
     if len(shape) not in forms:
         raise ValueError(expected)
+    for size in shape:
+        checks.positive(f"sizes in {name}", size)

@@ -1,12 +1,13 @@
-"""The steps of the FInC image flow as modules that belong to no library.
+"""The steps of the FInC flow as modules that belong to no library.
 
-Each is an `InvertibleModule` of images, [B, C, H, W], whose `forward` goes from data to latent, like
-`InvertibleConv2d`. The adapters give them their library's directions.
+Each is an `InvertibleModule` of sequences, images or volumes, [B, C, L], [B, C, H, W] or [B, C, D, H, W], whose
+`forward` goes from data to latent, like `InvertibleConv2d`. The adapters give them their library's directions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -22,6 +23,9 @@ from nflows_kconv.torch_internals import (
     process_group,
     uncompiled,
 )
+
+CONVOLUTIONS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_POOLS: dict[int, Any] = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
 
 # Elsewhere to look at a value waits for the device.
 _LOOKS_ARE_FREE = ("cpu",)
@@ -61,6 +65,32 @@ class Inverse(InvertibleModule):
 
     def _run_inverse(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
         return self.step(input, context)
+
+
+class Squeeze(InvertibleModule):
+    """Moves the pixels of each block of two along every axis into channels: C of them become 2^n C for n axes.
+
+    Raises:
+        ValueError: In a call, if a size, or the number of channels of the inverse, does not divide.
+    """
+
+    def _run_forward(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
+        batch, channels, *sizes = input.shape
+        if any(size % 2 for size in sizes):
+            raise ValueError(f"sizes must be even, got shape {tuple(input.shape)}")
+        axes = range(2, 2 + 2 * len(sizes), 2)
+        blocks = input.reshape(batch, channels, *chain.from_iterable((size // 2, 2) for size in sizes))
+        output = blocks.permute(0, 1, *(axis + 1 for axis in axes), *axes).flatten(1, 1 + len(sizes))
+        return output, _no_log_abs_det(input)
+
+    def _run_inverse(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
+        batch, channels, *sizes = input.shape
+        if channels % 2 ** len(sizes):
+            raise ValueError(f"channels must be a multiple of {2 ** len(sizes)}, got shape {tuple(input.shape)}")
+        blocks = input.unflatten(1, (-1, *[2] * len(sizes)))
+        axes = chain.from_iterable((axis + len(sizes), axis) for axis in range(2, 2 + len(sizes)))
+        output = blocks.permute(0, 1, *axes).reshape(batch, blocks.shape[1], *(2 * size for size in sizes))
+        return output, _no_log_abs_det(input)
 
 
 class ActNorm(InvertibleModule):
@@ -112,11 +142,11 @@ class ActNorm(InvertibleModule):
         if self.training and not self._is_initialized():
             initialize = self._initialize_uncompiled if torch.compiler.is_compiling() else self._initialize
             initialize(input)
-        scale, shift = self.log_scale.exp()[:, None, None], self.shift[:, None, None]
+        scale, shift = (_on_channels(each, input) for each in (self.log_scale.exp(), self.shift))
         return (input + shift) * scale, _per_image(self.log_scale, input)
 
     def _run_inverse(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
-        scale, shift = self.log_scale.neg().exp()[:, None, None], self.shift[:, None, None]
+        scale, shift = (_on_channels(each, input) for each in (self.log_scale.neg().exp(), self.shift))
         return input * scale - shift, -_per_image(self.log_scale, input)
 
     def _is_initialized(self) -> bool:
@@ -145,16 +175,16 @@ class ActNorm(InvertibleModule):
             raise RuntimeError(
                 "ActNorm must see its first batch, or load a state_dict, before fully_shard, which loses what it sets"
             )
-        group = process_group(self)
+        group, others = process_group(self), [0, *range(2, input.dim())]
         values = input.to(torch.promote_types(input.dtype, torch.float32))
         count = values.new_full(values.shape[1:2], values.numel() // values.shape[1])
-        count, total = _total(torch.stack([count, values.sum((0, 2, 3))]), group)
+        count, total = _total(torch.stack([count, values.sum(others)]), group)
         if not count[0]:
             return
         # About the mean, or float32 would lose the variance of what is far from 0.
         about = total / count
-        values = values - about[:, None, None]
-        rest, square = _total(torch.stack([values.sum((0, 2, 3)), values.square().sum((0, 2, 3))]), group)
+        values = values - _on_channels(about, values)
+        rest, square = _total(torch.stack([values.sum(others), values.square().sum(others)]), group)
         rest, square = rest / count, square / count
         self.shift.copy_(-(about + rest))
         self.log_scale.copy_(-0.5 * ((square - rest.square()).clamp_min(0) + 1e-12).log())
@@ -257,12 +287,11 @@ class AffineCoupling(InvertibleModule):
     Run back it divides by the same scale, so that only the network's rounding, TF32 on a GPU for instance, can make a
     round trip err.
 
-    Where it has context channels, the network sees the context, too: as it is if [B, E, H, W], else broadcast from
-    [B, E], or average-pooled from another size.
+    Where it has context channels, the network sees the context, too: as it is if [B, E, ...] of the input's size, else
+    broadcast from [B, E], or average-pooled from another size.
 
     Args:
-        network: Takes the second half of the channels and the context, [B, C/2 + E, H, W], gives [B, C, H, W]: h, then
-            t.
+        network: Takes the second half of the channels and the context, [B, C/2 + E, ...], gives [B, C, ...]: h, then t.
         context_channels: E; with 0, whatever context a call has is ignored.
     """
 
@@ -289,33 +318,35 @@ class AffineCoupling(InvertibleModule):
 
 def _at_size_of(kept: Tensor, context: Tensor) -> Tensor:
     """The context with a value for each pixel."""
-    _, _, height, width = kept.shape
+    size = kept.shape[2:]
     if context.dim() == 2:
-        return context[:, :, None, None].expand(-1, -1, height, width)
-    return context if context.shape[2:] == kept.shape[2:] else F.adaptive_avg_pool2d(context, (height, width))
+        return context.view(*context.shape, *[1] * len(size)).expand(-1, -1, *size)
+    return context if context.shape[2:] == size else _POOLS[len(size)](context, size)
 
 
-def coupling_network(channels: int, hidden_channels: int, context_channels: int = 0) -> nn.Sequential:
+def coupling_network(
+    channels: int, hidden_channels: int, context_channels: int = 0, dimensions: int = 2
+) -> nn.Sequential:
     """3x3 -> ReLU -> 1x1 -> ReLU -> 3x3 that starts at zero: the paper's network for a coupling of C channels."""
+    convolution = CONVOLUTIONS[dimensions]
     return nn.Sequential(
-        nn.Conv2d(channels // 2 + context_channels, hidden_channels, 3, padding=1),
+        convolution(channels // 2 + context_channels, hidden_channels, 3, padding=1),
         nn.ReLU(),
-        nn.Conv2d(hidden_channels, hidden_channels, 1),
+        convolution(hidden_channels, hidden_channels, 1),
         nn.ReLU(),
-        _zero(nn.Conv2d(hidden_channels, channels, 3, padding=1)),
+        _zero(convolution(hidden_channels, channels, 3, padding=1)),
     )
 
 
-def learned_prior(channels: int, context_channels: int = 0) -> AffineCoupling:
+def learned_prior(channels: int, context_channels: int = 0, dimensions: int = 2) -> AffineCoupling:
     """The learned prior of a split: the last step before the first half of the C channels leaves as standard normal."""
-    network = _zero(nn.Conv2d(channels // 2 + context_channels, channels, 3, padding=1))
+    network = _zero(CONVOLUTIONS[dimensions](channels // 2 + context_channels, channels, 3, padding=1))
     return AffineCoupling(network, context_channels)
 
 
-def _zero(convolution: nn.Conv2d) -> nn.Conv2d:
-    nn.init.zeros_(convolution.weight)
-    if convolution.bias is not None:
-        nn.init.zeros_(convolution.bias)
+def _zero(convolution: nn.Module) -> nn.Module:
+    for parameter in convolution.parameters():
+        nn.init.zeros_(parameter)
     return convolution
 
 
@@ -324,18 +355,27 @@ def _chain(input: Tensor, context: Any, functions: Iterable[Any]) -> tuple[Tenso
     for function in functions:
         input, log_abs_det = function(input, context)
         total = log_abs_det if total is None else total + log_abs_det
-    return input, torch.zeros(input.shape[0], device=input.device) if total is None else total
+    return input, _no_log_abs_det(input) if total is None else total
+
+
+def _on_channels(values: Tensor, input: Tensor) -> Tensor:
+    """A value for each channel, [C], in a shape that broadcasts to the input's."""
+    return values.view(-1, *[1] * (input.dim() - 2))
+
+
+def _no_log_abs_det(input: Tensor) -> Tensor:
+    return input.new_zeros(input.shape[0], dtype=torch.promote_types(input.dtype, torch.float32))
 
 
 def _per_image(log_scale: Tensor, input: Tensor) -> Tensor:
     """log |det| of scaling the channels of every pixel, [B]."""
     dtype = torch.promote_types(log_scale.dtype, torch.float32)
-    batch, _, height, width = input.shape
-    return (height * width * log_scale.to(dtype).sum()).repeat(batch)
+    return (input.shape[2:].numel() * log_scale.to(dtype).sum()).repeat(input.shape[0])
 
 
 def _sum(log_scale: Tensor) -> Tensor:
-    return log_scale.to(torch.promote_types(log_scale.dtype, torch.float32)).sum((1, 2, 3))
+    dtype = torch.promote_types(log_scale.dtype, torch.float32)
+    return log_scale.to(dtype).sum([*range(1, log_scale.dim())])
 
 
 def _total(values: Tensor, group: distributed.ProcessGroup | None) -> Tensor:
