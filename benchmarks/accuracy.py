@@ -42,7 +42,7 @@ def _results(case: Case, x: Tensor, weight: Tensor, grad: Tensor) -> dict[str, T
     results = {}
     for name, function in (("forward", functional.conv2d), ("inverse", functional.conv2d_inverse)):
         leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
-        output = function(*leaves, case.corners)
+        output = function(*leaves, corners=case.corners)
         results[name] = output.detach()
         gradients = torch.autograd.grad(output, leaves, grad)
         results[f"{name}_input_gradient"], results[f"{name}_weight_gradient"] = gradients

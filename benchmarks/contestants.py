@@ -31,7 +31,7 @@ def for_curve(case: Case, device: str) -> tuple[Contestants, Tensor, Tensor]:
     x = torch.randn(case.batch, *case.shape, device=device)
     contestants: Contestants = {
         "conv2d": lambda: pad_conv_cat(x, weight, case.corners),
-        "inverse": lambda: functional.conv2d_inverse(x, weight, case.corners),
+        "inverse": lambda: functional.conv2d_inverse(x, weight, corners=case.corners),
     }
     return contestants, x, weight
 
@@ -45,10 +45,10 @@ def for_table(case: Case, device: str) -> Contestants:
     leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
 
     def with_backward(function: Callable[..., Tensor]) -> Callable[[], object]:
-        return lambda: torch.autograd.grad(function(*leaves, case.corners), leaves, x)
+        return lambda: torch.autograd.grad(function(*leaves, corners=case.corners), leaves, x)
 
     return contestants | {
-        "forward": lambda: functional.conv2d(x, weight, case.corners),
+        "forward": lambda: functional.conv2d(x, weight, corners=case.corners),
         "conv2d_backward": with_backward(pad_conv_cat),
         "inverse_backward": with_backward(functional.conv2d_inverse),
         "forward_backward": with_backward(functional.conv2d),
@@ -63,8 +63,8 @@ def for_host(case: Case, device: str) -> Contestants:
     output = torch.empty_like(x)
     return {
         "torch.add": lambda: torch.add(x, x, out=output),
-        "forward": lambda: functional.conv2d(x, weight, case.corners),
-        "inverse": lambda: functional.conv2d_inverse(x, weight, case.corners),
+        "forward": lambda: functional.conv2d(x, weight, corners=case.corners),
+        "inverse": lambda: functional.conv2d_inverse(x, weight, corners=case.corners),
         "module_forward": lambda: layer(x),
         "module_inverse": lambda: layer.inverse(x),
     }

@@ -43,7 +43,7 @@ def _jacobian(weight: Tensor, corner: str, case: Case) -> Tensor:
     per_group, (_, height, width) = len(weight), case.shape
     identity = torch.eye(per_group * height * width, device=weight.device, dtype=weight.dtype)
     images = identity.unflatten(1, (height, width, per_group)).permute(0, 3, 1, 2).flip(_flipped(corner))
-    return _raster(functional.conv2d(images, weight, corner), corner).T.contiguous()
+    return _raster(functional.conv2d(images, weight, corners=corner), corner).T.contiguous()
 
 
 def _raster(images: Tensor, corner: str) -> Tensor:

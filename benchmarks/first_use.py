@@ -54,9 +54,11 @@ def main() -> None:
     # torch's own first call of these must not count.
     _milliseconds(lambda: torch.autograd.grad((leaf + weight).clone(), leaf, weight)[0] + x.new_zeros(()))
     calls: dict[str, Callable[[], Tensor]] = {
-        "inverse": lambda: functional.conv2d_inverse(x, weight, FOUR),
-        "forward": lambda: functional.conv2d(x, weight, FOUR),
-        "forward and weight gradient": lambda: torch.autograd.grad(functional.conv2d(x, leaf, FOUR), leaf, x)[0],
+        "inverse": lambda: functional.conv2d_inverse(x, weight, corners=FOUR),
+        "forward": lambda: functional.conv2d(x, weight, corners=FOUR),
+        "forward and weight gradient": lambda: torch.autograd.grad(functional.conv2d(x, leaf, corners=FOUR), leaf, x)[
+            0
+        ],
     }
     print(json.dumps({name: [_milliseconds(run), _milliseconds(run)] for name, run in calls.items()}))
 

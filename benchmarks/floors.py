@@ -54,8 +54,8 @@ def measure_speeds(workload: Workload, device: str, seconds: float) -> Speeds:
     short, long = (torch.randn(1, 1, 1, width, device=device) for width in workload.chain_lengths)
     chains = timing.graph(
         {
-            "short": lambda: functional.conv2d_inverse(short, weight, "TL"),
-            "long": lambda: functional.conv2d_inverse(long, weight, "TL"),
+            "short": lambda: functional.conv2d_inverse(short, weight, corners="TL"),
+            "long": lambda: functional.conv2d_inverse(long, weight, corners="TL"),
         },
         seconds,
     )

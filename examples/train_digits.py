@@ -236,7 +236,7 @@ def main() -> None:
     # Two threads are no faster on tensors this small, and ten times slower where another program uses a core.
     torch.set_num_threads(1)
     images, test_images = load_images()
-    print(nflows_kconv.available_backends()["native"])
+    print(nflows_kconv.available_backends()["cpu"])
     print(
         f"digits at {SIZE}x{SIZE}; guessing takes log2 {GRAY_LEVELS} = {math.log2(GRAY_LEVELS):.2f} bits per dimension"
     )
