@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import cache
+
+import torch
+
+from nflows_kconv import functional
 
 CELL = 20
 STEP_SECONDS = 0.7
 SIZE = 6  # of the image whose inverse is drawn
 KERNEL = 3
 SHOWN_STEPS = (0, 3, 5, 8)
+CORNERS, SIDES = ("TL", "TR", "BL", "BR"), ("T", "B", "L", "R")
 
 
 def taps() -> str:
     """The taps of a kernel in each corner around the pixel they belong to, and the mask of the pivot."""
-    panels = []
-    for number, name in enumerate(("TL", "TR", "BL", "BR")):
-        right, down = number & 1, number >> 1
-        parts = []
-        for row, column in _cells(5, 5):
-            is_tap = (column <= 2 if not right else column >= 2) and (row <= 2 if not down else row >= 2)
-            parts.append(_square(column, row, "pivot" if row == column == 2 else "tap" if is_tap else "empty"))
-        panels.append(_panel(5, parts, name))
+    panels = [_panel(5, _around_a_pixel(name), name) for name in CORNERS]
     parts = []
     for row, column in _cells(5, 5):
         parts.append(_square(column, row, "pivot" if row == column else "tap" if column < row else "empty"))
@@ -32,6 +31,25 @@ def taps() -> str:
         "The taps of a 3 x 3 kernel for each corner, and the pivot's mask: zero above the diagonal",
         "TL to BR: what a pixel (orange) reads in each corner. The pivot: its tap as a matrix, output channels down, "
         "input channels across. Only what is above the diagonal is masked; all other taps (blue) are full matrices.",
+    )
+
+
+def corners() -> str:
+    """What a pixel reads in each corner, and in which order the inverse finds the pixels."""
+    return _stencils(
+        CORNERS,
+        "Corners: the taps of a 3 x 3 kernel, and the step in which the inverse finds each pixel",
+        "Corners. Above: what a pixel (orange, the pivot) reads. Below: the step in which the inverse finds a pixel. "
+        "Orange: those of one step. Blue: known by then.",
+    )
+
+
+def sides() -> str:
+    """The same for each side, with the taps that are masked."""
+    return _stencils(
+        SIDES,
+        "Sides: the taps of a 3 x 3 kernel, and the step in which the inverse finds each pixel",
+        "Sides, drawn alike. 0: a masked tap of the kernel.",
     )
 
 
@@ -95,6 +113,52 @@ def frames() -> str:
     )
 
 
+def _stencils(names: Iterable[str], title: str, caption: str) -> str:
+    panels = []
+    for name in names:
+        steps = _steps(name, 5)
+        shown = max(steps.values()) // 2
+        parts = _around_a_pixel(name)
+        for (row, column), step in steps.items():
+            kind = "pivot" if step == shown else "known" if step < shown else "empty"
+            parts += _square(column, row + 6, kind), _text(column, row + 6, str(step))
+        panels.append(_panel(5, parts, name, rows=11))
+    return _figure(panels, title, caption)
+
+
+def _around_a_pixel(name: str) -> list[str]:
+    """The pixels around one, 5 x 5: those that it reads, and the masked taps of the kernel."""
+    reads = _reads(name)
+    rows, columns = ({offset[axis] for offset in reads} for axis in (0, 1))
+    parts = []
+    for row, column in _cells(5, 5):
+        offset = row - 2, column - 2
+        parts.append(_square(column, row, "pivot" if offset == (0, 0) else "tap" if offset in reads else "empty"))
+        if offset[0] in rows and offset[1] in columns and offset not in reads:
+            parts.append(_text(column, row, "0"))
+    return parts
+
+
+def _reads(name: str) -> set[tuple[int, int]]:
+    """Where the pixels lie that a pixel reads, itself among them: rows down and columns to the right."""
+    image = torch.zeros(1, 1, 2 * KERNEL + 1, 2 * KERNEL + 1, requires_grad=True)
+    pixel = functional.conv2d(image, torch.ones(1, 1, KERNEL, KERNEL), corners=name)[0, 0, KERNEL, KERNEL]
+    (read,) = torch.autograd.grad(pixel, image)
+    return {(row - KERNEL, column - KERNEL) for row, column in read[0, 0].nonzero().tolist()}
+
+
+def _steps(name: str, size: int) -> dict[tuple[int, int], int]:
+    """The step in which the inverse finds each pixel of an image: the one after the last that it waits for."""
+    others = _reads(name) - {(0, 0)}
+
+    @cache
+    def step(row: int, column: int) -> int:
+        read = ((row + down, column + right) for down, right in others)
+        return max((step(*pixel) + 1 for pixel in read if all(0 <= place < size for place in pixel)), default=0)
+
+    return {pixel: step(*pixel) for pixel in _cells(size, size)}
+
+
 def _keyframes(step: int, cycle: int) -> str:
     found, known, end = (100 * moment / cycle for moment in (step, step + 1, cycle - 0.5))
     return (
@@ -117,9 +181,10 @@ def _text(column: float, row: float, text: str) -> str:
     return f'<text x="{CELL * (column + 0.5):g}" y="{CELL * (row + 0.7):g}">{text}</text>'
 
 
-def _panel(cells: int, parts: list[str], title: str = "") -> str:
+def _panel(cells: int, parts: list[str], title: str = "", rows: int = 0) -> str:
+    """A drawing of so many cells across, and as many down unless told."""
     top = -CELL if title else 0
-    box = f'viewBox="-1 {top - 1} {CELL * cells + 2} {CELL * cells - top + 2}"'
+    box = f'viewBox="-1 {top - 1} {CELL * cells + 2} {CELL * (rows or cells) - top + 2}"'
     heading = _text(cells / 2 - 0.5, -1, title) if title else ""
     return f'<svg {box} aria-hidden="true">{heading}{"".join(parts)}</svg>'
 
@@ -133,6 +198,8 @@ def _figure(panels: list[str], title: str, caption: str, css: str = "") -> str:
 
 DRAWINGS: dict[str, Callable[[], str]] = {
     "taps": taps,
+    "corners": corners,
+    "sides": sides,
     "jacobian": jacobian,
     "wavefront": wavefront,
     "frames": frames,
