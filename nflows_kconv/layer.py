@@ -10,10 +10,10 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from nflows_kconv import bound, checks, functional, ops, stencil
 from nflows_kconv.invertible import InvertibleModule
+from nflows_kconv.torch_internals import tree_leaves, without_subclasses
 
 
 class InvertibleConv(InvertibleModule):
@@ -416,7 +416,7 @@ class _ComputedWeight(Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        with torch._C.DisableTorchFunctionSubclass():
+        with without_subclasses():
             if torch.compiler.is_compiling():  # cannot ask for versions
                 return func(*args, **kwargs or {})
             own = [value for value in tree_leaves((args, kwargs)) if isinstance(value, cls)]

@@ -27,17 +27,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import (
-    get_single_level_autograd_function_allowed,
-    set_single_level_autograd_function_allowed,
-)
-from torch.autograd import forward_ad
-from torch.autograd.function import _SingleLevelFunction
 from torch.utils.flop_counter import register_flop_formula
 
 from nflows_kconv import backends, stencil
 from nflows_kconv.backends.registry import Problem
-from nflows_kconv.torch_internals import is_under_torch_func
+from nflows_kconv.torch_internals import (
+    SingleLevelFunction,
+    apply_at_this_level,
+    below_autograd,
+    forward_mode,
+    has_dispatch_mode,
+    is_differentiating_forward,
+    primal,
+)
 
 _library = torch.library.Library("nflows_kconv", "DEF")
 for _name in ("conv", "solve"):
@@ -127,18 +129,18 @@ def _seen_by_outer_levels(rule: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Makes a function's jvp of a rule that takes the saved tensors and the tangents of all tensors.
 
     PyTorch runs a jvp with forward mode off, which would hide its calls from the outer levels of nested torch.func
-    transforms. With it on, the saved tensors must shed the tangents of this level, which has no other number than 0.
+    transforms. With it on, the saved tensors must shed the tangents of this level.
     """
 
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
-        saved = [t if t is None else forward_ad.unpack_dual(t, level=0).primal for t in ctx.saved_tensors]
-        with forward_ad._set_fwd_grad_enabled(True):
+        saved = map(primal, ctx.saved_tensors)
+        with forward_mode(True):
             return rule(ctx, *saved, *tangents[: ctx.num_tensors])
 
     return jvp
 
 
-class _Operator(_SingleLevelFunction):
+class _Operator(SingleLevelFunction):
     """What `conv` and `solve` share: their weight and its derivatives."""
 
     @staticmethod
@@ -244,7 +246,7 @@ class _Solve(_Operator):
         return solve(rhs, weight, None, log_diagonal, ctx.stencils, ctx.unit_diagonal, ctx.transpose).to(dtype)
 
 
-class _WeightGradient(_SingleLevelFunction):
+class _WeightGradient(SingleLevelFunction):
     @staticmethod
     def forward(*args: Any) -> Tensor:
         return _evaluated(weight_gradient, *args)
@@ -336,22 +338,21 @@ def _is_recorded(*tensors: Tensor | None) -> bool:
         for tensor in tensors:
             if tensor is not None and tensor.requires_grad:
                 return True
-    # Graphs of torch.compile enter a level of torch.func without telling forward_ad.
-    return forward_ad._current_level >= 0 or is_under_torch_func()
+    return is_differentiating_forward()
 
 
 def _is_direct(tensor: Tensor) -> bool:
     """Whether nothing that the dispatcher serves is between a call and the backends."""
     plain = type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_meta and not torch.compiler.is_compiling()
-    return plain and torch._C._len_torch_dispatch_stack() == 0
+    return plain and not has_dispatch_mode()
 
 
 def _evaluated(operator: Callable[..., Tensor], *args: Any) -> Tensor:
-    if _is_direct(args[0]) and forward_ad._current_level < 0 and not is_under_torch_func():
+    if _is_direct(args[0]) and not is_differentiating_forward():
         return backends.run(_problem(_NAMES[operator], *args))
     # A function's forward runs with both modes of differentiation off, which would hide this call from the outer levels
     # of nested torch.func transforms.
-    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), torch._C._AutoDispatchBelowAutograd():
+    with torch.enable_grad(), forward_mode(True), below_autograd():
         return operator(*args)
 
 
@@ -364,15 +365,9 @@ def _differentiable(operator: Callable[..., Tensor], function: Any, tensors: int
 
     def kernel(*args: Any) -> Tensor:
         if not _is_recorded(*args[:tensors]):
-            with torch._C._AutoDispatchBelowAutograd():
+            with below_autograd():
                 return operator(*args)
-        # torch's own context manager for this hides a KeyboardInterrupt that comes as it is entered.
-        allowed = get_single_level_autograd_function_allowed()
-        try:
-            set_single_level_autograd_function_allowed(True)
-            output = function.apply(*args)
-        finally:
-            set_single_level_autograd_function_allowed(allowed)
+        output = apply_at_this_level(function, *args)
         # `_Solve` saves its output; the copy is what a next layer may overwrite, as normflows' Shift does.
         return output.clone() if function is _Solve else output
 

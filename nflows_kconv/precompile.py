@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 
 from nflows_kconv import ops
 from nflows_kconv.bijection import as_bijection, is_bijection
 from nflows_kconv.layer import InvertibleConv
+from nflows_kconv.torch_internals import TorchDispatchMode, tree_map_only
 
 
 def warmup(module: nn.Module, input_shape: Sequence[int], context: Any = None) -> None:

@@ -2,25 +2,77 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import distributed, nn
-from torch._C._functorch import is_functorch_wrapped_tensor, peek_interpreter_stack
+from torch import Tensor, distributed, nn
+from torch._C._functorch import (
+    get_single_level_autograd_function_allowed,
+    is_functorch_wrapped_tensor,
+    peek_interpreter_stack,
+    set_single_level_autograd_function_allowed,
+)
+from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 __all__ = [
+    "SingleLevelFunction",
+    "TorchDispatchMode",
+    "apply_at_this_level",
     "assert_async",
+    "below_autograd",
+    "forward_mode",
+    "has_dispatch_mode",
+    "is_differentiating_forward",
     "is_functorch_wrapped_tensor",
     "is_sharded",
     "is_under_torch_func",
+    "primal",
     "process_group",
+    "tree_flatten",
     "tree_leaves",
     "tree_map_only",
+    "tree_unflatten",
     "uncompiled",
+    "without_subclasses",
 ]
 
 assert_async = torch._assert_async
 uncompiled = torch._disable_dynamo  # torch.compiler.disable would import the compiler along with this package
+
+
+below_autograd = torch._C._AutoDispatchBelowAutograd
+without_subclasses = torch._C.DisableTorchFunctionSubclass
+forward_mode = forward_ad._set_fwd_grad_enabled
+
+
+def has_dispatch_mode() -> bool:
+    """Whether a `TorchDispatchMode` looks at each operator."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
+def is_differentiating_forward() -> bool:
+    """Whether forward mode is at work. Graphs of torch.compile enter a level of torch.func without telling it."""
+    return forward_ad._current_level >= 0 or is_under_torch_func()
+
+
+def primal(tensor: Tensor | None) -> Tensor | None:
+    """A tensor without the tangent of this level, which has no other number than 0."""
+    return None if tensor is None else forward_ad.unpack_dual(tensor, level=0).primal
+
+
+def apply_at_this_level(function: Any, *args: Any) -> Tensor:
+    """Applies a `SingleLevelFunction`, as torch.func's own levels do."""
+    # torch's own context manager for this hides a KeyboardInterrupt that comes as it is entered.
+    allowed = get_single_level_autograd_function_allowed()
+    try:
+        set_single_level_autograd_function_allowed(True)
+        return function.apply(*args)
+    finally:
+        set_single_level_autograd_function_allowed(allowed)
 
 
 def is_under_torch_func() -> bool:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nflows_kconv.torch_internals import below_autograd
+
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
 
 
@@ -52,7 +54,7 @@ def loaded() -> ctypes.CDLL:
 def call(name: str, *args: Any) -> Tensor:
     """Calls an operator of the native library, below autograd, whose part `ops` has done."""
     try:
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             return _operator(name)(*args)
     except RuntimeError as error:
         raise _with_type(error) from None

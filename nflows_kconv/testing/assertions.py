@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributions import Transform
-from torch.utils._pytree import tree_map_only
 
 from nflows_kconv.testing import state
 from nflows_kconv.testing.derivatives import check_collisions, check_gradients, check_orientation, jacobian
 from nflows_kconv.testing.hooks import check_hooks
 from nflows_kconv.testing.probe import SAFETY, Probe, Values
 from nflows_kconv.testing.subject import NoInverse, Subject, as_it_is
+from nflows_kconv.torch_internals import tree_map_only
 
 __tracebackhide__ = True  # pytest shows the line of the test that called, not ours
 

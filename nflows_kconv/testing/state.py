@@ -9,10 +9,10 @@ from itertools import chain
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from nflows_kconv.testing.probe import Probe
 from nflows_kconv.testing.subject import Subject
+from nflows_kconv.torch_internals import tree_flatten, tree_leaves, tree_unflatten
 
 __tracebackhide__ = True  # pytest shows the line of the test that called, not ours
 

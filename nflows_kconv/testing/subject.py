@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
 
 from nflows_kconv import bijection
 from nflows_kconv.float64 import to_device_with_float64, to_float64
+from nflows_kconv.torch_internals import tree_map_only
 
 __tracebackhide__ = True  # pytest shows the line of the test that called, not ours
 
