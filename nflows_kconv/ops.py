@@ -54,7 +54,6 @@ _library.define(
 conv = torch.ops.nflows_kconv.conv.default
 solve = torch.ops.nflows_kconv.solve.default
 weight_gradient = torch.ops.nflows_kconv.weight_gradient.default
-_NAMES: dict[Callable[..., Tensor], str] = {conv: "conv", solve: "solve", weight_gradient: "weight_gradient"}
 
 
 def _problem(name: str, *args: Any) -> Problem:
@@ -193,7 +192,7 @@ class _Operator(SingleLevelFunction):
 class _Conv(_Operator):
     @staticmethod
     def forward(*args: Any) -> Tensor:
-        return _evaluated(conv, *args)
+        return _evaluated("conv", conv, *args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -223,7 +222,7 @@ class _Conv(_Operator):
 class _Solve(_Operator):
     @staticmethod
     def forward(*args: Any) -> Tensor:
-        return _evaluated(solve, *args)
+        return _evaluated("solve", solve, *args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -249,7 +248,7 @@ class _Solve(_Operator):
 class _WeightGradient(SingleLevelFunction):
     @staticmethod
     def forward(*args: Any) -> Tensor:
-        return _evaluated(weight_gradient, *args)
+        return _evaluated("weight_gradient", weight_gradient, *args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -347,9 +346,9 @@ def _is_direct(tensor: Tensor) -> bool:
     return plain and not has_dispatch_mode()
 
 
-def _evaluated(operator: Callable[..., Tensor], *args: Any) -> Tensor:
+def _evaluated(name: str, operator: Callable[..., Tensor], *args: Any) -> Tensor:
     if _is_direct(args[0]) and not is_differentiating_forward():
-        return backends.run(_problem(_NAMES[operator], *args))
+        return backends.run(_problem(name, *args))
     # A function's forward runs with both modes of differentiation off, which would hide this call from the outer levels
     # of nested torch.func transforms.
     with torch.enable_grad(), forward_mode(True), below_autograd():
@@ -427,12 +426,11 @@ def _into_channels(images: Tensor) -> Tensor:
     return images.transpose(0, 1).flatten(1, 2)
 
 
-for _operator, _function, _tensors, _vmap, _flops in (
-    (conv, _Conv, 4, _batched_operator(conv), _operator_flops),
-    (solve, _Solve, 4, _batched_operator(solve), _operator_flops),
-    (weight_gradient, _WeightGradient, 2, _batched_weight_gradient, _weight_gradient_flops),
+for _name, _operator, _function, _tensors, _vmap, _flops in (
+    ("conv", conv, _Conv, 4, _batched_operator(conv), _operator_flops),
+    ("solve", solve, _Solve, 4, _batched_operator(solve), _operator_flops),
+    ("weight_gradient", weight_gradient, _WeightGradient, 2, _batched_weight_gradient, _weight_gradient_flops),
 ):
-    _name = _NAMES[_operator]
     _library.impl(_name, _checked(_name, backends.run), "CompositeExplicitAutograd")
     _library.impl(_name, _differentiable(_operator, _function, _tensors), "Autograd")
     torch.library.register_fake(_operator.name(), _checked(_name, _fake), lib=_library)

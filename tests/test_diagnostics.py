@@ -46,7 +46,7 @@ def layer_with(size: float, seed: int = 0, channels: int = 4, **options) -> Inve
 
 
 def singular_values(layer: InvertibleConv2d, height: int, width: int) -> Tensor:
-    groups = oracles.matrices(layer.weight.detach(), layer.corners, height, width)
+    groups = oracles.matrices(layer.weight.detach(), layer.corners, (height, width))
     return torch.cat([torch.linalg.svdvals(group) for group in groups])
 
 
@@ -145,11 +145,11 @@ def test_what_overflows_is_infinite(exact: bool):
 @pytest.mark.parametrize(
     ("arguments", "error", "match"),
     [
-        (dict(layer=nn.Conv2d(4, 4, 3)), TypeError, "layer must be an InvertibleConv2d, got Conv2d"),
-        (dict(image_size=(4,)), ValueError, r"image_size must be \(H, W\), got \(4,\)"),
-        (dict(image_size=4), ValueError, r"image_size must be \(H, W\), got 4"),
-        (dict(image_size=(4, 0)), ValueError, "W must be at least 1, got 0"),
-        (dict(image_size=(4.0, 4)), TypeError, "H must be an integer, got 4.0"),
+        (dict(layer=nn.Conv2d(4, 4, 3)), TypeError, "layer must be an InvertibleConv1d, 2d or 3d, got Conv2d"),
+        (dict(image_size=(4,)), ValueError, r"image_size must have the layer's 2 dimensions, got \(4,\)"),
+        (dict(image_size=4), ValueError, r"image_size must have the layer's 2 dimensions, got 4"),
+        (dict(image_size=(4, 0)), ValueError, "image_size must be at least 1, got 0"),
+        (dict(image_size=(4.0, 4)), TypeError, "image_size must be an integer, got 4.0"),
         (dict(max_iterations=0), ValueError, "max_iterations must be at least 1, got 0"),
     ],
 )
@@ -175,7 +175,7 @@ class Net(nn.Module):
 def nflows_flow() -> Flow:
     """Every container of nflows."""
     level = [
-        transforms.SqueezeTransform(),
+        transforms.Squeeze(),
         transforms.CompositeTransform([nflows_kconv.nflows.InvertibleConv2d(4), transforms.ActNorm(4)]),
         transforms.InverseTransform(nflows_kconv.nflows.InvertibleConv2d(4)),
         transforms.AffineCouplingTransform([0, 1, 0, 1], Net),
@@ -187,7 +187,7 @@ def nflows_flow() -> Flow:
 
 
 NFLOWS_KINDS = [
-    "SqueezeTransform",
+    "Squeeze",
     "InvertibleConv2d",
     "ActNorm",
     "InvertibleConv2d",
@@ -538,11 +538,11 @@ def of_classes(library: Any, **options: Any) -> nn.Module:
 IMAGE_FLOW = ["UniformDequantization", "Logit"]
 STEP = ["InvertibleConv2d", "ActNorm", "InvertibleConv1x1", "AffineCoupling"]
 ANY_KIND = {
-    "nflows, classes": (lambda: of_classes(nflows_kconv.nflows), [*IMAGE_FLOW, "SqueezeTransform", *STEP]),
+    "nflows, classes": (lambda: of_classes(nflows_kconv.nflows), [*IMAGE_FLOW, "Squeeze", *STEP]),
     "normflows, classes": (lambda: of_classes(nflows_kconv.normflows), [*IMAGE_FLOW, "Squeeze", *STEP]),
     "nflows, classes and contexts": (
         lambda: of_classes(nflows_kconv.nflows, context_shape=(2,)),
-        [*IMAGE_FLOW, "SqueezeTransform", *STEP],
+        [*IMAGE_FLOW, "Squeeze", *STEP],
     ),
     "normflows, classes and contexts": (
         lambda: of_classes(nflows_kconv.normflows, context_shape=(2,), reversible=True),

@@ -109,7 +109,7 @@ def test_on_the_cpu_nothing_happens():
 def test_wrong_arguments():
     with pytest.raises(TypeError, match=r"module must be a torch\.nn\.Module, got function"):
         warmup(lambda x: x, (1, 4, 4, 4))
-    with pytest.raises(ValueError, match="module must contain an InvertibleConv2d, got a Conv2d without one"):
+    with pytest.raises(ValueError, match="module must contain an InvertibleConv1d, 2d or 3d, got a Conv2d without one"):
         warmup(nn.Conv2d(4, 4, 3), (1, 4, 4, 4))
 
 
