@@ -175,7 +175,7 @@ class Net(nn.Module):
 def nflows_flow() -> Flow:
     """Every container of nflows."""
     level = [
-        transforms.Squeeze(),
+        transforms.SqueezeTransform(),
         transforms.CompositeTransform([nflows_kconv.nflows.InvertibleConv2d(4), transforms.ActNorm(4)]),
         transforms.InverseTransform(nflows_kconv.nflows.InvertibleConv2d(4)),
         transforms.AffineCouplingTransform([0, 1, 0, 1], Net),
@@ -187,7 +187,7 @@ def nflows_flow() -> Flow:
 
 
 NFLOWS_KINDS = [
-    "Squeeze",
+    "SqueezeTransform",
     "InvertibleConv2d",
     "ActNorm",
     "InvertibleConv2d",
