@@ -73,9 +73,8 @@ __device__ inline void copy_weights(Accumulator* weights, const WeightView<const
     const int b = tap % TAPS_W, a = tap / TAPS_W % TAPS_H, c = tap / (TAPS_W * TAPS_H);
     const int column = stage.tap_column + b, row = stage.tap_row + a, input = stage.channel + c;
     const bool present = column < KERNEL_W && row < KERNEL_H && input < CHANNELS;
-    const bool pivot = column == 0 && row == 0;
-    const int least_output = pivot ? input : 0;  // the mask
-    const int given_output = pivot && !has_own_diagonal(arguments) ? input : -1;
+    const bool pivot = column == 0 && row == 0, own = has_own_diagonal(arguments);
+    const int least_output = pivot ? input + !own : 0;  // the mask
     const SCALAR* source =
         view.data + (output + first) * view.out + input * view.in + row * view.row + column * view.column;
     Accumulator* const target = weights + ((c * TAPS_W + b) * TAPS_H + a) * kTapWeights;
@@ -83,15 +82,15 @@ __device__ inline void copy_weights(Accumulator* weights, const WeightView<const
     for (int o = first; o < TILE_OUTPUTS; o += kOutputsAtOnce) {
       Accumulator* const weight = target + o / OUTPUTS * kSlotWeights + o % OUTPUTS;
       if (present && output + o >= least_output && output + o < CHANNELS) {
-        if (output + o == given_output) {
-          *weight = diagonal_of(arguments, group, input);
-        } else {
-          copy_to_shared(weight, source);
-        }
+        copy_to_shared(weight, source);
       } else {
         *weight = 0;
       }
       source += kOutputsAtOnce * view.out;
+    }
+    const int o = input - output;
+    if (pivot && !own && present && o >= 0 && o < TILE_OUTPUTS && o % kOutputsAtOnce == first) {
+      target[o / OUTPUTS * kSlotWeights + o % OUTPUTS] = diagonal_of(arguments, group, input);
     }
   }
 }
