@@ -16,6 +16,7 @@ from nflows_kconv import checks, ops, stencil
 from nflows_kconv.polyphase import over_phases
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_HALF = DTYPES[2:]
 _AXES = {1: ("L",), 2: ("H", "W"), 3: ("D", "H", "W")}
 _KERNEL_AXES = {1: ("k",), 2: ("kh", "kw"), 3: ("kd", "kh", "kw")}
 
@@ -201,11 +202,15 @@ def run(
     if max(dilation) == 1:
         output = ops.call(operator, input, weight, bias, log_diagonal, stencils, unit_diagonal)
     else:
+        # Half precision is rounded once: gradients of the weight are sums over phases.
+        wide, *others = (
+            t.float() if t is not None and t.dtype in _HALF else t for t in (input, weight, bias, log_diagonal)
+        )
         output = over_phases(
-            lambda images: ops.call(operator, images, weight, bias, log_diagonal, stencils, unit_diagonal),
-            input,
-            dilation,
-        ).contiguous()
+            lambda images: ops.call(operator, images, *others, stencils, unit_diagonal), wide, dilation
+        )
+        dtype = torch.float32 if input.dtype in _HALF and ops.autocast_is_on(input) else input.dtype
+        output = output.to(dtype).contiguous()
     return output[:, :, 0] if dimensions == 1 else output
 
 

@@ -1,5 +1,6 @@
 """Derivatives of any order in both directions, by every way that PyTorch has to ask for them."""
 
+import math
 from dataclasses import replace
 
 import oracles
@@ -11,22 +12,22 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils.checkpoint import checkpoint
 
-from nflows_kconv import InvertibleConv2d, functional, geometry, ops
+from nflows_kconv import InvertibleConv2d, functional, ops
 
 # Small enough for whole Jacobians and Hessians.
 SMALL = (
-    Case((TL, BR), per_group=2, kernel_size=(2, 3), height=2, width=3),
-    Case(CORNERS, per_group=1, kernel_size=(2, 2), batch=1, height=2, width=2),
-    Case((BL, BL), per_group=1, kernel_size=(3, 1), batch=3, height=3, width=1),
-    Case((TR,), per_group=2, kernel_size=(1, 1), height=1, width=2),
-    Case((BR,), per_group=2, kernel_size=(2, 2), height=2, width=2, layout="channels_last"),
+    Case((TL, BR), per_group=2, kernel_size=(2, 3), size=(2, 3)),
+    Case(CORNERS, per_group=1, kernel_size=(2, 2), batch=1, size=(2, 2)),
+    Case((BL, BL), per_group=1, kernel_size=(3, 1), batch=3, size=(3, 1)),
+    Case((TR,), per_group=2, kernel_size=(1, 1), size=(1, 2)),
+    Case((BR,), per_group=2, kernel_size=(2, 2), size=(2, 2), layout="channels_last"),
+    Case(("T", "R"), per_group=1, kernel_size=(2, 3), size=(2, 3)),
+    Case(("R", "L"), per_group=1, kernel_size=(3,), size=(4,), dilation=2),
+    Case(("FTR",), per_group=2, kernel_size=(2, 1, 2), batch=1, size=(2, 1, 3)),
+    Case(("B",), per_group=2, kernel_size=(2, 2), batch=1, size=(3, 2), dilation=(2, 1)),
 )
 every_small_case = pytest.mark.parametrize("case", SMALL, ids=lambda case: "-".join(case.corners))
-FUNCTIONS = {
-    "conv2d": (functional.conv2d, oracles.conv),
-    "conv2d_inverse": (functional.conv2d_inverse, oracles.solve),
-}
-every_direction = pytest.mark.parametrize("name", FUNCTIONS)
+every_direction = pytest.mark.parametrize("name", ["conv", "inverse"])
 
 
 def arguments(case: Case, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -40,10 +41,21 @@ def gradients(output: torch.Tensor, grad: torch.Tensor, *arguments: torch.Tensor
     return torch.autograd.grad((output * grad.to(output)).sum(), arguments)
 
 
-def with_bias(oracle, input, weight, bias, corners) -> torch.Tensor:
-    """The oracle of the convolution with its bias added, or that of the inverse with the bias taken off first."""
-    bias = bias[:, None, None]
-    return oracle(input, weight, corners) + bias if oracle is oracles.conv else oracle(input - bias, weight, corners)
+def of_oracle(name: str, case: Case):
+    """The function of input, weight and bias that `getattr(case, name)` must be."""
+
+    def function(input, weight, bias=None):
+        bias = 0 if bias is None else case.of_channels(bias)
+        if name == "conv":
+            return oracles.conv(input, weight, case.corners, case.dilation) + bias
+        return oracles.solve(input - bias, weight, case.corners, case.dilation)
+
+    return function
+
+
+def is_computed_from_the_rounded_solution(case: Case) -> bool:
+    """Whether the inverse's derivatives in half precision are; dilated ones are computed in float32 as a whole."""
+    return case.dtype in oracles.HALF_PRECISION and case.dilation in (1, (1,) * len(case.size))
 
 
 # Gradients
@@ -53,19 +65,18 @@ def with_bias(oracle, input, weight, bias, corners) -> torch.Tensor:
 @over_cases()
 def test_gradients_are_those_of_the_oracle(case: Case, name: str, backend: str, device: str):
     """F.conv2d's autograd for the convolution, the dense triangular solve's for the inverse."""
-    function, oracle = FUNCTIONS[name]
-    if not case.per_group * case.height * case.width <= 200 or case.batch == 0:
+    if not case.unknowns <= 200 or case.batch == 0:
         return  # the oracle's gradient in the weight goes through the dense matrices
     grad_ = case.input(seed=2)
     leaves = [t.detach().requires_grad_() for t in (case.input(device), case.weight(device), case.bias(device))]
-    output = function(*leaves[:2], case.corners, leaves[2])
+    output = getattr(case, name)(*leaves)
     actual = gradients(output, grad_, *leaves)
     exact = [t.detach().to("cpu", torch.float64).requires_grad_() for t in leaves]
     if 0 in case.input_shape:
         expected = [torch.zeros_like(t) for t in exact]
     else:
-        expected = list(gradients(with_bias(oracle, *exact, case.corners), grad_, *exact))
-        if name == "conv2d_inverse" and case.dtype in oracles.HALF_PRECISION:  # computed from the rounded solution
+        expected = list(gradients(of_oracle(name, case)(*exact), grad_, *exact))
+        if name == "inverse" and is_computed_from_the_rounded_solution(case):
             expected[1] = -oracles.weight_gradient(output, expected[0], exact[1], case.corners)
     for one, other, leaf in zip(actual, expected, leaves, strict=True):
         assert one.dtype == leaf.dtype
@@ -74,63 +85,63 @@ def test_gradients_are_those_of_the_oracle(case: Case, name: str, backend: str, 
 
 @every_direction
 @over_cases()
-def test_masked_entries_have_no_gradient(case: Case, name: str, device: str):
-    function, _ = FUNCTIONS[name]
-    masked = oracles.masked(case.weight_shape, case.corners).to(device)
-    weight = case.weight(device).masked_fill(masked, float("nan")).requires_grad_()
-    input = case.input(device).requires_grad_()
-    for_input, for_weight = gradients(function(input, weight, case.corners), case.input(seed=2), input, weight)
-    assert torch.all(for_weight[masked] == 0)
-    assert for_weight.isfinite().all()
-    assert for_input.isfinite().all()
+def test_what_is_not_read_has_no_gradient(case: Case, name: str, device: str):
+    """Masked entries, and the diagonal of a raw weight where there is another one."""
+    for diagonal in ("own", "unit", "learned")[: 3 if case.unknowns <= 100 else 1]:
+        ignored = oracles.masked(case.weight_shape, case.corners)
+        if diagonal != "own":
+            oracles.set_diagonal(ignored, case.corners, torch.tensor(True))
+        ignored = ignored.to(device)
+        weight = case.weight(device).masked_fill(ignored, math.nan).requires_grad_()
+        log_diagonal = torch.zeros_like(case.bias(device)).requires_grad_() if diagonal == "learned" else None
+        input = case.input(device).requires_grad_()
+        conv, solve = case.operators(weight, None, log_diagonal, diagonal == "unit")
+        output = (conv if name == "conv" else solve)(input)
+        leaves = [leaf for leaf in (input, weight, log_diagonal) if leaf is not None]
+        found = gradients(output, case.input(seed=2), *leaves)
+        assert torch.all(found[1][ignored] == 0)
+        assert all(gradient.isfinite().all() for gradient in found)
 
 
 @every_direction
 @every_small_case
 def test_gradcheck(case: Case, name: str, backend: str, device: str):
-    function, _ = FUNCTIONS[name]
-
-    def of_bias_too(input, weight, bias):
-        return function(input, weight, case.corners, bias)
-
-    leaves = arguments(case, device)
-    assert gradcheck(
-        of_bias_too, leaves, check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=True
-    )
+    function, leaves = getattr(case, name), arguments(case, device)
+    assert gradcheck(function, leaves, check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=True)
 
 
 @every_direction
 @every_small_case
 def test_gradgradcheck(case: Case, name: str, device: str):
-    function, _ = FUNCTIONS[name]
-
-    def of_bias_too(input, weight, bias):
-        return function(input, weight, case.corners, bias)
-
-    leaves = arguments(case, device)
-    assert gradgradcheck(of_bias_too, leaves, check_fwd_over_rev=True, check_rev_over_rev=True, check_batched_grad=True)
+    function, leaves = getattr(case, name), arguments(case, device)
+    assert gradgradcheck(function, leaves, check_fwd_over_rev=True, check_rev_over_rev=True, check_batched_grad=True)
 
 
 @every_small_case
 def test_gradcheck_of_the_operators(case: Case, backend: str, device: str):
-    """The transposed operators and the weight gradient too."""
+    """The transposed operators and the weight gradient too, with every diagonal that there is."""
     input, weight, bias = arguments(case, device)
-    corners = geometry.parse_corners(case.corners)
-    for transpose in (False, True):
-        for operator in (ops.conv, ops.solve):
-            function = lambda x, w, b, op=operator, t=transpose: op(x, w, b, corners, t)  # noqa: E731
-            assert gradcheck(function, (input, weight, bias), check_forward_ad=True)
-            assert gradgradcheck(function, (input, weight, bias))
-    function = lambda x, g: ops.weight_gradient(x, g, corners, case.kernel_size)  # noqa: E731
+    for log_diagonal, unit_diagonal in ((None, False), (bias / 2, False), (None, True)):
+        for index in range(2):
+            for transpose in case.transposes if unit_diagonal or log_diagonal is None else case.transposes[-1:]:
+
+                def function(x, w, b, *log_diagonal, i=index, t=transpose, unit=unit_diagonal):
+                    return case.operators(w, b, *log_diagonal or [None], unit)[i](x, t)
+
+                leaves = (input, weight, bias) if log_diagonal is None else (input, weight, bias, log_diagonal)
+                assert gradcheck(function, leaves, check_forward_ad=True, fast_mode=True)
+                assert gradgradcheck(function, leaves, fast_mode=True)
     images = input, replace(case, dtype=torch.float64).input(device, seed=2).requires_grad_()
-    assert gradcheck(function, images, check_forward_ad=True, check_batched_grad=True)
-    assert gradgradcheck(function, images)
+    for unit_diagonal in (False, True) if len(case.transposes) > 1 else ():
+        function = lambda x, g, unit=unit_diagonal: ops.weight_gradient(x, g, case.stencils, case.kernel_size, unit)  # noqa: E731
+        assert gradcheck(function, images, check_forward_ad=True, check_batched_grad=True)
+        assert gradgradcheck(function, images)
 
 
 @pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
 @pytest.mark.parametrize("diagonal", ["unit", "learned"])
 def test_gradcheck_of_the_layer(diagonal: str, inverse: bool, device: str):
-    layer = InvertibleConv2d(4, (2, 3), corners=(TL, BR), diagonal=diagonal, bias=True).to(device, torch.float64)
+    layer = InvertibleConv2d(4, (2, 3), corners=(TL, "R"), diagonal=diagonal, bias=True).to(device, torch.float64)
     names, parameters = zip(*layer.named_parameters(), strict=True)
     parameters = [torch.linspace(-0.4, 0.5, p.numel(), dtype=p.dtype, device=device).view_as(p) for p in parameters]
 
@@ -155,31 +166,30 @@ def test_gradcheck_of_the_layer(diagonal: str, inverse: bool, device: str):
 @every_direction
 @pytest.mark.parametrize("needed", [(0,), (1,), (2,), (0, 1), (1, 2), (0, 2)], ids=str)
 def test_only_what_is_needed_is_computed_and_alike(name: str, needed: tuple[int, ...], device: str):
-    function, _ = FUNCTIONS[name]
-    leaves = arguments(SMALL[0], device)
-    corners = SMALL[0].corners
-    all_gradients = torch.autograd.grad(function(*leaves[:2], corners, leaves[2]).square().sum(), leaves)
+    leaves = arguments(SMALL[0], device)  # the bias is the log-diagonal, too
+
+    def loss(input, weight, log_diagonal):
+        function = SMALL[0].operators(weight, log_diagonal, log_diagonal)[name == "inverse"]
+        return function(input).square().sum()
+
+    all_gradients = torch.autograd.grad(loss(*leaves), leaves)
     fewer = [leaf if i in needed else leaf.detach() for i, leaf in enumerate(leaves)]
-    output = function(*fewer[:2], corners, fewer[2])
-    for index, gradient in zip(
-        needed, torch.autograd.grad(output.square().sum(), [leaves[i] for i in needed]), strict=True
-    ):
+    for index, gradient in zip(needed, torch.autograd.grad(loss(*fewer), [leaves[i] for i in needed]), strict=True):
         assert_close(gradient, all_gradients[index])
 
 
 @every_direction
 def test_finite_differences(name: str, backend: str, device: str):
     """Without gradcheck's machinery, along a random direction."""
-    function, _ = FUNCTIONS[name]
     case = Case((TR, BL), per_group=3, batch=5, dtype=torch.float64)
-    input, weight, _ = arguments(case, device)
-    output = function(input, weight, case.corners)
+    function, (input, weight, _) = getattr(case, name), arguments(case, device)
+    output = function(input, weight)
     cotangent = case.input(device, seed=2)
     for leaf, gradient in zip((input, weight), gradients(output, cotangent, input, weight), strict=True):
         direction = torch.randn(leaf.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(device)
         step = 1e-6 * direction
         ends = [
-            (function(*(t + sign * step if t is leaf else t for t in (input, weight)), case.corners) * cotangent).sum()
+            (function(*(t + sign * step if t is leaf else t for t in (input, weight))) * cotangent).sum()
             for sign in (1, -1)
         ]
         torch.testing.assert_close((ends[0] - ends[1]) / 2e-6, (gradient * direction).sum(), rtol=1e-6, atol=1e-7)
@@ -226,13 +236,12 @@ TRANSFORMS = {
 
 @every_direction
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS.keys())
-@pytest.mark.parametrize("case", SMALL[1:4:2], ids=lambda case: "-".join(case.corners))
+@pytest.mark.parametrize("case", SMALL[1:8:2], ids=lambda case: "-".join(case.corners))
 def test_function_transforms(transform, case: Case, name: str, device: str):
     """Whatever torch.func does to the function gives what it does to the oracle."""
-    function, oracle = FUNCTIONS[name]
     input, weight, _ = (tensor.detach() for tensor in arguments(case, device))
-    actual = transform(lambda x, w: function(x, w, case.corners), input, weight)
-    expected = transform(lambda x, w: oracle(x, w, case.corners), input.cpu(), weight.cpu())
+    actual = transform(getattr(case, name), input, weight)
+    expected = transform(of_oracle(name, case), input.cpu(), weight.cpu())
     actual, expected = (torch.utils._pytree.tree_leaves(tree) for tree in (actual, expected))
     for one, other in zip(actual, expected, strict=True):
         assert one.shape == other.shape
@@ -242,24 +251,18 @@ def test_function_transforms(transform, case: Case, name: str, device: str):
 @pytest.mark.parametrize("dtype", oracles.HALF_PRECISION, ids=str)
 @every_direction
 def test_tangents_and_maps_of_half_precision_are_rounded_once(name: str, dtype: torch.dtype, device: str):
-    function, oracle = FUNCTIONS[name]
     case = Case((TL, BR), per_group=3, batch=3, dtype=dtype)
+    call, exact = getattr(case, name), of_oracle(name, case)
     arguments = case.input(device), case.weight(device), case.bias(device)
     other = replace(case, seed=1)
     others = other.input(device), other.weight(device), other.bias(device)
 
-    def call(input, weight, bias):
-        return function(input, weight, case.corners, bias)
-
-    def exact(input, weight, bias):
-        return with_bias(oracle, input, weight, bias, case.corners)
-
     output, tangent = jvp(call, arguments, others)
     point, (d_input, d_weight, d_bias) = (tuple(t.double().cpu() for t in tensors) for tensors in (arguments, others))
-    if name == "conv2d":
-        expected = jvp(exact, point, (d_input, d_weight, d_bias))[1]
-    else:  # computed from the solution, which was rounded
+    if name == "inverse":  # computed from the rounded solution
         expected = exact(d_input - oracles.conv(output, d_weight, case.corners), point[1], d_bias)
+    else:
+        expected = jvp(exact, point, (d_input, d_weight, d_bias))[1]
     assert_close(tangent, expected)
 
     for mapped in ((2,), (1, 2), (0, 1, 2)):
@@ -291,30 +294,31 @@ def test_gradients_of_each_sample_through_the_layer(device: str):
 # The operators under PyTorch's own tests, and in company
 
 
-@every_small_case
+@pytest.mark.parametrize("case", SMALL[:8:3], ids=lambda case: "-".join(case.corners))
 def test_opcheck(case: Case, device: str):
-    corners = geometry.parse_corners(case.corners)
     input, weight, bias = arguments(case, device)
     for transpose in (False, True):
-        torch.library.opcheck(ops.conv, (input, weight, bias if transpose else None, corners, transpose))
-        torch.library.opcheck(ops.solve, (input, weight, None if transpose else bias, corners, transpose))
-    other = input.detach().clone().requires_grad_()
-    torch.library.opcheck(ops.weight_gradient, (input, other, corners, list(case.kernel_size)))
+        log_diagonal = bias if transpose else None
+        for operator, with_bias in ((ops.conv, log_diagonal), (ops.solve, bias)):
+            torch.library.opcheck(
+                operator, (input, weight, with_bias, log_diagonal, case.stencils, not transpose, transpose)
+            )
+        other = input.detach().clone().requires_grad_()
+        torch.library.opcheck(ops.weight_gradient, (input, other, case.stencils, list(case.kernel_size), transpose))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @every_direction
 def test_autocast_computes_in_float32(name: str, dtype: torch.dtype, backend: str, device: str):
-    function, _ = FUNCTIONS[name]
     case = Case((TL, BR), per_group=3, batch=5)
-    input, weight = case.input(device), case.weight(device)
+    function, input, weight = getattr(case, name), case.input(device), case.weight(device)
     bias = torch.ones(case.channels, device=device)
     with torch.autocast(device, dtype):
         for first in (input, input.to(dtype)):
             for second in (weight, weight.to(dtype)):
-                output = function(first, second, case.corners, bias)
+                output = function(first, second, bias)
                 assert output.dtype == torch.float32
-                assert_close(output, function(first.float(), second.float(), case.corners, bias))
+                assert_close(output, function(first.float(), second.float(), bias))
 
 
 def test_training_under_autocast(backend: str, device: str):
@@ -334,11 +338,10 @@ def test_training_under_autocast(backend: str, device: str):
 @pytest.mark.parametrize("use_reentrant", [False, True], ids=["plain", "reentrant"])
 @every_direction
 def test_gradient_checkpointing(name: str, use_reentrant: bool, device: str):
-    function, _ = FUNCTIONS[name]
-    leaves = arguments(SMALL[0], device)
+    function, leaves = getattr(SMALL[0], name), arguments(SMALL[0], device)
 
     def loss(input, weight, bias):
-        return function(input, weight, SMALL[0].corners, bias).pow(3).sum()
+        return function(input, weight, bias).pow(3).sum()
 
     loss(*leaves).backward()
     expected = [leaf.grad for leaf in leaves]
@@ -352,12 +355,11 @@ def test_gradient_checkpointing(name: str, use_reentrant: bool, device: str):
 @every_direction
 def test_the_output_may_be_overwritten(name: str, backend: str, device: str):
     """As normflows' Shift does; what the gradient needs must not lie in the output."""
-    function, _ = FUNCTIONS[name]
-    input, weight, bias = arguments(SMALL[0], device)
+    function, (input, weight, bias) = getattr(SMALL[0], name), arguments(SMALL[0], device)
     for with_bias in (None, bias):
-        output = function(input, weight, SMALL[0].corners, with_bias)
+        output = function(input, weight, with_bias)
         expected = gradients(2 * output + 1, output.detach(), input, weight)
-        output = function(input, weight, SMALL[0].corners, with_bias)
+        output = function(input, weight, with_bias)
         cotangent = output.detach().clone()
         output.mul_(2).add_(1)
         for one, other in zip(gradients(output, cotangent, input, weight), expected, strict=True):
@@ -366,9 +368,8 @@ def test_the_output_may_be_overwritten(name: str, backend: str, device: str):
 
 @every_direction
 def test_gradients_accumulate_and_graphs_are_kept(name: str, device: str):
-    function, _ = FUNCTIONS[name]
-    input, weight, _ = arguments(SMALL[0], device)
-    loss = function(input, weight, SMALL[0].corners).square().sum()
+    function, (input, weight, _) = getattr(SMALL[0], name), arguments(SMALL[0], device)
+    loss = function(input, weight).square().sum()
     loss.backward(retain_graph=True)
     once = weight.grad.clone()
     loss.backward()
@@ -378,20 +379,20 @@ def test_gradients_accumulate_and_graphs_are_kept(name: str, device: str):
 def test_no_graph_where_none_is_asked_for(device: str):
     input, weight, _ = arguments(SMALL[0], device)
     with torch.no_grad():
-        assert not functional.conv2d(input, weight, SMALL[0].corners).requires_grad
-    assert not functional.conv2d(input.detach(), weight.detach(), SMALL[0].corners).requires_grad
-    assert functional.conv2d_inverse(input.detach(), weight, SMALL[0].corners).requires_grad
+        assert not SMALL[0].conv(input, weight).requires_grad
+    assert not SMALL[0].conv(input.detach(), weight.detach()).requires_grad
+    assert SMALL[0].inverse(input.detach(), weight).requires_grad
 
 
 def test_log_abs_det_has_the_gradient_of_slogdet(device: str):
     case = SMALL[0]
     _, weight, _ = arguments(case, device)
-    log_det = functional.log_abs_det(weight, case.corners, case.height, case.width)
+    log_det = functional.log_abs_det(weight, corners=case.corners, size=case.size)
     expected_weight = weight.detach().cpu().requires_grad_()
-    expected = oracles.log_abs_det(expected_weight, case.corners, case.height, case.width)
+    expected = oracles.log_abs_det(expected_weight, case.corners, case.size)
     (actual_gradient,), (expected_gradient,) = (
         torch.autograd.grad(log_det, weight),
         torch.autograd.grad(expected, expected_weight),
     )
     assert_close(actual_gradient, expected_gradient)
-    assert gradgradcheck(lambda w: functional.log_abs_det(w, case.corners, 2, 3), (weight,))
+    assert gradgradcheck(lambda w: functional.log_abs_det(w, corners=case.corners, size=case.size), (weight,))

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 import operator
 import pickle
 
@@ -9,15 +10,17 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from cases import CORNERS, Case, cases, over_cases
+from cases import CORNERS, CORNERS_3D, STENCILS, Case, cases, over_cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import assert_close
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.nn.utils import parametrizations, prune
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from nflows_kconv import InvertibleConv2d, functional
+from nflows_kconv import InvertibleConv1d, InvertibleConv2d, InvertibleConv3d, functional
+from nflows_kconv.layer import InvertibleConv
 from nflows_kconv.testing import assert_log_abs_det_matches_jacobian, check_transform
 
 OPTIONS = {
@@ -27,8 +30,10 @@ OPTIONS = {
     "learned, bias": dict(diagonal="learned", bias=True),
     "one corner": dict(corners="BR", diagonal="learned"),
     "repeats, oblong": dict(corners=("TL", "TL"), kernel_size=(2, 3), diagonal="learned"),
+    "sides, dilated": dict(corners=("T", "R"), kernel_size=(2, 3), dilation=(1, 2), diagonal="learned", bias=True),
 }
 every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+LAYERS = {1: InvertibleConv1d, 2: InvertibleConv2d, 3: InvertibleConv3d}
 
 
 def trained(layer: InvertibleConv2d, seed: int = 0) -> InvertibleConv2d:
@@ -41,10 +46,9 @@ def trained(layer: InvertibleConv2d, seed: int = 0) -> InvertibleConv2d:
     return layer
 
 
-def images(layer: InvertibleConv2d, batch: int = 3, height: int = 4, width: int = 5) -> torch.Tensor:
+def images(layer: InvertibleConv, batch: int = 3, size: tuple[int, ...] = (4, 5)) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
-    shape = batch, layer.num_channels, height, width
-    return torch.randn(shape, generator=generator).to(layer.raw_weight)
+    return torch.randn(batch, layer.num_channels, *size, generator=generator).to(layer.raw_weight)
 
 
 def jacobian_log_abs_det(function, input: torch.Tensor) -> torch.Tensor:
@@ -63,8 +67,8 @@ def check(layer: InvertibleConv2d) -> None:
     bias = parameters.get("bias", torch.zeros(layer.num_channels))[:, None, None]
 
     input = images(layer)
-    expected = oracles.conv(input, weight, layer.corners) + bias
-    expected_log_det = oracles.log_abs_det(weight, layer.corners, *input.shape[-2:]).expand(len(input))
+    expected = oracles.conv(input, weight, layer.corners, layer.dilation) + bias
+    expected_log_det = oracles.log_abs_det(weight, layer.corners, input.shape[2:]).expand(len(input))
     for grad in (True, False):
         with torch.set_grad_enabled(grad):
             output, log_det = layer(input)
@@ -86,61 +90,60 @@ def test_weight_is_what_conv2d_takes(options: dict, backend: str, device: str):
 @over_cases()
 def test_any_layer_any_image(case: Case, backend: str, device: str):
     bias = case.seed % 2 == 0
-    layer = InvertibleConv2d(case.channels, case.kernel_size, corners=case.corners, diagonal="learned", bias=bias)
-    layer = trained(layer).to(device, case.dtype)
+    options = dict(corners=case.corners, dilation=case.dilation, diagonal="learned", bias=bias)
+    layer = trained(LAYERS[case.dimensions](case.channels, case.kernel_size, **options)).to(device, case.dtype)
     input = case.input(device)
     output, log_det = layer(input)
     assert log_det.shape == (case.batch,)
     assert log_det.dtype == torch.promote_types(case.dtype, torch.float32)
-    shift = 0 if layer.bias is None else layer.bias.detach().cpu().double()[:, None, None]
+    shift = 0 if layer.bias is None else case.of_channels(layer.bias.detach().cpu().double())
     if case.dtype not in oracles.HALF_PRECISION:  # the bias makes for a second rounding
-        assert_close(output, oracles.conv(input, layer.weight.detach(), case.corners) + shift)
+        assert_close(output, oracles.conv(input, layer.weight.detach(), case.corners, case.dilation) + shift)
         assert_close(layer.inverse(output)[0], input, factor=4)
 
 
 @given(case=cases(max_unknowns=12))
 def test_log_dets_are_those_of_the_jacobians(case: Case, backend: str, device: str):
-    if case.channels * case.height * case.width > 60:
+    if case.unknowns * len(case.corners) > 60:
         return
     weight = case.weight(device).double()
     input = torch.randn(case.input_shape[1:], dtype=torch.float64, device=device)
-    log_det = functional.log_abs_det(weight, case.corners, case.height, case.width)
+    log_det = functional.log_abs_det(weight, corners=case.corners, size=case.size)
     assert log_det.shape == ()
-    for function, sign in ((functional.conv2d, 1), (functional.conv2d_inverse, -1)):
-        jacobian = jacobian_log_abs_det(lambda x, f=function: (f(x, weight, case.corners),), input)
+    for function, sign in ((case.conv, 1), (case.inverse, -1)):
+        jacobian = jacobian_log_abs_det(lambda x, f=function: (f(x, weight),), input)
         assert_close(sign * log_det, jacobian, factor=10)
 
 
 @over_cases()
 def test_log_abs_det_is_the_dense_one(case: Case):
-    log_det = functional.log_abs_det(case.weight(), case.corners, case.height, case.width)
+    log_det = functional.log_abs_det(case.weight(), corners=case.corners, size=case.size)
     assert log_det.dtype == torch.promote_types(case.dtype, torch.float32)
     diagonal = oracles.diagonal(case.weight(), case.corners).double().abs().log()
-    assert_close(log_det, case.height * case.width * diagonal.sum(), factor=10)
-    if case.height * case.width * case.per_group <= 300:
-        dense = oracles.log_abs_det(case.weight(), case.corners, case.height, case.width)
+    assert_close(log_det, math.prod(case.size) * diagonal.sum(), factor=10)
+    if case.unknowns <= 300:
+        dense = oracles.log_abs_det(case.weight(), case.corners, case.size)
         assert_close(log_det, dense, factor=10)
 
 
 @every_option
 def test_layers_log_dets_are_those_of_the_jacobians(options: dict, backend: str, device: str):
     layer = trained(InvertibleConv2d(4, **options)).to(device)
-    assert_log_abs_det_matches_jacobian(layer, images(layer, batch=2, height=2, width=3))
+    assert_log_abs_det_matches_jacobian(layer, images(layer, batch=2, size=(2, 3)))
 
 
 @every_option
 def test_layers_are_sound_transforms(options: dict, device: str):
     layer = trained(InvertibleConv2d(4, **options)).to(device)
-    check_transform(layer, images(layer, batch=2, height=3, width=2))
+    check_transform(layer, images(layer, batch=2, size=(3, 2)))
 
 
 def test_bias_is_a_constant_of_each_channel(backend: str, device: str):
     case = Case()
     input, weight, bias = case.input(device), case.weight(device), torch.arange(float(case.channels), device=device)
-    output = functional.conv2d(input, weight, case.corners, bias)
-    plain = functional.conv2d(input, weight, case.corners)
+    output, plain = case.conv(input, weight, bias), case.conv(input, weight)
     assert_close(output, plain + torch.arange(float(case.channels), device=device).view(1, -1, 1, 1))
-    assert_close(functional.conv2d_inverse(output, weight, case.corners, bias), input)
+    assert_close(case.inverse(output, weight, bias), input)
 
 
 # What happens to layers in use. Each event takes a layer and returns the one to go on with.
@@ -194,6 +197,7 @@ def _save_and_load(layer: InvertibleConv2d) -> InvertibleConv2d:
         layer.num_channels,
         layer.kernel_size,
         corners=layer.corners,
+        dilation=layer.dilation,
         diagonal=layer.diagonal,
         bias=layer.bias is not None,
     ).to(layer.raw_weight)
@@ -306,15 +310,48 @@ def test_state_dict_has_the_parameters_alone(options: dict):
 
 
 def test_constructor_arguments_are_kept_and_shown():
-    layer = InvertibleConv2d(6, (2, 3), corners=["BR", "TL"], diagonal="learned", bias=True)
-    assert (layer.num_channels, layer.kernel_size, layer.corners) == (6, (2, 3), ("BR", "TL"))
+    layer = InvertibleConv2d(6, (2, 3), corners=["BR", "T"], dilation=2, diagonal="learned", bias=True)
+    assert (layer.num_channels, layer.kernel_size, layer.corners) == (6, (2, 3), ("BR", "T"))
+    assert layer.dilation == (2, 2)
     assert repr(layer) == (
-        "InvertibleConv2d(6, kernel_size=(2, 3), corners=('BR', 'TL'), diagonal='learned', bias=True)"
+        "InvertibleConv2d(6, kernel_size=(2, 3), corners=('BR', 'T'), dilation=(2, 2), diagonal='learned', bias=True)"
     )
-    assert InvertibleConv2d(4, 2).kernel_size == (2, 2)
     assert repr(InvertibleConv2d(np.int64(8), np.int32(2))) == repr(InvertibleConv2d(8, 2))
     assert InvertibleConv2d(4, corners="TL").corners == ("TL",)
-    assert InvertibleConv2d(4).corners == CORNERS
+    for dimensions, corners in {1: STENCILS[1], 2: CORNERS, 3: CORNERS_3D}.items():
+        layer = LAYERS[dimensions](8, 2)
+        assert (layer.corners, layer.kernel_size, layer.dilation) == (corners, (2,) * dimensions, (1,) * dimensions)
+        assert layer.raw_weight.shape == (8, 8 // len(corners), *[2] * dimensions)
+
+
+class Operators(TorchDispatchMode):
+    """Records the operators that run."""
+
+    def __enter__(self):
+        self.names = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("diagonal", ["unit", "learned"])
+@pytest.mark.parametrize("dimensions", LAYERS)
+def test_a_direction_alone_is_one_operator(dimensions: int, diagonal: str, device: str):
+    """The weight is not computed: the operator takes the raw one. A convolution looks at a learned diagonal first."""
+    layer = trained(LAYERS[dimensions](8, diagonal=diagonal, bias=True)).to(device)
+    input = images(layer, size=(3, 4, 2)[:dimensions])
+    expected = {"conv": layer(input)[0], "solve": layer.inverse(input)[0]}
+    for name, function in (("conv", layer.convolve), ("solve", layer.solve)):
+        with Operators() as run, torch.no_grad():
+            output = function(input)
+        assert torch.equal(output, expected[name])
+        computed = [
+            each for each in run.names if each not in ("aten::unsqueeze", "aten::select.int", "aten::slice.Tensor")
+        ]
+        assert computed[-1:] == [f"nflows_kconv::{name}"]
+        assert len(computed) == 1 or (name, diagonal) == ("conv", "learned")
 
 
 @pytest.mark.parametrize("channels", [4, 48, 512])
@@ -322,7 +359,7 @@ def test_constructor_arguments_are_kept_and_shown():
 def test_starts_close_to_the_identity(options: dict, channels: int, device: str):
     torch.manual_seed(0)
     layer = InvertibleConv2d(channels, **options).to(device)
-    input = images(layer, batch=2, height=8, width=8)
+    input = images(layer, batch=2, size=(8, 8))
     output, log_det = layer(input)
     change = (output - input).std()
     assert 0.01 < change < 0.1
@@ -339,7 +376,7 @@ def test_layers_differ_by_the_seed():
 def test_a_hundred_layers_invert_to_rounding(options: dict, backend: str, device: str):
     torch.manual_seed(0)
     layers = [InvertibleConv2d(12, **options).to(device) for _ in range(100)]
-    input = images(layers[0], height=8, width=8)
+    input = images(layers[0], size=(8, 8))
     output = input
     with torch.no_grad():
         for layer in layers:
@@ -450,6 +487,10 @@ def test_the_weight_can_be_assigned(options: dict, mode, make):
     wrong[1] = -7.0
     with pytest.raises(ValueError, match="must be"):
         layer.weight = wrong
+    masked = oracles.masked(layer.raw_weight.shape, layer.corners)
+    if masked.any():
+        with pytest.raises(ValueError, match=f"must be zero where it is masked, .* got {masked.sum()} entries other"):
+            layer.weight = layer.weight.detach().masked_fill(masked, 0.1)
     with pytest.raises(TypeError, match="weight must be a tensor of floating-point numbers, got int"):
         layer.weight = 1
     torch.testing.assert_close(layer.weight, other.weight)
@@ -458,7 +499,7 @@ def test_the_weight_can_be_assigned(options: dict, mode, make):
 def test_what_is_computed_from_the_weight_is_plain():
     layer = trained(InvertibleConv2d(4, corners="TL"))
     input = images(layer)
-    assert_close(functional.conv2d(input, layer.weight, "TL"), layer(input)[0])
+    assert_close(functional.conv2d(input, layer.weight, corners="TL"), layer(input)[0])
     (gradient,) = torch.autograd.grad(layer.weight.square().sum(), layer.raw_weight)
     assert gradient.abs().max() > 0
     file = io.BytesIO()

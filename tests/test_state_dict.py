@@ -21,13 +21,14 @@ import nflows_kconv.freia
 import nflows_kconv.nflows
 import nflows_kconv.normflows
 import nflows_kconv.torchflows
-from nflows_kconv import InvertibleConv2d, functional
+from nflows_kconv import InvertibleConv2d, InvertibleConv3d, functional
 from nflows_kconv.flows import steps
 
 LAYERS = {
     "unit": {},
     "learned, bias": dict(diagonal="learned", bias=True),
     "one corner, bounded": dict(corners="BR", max_inverse_gain=2),
+    "sides, dilated": dict(corners=("T", "R"), dilation=(2, 1)),
 }
 every_layer = pytest.mark.parametrize("options", LAYERS.values(), ids=LAYERS.keys())
 CLASSES = [InvertibleConv2d, nflows_kconv.nflows.InvertibleConv2d, nflows_kconv.normflows.InvertibleConv2d]
@@ -98,7 +99,7 @@ def test_the_metadata_says_what_the_tensors_do_not(options: dict):
     layer = InvertibleConv2d(4, **options)
     for state_dict in (layer.state_dict(), through_a_file(layer.state_dict())):
         assert state_dict._metadata[""] == dict(
-            version=1, corners=layer.corners, max_inverse_gain=layer.max_inverse_gain
+            version=1, corners=layer.corners, dilation=layer.dilation, max_inverse_gain=layer.max_inverse_gain
         )
 
 
@@ -116,9 +117,7 @@ def test_masked_entries_are_ignored_with_a_warning():
     masked = oracles.masked((4, 4, 3, 3), ["TL"])
     state_dict["raw_weight"] = torch.where(masked, 0.1, state_dict["raw_weight"])
     state_dict["raw_weight"][2, 2, 2, 2] = 0.9  # on the diagonal
-    with pytest.warns(
-        UserWarning, match=r"^0\.raw_weight has 7 entries other than zero on or above the pivot's diagonal"
-    ):
+    with pytest.warns(UserWarning, match=r"^0\.raw_weight has 7 entries other than zero where the layer ignores them"):
         other.load_state_dict({f"0.{name}": value for name, value in state_dict.items()})
     assert torch.equal(other[0].weight, layer.weight)
 
@@ -158,7 +157,8 @@ def test_plain_weights(options: dict, strict: bool):
     torch.testing.assert_close(other[0].weight, layer.weight)
     input = torch.randn(2, 8, 5, 5)
     torch.testing.assert_close(
-        other[0](input)[0], functional.conv2d(input, state_dict["0.weight"], layer.corners, layer.bias)
+        other[0](input)[0],
+        functional.conv2d(input, state_dict["0.weight"], layer.bias, corners=layer.corners, dilation=layer.dilation),
     )
 
 
@@ -190,6 +190,18 @@ REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
         lambda: InvertibleConv2d(4, corners=("TL", "TR", "BR", "BL"), bias=True).state_dict(),
         "the corners must be the layer's ('TL', 'TR', 'BL', 'BR'), got ('TL', 'TR', 'BR', 'BL')",
     ),
+    "sides": (
+        lambda: InvertibleConv2d(4, corners=("T", "TR", "BL", "BR"), bias=True).state_dict(),
+        "the corners must be the layer's ('TL', 'TR', 'BL', 'BR'), got ('T', 'TR', 'BL', 'BR')",
+    ),
+    "dilation": (
+        lambda: InvertibleConv2d(4, dilation=(1, 2), bias=True).state_dict(),
+        "the dilation must be the layer's (1, 1), got (1, 2)",
+    ),
+    "dimensions": (
+        lambda: dict(InvertibleConv3d(4, corners=("NTL",) * 4, bias=True).state_dict()),
+        "got {'raw_weight': (4, 1, 3, 3, 3), 'bias': (4,)}",
+    ),
     "plain weight": (
         lambda: {"weight": torch.zeros(4, 4, 3, 3), "bias": torch.zeros(4)},
         "weight must have shape (4, 1, 3, 3), got (4, 4, 3, 3)",
@@ -205,7 +217,13 @@ def test_refused(state_dict: Callable[[], dict[str, Any]], message: str):
 @pytest.mark.parametrize("prefix", ["", "0."])
 @pytest.mark.parametrize(
     ("saved", "loading"),
-    [("TL", "BR"), (("TL", "TR", "BL", "BR"), ("TL", "TR", "BR", "BL")), (("BL", "TL"), ("BL", "BL"))],
+    [
+        ("TL", "BR"),
+        (("TL", "TR", "BL", "BR"), ("TL", "TR", "BR", "BL")),
+        (("BL", "TL"), ("BL", "BL")),
+        (("T", "L"), ("T", "B")),
+        (("TL", "T"), ("TL", "R")),
+    ],
 )
 def test_other_corners_are_known_without_metadata(saved, loading, prefix: str):
     """As from safetensors: what lies at the pivot is zero, and says where the pivot is."""
@@ -227,6 +245,19 @@ def test_zeros_that_tell_nothing(raw: Tensor):
         warnings.simplefilter("ignore")
         layer.load_state_dict({"raw_weight": raw})
     assert torch.equal(layer.raw_weight, raw)
+
+
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_files_from_before_there_was_dilation(dilation: int):
+    """Their metadata has the corners alone, and their layers were not dilated."""
+    layer, other = trained(InvertibleConv2d(4)), InvertibleConv2d(4, dilation=dilation)
+    state_dict = layer.state_dict()
+    del state_dict._metadata[""]["dilation"]
+    if dilation == 1:
+        other.load_state_dict(state_dict)
+        assert torch.equal(other.weight, layer.weight)
+    else:
+        refused(other, state_dict, re.escape("the dilation must be the layer's (2, 2), got (1, 1)"))
 
 
 def test_versions_of_later_releases_are_refused():
