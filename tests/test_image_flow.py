@@ -1,8 +1,10 @@
-"""The image flow of both libraries: the density, the samples, what the arguments change, what they must be."""
+"""Flows of images, sequences and volumes in both libraries: density, samples, what arguments change and must be."""
 
 from __future__ import annotations
 
+import inspect
 import math
+from typing import Any
 
 import nflows.flows
 import normflows
@@ -16,10 +18,12 @@ from torch.utils._pytree import tree_map_only
 
 import nflows_kconv.nflows
 import nflows_kconv.normflows
-from nflows_kconv import InvertibleConv2d
 from nflows_kconv.diagnostics import round_trip
 from nflows_kconv.flows import steps
+from nflows_kconv.flows.image_flow import Architecture
 from nflows_kconv.flows.sampling import GraphSampler
+from nflows_kconv.layer import InvertibleConv
+from nflows_kconv.stencil import CORNERS
 from nflows_kconv.testing import check_transform
 
 LIBRARIES = {"nflows": nflows_kconv.nflows.finc_flow, "normflows": nflows_kconv.normflows.finc_flow}
@@ -27,6 +31,8 @@ LIBRARIES = {"nflows": nflows_kconv.nflows.finc_flow, "normflows": nflows_kconv.
 pytestmark = pytest.mark.filterwarnings("ignore:.* entries other than zero on or above the pivot's diagonal")
 in_both = pytest.mark.parametrize("library", LIBRARIES)
 SHAPE = (3, 8, 12)
+SHAPES = {"sequence": (3, 16), "image": SHAPE, "volume": (1, 4, 8, 4)}
+in_any_dimension = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 
 
 def build(
@@ -61,16 +67,18 @@ def to_latent(flow: nn.Module, library: str, images: Tensor) -> tuple[Tensor, Te
     return torch.cat([part.flatten(1) for part in reversed(parts)], 1), log_abs_det
 
 
-def test_both_libraries_have_the_same_density():
-    images = random_images()
+@in_any_dimension
+def test_both_libraries_have_the_same_density(shape):
+    images = random_images(3, shape)
+    first, *_, last = CORNERS[len(shape) - 1]
     for arguments in (
         {},
         {"kernel_size": None},
-        {"kernel_size": (2, 3), "corners": (("TL",), ("BR",)), "diagonal": "learned"},
-        {"direction": "inverse"},
-        {"levels": 1, "corners": "TR"},
+        {"kernel_size": (2, 3, 1)[: len(shape) - 1], "corners": ((first,), (last,)), "diagonal": "learned"},
+        {"direction": "inverse", "dilation": 2},
+        {"levels": 1, "corners": last},
     ):
-        of_nflows, of_normflows = (log_prob(build(library, **arguments), images) for library in LIBRARIES)
+        of_nflows, of_normflows = (log_prob(build(library, shape, **arguments), images) for library in LIBRARIES)
         assert of_nflows.shape == (3,)
         torch.testing.assert_close(of_nflows, of_normflows)
 
@@ -82,10 +90,11 @@ def test_both_libraries_start_from_the_same_parameters():
 
 
 @in_both
-def test_the_density_is_that_of_the_jacobian(library):
+@pytest.mark.parametrize("shape", [(2, 16), (2, 4, 4), (1, 4, 4, 4)])
+def test_the_density_is_that_of_the_jacobian(library, shape):
     """log p(x) = log N(z; 0, I) + log |det dz/dx| - D log 256 for the real numbers that the preprocessing makes."""
-    flow = build(library, (2, 4, 4))
-    images = random_images(1, (2, 4, 4))
+    flow = build(library, shape, diagonal="learned")
+    images = random_images(1, shape)
 
     def latent(numbers: Tensor) -> Tensor:
         if library == "nflows":
@@ -103,14 +112,15 @@ def test_the_density_is_that_of_the_jacobian(library):
     jacobian = torch.autograd.functional.jacobian(latent, numbers).flatten(1)
     z = latent(numbers)
     expected = -0.5 * (z.square() + math.log(2 * math.pi)).sum() + torch.linalg.slogdet(jacobian).logabsdet
-    expected -= 32 * math.log(256) + (squeezed * (1 - squeezed) / (1 - 2e-6)).log().sum()
+    expected -= math.prod(shape) * math.log(256) + (squeezed * (1 - squeezed) / (1 - 2e-6)).log().sum()
     torch.testing.assert_close(log_prob(flow, images)[0], expected)
 
 
 @in_both
+@in_any_dimension
 @pytest.mark.parametrize("direction", ["forward", "inverse"])
-def test_images_come_back_from_the_latent_variable(library, direction):
-    flow, images = build(library, direction=direction), random_images()
+def test_data_come_back_from_the_latent_variable(library, shape, direction):
+    flow, images = build(library, shape, direction=direction), random_images(3, shape)
     if library == "nflows":
         latent, there = flow._transform(images)
         restored, back = flow._transform.inverse(latent)
@@ -122,12 +132,13 @@ def test_images_come_back_from_the_latent_variable(library, direction):
 
 
 @in_both
-def test_samples_are_images(library):
-    flow = build(library).float()
+@in_any_dimension
+def test_samples_are_whole_numbers(library, shape):
+    flow = build(library, shape).float()
     with torch.no_grad():
         samples = flow.sample(5)
     samples = samples if library == "nflows" else samples[0]
-    assert samples.shape == (5, *SHAPE)
+    assert samples.shape == (5, *shape)
     assert torch.equal(samples, samples.floor())
     assert samples.min() >= 0
     assert samples.max() <= 255
@@ -143,14 +154,17 @@ def test_they_are_the_libraries_own_flows():
 
 @in_both
 def test_every_step_has_what_the_arguments_say(library):
-    def layers(**arguments) -> list[InvertibleConv2d]:
+    def layers(**arguments) -> list[InvertibleConv]:
         flow = build(library, **arguments)
         norms = [module for module in flow.modules() if isinstance(module, steps.ActNorm)]
         assert len(norms) == 4
-        return [module for module in flow.modules() if isinstance(module, InvertibleConv2d)]
+        return [module for module in flow.modules() if isinstance(module, InvertibleConv)]
 
     assert layers(kernel_size=None) == []
-    assert {layer.corners for layer in layers()} == {("TL", "TR", "BL", "BR")}
+    for shape in SHAPES.values():
+        assert {(layer.corners, layer.dilation) for layer in layers(shape=shape, dilation=2)} == {
+            (CORNERS[len(shape) - 1], (2,) * (len(shape) - 1))
+        }
     pairs = layers(corners=(("TL",), "BR"), kernel_size=(3, 1), diagonal="learned")
     assert sorted(layer.corners for layer in pairs) == [("BR",)] * 4 + [("TL",)] * 4
     assert {(layer.kernel_size, layer.diagonal) for layer in pairs} == {((3, 1), "learned")}
@@ -225,6 +239,14 @@ CONDITIONS = {
 }
 
 
+def arguments_of(condition: str, shape: tuple[int, ...]) -> dict[str, Any]:
+    """Those of a flow of this shape: where others have an image as context, a sequence or a volume."""
+    given = dict(CONDITIONS[condition])
+    if "image" in condition:
+        given["context_shape"] = (2, *(shape[1:] if condition == "classes and image" else (5, 7, 3)[: len(shape) - 1]))
+    return given
+
+
 def random_condition(num_classes: int | None = None, context_shape: tuple[int, ...] | None = None, count: int = 3):
     """What a flow made with these arguments is conditioned on."""
     generator = torch.Generator().manual_seed(4)
@@ -235,16 +257,20 @@ def random_condition(num_classes: int | None = None, context_shape: tuple[int, .
     return tensor if classes is None else (classes, tensor)
 
 
-@pytest.mark.parametrize("condition", CONDITIONS)
+@pytest.mark.parametrize(
+    ("condition", "shape"),
+    [
+        *((condition, (3, 8, 16)) for condition in CONDITIONS),
+        *(("classes and image", s) for s in [(3, 16), (1, 8, 8, 8)]),
+    ],
+)
 @pytest.mark.parametrize(("source", "target"), [("nflows", "normflows"), ("normflows", "nflows")])
-def test_states_of_one_library_load_into_the_other(condition, source, target):
-    arguments = CONDITIONS[condition] | {"levels": 3, "shape": (3, 8, 16), "corners": (("TL",), ("BR",))}
-    flow, other, images = (
-        build(source, **arguments),
-        build(target, trained=False, **arguments),
-        random_images(3, (3, 8, 16)),
-    )
-    images, context = random_images(3, (3, 8, 16)), random_condition(**CONDITIONS[condition])
+def test_states_of_one_library_load_into_the_other(condition, shape, source, target):
+    conditions = arguments_of(condition, shape)
+    first, *_, last = CORNERS[len(shape) - 1]
+    arguments = conditions | {"levels": 3, "shape": shape, "corners": ((first,), (last,))}
+    flow, other = build(source, **arguments), build(target, trained=False, **arguments)
+    images, context = random_images(3, shape), random_condition(**conditions)
     state = flow.state_dict()
     names, metadata = list(state), dict(state._metadata)
     assert other.load_state_dict(state) == ([], [])
@@ -253,8 +279,8 @@ def test_states_of_one_library_load_into_the_other(condition, source, target):
     assert all(map(torch.equal, *(each.encode(images, context) for each in (flow, other))))
     flow.load_state_dict(other.state_dict())
     assert all(torch.equal(value, state[name]) for name, value in flow.state_dict().items())
-    wrong = build(target, **arguments | {"corners": (("BR",), ("TL",))})
-    with pytest.raises(RuntimeError, match=r"the corners must be the layer's \('BR',\), got \('TL',\)"):
+    wrong = build(target, **arguments | {"corners": ((last,), (first,))})
+    with pytest.raises(RuntimeError, match=rf"the corners must be the layer's \('{last}',\), got \('{first}',\)"):
         wrong.load_state_dict(state)
 
 
@@ -283,13 +309,15 @@ def test_every_digit_comes_back_from_its_encoding_through_a_trained_flow(library
 
 
 @in_both
-def test_continuous_data(library):
+@pytest.mark.parametrize("shape", [(1, 32), (1, 4, 8), (1, 4, 4, 4)])
+def test_continuous_data(library, shape):
     """The density in data units is that of the latent and the Jacobian, and the latent that of the library."""
-    flow = build(library, (1, 4, 8), preprocessing=None)
-    data = 100 * torch.randn(2, 1, 4, 8, dtype=torch.float64)
+    flow = build(library, shape, preprocessing=None)
+    data = 100 * torch.randn(2, *shape, dtype=torch.float64)
     latent, log_abs_det = flow.encode(data)
     normal = torch.distributions.Normal(0, 1).log_prob(latent).sum(1)
     torch.testing.assert_close(flow.log_prob(data), normal + log_abs_det)
+    torch.testing.assert_close(flow.decode(latent), data)
     jacobian = torch.autograd.functional.jacobian(lambda z: flow.decode(z[None])[0].flatten(), latent[0])
     torch.testing.assert_close(torch.linalg.slogdet(jacobian).logabsdet, -log_abs_det[0])
     if library == "nflows":
@@ -317,42 +345,49 @@ def test_numbers_of_levels(library):
 
 
 @in_both
+@in_any_dimension
 @pytest.mark.parametrize("condition", ["vector", "image", "classes and image"])
-def test_contexts_have_no_effect_at_the_start_and_one_on_every_part_later(library, condition):
-    arguments, images = CONDITIONS[condition], random_images()
+def test_contexts_have_no_effect_at_the_start_and_one_on_every_part_later(library, shape, condition):
+    arguments, images = arguments_of(condition, shape), random_images(3, shape)
     context = random_condition(**arguments)
     classes, tensor = context if isinstance(context, tuple) else (None, context)
     other = tensor + 1 if classes is None else (classes, tensor + 1)
     for trained in (False, True):
-        flow = build(library, trained=trained, **arguments)
+        flow = build(library, shape, trained=trained, **arguments)
         there, back = (flow.encode(images, each)[0] for each in (context, other))
         assert ((there != back).any(0) == trained).all()
         assert torch.equal(flow.decode(there, context), images)
     for module in flow.modules():  # the learned prior sees it, too
-        if isinstance(module, steps.AffineCoupling) and not isinstance(module.network, nn.Conv2d):
+        if isinstance(module, steps.AffineCoupling) and isinstance(module.network, nn.Sequential):
             nn.init.zeros_(module.network[-1].weight)
     there, back = (flow.encode(images, each)[0] for each in (context, other))
     assert (there != back)[:, : there.shape[1] // 2].all()
 
 
-def test_images_as_context_are_averaged():
-    coupling = steps.AffineCoupling(nn.Conv2d(4, 4, 1), context_channels=2).double()
-    input, context = torch.randn(3, 4, 2, 3).double(), torch.randn(3, 2, 4, 9).double()
-    small = context.unflatten(3, (3, 3)).unflatten(2, (2, 2)).mean((3, 5))
+@pytest.mark.parametrize("size", [(3,), (2, 3), (2, 3, 1)])
+def test_contexts_of_another_size_are_averaged(size):
+    coupling = steps.AffineCoupling(steps.CONVOLUTIONS[len(size)](4, 4, 1), context_channels=2).double()
+    input, context = torch.randn(3, 4, *size).double(), torch.randn(3, 2, *(3 * number for number in size)).double()
+    small = context
+    for axis in range(2, input.dim()):
+        small = small.unflatten(axis, (-1, 3)).mean(axis + 1)
     torch.testing.assert_close(coupling(input, context), coupling(input, small))
     vectors = torch.randn(3, 2).double()
-    torch.testing.assert_close(coupling(input, vectors), coupling(input, vectors[:, :, None, None].expand(3, 2, 2, 3)))
+    everywhere = torch.ones(size).double() * vectors.view(3, 2, *[1] * len(size))
+    torch.testing.assert_close(coupling(input, vectors), coupling(input, everywhere))
 
 
 @in_both
+@in_any_dimension
 @pytest.mark.parametrize("condition", ["vector", "classes and image"])
-def test_contexts_get_gradients_through_reversible_steps(library, condition):
-    gradients = []
+def test_contexts_get_gradients_through_reversible_steps(library, shape, condition):
+    gradients, arguments = [], arguments_of(condition, shape)
     for reversible in (False, True):
-        flow = build(library, **CONDITIONS[condition], reversible=reversible)
-        context = random_condition(**CONDITIONS[condition])
+        flow = build(library, shape, **arguments, reversible=reversible)
+        context = random_condition(**arguments)
         tensor = (context[1] if isinstance(context, tuple) else context).double().requires_grad_()
-        log_prob(flow, random_images(), (context[0], tensor) if isinstance(context, tuple) else tensor).sum().backward()
+        given = (context[0], tensor) if isinstance(context, tuple) else tensor
+        log_prob(flow, random_images(3, shape), given).sum().backward()
         gradients.append([tensor.grad, *(parameter.grad for parameter in flow.parameters())])
     assert gradients[0][0].abs().min() > 0
     torch.testing.assert_close(*gradients)
@@ -453,14 +488,20 @@ def test_conditions_of_normflows_come_as_y_or_as_context():
 
 
 @in_both
-@pytest.mark.parametrize("condition", ["classes", "vector", "classes and image"])
-def test_the_tools_take_conditional_flows(library, condition):
-    arguments = CONDITIONS[condition]
-    flow, context = build(library, (1, 4, 4), **arguments).float(), random_condition(**arguments, count=2)
-    images = random_images(2, (1, 4, 4))
+@pytest.mark.parametrize(
+    ("condition", "shape"),
+    [
+        *((condition, (1, 4, 4)) for condition in ("classes", "vector", "classes and image")),
+        *(("classes and image", shape) for shape in [(1, 8), (1, 4, 4, 4)]),
+    ],
+)
+def test_the_tools_take_conditional_flows(library, shape, condition):
+    arguments = arguments_of(condition, shape)
+    flow, context = build(library, shape, **arguments).float(), random_condition(**arguments, count=2)
+    images = random_images(2, shape)
     assert round_trip(flow, images, context).error < 1e-4
     check_transform(flow, images.byte(), context=context)
-    assert GraphSampler(flow, 2)(labels=context).shape == (2, 1, 4, 4)
+    assert GraphSampler(flow, 2)(labels=context).shape == (2, *shape)
 
 
 @pytest.mark.parametrize("temperature", [-1, math.inf, math.nan, "warm"])
@@ -577,9 +618,18 @@ def replica(module: nn.Module) -> nn.Module:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"image_shape": (3, 30, 32)}, "multiples of 2\\^levels = 4 for 2 levels, got 30 x 32"),
-        ({"image_shape": (3, 32)}, r"image_shape must be \(C, H, W\), got \(3, 32\)"),
-        ({"image_shape": (0, 8, 8)}, "channels must be at least 1, got 0"),
+        (
+            {"data_shape": (3, 30, 32)},
+            "sizes in data_shape must be multiples of 2\\^levels = 4 for 2 levels, got 30 x 32",
+        ),
+        ({"data_shape": (3, 6)}, "sizes in data_shape must be multiples of 2\\^levels = 4 for 2 levels, got 6"),
+        ({"data_shape": (3,)}, r"data_shape must be \(C, L\) or \(C, H, W\) or \(C, D, H, W\), got \(3,\)"),
+        ({"data_shape": (0, 8, 8)}, "sizes in data_shape must be at least 1, got 0"),
+        ({"data_shape": (1, 8, 8, 8), "corners": ("NTL", "FBR", "NTR")}, "multiple of the number of corners, got 8"),
+        (
+            {"data_shape": (1, 8), "context_shape": (2, 3, 4)},
+            r"context_shape must be \(E,\) or \(E, L\), got \(2, 3, 4\)",
+        ),
         ({"levels": 0}, "levels must be at least 1"),
         ({"steps": -1}, "steps must be at least 1"),
         ({"hidden_channels": 0}, "hidden_channels must be at least 1"),
@@ -598,7 +648,7 @@ def replica(module: nn.Module) -> nn.Module:
 )
 def test_arguments_must_fit(library, arguments, message):
     with pytest.raises(ValueError, match=message):
-        LIBRARIES[library](**({"image_shape": SHAPE, "levels": 2, "steps": 1, "hidden_channels": 4} | arguments))
+        LIBRARIES[library](**({"data_shape": SHAPE, "levels": 2, "steps": 1, "hidden_channels": 4} | arguments))
 
 
 @in_both
@@ -611,23 +661,22 @@ def test_numbers_must_be_integers(library):
 @pytest.mark.parametrize(
     "name, value",
     [
-        ("corners", None),
         ("corners", 3),
-        ("image_shape", None),
-        ("image_shape", 32),
+        ("data_shape", None),
+        ("data_shape", 32),
         ("reversible", "yes"),
         ("context_shape", 3),
     ],
 )
 def test_arguments_have_types(library, name, value):
     with pytest.raises(TypeError, match=f"{name} must .*, got {value!r}"):
-        LIBRARIES[library](**{"image_shape": SHAPE, "levels": 2, "steps": 1, "hidden_channels": 4, name: value})
+        LIBRARIES[library](**{"data_shape": SHAPE, "levels": 2, "steps": 1, "hidden_channels": 4, name: value})
 
 
 @in_both
 def test_images_must_fit(library):
     flow = build(library)
-    with pytest.raises(ValueError, match=r"images must have shape \[B, 3, 8, 12\], got \(2, 1, 8, 12\)"):
+    with pytest.raises(ValueError, match=r"data must have shape \[B, 3, 8, 12\], got \(2, 1, 8, 12\)"):
         flow.log_prob(random_images(2)[:, :1])
     for wrong in (-1.0, 256.0, float("nan")):
         images = random_images(2)
@@ -656,7 +705,7 @@ def test_samples_have_the_dtype_of_the_flow(library, dtype):
 
 @in_both
 def test_there_must_be_an_image(library):
-    with pytest.raises(ValueError, match=r"images must hold at least one image, got shape \(0, 3, 8, 12\)"):
+    with pytest.raises(ValueError, match=r"data must hold at least one sample, got shape \(0, 3, 8, 12\)"):
         build(library).log_prob(random_images(0))
 
 
@@ -743,12 +792,32 @@ def test_classes_of_any_integers(library):
 
 @in_both
 def test_images_must_be_a_tensor(library):
-    with pytest.raises(TypeError, match="images must be a tensor, got ndarray"):
+    with pytest.raises(TypeError, match="data must be a tensor, got ndarray"):
         log_prob(build(library), random_images().numpy())
 
 
 @in_both
-def test_the_levels_halve_and_grow(library):
-    flow = LIBRARIES[library]((3, 16, 8), 3, 1, hidden_channels=2)
-    assert flow.latent_shapes == ((6, 8, 4), (12, 4, 2), (48, 2, 1))
-    assert flow.architecture.level_shapes == ((12, 8, 4), (24, 4, 2), (48, 2, 1))
+@pytest.mark.parametrize(
+    ("shape", "latents", "levels"),
+    [
+        ((3, 16), ((3, 8), (3, 4), (6, 2)), ((6, 8), (6, 4), (6, 2))),
+        ((3, 16, 8), ((6, 8, 4), (12, 4, 2), (48, 2, 1)), ((12, 8, 4), (24, 4, 2), (48, 2, 1))),
+        ((1, 8, 8, 8), ((4, 4, 4, 4), (16, 2, 2, 2), (128, 1, 1, 1)), ((8, 4, 4, 4), (32, 2, 2, 2), (128, 1, 1, 1))),
+    ],
+)
+def test_the_levels_halve_and_grow(library, shape, latents, levels):
+    flow = LIBRARIES[library](shape, 3, 1, hidden_channels=2)
+    assert flow.latent_shapes == latents
+    assert flow.architecture.level_shapes == levels
+
+
+@in_both
+def test_the_arguments_are_those_of_the_architecture(library):
+    finc_flow = LIBRARIES[library]
+    signature = inspect.signature(finc_flow)
+    assert signature.parameters == inspect.signature(Architecture).parameters
+    assert signature.return_annotation == "ImageFlow"
+    for name in signature.parameters:
+        assert f"\n    {name}: " in finc_flow.__doc__
+    with pytest.raises(TypeError, match=r"finc_flow\(\) got an unexpected keyword argument 'hiden_channels'"):
+        finc_flow(SHAPE, 2, 1, hiden_channels=4)

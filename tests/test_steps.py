@@ -3,33 +3,43 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
+import nflows.transforms
+import normflows
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nflows_kconv import InvertibleConv2d
+from nflows_kconv import InvertibleConv1d, InvertibleConv2d, InvertibleConv3d
 from nflows_kconv.flows import steps
+from nflows_kconv.stencil import CORNERS
 from nflows_kconv.testing import check_transform
 
 STEPS = {
-    "actnorm": lambda: steps.ActNorm(4),
-    "1x1": lambda: steps.InvertibleConv1x1(4),
-    "coupling": lambda: steps.AffineCoupling(steps.coupling_network(4, 6)),
-    "prior": lambda: steps.learned_prior(4),
-    "sequence": lambda: steps.Sequence([InvertibleConv2d(4), steps.ActNorm(4), steps.InvertibleConv1x1(4)]),
-    "inverse": lambda: steps.Inverse(InvertibleConv2d(4, diagonal="learned", corners="TL")),
-    "nothing": lambda: steps.Sequence([]),
+    "actnorm": lambda n: steps.ActNorm(4),
+    "1x1": lambda n: steps.InvertibleConv1x1(4),
+    "coupling": lambda n: steps.AffineCoupling(steps.coupling_network(4, 6, dimensions=n)),
+    "prior": lambda n: steps.learned_prior(4, dimensions=n),
+    "sequence": lambda n: steps.Sequence([layer(n, CORNERS[n][:2]), steps.ActNorm(4), steps.InvertibleConv1x1(4)]),
+    "inverse": lambda n: steps.Inverse(layer(n, CORNERS[n][-1], diagonal="learned")),
+    "squeeze": lambda n: steps.Squeeze(),
+    "nothing": lambda n: steps.Sequence([]),
 }
 every_step = pytest.mark.parametrize("name", STEPS)
 
 
-def build(name: str) -> nn.Module:
+def layer(dimensions: int, corners, **arguments) -> nn.Module:
+    kind = {1: InvertibleConv1d, 2: InvertibleConv2d, 3: InvertibleConv3d}[dimensions]
+    return kind(4, corners=corners, **arguments)
+
+
+def build(name: str, dimensions: int = 2) -> nn.Module:
     """In float64, in evaluation mode, all parameters off their initial values."""
     torch.manual_seed(3)
-    module = STEPS[name]().double().eval()
+    module = STEPS[name](dimensions).double().eval()
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)
@@ -37,14 +47,19 @@ def build(name: str) -> nn.Module:
 
 
 @every_step
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_steps_are_sound_transforms(name, dtype):
-    check_transform(build(name).to(dtype), torch.randn(3, 4, 3, 2, dtype=dtype))
+@pytest.mark.parametrize(
+    ("size", "dtype"),
+    [((6,), torch.float64), ((4, 2), torch.float32), ((4, 2), torch.float64), ((2, 4, 2), torch.float64)],
+    ids=str,
+)
+def test_steps_are_sound_transforms(name, size, dtype):
+    check_transform(build(name, len(size)).to(dtype), torch.randn(3, 4, *size, dtype=dtype))
 
 
 @every_step
-def test_log_determinants_may_be_added_up_in_place(name):
-    _, log_abs_det = build(name)(torch.randn(3, 4, 2, 2, dtype=torch.float64))
+@pytest.mark.parametrize("size", [(2,), (2, 2), (2, 2, 2)])
+def test_log_determinants_may_be_added_up_in_place(name, size):
+    _, log_abs_det = build(name, len(size))(torch.randn(3, 4, *size, dtype=torch.float64))
     log_abs_det = log_abs_det.detach()
     log_abs_det += torch.arange(3.0)
     assert log_abs_det.unique().numel() == 3
@@ -53,23 +68,40 @@ def test_log_determinants_may_be_added_up_in_place(name):
 @every_step
 def test_half_precision_has_float32_log_determinants(name):
     module = build(name).to(torch.bfloat16)
-    y, log_abs_det = module(torch.randn(2, 4, 3, 3, dtype=torch.bfloat16))
+    y, log_abs_det = module(torch.randn(2, 4, 2, 4, dtype=torch.bfloat16))
     assert (y.dtype, log_abs_det.dtype) == (torch.bfloat16, torch.float32)
     x, log_abs_det = module.inverse(y)
     assert (x.dtype, log_abs_det.dtype) == (torch.bfloat16, torch.float32)
 
 
-def test_the_first_batch_in_training_mode_sets_actnorm():
+@pytest.mark.parametrize("size", [(), (20,), (4, 5), (4, 5, 2)])
+def test_the_first_batch_in_training_mode_sets_actnorm(size):
     norm = steps.ActNorm(3)
-    x = torch.randn(50, 3, 4, 5) * torch.tensor([0.1, 2.0, 30.0])[:, None, None] + 7
+    numbers = torch.randn(50, *size, 3) * torch.tensor([0.1, 2.0, 30.0]) + 7
+    x = numbers.movedim(-1, 1)
     assert torch.equal(norm.eval()(x)[0], x)
-    y, _ = norm.train()(x)
-    torch.testing.assert_close(y.mean((0, 2, 3)), torch.zeros(3), atol=1e-4, rtol=0)
-    torch.testing.assert_close(y.std((0, 2, 3), correction=0), torch.ones(3))
-    again, _ = norm(2 * x)
-    torch.testing.assert_close(
-        again, 2 * y + norm.shift[:, None, None] * -norm.log_scale.exp()[:, None, None], rtol=1e-4, atol=1e-3
-    )
+    y = norm.train()(x)[0].movedim(1, -1).flatten(0, -2)
+    torch.testing.assert_close(y.mean(0), torch.zeros(3), atol=1e-4, rtol=0)
+    torch.testing.assert_close(y.std(0, correction=0), torch.ones(3))
+    again = norm(2 * x)[0].movedim(1, -1).flatten(0, -2)
+    torch.testing.assert_close(again, 2 * y - norm.shift * norm.log_scale.exp(), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("size", [(4,), (4, 6), (2, 4, 6)])
+def test_squeezing_moves_blocks_of_two_into_channels(size):
+    """A channel of the output is one place in the blocks, the last axis changing fastest, of one channel."""
+    x = torch.randn(3, 2, *size)
+    y, _ = steps.Squeeze()(x)
+    assert y.shape == (3, 2 * 2 ** len(size), *(number // 2 for number in size))
+    for channel, (of_x, *place) in enumerate(itertools.product(range(2), repeat=1 + len(size))):
+        assert torch.equal(y[:, channel], x[:, of_x][(slice(None), *(slice(start, None, 2) for start in place))])
+    if len(size) == 2:
+        assert torch.equal(y, nflows.transforms.SqueezeTransform()(x)[0])
+        assert torch.equal(y, normflows.flows.Squeeze().inverse(x)[0])
+    with pytest.raises(ValueError, match=r"sizes must be even, got shape \(3, 2, .*3\)"):
+        steps.Squeeze()(x[..., :3])
+    with pytest.raises(ValueError, match=rf"channels must be a multiple of {2 ** len(size)}, got shape \(3, 1,"):
+        steps.Squeeze().inverse(x[:, :1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
