@@ -203,13 +203,13 @@ def run(
         output = ops.call(operator, input, weight, bias, log_diagonal, stencils, unit_diagonal)
     else:
         # Half precision is rounded once: gradients of the weight are sums over phases.
-        wide, *others = (
-            t.float() if t is not None and t.dtype in _HALF else t for t in (input, weight, bias, log_diagonal)
-        )
-        output = over_phases(
-            lambda images: ops.call(operator, images, *others, stencils, unit_diagonal), wide, dilation
-        )
         dtype = torch.float32 if input.dtype in _HALF and ops.autocast_is_on(input) else input.dtype
+        input, weight, bias, log_diagonal = map(_widened, (input, weight, bias, log_diagonal))
+        output = over_phases(
+            lambda images: ops.call(operator, images, weight, bias, log_diagonal, stencils, unit_diagonal),
+            input,
+            dilation,
+        )
         output = output.to(dtype).contiguous()
     return output[:, :, 0] if dimensions == 1 else output
 
@@ -243,6 +243,10 @@ def _from_tensors(
 ) -> Tensor:
     stencils, steps = stencil.parse(corners, dimensions), parse_dilation(dilation, dimensions)
     return run(operator, input, weight, bias, None, stencils, False, steps)
+
+
+def _widened(tensor: Tensor | None) -> Tensor | None:
+    return tensor.float() if tensor is not None and tensor.dtype in _HALF else tensor
 
 
 # These run at every call, so that a tensor's shape, which costs as much as the rest of a check, is asked for once.

@@ -535,18 +535,25 @@ def of_classes(library: Any, **options: Any) -> nn.Module:
     return library.finc_flow((4, 8, 8), 1, 1, hidden_channels=4, num_classes=3, **options)
 
 
-IMAGE_FLOW = ["UniformDequantization", "Logit"]
-STEP = ["InvertibleConv2d", "ActNorm", "InvertibleConv1x1", "AffineCoupling"]
+IMAGE_FLOW = [
+    "UniformDequantization",
+    "Logit",
+    "Squeeze",
+    "InvertibleConv2d",
+    "ActNorm",
+    "InvertibleConv1x1",
+    "AffineCoupling",
+]
 ANY_KIND = {
-    "nflows, classes": (lambda: of_classes(nflows_kconv.nflows), [*IMAGE_FLOW, "Squeeze", *STEP]),
-    "normflows, classes": (lambda: of_classes(nflows_kconv.normflows), [*IMAGE_FLOW, "Squeeze", *STEP]),
+    "nflows, classes": (lambda: of_classes(nflows_kconv.nflows), IMAGE_FLOW),
+    "normflows, classes": (lambda: of_classes(nflows_kconv.normflows), IMAGE_FLOW),
     "nflows, classes and contexts": (
         lambda: of_classes(nflows_kconv.nflows, context_shape=(2,)),
-        [*IMAGE_FLOW, "Squeeze", *STEP],
+        IMAGE_FLOW,
     ),
     "normflows, classes and contexts": (
         lambda: of_classes(nflows_kconv.normflows, context_shape=(2,), reversible=True),
-        [*IMAGE_FLOW, "Squeeze", *STEP],
+        IMAGE_FLOW,
     ),
     "FrEIA, a layer": (lambda: nflows_kconv.freia.InvertibleConv2d([(4, 8, 8)]), ["InvertibleConv2d"]),
     "FrEIA, a permutation": (lambda: FrEIA.modules.PermuteRandom([(4, 8, 8)]), ["PermuteRandom"]),

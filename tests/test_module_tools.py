@@ -41,10 +41,8 @@ AROUND = {
         nflows.distributions.Distribution,
         nflows.transforms.CompositeTransform,
         nflows.transforms.MultiscaleCompositeTransform,
-        nflows.transforms.SqueezeTransform,
     },
-    ("normflows", "log_prob"): _NEVER
-    | {normflows.distributions.BaseDistribution, normflows.flows.Squeeze, normflows.flows.Merge},
+    ("normflows", "log_prob"): _NEVER | {normflows.distributions.BaseDistribution, normflows.flows.Merge},
     ("normflows", "sample"): _NEVER | {normflows.MultiscaleFlow},
 }
 

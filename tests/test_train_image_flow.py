@@ -220,7 +220,7 @@ def test_images_with_other_values_or_sizes_are_refused(tmp_path, monkeypatch, ca
     for split in ("train", "test"):
         save_image(tmp_path / split / "a" / "0.png", gray(6, 4))
     error = refused(capsys, *run, "directory", "--levels", "2")
-    assert "height and width must be multiples of 2^levels = 4 for 2 levels, got 6 x 4" in error
+    assert "sizes in data_shape must be multiples of 2^levels = 4 for 2 levels, got 6 x 4" in error
     assert not (tmp_path / "run").exists()
 
 
