@@ -1,15 +1,19 @@
-"""The package reaches for no network, starts no program, and writes nowhere but into its cache."""
+"""The package reaches for no network, starts no program, writes into its cache alone; its modules import downward."""
 
 from __future__ import annotations
 
+import ast
 import importlib
 import os
 import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import nflows_kconv
+
+ROOT = Path(__file__).parent.parent
 
 # An audit hook sees what Python does; what a library does below Python, the files that are there afterwards.
 CHILD = """
@@ -96,3 +100,29 @@ def test_every_module_is_what_its_name_gives():
         if name != "nflows_kconv._native":  # which is loaded by torch
             package, _, attribute = name.rpartition(".")
             assert importlib.import_module(name) is getattr(sys.modules[package], attribute), name
+
+
+def test_modules_import_from_their_own_line_of_the_tree_or_below():
+    """The tree in CONTRIBUTING.md, which has every module."""
+    tree = re.search(r"^nflows_kconv/\n((?:  .+\n)+)", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)[1]
+    lines = [line.split("   ")[0].split() for line in re.findall(r"^  (\w.*)", tree, re.MULTILINE)]
+    levels = {name.rstrip("/"): level for level, names in enumerate(lines) for name in names}
+    imported: dict[str, set[str]] = {}
+    for path in (ROOT / "nflows_kconv").rglob("*.py"):
+        module = path.relative_to(ROOT / "nflows_kconv").parts[0].removesuffix(".py")
+        if not module.startswith("__"):  # the package itself, and its command
+            imported.setdefault(module, set()).update(_imported(path))
+    assert imported.keys() == levels.keys()
+    wrong = {(module, name) for module, names in imported.items() for name in names if levels[name] < levels[module]}
+    assert not wrong
+
+
+def _imported(path: Path) -> set[str]:
+    """The modules of the package that a file imports, those of a package in it by its name."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name.split(".")[1] for name in names if name.startswith("nflows_kconv.")}
