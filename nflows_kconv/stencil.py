@@ -65,7 +65,7 @@ def parse(corners: str | Sequence[str], dimensions: int = 2) -> list[int]:
 
 def is_corner(code: int) -> bool:
     """Whether the pivot is the last tap, and no tap is masked as a whole."""
-    return not code & _SIDE
+    return code <= _MIRRORS
 
 
 def opposite(code: int, dimensions: int) -> int:
