@@ -298,11 +298,13 @@ class InvertibleConv(InvertibleModule):
             return  # there are no zeros to look at
         found = []
         for group, own in zip(raw.unflatten(0, (len(self.corners), -1)), self.corners, strict=True):
-            names = stencil.STENCILS[self.dimensions].items()
-            fitting = [name for name, code in names if not group[_ignored(group, [code])].any()]
+            masks = {name: _ignored(group, [code]) for name, code in stencil.STENCILS[self.dimensions].items()}
+            fitting = {name: int(mask.sum()) for name, mask in masks.items() if not group[mask].any()}
             if not fitting:
                 return
-            found.append(own if own in fitting else fitting[0])
+            # The zeros of a side are those of a corner, too. Where all weights are zero, several have the most.
+            most = [name for name, zeros in fitting.items() if zeros == max(fitting.values())]
+            found.append(own if own in fitting and len(most) > 1 else most[0])
         if tuple(found) != self.corners:
             raise ValueError(
                 f"the corners must be the layer's {self.corners}, got a raw_weight whose zeros are those of "

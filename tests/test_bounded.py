@@ -5,7 +5,7 @@ import copy
 import oracles
 import pytest
 import torch
-from cases import CORNERS
+from cases import STENCILS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import assert_close
@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 import nflows_kconv.nflows
 import nflows_kconv.normflows
-from nflows_kconv import InvertibleConv2d, bound
+from nflows_kconv import InvertibleConv1d, InvertibleConv2d, InvertibleConv3d, bound
+from nflows_kconv.diagnostics import conditioning
+from nflows_kconv.layer import InvertibleConv
 
 GAINS = (1.01, 2.0, 4.0, 100.0)
 OPTIONS = {
@@ -23,6 +25,7 @@ OPTIONS = {
     "repeats, oblong": dict(corners=("TL", "TL"), kernel_size=(2, 3), diagonal="learned"),
     "no taps but the pivot": dict(kernel_size=1, corners="TL"),
     "nothing off the diagonal": dict(kernel_size=1),
+    "sides, dilated": dict(corners=("T", "R"), dilation=2, bias=True),
 }
 every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 
@@ -37,19 +40,22 @@ def scattered(layer: InvertibleConv2d, size: float, seed: int = 0) -> Invertible
     return layer
 
 
-def singular_values(layer: InvertibleConv2d, height: int, width: int) -> Tensor:
+def singular_values(layer: InvertibleConv, size: tuple[int, ...]) -> Tensor:
     """Those of the dense matrices."""
-    groups = oracles.matrices(layer.weight.detach(), layer.corners, height, width)
+    groups = oracles.matrices(layer.weight.detach(), layer.corners, size, layer.dilation)
     return torch.cat([torch.linalg.svdvals(group) for group in groups])
 
 
 @st.composite
-def layers(draw: st.DrawFn) -> InvertibleConv2d:
-    corners = draw(st.lists(st.sampled_from(CORNERS), min_size=1, max_size=3))
-    layer = InvertibleConv2d(
+def layers(draw: st.DrawFn) -> InvertibleConv:
+    dimensions = draw(st.sampled_from((2, 2, 1, 3)))
+    corners = draw(st.lists(st.sampled_from(STENCILS[dimensions]), min_size=1, max_size=3))
+    kernel_sizes, dilations = st.integers(1, 5 - dimensions), st.integers(1, 2)
+    layer = {1: InvertibleConv1d, 2: InvertibleConv2d, 3: InvertibleConv3d}[dimensions](
         len(corners) * draw(st.integers(1, 4)),
-        (draw(st.integers(1, 4)), draw(st.integers(1, 4))),
+        draw(st.tuples(*[kernel_sizes] * dimensions)),
         corners=corners,
+        dilation=draw(st.tuples(*[dilations] * dimensions)),
         diagonal=draw(st.sampled_from(("unit", "learned"))),
         max_inverse_gain=draw(st.sampled_from(GAINS) | st.floats(1.001, 1000)),
     ).double()
@@ -61,13 +67,18 @@ def layers(draw: st.DrawFn) -> InvertibleConv2d:
     return layer
 
 
-@given(layer=layers(), height=st.integers(1, 7), width=st.integers(1, 7))
-def test_singular_values_stay_in_bounds(layer: InvertibleConv2d, height: int, width: int):
+@given(layer=layers(), sides=st.tuples(*[st.integers(1, 7)] * 3))
+def test_singular_values_stay_in_bounds(layer: InvertibleConv, sides: tuple[int, int, int]):
     gain, diagonal = layer.max_inverse_gain, oracles.diagonal(layer.weight.detach(), layer.corners)
-    values = singular_values(layer, height, width)
+    size = tuple(min(side, 3) for side in sides) if layer.dimensions == 3 else sides[: layer.dimensions]
+    values = singular_values(layer, size)
     rounding = 1 + 1e-9
     assert 1 / values.min() <= rounding * gain / diagonal.min()
     assert values.max() <= rounding * (2 - 1 / gain) * diagonal.max()
+    measured = conditioning(layer, size, exact=True)
+    assert measured.inverse_gain == pytest.approx(1 / values.min().item())
+    assert measured.gain == pytest.approx(values.max().item())
+    assert measured.inverse_gain <= rounding * measured.inverse_gain_bound
 
 
 def test_the_bound_is_reached_in_the_limit():
@@ -75,13 +86,13 @@ def test_the_bound_is_reached_in_the_limit():
     layer = InvertibleConv2d(1, (2, 1), corners="TL", max_inverse_gain=4).double()
     with torch.no_grad():
         layer.raw_weight.fill_(-1000)
-    gains = [1 / singular_values(layer, height, 1).min() for height in (1, 10, 100, 400)]
+    gains = [1 / singular_values(layer, (height, 1)).min() for height in (1, 10, 100, 400)]
     assert gains == sorted(gains)
     assert 0.999 * 4 < gains[-1] < 4
 
 
 @given(layer=layers())
-def test_the_scale_is_no_smaller_than_the_proof_needs(layer: InvertibleConv2d):
+def test_the_scale_is_no_smaller_than_the_proof_needs(layer: InvertibleConv):
     """The effective weight is the raw one times a factor in each group: 1, or such that r = 1 - 1/g to 10 %."""
     weight, groups = layer.weight.detach(), len(layer.corners)
     raw = oracles.effective(layer.raw_weight.detach(), layer.corners)
@@ -89,7 +100,7 @@ def test_the_scale_is_no_smaller_than_the_proof_needs(layer: InvertibleConv2d):
     for tensor in (raw, weight):
         oracles.set_diagonal(tensor, layer.corners, torch.zeros(layer.num_channels))
     for r, w, d in zip(raw.chunk(groups), weight.chunk(groups), diagonal.chunk(groups), strict=True):
-        taps = (w / d[:, None, None, None]).permute(2, 3, 0, 1)
+        taps = (w.flatten(2) / d[:, None, None]).permute(2, 0, 1)
         norm, largest = torch.linalg.matrix_norm(taps, 2).sum(), 1 - 1 / layer.max_inverse_gain
         assert norm <= largest * (1 + 1e-9)
         if norm >= 0.9 * largest:
@@ -127,10 +138,10 @@ def test_bounded_layers_are_layers(options: dict, backend: str, device: str):
     input = torch.randn(2, 8, 6, 5, device=device)
     output, log_det = layer(input)
     bias = 0 if layer.bias is None else layer.bias.detach().cpu().double()[:, None, None]
-    assert_close(output, oracles.conv(input, layer.weight.detach(), layer.corners) + bias)
+    assert_close(output, oracles.conv(input, layer.weight.detach(), layer.corners, layer.dilation) + bias)
     restored, inverse_log_det = layer.inverse(output)
     assert_close(restored, input, factor=10)
-    expected = oracles.log_abs_det(layer.weight.detach(), layer.corners, 6, 5)
+    expected = oracles.log_abs_det(layer.weight.detach(), layer.corners, (6, 5))
     assert_close(log_det, expected.expand(2), factor=10)
     assert torch.equal(inverse_log_det, -log_det)
 
@@ -197,7 +208,7 @@ def test_training_keeps_the_bound():
             optimizer.step()
             losses.append(loss.item())
         assert losses[-1] < losses[0]
-        gains[gain] = 1 / singular_values(layer, 6, 6).min()
+        gains[gain] = 1 / singular_values(layer, (6, 6)).min()
     assert gains[2] <= 2.00001
     assert gains[None] > 4
 

@@ -11,14 +11,18 @@ from torch import nn
 from torch._dynamo.utils import counters
 from torch.func import grad, hessian, jacfwd, jvp, vmap
 
-from nflows_kconv import InvertibleConv2d, functional
+from nflows_kconv import InvertibleConv1d, InvertibleConv2d, InvertibleConv3d, functional
 from nflows_kconv.flows import steps
 
 LAYERS = {
     "unit": {},
     "learned, bias": dict(diagonal="learned", bias=True),
     "one corner": dict(corners="BR", diagonal="learned"),
+    "sides, dilated": dict(corners=("T", "R"), dilation=(1, 2), diagonal="learned"),
+    "1-D, dilated": dict(corners="R", dilation=2, diagonal="learned"),
+    "3-D": dict(corners=("NBL", "FTR"), kernel_size=2, bias=True),
 }
+DIMENSIONS = {"1-D, dilated": 1, "3-D": 3}
 every_layer = pytest.mark.parametrize("options", LAYERS.values(), ids=LAYERS.keys())
 
 

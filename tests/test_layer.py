@@ -347,9 +347,8 @@ def test_a_direction_alone_is_one_operator(dimensions: int, diagonal: str, devic
         with Operators() as run, torch.no_grad():
             output = function(input)
         assert torch.equal(output, expected[name])
-        computed = [
-            each for each in run.names if each not in ("aten::unsqueeze", "aten::select.int", "aten::slice.Tensor")
-        ]
+        views = ("aten::unsqueeze", "aten::select.int", "aten::slice.Tensor")
+        computed = [each for each in run.names if each not in views]
         assert computed[-1:] == [f"nflows_kconv::{name}"]
         assert len(computed) == 1 or (name, diagonal) == ("conv", "learned")
 
