@@ -155,7 +155,8 @@ def test_nothing_is_cut(site: dict[Path, Page], tmp_path: Path):
 def public_names() -> Iterator[set[str]]:
     """The dotted names of each class and function in an __all__: where it is public, and where it is defined."""
     names = [module.name for module in pkgutil.walk_packages(nflows_kconv.__path__, "nflows_kconv.")]
-    for module in [nflows_kconv, *(importlib.import_module(name) for name in names if "._" not in name)]:
+    public_modules = [name for name in names if not re.search(r"\._|internals", name)]
+    for module in map(importlib.import_module, ["nflows_kconv", *public_modules]):
         for name in getattr(module, "__all__", ()):
             public = getattr(module, name)
             if callable(public):
