@@ -140,6 +140,75 @@ TileKernel<T> tile_kernel(int64_t size, int64_t vectors) {
   return kernels[size - 1][vectors - 1];
 }
 
+// Lane `index` of a vector in all lanes.
+template <typename T>
+inline Vector<T> lane(Vector<T> vector, int64_t index) {
+#if defined(__clang__)
+  return Vector<T>{} + vector[index];
+#else
+  return __builtin_shuffle(vector, Vector<typename Integer<T>::Type>{} + typename Integer<T>::Type(index));
+#endif
+}
+
+// Where lanes are channels: computes V vectors of output channels, `own` channels at most, from `outputs` on, of P
+// pixels, in place. `weights` holds a vector of each for the scale of y, for the `count` inputs that are known, and for
+// the columns of the pivot's triangle, which count as known in a convolution.
+template <bool kSolve, int V, int P, typename T>
+void compute_channels(T* const* pixels, int64_t outputs, int64_t own, const int64_t* offsets, int64_t count,
+                      const T* weights) {
+  constexpr int n = kLanes<T>;
+  Vector<T> sums[V][P];
+#pragma GCC unroll 8
+  for (int v = 0; v < V; ++v)
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p)
+      sums[v][p] = kSolve ? load(pixels[p] + outputs + v * n) * load(weights + v * n) : Vector<T>{};
+  weights += V * n;
+
+  if (!kSolve) count += own;
+  for (int64_t k = 0; k < count; ++k, weights += V * n) {
+    Vector<T> w[V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) w[v] = load(weights + v * n);
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) {
+      const T x = pixels[p][offsets[k]];
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) sums[v][p] = kSolve ? sums[v][p] - w[v] * x : sums[v][p] + w[v] * x;
+    }
+  }
+  if constexpr (kSolve)
+#pragma GCC unroll 8
+    for (int i = 0; i < V; ++i)
+      for (int64_t column = 0; column < smaller(n, own - i * n); ++column, weights += V * n)
+#pragma GCC unroll 8
+        for (int p = 0; p < P; ++p) {
+          const Vector<T> x = lane<T>(sums[i][p], column);
+#pragma GCC unroll 8
+          for (int v = i; v < V; ++v) sums[v][p] = sums[v][p] - load(weights + v * n) * x;
+        }
+#pragma GCC unroll 8
+  for (int v = 0; v < V; ++v)
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) store(pixels[p] + outputs + v * n, sums[v][p]);
+}
+
+template <typename T>
+using ChannelsKernel = void (*)(T* const*, int64_t, int64_t, const int64_t*, int64_t, const T*);
+
+template <bool kSolve, typename T>
+ChannelsKernel<T> channels_kernel(int64_t vectors, int64_t pixels) {
+#define KCONV_ROW(V)                                                                                            \
+  {                                                                                                             \
+    compute_channels<kSolve, V, 1, T>, compute_channels<kSolve, V, 2, T>, compute_channels<kSolve, V, 3, T>,    \
+        compute_channels<kSolve, V, 4, T>, compute_channels<kSolve, V, 5, T>, compute_channels<kSolve, V, 6, T> \
+  }
+  static constexpr ChannelsKernel<T> kernels[kMaxChannelVectors][kMaxPixels] = {KCONV_ROW(1), KCONV_ROW(2),
+                                                                                KCONV_ROW(3)};
+#undef KCONV_ROW
+  return kernels[vectors - 1][pixels - 1];
+}
+
 // ---- Weights -------------------------------------------------------------------------------------------------------
 
 template <typename T>
@@ -156,22 +225,36 @@ void pack_weights(const Problem<T>& problem, const Plan& plan, int64_t group, in
 
   const Tile& tile = plan.tiles[index];
   const T* outputs = origin + tile.first * output_stride;
+  const int64_t own = smaller(tile.size, channels - tile.first);  // the last may be filled up, where lanes are channels
+  const bool filled = plan.lanes == Lanes::channels, scaled = filled && problem.solve;
+  const T* const pivot = outputs + problem.tap(stencil, {0, 0});
+  const auto diagonal = [&](int64_t o) {
+    const int64_t canonical = tile.first + o;
+    return problem.diagonal(group * channels + (transpose ? channels - 1 - canonical : canonical),
+                            pivot[o * output_stride + canonical * input_stride]);
+  };
   T* to = packed + tile.weights;
+  const T* const scales = to;
+  for (int64_t o = 0; filled && o < tile.size; ++o) *to++ = scaled && o < own ? 1 / diagonal(o) : T(1);
   for (int64_t tap = 0; tap < plan.tap_count; ++tap) {
     const T* inputs = outputs + problem.tap(stencil, plan.taps[tap]);
     const int64_t known = tap == plan.tap_count - 1 ? tile.first : channels;
     for (int64_t i = 0; i < known; ++i)
-      for (int64_t o = 0; o < tile.size; ++o) *to++ = inputs[o * output_stride + i * input_stride];
-  }
-  outputs += problem.tap(stencil, {0, 0});
-  for (int64_t o = 0; o < tile.size; ++o)
-    for (int64_t i = 0; i < tile.size; ++i) {
-      T value = i <= o ? outputs[o * output_stride + (tile.first + i) * input_stride] : T(0);
-      if (i == o) {
-        const int64_t canonical = tile.first + o;
-        value = problem.diagonal(group * channels + (transpose ? channels - 1 - canonical : canonical), value);
+      for (int64_t o = 0; o < tile.size; ++o) {
+        const T weight = o < own ? inputs[o * output_stride + i * input_stride] : T(0);
+        *to++ = scaled ? scales[o] * weight : weight;
       }
-      *to++ = problem.solve && i == o ? 1 / value : value;
+  }
+  // The triangle: its columns, or its rows with the diagonal inverted for a solution.
+  for (int64_t j = 0; j < own; ++j)
+    for (int64_t k = 0; k < tile.size; ++k) {
+      const int64_t o = filled ? k : j, i = filled ? j : k;
+      if (o < i || o >= own)
+        *to++ = 0;
+      else if (o == i)
+        *to++ = !problem.solve ? diagonal(o) : filled ? T(0) : 1 / diagonal(o);
+      else
+        *to++ = (scaled ? scales[o] : T(1)) * pivot[o * output_stride + (tile.first + i) * input_stride];
     }
 }
 
@@ -193,7 +276,7 @@ struct Strip {
   void place(int64_t begin, int64_t end, int64_t top) const {
     const int64_t rows = end - begin, width = problem.width;
     const int64_t row_step =
-        plan.lanes_are_rows ? plan.skew * plan.position_pitch + 1 : plan.row_positions * plan.position_pitch;
+        plan.lanes == Lanes::rows ? plan.skew * plan.position_pitch + 1 : plan.row_positions * plan.position_pitch;
     const int64_t first = plan.first_position * plan.position_pitch + plan.halo_lanes + (begin - top) * row_step;
     int64_t* to = places;
     for (int64_t i = 0; i < (by_columns ? width : rows); ++i)
@@ -222,9 +305,12 @@ struct Strip {
     const int64_t line_stride = by_columns ? strides.column : strides.row;
     const int64_t stride = by_columns ? strides.row : strides.column;
     const bool contiguous = stride == 1 && (line_stride == length || lines == 1);
-    for (int64_t channel = 0; channel < plan.channels; ++channel) {
-      Pointer pixels = group_pixels + channel * strides.channel + first_row * strides.row;
-      T* lanes = buffer + (problem.transpose ? plan.channels - 1 - channel : channel) * plan.channel_pitch;
+    const int64_t buffers = plan.lanes == Lanes::channels ? images : 1;
+    for (int64_t i = 0; i < buffers * plan.channels; ++i) {
+      const int64_t image = i / plan.channels, channel = i % plan.channels;
+      Pointer pixels = group_pixels + image * strides.batch + channel * strides.channel + first_row * strides.row;
+      T* lanes = buffer + image * plan.image_pitch +
+                 (problem.transpose ? plan.channels - 1 - channel : channel) * plan.channel_pitch;
       const T shift = !kShift ? T(0) : kToBuffer ? -bias[channel] : bias[channel];
       if (contiguous) {
         move_run<kToBuffer, kShift>(pixels, 1, strides.batch, lines * length, places, lanes, shift);
@@ -240,7 +326,7 @@ struct Strip {
   template <bool kToBuffer, bool kShift, typename Pointer>
   void move_run(Pointer pixels, int64_t stride, int64_t batch_stride, int64_t count, const int64_t* run_places,
                 T* lanes, T shift) const {
-    if (plan.lanes_are_rows) {
+    if (plan.lanes != Lanes::images) {
       for (int64_t p = 0; p < count; ++p) copy<kToBuffer, kShift>(pixels + p * stride, lanes + run_places[p], shift);
       return;
     }
@@ -304,25 +390,65 @@ void compute_position(T* position, const Plan& plan, const T* packed, const Tile
   }
 }
 
+// Rows [first, last) have a pixel at this step of a wavefront.
+struct Wavefront {
+  int64_t first, last;
+
+  Wavefront(int64_t step, int64_t skew, int64_t height, int64_t width)
+      : first(larger(0, divide_up(step - width + 1, skew))), last(smaller(step / skew + 1, height)) {}
+};
+
+// Where lanes are channels: computes all pixels of some images, the first at `corner`.
+template <bool kSolve, typename T>
+void compute_wavefronts(T* corner, int64_t images, int64_t height, int64_t width, const Plan& plan, const T* packed) {
+  const int64_t n = plan.lanes_per_vector, inputs = (plan.tap_count - 1) * plan.channels;
+  const int64_t steps = width + plan.skew * (height - 1);
+  const int64_t next_row = (plan.row_positions - plan.skew) * plan.position_pitch;
+  for (int64_t s = 0; s < steps; ++s) {
+    const int64_t step = kSolve ? s : steps - 1 - s;
+    const Wavefront rows(step, plan.skew, height, width);
+    const int64_t count = images * (rows.last - rows.first);
+    const int64_t together = divide_up(count, divide_up(count, plan.pixels));
+    for (int64_t t = 0; t < plan.tile_count; ++t) {
+      const Tile& tile = plan.tiles[kSolve ? t : plan.tile_count - 1 - t];
+      T* pixels[kMaxPixels];
+      int64_t gathered = 0, left = count;
+      for (int64_t image = 0; image < images; ++image) {
+        T* pixel = corner + image * plan.image_pitch + step * plan.position_pitch + rows.first * next_row;
+        for (int64_t row = rows.first; row < rows.last; ++row, pixel += next_row) {
+          pixels[gathered++] = pixel;
+          --left;
+          if (gathered < together && left > 0) continue;
+          channels_kernel<kSolve, T>(tile.size / n, gathered)(pixels, tile.first,
+                                                              smaller(tile.size, plan.channels - tile.first),
+                                                              plan.offsets, inputs + tile.first, packed + tile.weights);
+          gathered = 0;
+        }
+      }
+    }
+  }
+}
+
 template <typename T>
-void clear_borders(const Plan& plan, T* buffer) {
-  if (plan.lanes_are_rows) {
+void clear_borders(const Plan& plan, int64_t images, T* buffer) {
+  if (plan.lanes == Lanes::rows) {
     __builtin_memset(buffer, 0, plan.buffer_size * sizeof(T));
     return;
   }
-  const int64_t above = plan.rows_above * plan.row_positions * plan.position_pitch;
-  __builtin_memset(buffer, 0, above * sizeof(T));
-  const int64_t row = plan.row_positions * plan.position_pitch, left = plan.halo_positions * plan.position_pitch;
-  for (T* to = buffer + above; to < buffer + plan.buffer_size; to += row) __builtin_memset(to, 0, left * sizeof(T));
+  const int64_t row = plan.row_positions * plan.position_pitch, above = plan.rows_above * row;
+  const int64_t left = plan.halo_positions * plan.position_pitch;
+  for (int64_t image = 0; image < (plan.lanes == Lanes::channels ? images : 1); ++image, buffer += plan.image_pitch) {
+    __builtin_memset(buffer, 0, above * sizeof(T));
+    for (int64_t to = above; to < plan.image_pitch; to += row) __builtin_memset(buffer + to, 0, left * sizeof(T));
+  }
 }
 
-// Where taps read to the right, a solution must not leave anything beyond the ends of the rows that are lanes: only
-// rows [first, last) have a pixel at this step, and others would read it.
+// Where taps read to the right, a solution must not leave anything beyond the ends of the rows that are lanes.
 template <typename T>
-void clear_outside(T* position, const Plan& plan, int64_t first, int64_t last) {
+void clear_outside(T* position, const Plan& plan, Wavefront rows) {
   for (int64_t channel = 0; channel < plan.channels; ++channel, position += plan.channel_pitch) {
-    for (int64_t lane = 0; lane < first; ++lane) position[lane] = 0;
-    for (int64_t lane = last; lane < plan.lanes_per_vector; ++lane) position[lane] = 0;
+    for (int64_t lane = 0; lane < rows.first; ++lane) position[lane] = 0;
+    for (int64_t lane = rows.last; lane < plan.lanes_per_vector; ++lane) position[lane] = 0;
   }
 }
 
@@ -332,9 +458,8 @@ template <bool kSolve, typename T>
 void run_task(const Problem<T>& problem, const Plan& plan, const T* packed, int64_t group, int64_t block, T* buffer,
               int64_t* places) {
   const int64_t stencil = problem.transpose ? opposite(problem.stencils[group]) : problem.stencils[group];
-  const int64_t block_images = plan.lanes_are_rows ? 1 : plan.vectors * plan.lanes_per_vector;
-  const int64_t first_image = block * block_images;
-  const int64_t images = smaller(block_images, problem.batch - first_image);
+  const int64_t first_image = block * plan.block_images;
+  const int64_t images = smaller(plan.block_images, problem.batch - first_image);
   const int64_t first_channel = group * plan.channels;
   const T* input =
       problem.input + first_image * problem.input_strides.batch + first_channel * problem.input_strides.channel;
@@ -360,7 +485,7 @@ void run_task(const Problem<T>& problem, const Plan& plan, const T* packed, int6
     const int64_t top = (kSolve ? s : strips - 1 - s) * plan.strip_rows;
     const int64_t bottom = smaller(top + plan.strip_rows, problem.height);
     const int64_t halo_top = larger(0, top - plan.rows_above);
-    clear_borders(plan, buffer);
+    clear_borders(plan, images, buffer);
     if (halo_top < top) {
       strip.place(halo_top, top, top);
       if constexpr (kSolve)
@@ -371,17 +496,18 @@ void run_task(const Problem<T>& problem, const Plan& plan, const T* packed, int6
     strip.place(top, bottom, top);
     strip.template move<true, kSolve>(input, problem.input_strides, top, bottom);
 
-    const int64_t lines = plan.lanes_are_rows ? 1 : bottom - top;
-    const int64_t steps = plan.lanes_are_rows ? problem.width + plan.skew * (bottom - top - 1) : problem.width;
     T* first = buffer + plan.first_position * plan.position_pitch + plan.halo_lanes;
+    if (plan.lanes == Lanes::channels)
+      compute_wavefronts<kSolve>(first, images, bottom - top, problem.width, plan, packed);
+    const int64_t lines = plan.lanes == Lanes::images ? bottom - top : plan.lanes == Lanes::rows ? 1 : 0;
+    const int64_t steps = plan.lanes == Lanes::rows ? problem.width + plan.skew * (bottom - top - 1) : problem.width;
     for (int64_t i = 0; i < lines; ++i) {
       T* line = first + (kSolve ? i : lines - 1 - i) * plan.row_positions * plan.position_pitch;
       for (int64_t j = 0; j < steps; ++j) {
         T* position = line + (kSolve ? j : steps - 1 - j) * plan.position_pitch;
         compute_position<kSolve>(position, plan, packed, kernels);
-        if (kSolve && plan.lanes_are_rows && plan.right > 0)
-          clear_outside(position, plan, larger(0, divide_up(j - problem.width + 1, plan.skew)),
-                        smaller(j / plan.skew + 1, plan.lanes_per_vector));
+        if (kSolve && plan.lanes == Lanes::rows && plan.right > 0)
+          clear_outside(position, plan, Wavefront(j, plan.skew, plan.lanes_per_vector, problem.width));
       }
     }
     strip.template move<false, !kSolve>(output, problem.output_strides, top, bottom);

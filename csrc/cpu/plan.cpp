@@ -8,15 +8,16 @@ namespace {
 // Bytes of buffer that leave room for weights in a second-level cache.
 constexpr int64_t kBufferBytes = 512 * 1024;
 
-// Tiles as equal as possible, so that none runs with few accumulators.
-std::vector<Tile> make_tiles(int64_t channels, int64_t taps, int64_t largest) {
-  const int64_t count = divide_up(channels, largest);
+// Tiles of whole units of channels, as equal as possible, so that none runs with few accumulators. A tile has weights
+// for each channel at each tap, those before it at the pivot, and itself; and `more`, for each of its channels.
+std::vector<Tile> make_tiles(int64_t channels, int64_t unit, int64_t taps, int64_t more, int64_t largest) {
+  const int64_t units = divide_up(channels, unit), count = divide_up(units, largest);
   std::vector<Tile> tiles;
   int64_t first = 0, weights = 0;
   for (int64_t i = 0; i < count; ++i) {
-    const int64_t size = channels / count + (i < channels % count);
+    const int64_t size = (units / count + (i < units % count)) * unit;
     tiles.push_back({first, size, weights});
-    weights += (taps * channels + first + size) * size;
+    weights += (taps * channels + first + size + more) * size;
     first += size;
   }
   return tiles;
@@ -52,25 +53,40 @@ OwnedPlan make_plan(const Problem<T>& problem, int64_t family, int64_t groups, c
   const int64_t lanes = plan.lanes_per_vector = target.vector_bytes / int64_t(sizeof(T));
   const int64_t image_vectors = divide_up(problem.batch, lanes);
 
-  // Steps of the inner kernel, on one vector each: many images fill lanes, few large ones fill them with rows.
-  const int64_t image_steps = image_vectors * height * width;
-  const int64_t row_steps = problem.batch * divide_up(height, lanes) * (width + plan.skew * (lanes - 1));
-  plan.lanes_are_rows = row_steps < image_steps;
+  // Vectors of outputs: many images fill lanes, few large ones fill them with rows, few small ones with channels, where
+  // a vector costs more, since no weight serves several.
+  const int64_t image_steps = image_vectors * height * width * plan.channels;
+  const int64_t row_steps =
+      problem.batch * divide_up(height, lanes) * (width + plan.skew * (lanes - 1)) * plan.channels;
+  const int64_t channel_vectors = divide_up(plan.channels, lanes);
+  const int64_t channel_steps = problem.batch * height * width * channel_vectors * 5 / 4;
+  plan.lanes = channel_steps < std::min(image_steps, row_steps) ? Lanes::channels
+               : row_steps < image_steps                        ? Lanes::rows
+                                                                : Lanes::images;
 
-  if (plan.lanes_are_rows) {
-    plan.vectors = 1;
-    plan.blocks = problem.batch;
-    plan.strip_rows = lanes;
-    plan.halo_lanes = plan.rows_above;
-  } else {
+  plan.blocks = problem.batch;
+  plan.vectors = 1;
+  if (plan.lanes == Lanes::images) {
     plan.blocks = image_blocks(image_vectors, groups, threads, target.max_vectors);
     plan.vectors = divide_up(image_vectors, plan.blocks);
-    plan.halo_lanes = 0;
+    plan.block_images = plan.vectors * lanes;
+  } else if (plan.lanes == Lanes::rows) {
+    plan.block_images = 1;
+    plan.halo_lanes = plan.rows_above;
+  } else {
+    plan.block_images = divide_up(problem.batch, std::max<int64_t>(1, threads / groups));
+    plan.blocks = divide_up(problem.batch, plan.block_images);
   }
-  plan.channel_pitch = plan.halo_lanes + plan.vectors * lanes;
-  plan.position_pitch = plan.channels * plan.channel_pitch;
+  if (plan.lanes == Lanes::channels) {
+    plan.channel_pitch = 1;
+    plan.position_pitch = channel_vectors * lanes;
+  } else {
+    plan.channel_pitch = plan.halo_lanes + plan.vectors * lanes;
+    plan.position_pitch = plan.channels * plan.channel_pitch;
+  }
 
-  if (plan.lanes_are_rows) {
+  if (plan.lanes == Lanes::rows) {
+    plan.strip_rows = lanes;
     plan.first_position = plan.skew * plan.rows_above + plan.left;
     plan.buffer_size = (plan.first_position + width + plan.skew * (lanes - 1)) * plan.position_pitch;
   } else {
@@ -82,23 +98,34 @@ OwnedPlan make_plan(const Problem<T>& problem, int64_t family, int64_t groups, c
     const int64_t fitting = std::max({kBufferBytes / row_bytes - halo, 2 * halo, int64_t(1)});
     // Whole vectors of rows, for tensors that store columns.
     plan.strip_rows = std::min(height, fitting > lanes ? fitting / lanes * lanes : fitting);
-    plan.buffer_size = (plan.strip_rows + halo) * plan.row_positions * plan.position_pitch;
+    if (plan.lanes == Lanes::channels) plan.strip_rows = height;  // so that wavefronts are long
+    plan.image_pitch = (plan.strip_rows + halo) * plan.row_positions * plan.position_pitch;
+    plan.buffer_size = plan.image_pitch * (plan.lanes == Lanes::channels ? plan.block_images : 1);
   }
 
   for (int64_t row = plan.rows_above; row >= 0; --row)
     for (int64_t column = plan.left; column >= (row ? -plan.right : 0); --column) {
       plan.owned_taps.push_back({row, column});
-      const int64_t back = plan.lanes_are_rows ? (plan.skew * row + column) * plan.position_pitch + row
-                                               : (row * plan.row_positions + column) * plan.position_pitch;
+      const int64_t back = plan.lanes == Lanes::rows ? (plan.skew * row + column) * plan.position_pitch + row
+                                                     : (row * plan.row_positions + column) * plan.position_pitch;
       for (int64_t channel = 0; channel < plan.channels; ++channel)
         plan.owned_offsets.push_back(channel * plan.channel_pitch - back);
     }
   plan.tap_count = int64_t(plan.owned_taps.size());
   // Registers hold the sums, a vector of inputs for each vector of lanes, and a weight.
-  const int64_t largest = std::min<int64_t>(kMaxTile, (target.registers - 1) / plan.vectors - 1);
-  plan.owned_tiles = make_tiles(plan.channels, plan.tap_count - 1, largest);
+  const int64_t taps = plan.tap_count - 1;
+  plan.owned_tiles = plan.lanes == Lanes::channels
+                         ? make_tiles(plan.channels, lanes, taps, 1, kMaxChannelVectors)
+                         : make_tiles(plan.channels, 1, taps, 0,
+                                      std::min<int64_t>(kMaxTile, (target.registers - 1) / plan.vectors - 1));
+  const int64_t tile_vectors = divide_up(plan.owned_tiles.front().size, lanes);
+  plan.pixels = std::min<int64_t>(kMaxPixels, (target.registers - 1) / tile_vectors - 1);
   const Tile& last = plan.owned_tiles.back();
-  plan.group_weights = last.weights + ((plan.tap_count - 1) * plan.channels + last.first + last.size) * last.size;
+  plan.group_weights = last.weights + (taps * plan.channels + last.first + last.size + 1) * last.size;
+  const int64_t positions =
+      plan.lanes == Lanes::rows ? divide_up(height, lanes) * width : height * width * plan.vectors;
+  plan.operations = plan.lanes == Lanes::channels ? plan.block_images * positions * plan.group_weights / lanes
+                                                  : positions * plan.group_weights;
   plan.tile_count = int64_t(plan.owned_tiles.size());
   plan.tiles = plan.owned_tiles.data();
   plan.taps = plan.owned_taps.data();

@@ -2,15 +2,16 @@
 //
 // Every group is in the canonical frame of its family (see stencil.h), and for A^T its channels are reversed, so that
 // each output depends on earlier pixels, in raster order, and smaller channels alone. A task works in a buffer of
-// positions; a position holds [channels][lanes], and one step computes all channels of a position for all lanes at
-// once. Lanes are either
+// positions, and one inner kernel computes vectors of lanes. Lanes are
 //
-//   images: position = pixel (raster order), lane = image of the batch;
-//   rows:   position = skew * row + column of a band of rows, lane = row (its first lanes repeat the rows above), where
-//           (skew, 1) is the schedule of nflows_kconv/stencil.py.
+//   images:   position = pixel (raster order), lane = image of the batch;
+//   rows:     position = skew * row + column of a band of rows, lane = row (its first lanes repeat the rows above);
+//   channels: position = pixel of some images, lane = output channel; the pixels of a wavefront are computed together.
 //
-// In both, a tap of the kernel is one fixed offset, so that one inner kernel serves both. Borders are positions that
-// hold 0; where lanes are images, those to the right of a row are those to the left of the next.
+// With images or rows a position holds [channels][lanes], and one step computes all channels of a position for all
+// lanes at once. (skew, 1) is the schedule of nflows_kconv/stencil.py: pixels with equal skew * row + column are a
+// wavefront. In all three a tap of the kernel is one fixed offset. Borders are positions that hold 0; those to the
+// right of a row are those to the left of the next, except where lanes are rows.
 #pragma once
 
 #include <cstdint>
@@ -25,6 +26,11 @@ inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // What the inner kernel holds in registers, at most: the sums of so many output channels, for so many vectors of lanes.
 constexpr int kMaxTile = 6;
 constexpr int kMaxVectors = 4;
+// And where lanes are channels: so many vectors of them, for so many pixels.
+constexpr int kMaxChannelVectors = 3;
+constexpr int kMaxPixels = 6;
+
+enum class Lanes { images, rows, channels };
 
 struct Target {  // what an instruction set offers
   int vector_bytes;
@@ -37,21 +43,25 @@ struct Tile {  // output channels [first, first + size) and their packed weights
 };
 
 struct Plan {
-  bool lanes_are_rows;
+  Lanes lanes;
   int64_t channels;                 // of a group
   int64_t rows_above, left, right;  // how far taps reach, clipped to the image
   int64_t skew;
-  int64_t vectors;  // of lanes in a position, at most
+  int64_t vectors;       // of lanes in a position, at most
+  int64_t pixels;        // lanes are channels: computed together, at most
+  int64_t block_images;  // of a task, at most
   int64_t lanes_per_vector;
   int64_t halo_lanes;      // lanes before those that are computed
-  int64_t halo_positions;  // lanes are images: before the first pixel of a row
+  int64_t halo_positions;  // before the first pixel of a row, unless lanes are rows
   int64_t channel_pitch;   // elements from a channel to the next
   int64_t position_pitch;  // elements from a position to the next
-  int64_t row_positions;   // lanes are images: positions from a row to the next
+  int64_t row_positions;   // from a row to the next, unless lanes are rows
+  int64_t image_pitch;     // lanes are channels: elements from an image to the next
   int64_t first_position;  // of the first pixel of a strip
   int64_t strip_rows;      // rows that the buffer holds at once, without those above that they read
   int64_t blocks;          // tasks of each group
   int64_t buffer_size;     // elements
+  int64_t operations;      // vector operations of a task
   int64_t group_weights;   // packed elements of a group
   int64_t tile_count;
   const Tile* tiles;

@@ -150,10 +150,7 @@ void run_family(const Problem<T>& problem, int64_t family, const std::vector<int
   // Work that is worth waking a thread for, in weights packed and in vector operations.
   constexpr int64_t kGrain = 16384;
   parallel_for(count * plan.tile_count, kGrain * plan.tile_count / plan.group_weights + 1, pack_tiles<T>, &run);
-  const int64_t positions = plan.lanes_are_rows ? divide_up(problem.height, plan.lanes_per_vector) * problem.width
-                                                : problem.height * problem.width;
-  const int64_t operations = positions * plan.vectors * plan.group_weights;
-  parallel_for(count * plan.blocks, kGrain / operations + 1, run_tasks<T>, &run);
+  parallel_for(count * plan.blocks, kGrain / plan.operations + 1, run_tasks<T>, &run);
   if (run.out_of_memory) throw std::bad_alloc();
 }
 
