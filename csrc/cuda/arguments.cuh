@@ -1,23 +1,29 @@
-// What every kernel is given, and the operator as the kernels see it: one corner, one triangle, one direction.
+// What every kernel is given, and the operator as the kernels see it: one stencil, one triangle, one direction.
 //
-// A kernel only knows the *canonical* operator: corner TL, lower triangular pivot. Row 0, column 0 is the pixel that
-// depends on no other; lag (a, b) reads a rows above and b columns to the left; lag (0, 0) is the pivot:
+// A kernel only knows the *canonical* operator, see nflows_kconv/stencil.py: corner TL or side T, lower triangular
+// pivot. Row 0, column 0 is the pixel that depends on no other; tap (a, b) reads a rows above and b - kRight columns to
+// the left, kRight being 0 for a corner; tap (0, kRight) is the pivot, and those of row 0 before it are masked:
 //
-//     y[o, r, s] = sum_{i, a, b} W(o, i, a, b) x[i, r - a, s - b] + bias(o),   W(o, i, 0, 0) = 0 for i > o
+//     y[o, r, s] = sum_{i, a, b} W(o, i, a, b) x[i, r - a, s + kRight - b] + bias(o),
+//                                              W(o, i, 0, b) = 0 for b < kRight, and for b = kRight and i > o
 //
-// Every corner and the transpose are this operator behind strides of either sign: a corner reverses rows or columns,
+// Every stencil and the transpose are this operator behind strides of either sign: a corner reverses rows or columns,
 // the transpose has the opposite corner, the same lags, exchanged channels of the weight and a reversed channel order,
 // which makes its upper triangle a lower one. So there are no flips, no copies and no second code path.
 //
 // The host compiles each source for the problem at hand; these constants are its own:
 //   SCALAR        type of the tensors: float, double, Half or BFloat16
 //   CHANNELS      channels of a group, C/G
-//   KERNEL_H, KERNEL_W   size of the kernel, clipped to the image (later taps read padding only)
+//   KERNEL_H, KERNEL_W   size of the kernel, clipped to the image (other taps read padding only)
+//   TAU           pixels with equal TAU * row + column can be solved at once
 //   TRANSPOSE     1 for A^T, 0 for A
-//   CORNER_WORDS  32-bit words that hold the corners, two bits each
+//   CORNER_WORDS  32-bit words that hold what the stencils mirror, two bits each: columns, rows
 #pragma once
 
 #include "scalar.cuh"
+
+// A pixel of the row above may be read so far to the right that it is solved a step earlier.
+constexpr int kRight = TAU - 1;
 
 struct Arguments {
   const void* first;   // x or y, [B, C, H, W]
@@ -33,6 +39,7 @@ struct Arguments {
   int kernel_h, kernel_w;  // of the weight in memory, before clipping
   int parameters[8];       // of this launch; each source names its own
   long long offsets[4];    // of regions in the scratch, bytes; each source names its own
+  int last_column;         // of the kernel in memory, before mirroring: that of tap (0, 0)
   int unit_diagonal;       // whether the pivot's diagonal is 1, or has no gradient
   unsigned corners[CORNER_WORDS];
 };
@@ -99,9 +106,10 @@ __device__ inline WeightView<T> weight_view(T* data, const long long (&strides)[
     view.data += (arguments.kernel_h - 1) * strides[2];
   }
   if (corner & 1) {
+    view.data += (arguments.kernel_w - 1 - arguments.last_column) * strides[3];
     view.column = strides[3];
   } else {
-    view.data += (arguments.kernel_w - 1) * strides[3];
+    view.data += arguments.last_column * strides[3];
   }
   if (TRANSPOSE) {
     view.data += (CHANNELS - 1) * (strides[0] + strides[1]);
@@ -111,20 +119,20 @@ __device__ inline WeightView<T> weight_view(T* data, const long long (&strides)[
   return view;
 }
 
-// Whether the weight holds the pivot's diagonal, W(o, o, 0, 0), itself.
+// Whether the weight holds the pivot's diagonal, W(o, o, 0, kRight), itself.
 __device__ inline bool has_own_diagonal(const Arguments& arguments) {
   return !arguments.unit_diagonal && !arguments.log_diagonal;
 }
 
-// The pivot's diagonal, where the weight does not hold it.
+// That diagonal where it does not.
 __device__ inline Accumulator diagonal_of(const Arguments& arguments, int group, int channel) {
   return arguments.unit_diagonal ? 1 : exp(load_channel(arguments.log_diagonal, group, channel));
 }
 
-// W(o, i, 0, 0), where it is not masked.
+// The pivot, W(o, i, 0, kRight), where it is not masked.
 template <typename T>
 __device__ inline Accumulator load_pivot(const WeightView<T>& weight, const Arguments& arguments, int group, int out,
                                          int in) {
   if (out == in && !has_own_diagonal(arguments)) return diagonal_of(arguments, group, out);
-  return load(weight.data + out * weight.out + in * weight.in);
+  return load(weight.data + out * weight.out + in * weight.in + kRight * weight.column);
 }

@@ -1,7 +1,8 @@
 // A band of rows on its way through shared memory: what the two wavefront solvers have in common.
 //
-// A thread block solves one band: ROWS rows of one image and group, one anti-diagonal a step. Shared memory is indexed
-// by *time*: pixel (row, s) of the band is solved at time row + s, so that what a step touches lies in one column of
+// A thread block solves one band: ROWS rows of one image and group, one wavefront a step. Shared memory is indexed by
+// *time*: pixel (row, s) of the band is solved at time kLead + TAU row + s, so that what a step touches lies in one
+// column of
 //
 //     solved[kHalo + ROWS][kTimes][kPitch]     x; the kHalo rows are the last ones of the band above, zero without one
 //     given[kGivenBuffers][ROWS][kTimes][kPitch]   y
@@ -27,7 +28,9 @@
 #include "arguments.cuh"
 
 constexpr int kHalo = KERNEL_H - 1;
-constexpr int kHistory = KERNEL_H + KERNEL_W - 2;
+constexpr int kHistory = TAU * kHalo + KERNEL_W - 1 - kRight;
+// Steps before the first row's first pixel, in which it meets what this pixel reads to the right in the band above.
+constexpr int kLead = BANDED ? kRight : 0;
 constexpr int kTimes = (kHistory + STEPS) | 1;
 constexpr int kVector = 16 / int(sizeof(Accumulator));
 constexpr int kVectors = ceil_div(CHANNELS, kVector);
@@ -68,8 +71,7 @@ struct Band {
   Accumulator* given;
   int rows;  // that lie in the image
 
-  // Takes kBandBytes of shared memory. x is zero left of the image and above it, and so are padded channels. What is
-  // solved outside the image may be anything: no pixel inside depends on it.
+  // Takes kBandBytes of shared memory. x is zero left of the image and above it, and so are padded channels.
   __device__ Band(const Arguments& arguments, char* shared)
       : arguments(arguments), place(*reinterpret_cast<const Place*>(shared)) {
     solved = reinterpret_cast<Accumulator*>(shared + sizeof(Place));
@@ -133,19 +135,20 @@ struct Band {
   __device__ void fetch_halo(int chunk) const {
     if (place.index == 0) return;
     const int above = place.work - arguments.batch * arguments.groups;
-    const int needed = min(arguments.width, (chunk + 1) * STEPS + kHalo);
+    constexpr int before = TAU * kHalo - kLead;  // times from column 0 of the first row to time 0
+    const int needed = min(arguments.width, (chunk + 1) * STEPS + before);
     if (threadIdx.x == 0) {
       while (load_acquire(counters() + 1 + above) < needed) {
       }
     }
     __syncthreads();
-    // Column 0 of the last row above is read at time 0, and belongs to time -1.
-    constexpr int times = STEPS + kHalo;
+    constexpr int times = STEPS + before;
     for (int i = threadIdx.x; i < kHalo * CHANNELS * times; i += THREADS) {
-      const int time = i % times - kHalo, channel = i / times % CHANNELS, row = i / (times * CHANNELS) - kHalo;
-      const int column = chunk * STEPS + time - row;
-      if (column < 0 || column >= arguments.width || (chunk > 0 && time < 0)) continue;
-      solved_at(row, time)[channel] = *last_rows(above, row + kHalo, channel, column);
+      const int time = i % times - before, channel = i / times % CHANNELS, row = i / (times * CHANNELS) - kHalo;
+      const int column = chunk * STEPS + time - TAU * row - kLead;
+      if (column < 0 || (!kRight && column >= arguments.width) || (chunk > 0 && time < 0)) continue;
+      const bool inside = !kRight || column < arguments.width;
+      solved_at(row, time)[channel] = inside ? *last_rows(above, row + kHalo, channel, column) : 0;
     }
   }
 
@@ -167,7 +170,7 @@ struct Band {
     if (BANDED) {
       __threadfence();
       __syncthreads();
-      const int columns = min(arguments.width, (chunk + 1) * STEPS - (ROWS - 1));
+      const int columns = min(arguments.width, (chunk + 1) * STEPS - TAU * (ROWS - 1) - kLead);
       if (threadIdx.x == 0) store_release(counters() + 1 + place.work, columns);
     }
   }
@@ -184,7 +187,7 @@ struct Band {
   // chunk of y must have been fetched.
   template <typename Solve>
   __device__ void run(Solve&& solve) const {
-    const int times = arguments.width + rows - 1;
+    const int times = kLead + TAU * (rows - 1) + arguments.width;
     for (int chunk = 0; chunk * STEPS < times; ++chunk) {
       const bool last = !CHUNKED || (chunk + 1) * STEPS >= times;
       wait_for_copies();
@@ -207,7 +210,7 @@ struct Band {
   template <typename Move>
   __device__ void for_each_pixel(int chunk, Move&& move) const {
     // Without chunks the width is known here, and no thread meets a time outside the image.
-    constexpr int span = CHUNKED ? STEPS : STEPS - ROWS + 1;
+    constexpr int span = CHUNKED ? STEPS : STEPS - TAU * (ROWS - 1) - kLead;
     constexpr int lines_at_once = THREADS >= span ? THREADS / span : 1;
     const int first_line = THREADS >= span ? threadIdx.x / span : 0;
     const int first = THREADS >= span ? threadIdx.x % span : threadIdx.x;
@@ -216,7 +219,8 @@ struct Band {
       const int row = line % ROWS, first_channel = line / ROWS * 4;
       if (row >= rows) continue;
       for (int at = first; at < span; at += THREADS) {
-        const int time = CHUNKED ? at : at + row, column = CHUNKED ? chunk * STEPS + at - row : at;
+        const int from = kLead + TAU * row;  // the time of its first pixel
+        const int time = CHUNKED ? at : at + from, column = CHUNKED ? chunk * STEPS + at - from : at;
         if (column >= 0 && column < arguments.width) move(row, time, column, first_channel);
       }
     }

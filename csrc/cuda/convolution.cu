@@ -72,8 +72,8 @@ __device__ inline void copy_weights(Accumulator* weights, const WeightView<const
   for (int tap = threadIdx.x % kTaps; tap < kTaps; tap += kThreads) {
     const int b = tap % TAPS_W, a = tap / TAPS_W % TAPS_H, c = tap / (TAPS_W * TAPS_H);
     const int column = stage.tap_column + b, row = stage.tap_row + a, input = stage.channel + c;
-    const bool present = column < KERNEL_W && row < KERNEL_H && input < CHANNELS;
-    const bool pivot = column == 0 && row == 0, own = has_own_diagonal(arguments);
+    const bool present = column < KERNEL_W && row < KERNEL_H && input < CHANNELS && (row > 0 || column >= kRight);
+    const bool pivot = column == kRight && row == 0, own = has_own_diagonal(arguments);
     const int least_output = pivot ? input + !own : 0;  // the mask
     const SCALAR* source =
         view.data + (output + first) * view.out + input * view.in + row * view.row + column * view.column;
@@ -160,7 +160,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kResidentBlocks)
     copy_weights(target, weight, arguments, group, place.output, stage);
     copy_tile<kThreads, CHUNK, IMAGES, kTileRows, COLUMNS + TAPS_W - 1, PITCH, kPlane>(
         target + kWeights, x, arguments.first_strides[0], arguments, stage.channel, place.image,
-        place.row - stage.tap_row - (TAPS_H - 1), place.column - stage.tap_column - (TAPS_W - 1));
+        place.row - stage.tap_row - (TAPS_H - 1), place.column + kRight - stage.tap_column - (TAPS_W - 1));
   };
 
   Accumulator sums[OUTPUTS][PIXELS] = {};

@@ -2,7 +2,7 @@
 //
 // With P the pivot, and V(a, b) = P^-1 W(a, b), no channel of a pixel depends on another one of the same pixel:
 //
-//     x[r, s] = P^-1 y[r, s] - sum_{(a, b) != (0, 0)} V(a, b) x[r - a, s - b]
+//     x[r, s] = P^-1 y[r, s] - sum_{(a, b) != (0, kRight)} V(a, b) x[r - a, s + kRight - b]
 //
 // Thread (row, part) walks along its row, a step behind the thread above it. Every new pixel that it reads, its own
 // last one and those above, is at once added to the KERNEL_W pending sums it takes part in, so that a step reads
@@ -38,7 +38,7 @@ __device__ inline void read_pixel(const Accumulator* pixel, Accumulator (&values
   }
 }
 
-// Writes P^-1 at lag (0, 0) and -V elsewhere to premultiplied[column][CHANNELS], column = (a KERNEL_W + b) CHANNELS +
+// Writes P^-1 at the pivot and -V elsewhere to premultiplied[column][CHANNELS], column = (a KERNEL_W + b) CHANNELS +
 // i: forward substitution with P for each column, one thread a column.
 __device__ inline void premultiply(const Arguments& arguments, int group, Accumulator* pivot,
                                    Accumulator* premultiplied) {
@@ -47,12 +47,13 @@ __device__ inline void premultiply(const Arguments& arguments, int group, Accumu
   for (int first = 0; first < kColumns; first += THREADS) {
     const int column = first + threadIdx.x;
     const int in = column % CHANNELS, b = column / CHANNELS % KERNEL_W, a = column / (CHANNELS * KERNEL_W);
+    const bool at_pivot = column / CHANNELS == kRight;
     Accumulator values[CHANNELS] = {};
     if (column < kColumns) {
 #pragma unroll
       for (int out = 0; out < CHANNELS; ++out) {
         const SCALAR* from = weight.data + out * weight.out + in * weight.in + a * weight.row + b * weight.column;
-        values[out] = column < CHANNELS ? Accumulator(out == in) : -load(from);
+        values[out] = at_pivot ? Accumulator(out == in) : -load(from);
       }
     }
     if (first == 0) {
@@ -105,14 +106,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) solve_rows(const _
   }
 
   Accumulator sums[KERNEL_W][OUTPUTS] = {};  // of the pixels at column, column + 1, ...
-  // Adds pixel (row - a, column - first_lag) to the sums that it takes part in.
-  const auto add = [&](const Accumulator(&values)[kValues], int a, int first_lag) {
+  // Adds pixel (row - a, column + kRight - first) to the sums that it takes part in.
+  const auto add = [&](const Accumulator(&values)[kValues], int a, int first) {
 #pragma unroll
-    for (int b = first_lag; b < KERNEL_W; ++b) {
+    for (int b = first; b < KERNEL_W; ++b) {
 #pragma unroll
       for (int in = 0; in < CHANNELS; ++in) {
 #pragma unroll
-        for (int k = 0; k < OUTPUTS; ++k) sums[b - first_lag][k] += weights[a][b][in][k] * values[in];
+        for (int k = 0; k < OUTPUTS; ++k) sums[b - first][k] += weights[a][b][in][k] * values[in];
       }
     }
   };
@@ -121,7 +122,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) solve_rows(const _
   const auto read_early = [&](int chunk, int time) {
     read_pixel(band.given_at(chunk, row, time), early[0]);
 #pragma unroll
-    for (int a = 2; a < KERNEL_H; ++a) read_pixel(band.solved_at(row - a, time - a), early[a - 1]);
+    for (int a = 2; a < KERNEL_H; ++a) read_pixel(band.solved_at(row - a, time + kRight - TAU * a), early[a - 1]);
   };
   const auto add_early = [&] {
 #pragma unroll
@@ -131,7 +132,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) solve_rows(const _
 #pragma unroll
       for (int k = 0; k < OUTPUTS; ++k) {
         // With one part the triangle is known here, and its zeros cost nothing.
-        if (PARTS > 1 || in <= k) sums[0][k] += weights[0][0][in][k] * early[0][in];
+        if (PARTS > 1 || in <= k) sums[0][k] += weights[0][kRight][in][k] * early[0][in];
       }
     }
   };
@@ -141,19 +142,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) solve_rows(const _
       read_early(chunk, 0);
       add_early();
     }
-    const int first_column = chunk * STEPS - row;
+    const int first_column = chunk * STEPS - kLead - TAU * row;
     for (int time = 0; time < steps; ++time) {
       if (active) {
         Accumulator left[kValues], above[kValues];
-        if (KERNEL_W > 1) read_pixel(band.solved_at(row, time - 1), left);
+        if (KERNEL_W > kRight + 1) read_pixel(band.solved_at(row, time - 1), left);
         if (KERNEL_H > 1) read_pixel(band.solved_at(row - 1, time - 1), above);
         const bool next = time + 1 < steps;
         if (kReadAhead && next) read_early(chunk, time + 1);
-        if (KERNEL_W > 1) add(left, 0, 1);
+        if (KERNEL_W > kRight + 1) add(left, 0, kRight + 1);
         if (KERNEL_H > 1) add(above, 1, 0);
 
-        // Left of the image x is zero, whatever has been added up.
-        const bool inside = first_column + time >= 0;
+        // Outside the image x is zero, whatever has been added up; to the right of it only a side reads.
+        const int column = first_column + time;
+        const bool inside = column >= 0 && (!kRight || column < arguments.width);
         Accumulator* pixel = band.solved_at(row, time) + first_output;
 #pragma unroll
         for (int k = 0; k < OUTPUTS; ++k) {

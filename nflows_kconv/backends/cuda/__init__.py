@@ -13,12 +13,13 @@ from torch import Tensor
 
 from nflows_kconv import stencil
 from nflows_kconv.backends import native, planes, reference
-from nflows_kconv.backends.cuda import compiler, driver, native_launcher, runtime
+from nflows_kconv.backends.cuda import compiler, driver, native_launcher, planning, runtime
 from nflows_kconv.backends.cuda.python_launcher import PythonLauncher
 from nflows_kconv.backends.registry import Problem, Status
 
 if native.available:
     native_launcher.NativeLauncher(native.loaded(), runtime.runtime).connect()
+_LEFT, _TOP = stencil.STENCILS[2]["L"], stencil.STENCILS[2]["T"]
 _python_launcher = PythonLauncher(runtime.runtime)
 
 
@@ -34,15 +35,25 @@ def status() -> Status:
 
 
 def why_not(problem: Problem) -> str | None:
-    """None where kernels can run here, for corners."""
-    reason = runtime.told_why_not()
-    if reason is None and not all(map(stencil.is_corner, problem.stencils)):
-        return "its kernels know corners alone"
-    return reason
+    """None where kernels can run here, and there is one for the stencils."""
+    stencils, input = problem.stencils, problem.input
+    return runtime.told_why_not() or planning.why_not(
+        problem.operation, stencils, input.shape[1] // len(stencils), problem.kernel_size, input.dtype
+    )
 
 
 def run(problem: Problem) -> Tensor:
     """Runs a problem; in three dimensions what torch's own convolutions do, they do."""
     if problem.dimensions == 3:
         return planes.solve(problem, run) if problem.operation == "solve" else reference.run(problem)
+    family = stencil.family(problem.stencils[0])
+    if family == _LEFT:
+        # Kernels exchange no axes: views do.
+        upright = problem._replace(
+            input=stencil.canonical(problem.input, family, 2),
+            other=stencil.canonical(problem.other, family, 2),
+            stencils=[code ^ _LEFT ^ _TOP for code in problem.stencils],
+            kernel_size=problem.kernel_size[::-1],
+        )
+        return stencil.from_canonical(run(upright), family, 2)
     return native_launcher.run(problem) if native.available else _python_launcher.run(problem)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from nflows_kconv import stencil
+
 Strides = tuple[int, int, int, int]
 
 # Of `struct Arguments`: first, second, output, scratch, bias, log_diagonal.
@@ -41,7 +43,7 @@ class Problem:
         dtype: Of all tensors: float32, float64, float16 or bfloat16.
         shape: (B, C, H, W) of the images.
         kernel_size: (kh, kw).
-        stencils: One a channel group.
+        stencils: One a channel group, all of one family and without an exchange of axes.
         unit_diagonal: Whether the pivot's diagonal counts as 1, or has no gradient; see `ops`.
         transpose: Whether A^T stands for A; False for weight gradients.
         first_strides: Of the input, in elements.
@@ -70,7 +72,31 @@ class Problem:
     @property
     def taps(self) -> tuple[int, int]:
         """(kh, kw) without the taps that read padding at every pixel."""
-        return min(self.kernel_size[0], self.shape[2]), min(self.kernel_size[1], self.shape[3])
+        left = min(self._pivot_column, self.shape[3] - 1)
+        return self._tap_rows, left + 1 + self.right
+
+    @property
+    def right(self) -> int:
+        """How far to the right a pixel reads in the rows before it, in the canonical frame."""
+        return min(self.kernel_size[1] - 1 - self._pivot_column, self.shape[3] - 1) if self._tap_rows > 1 else 0
+
+    @property
+    def tau(self) -> int:
+        """Pixels with equal tau * row + column can be solved at once."""
+        return stencil.schedule([(1, -self.right), (0, 1)])[0]
+
+    @property
+    def last_column(self) -> int:
+        """Of the kernel in memory, before mirroring: the tap that reads farthest to the right."""
+        return self._pivot_column + self.right
+
+    @property
+    def _tap_rows(self) -> int:
+        return min(self.kernel_size[0], self.shape[2])
+
+    @property
+    def _pivot_column(self) -> int:
+        return stencil.pivot(stencil.family(self.stencils[0]), self.kernel_size)[1]
 
     @property
     def accumulator_bytes(self) -> int:
@@ -152,6 +178,7 @@ def kernel(problem: Problem, source: str, name: str, **constants: int | str) -> 
         "CHANNELS": problem.channels,
         "KERNEL_H": problem.taps[0],
         "KERNEL_W": problem.taps[1],
+        "TAU": problem.tau,
         "TRANSPOSE": int(problem.transpose),
         "CORNER_WORDS": _corner_words(problem),
     }
@@ -166,10 +193,10 @@ def arguments(problem: Problem, parameters: Sequence[int] = (), offsets: Sequenc
     """`struct Arguments` of arguments.cuh as bytes, its pointers zero."""
     batch, _, height, width = problem.shape
     words = [0] * _corner_words(problem)
-    for group, corner in enumerate(problem.stencils):
-        words[group // 16] |= corner << group % 16 * 2
+    for group, code in enumerate(problem.stencils):
+        words[group // 16] |= (code & 3) << group % 16 * 2
     packed = struct.pack(
-        f"={POINTER_BYTES}x 12q 4i 2i 8i 4q i {len(words)}I",
+        f"={POINTER_BYTES}x 12q 4i 2i 8i 4q 2i {len(words)}I",
         *problem.first_strides,
         *problem.second_strides,
         *problem.output_strides,
@@ -179,6 +206,7 @@ def arguments(problem: Problem, parameters: Sequence[int] = (), offsets: Sequenc
         *[0] * (8 - len(parameters)),
         *offsets,
         *[0] * (4 - len(offsets)),
+        problem.last_column,
         problem.unit_diagonal,
         *words,
     )

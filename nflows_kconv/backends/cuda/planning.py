@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
+
+from nflows_kconv import stencil
 from nflows_kconv.backends.cuda import products, wavefront
 from nflows_kconv.backends.cuda.convolution import plan_convolution
 from nflows_kconv.backends.cuda.plan import Device, Plan, Problem
@@ -9,6 +14,26 @@ from nflows_kconv.backends.cuda.weight_gradient import plan_weight_gradient
 
 # Channels of a group from which on the convolution is a matrix product.
 _MANY_CHANNELS = 64
+
+
+def why_not(
+    operation: str, stencils: Sequence[int], channels: int, kernel_size: Sequence[int], dtype: torch.dtype
+) -> str | None:
+    """Why no kernel computes this with these stencils, for so many channels a group; None where one does."""
+    families = set(map(stencil.family, stencils))
+    if len(families) > 1:
+        return "its kernels take stencils of one family in a call: corners, T and B, or L and R"
+    if all(map(stencil.is_corner, stencils)):
+        return None
+    if operation == "weight_gradient":
+        return "its kernel of the weight gradient is for corners"
+    if operation == "conv":
+        return (
+            None
+            if channels <= _MANY_CHANNELS
+            else f"with sides its convolution is for {_MANY_CHANNELS} channels a group"
+        )
+    return wavefront.why_not_rows(channels, kernel_size, dtype)
 
 
 def plan(problem: Problem, device: Device) -> Plan:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import torch
 
 from nflows_kconv.backends.cuda.plan import Device, Launch, Plan, Problem, aligned, arguments, ceil_div, kernel
 
@@ -10,6 +14,8 @@ from nflows_kconv.backends.cuda.plan import Device, Launch, Plan, Problem, align
 # 65536; with more weights, sums and addresses spill to memory.
 _ROW_WEIGHTS = 112
 _CHANNEL_WEIGHTS = 144
+_ROW_CHANNELS = 16
+_SMALL_KERNEL = 7  # rows and columns of one whose bands fit the shared memory of every device
 _OTHER_REGISTERS = 36  # and 20 words of the type of the sums
 _REGISTERS = 65536
 
@@ -24,11 +30,22 @@ _PLACE_BYTES = 80  # sizeof(Place) in band.cuh
 _RESERVED_SHARED_MEMORY = 1024  # that a thread block takes beside its own
 
 
+def why_not_rows(channels: int, kernel_size: Sequence[int], dtype: torch.dtype) -> str | None:
+    """Why `plan_rows` may make no plan on some device; None where it makes one on all."""
+    most = _ROW_WEIGHTS * 4 // (8 if dtype == torch.float64 else 4)
+    if channels <= _ROW_CHANNELS and max(kernel_size) <= _SMALL_KERNEL and math.prod(kernel_size) * channels <= most:
+        return None
+    return (
+        f"with sides its solver is for {_ROW_CHANNELS} channels a group, kernels of {_SMALL_KERNEL} x {_SMALL_KERNEL} "
+        f"and {most} {dtype} weights of each output channel at most"
+    )
+
+
 def plan_rows(problem: Problem, device: Device) -> Plan | None:
     """solve_rows.cu: one thread a row and block of output channels. None where its weights do not fit registers."""
     words = problem.accumulator_bytes // 4
     column = problem.taps[0] * problem.taps[1] * problem.channels * words  # registers an output
-    if column > _ROW_WEIGHTS or problem.channels > 16:
+    if column > _ROW_WEIGHTS or problem.channels > _ROW_CHANNELS:
         return None
     # As many parts as registers ask for, and more where lanes of a warp would be idle.
     parts = max(ceil_div(problem.channels, _ROW_WEIGHTS // column), 32 // problem.shape[2])
@@ -128,7 +145,7 @@ class _Band:
 
     @property
     def constants(self) -> dict[str, int | str]:
-        chunked = self.steps < self.problem.shape[3] + self.rows - 1
+        chunked = self.steps < _times(self.problem, self.rows)
         return {
             "ROWS": self.rows,
             "STEPS": self.steps,
@@ -166,12 +183,12 @@ class _Band:
 
 def _fitted_band(problem: Problem, device: Device, rows: int, more_shared: int) -> _Band | None:
     """The band of at most `rows` rows that fits shared memory beside `more_shared` bytes; None where none does."""
-    halo, history = problem.taps[0] - 1, sum(problem.taps) - 2
-    height, width = problem.shape[2:]
+    halo, height = problem.taps[0] - 1, problem.shape[2]
+    history = problem.tau * halo + problem.taps[1] - 1 - problem.right
     if rows > 0:
         rows = ceil_div(height, ceil_div(height, rows))  # of equal height
     while rows > 0 and (rows == height or rows >= halo):
-        all_steps = width + rows - 1
+        all_steps = _times(problem, rows)
         chunks = [chunk for chunk in (max(chunk, history) for chunk in _CHUNKS) if chunk < all_steps]
         fitting = None
         for steps in [all_steps, *chunks] if all_steps <= _WHOLE or not chunks else chunks:
@@ -186,6 +203,12 @@ def _fitted_band(problem: Problem, device: Device, rows: int, more_shared: int) 
             return fitting
         rows //= 2
     return None
+
+
+def _times(problem: Problem, rows: int) -> int:
+    """Steps of a band, with kLead of band.cuh."""
+    lead = problem.right if rows < problem.shape[2] else 0
+    return lead + problem.tau * (rows - 1) + problem.shape[3]
 
 
 def _narrowed(rows: int, problem: Problem, device: Device) -> int:
