@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from nflows_kconv import native
-from nflows_kconv.backends import Backend, available_backends, selected_backends
+from nflows_kconv import InvertibleConv2d, use_backend
+from nflows_kconv.backends import Backend, available_backends, native, registry, selected_backends
 from nflows_kconv.backends.cuda import cache, compiler, driver, runtime
 
 needs_native = pytest.mark.skipif(not native.available, reason=f"no native library: {native.reason}")
@@ -33,7 +33,7 @@ def instruction_set_restored():
 
 def test_one_entry_per_backend():
     found = available_backends()
-    assert list(found) == ["native", "cuda", "reference"]
+    assert list(found) == ["cpu", "cuda", "reference"]
     assert all(isinstance(backend, Backend) and backend.name == name for name, backend in found.items())
     assert all(backend.reason for backend in found.values())
     assert all(backend.available for backend in found.values() if backend.selected)
@@ -64,7 +64,7 @@ def test_cuda_tells_what_it_runs_with(gpu):
     assert str(available_backends()["cuda"]) == (
         "cuda (cuda): selected, NVIDIA H100 80GB HBM3, compiled at run time by NVRTC 13.0, launched from C++"
     )
-    assert selected_backends() == {"cpu": "native", "cuda": "cuda"}
+    assert selected_backends() == {"cpu": "cpu", "cuda": "cuda"}
     assert not available_backends()["reference"].selected
 
 
@@ -89,15 +89,74 @@ def test_native_tells_what_it_runs_with(threads, shown, instruction_set_restored
     torch.set_num_threads(threads)
     native.select_instruction_set("baseline")
     try:
-        assert str(available_backends()["native"]) == f"native (cpu): selected, baseline instructions, {shown}"
+        assert str(available_backends()["cpu"]) == f"cpu (cpu): selected, baseline instructions, {shown}"
     finally:
         torch.set_num_threads(before)
 
 
 def test_without_the_library_the_reference_is_selected(library_missing):
-    assert available_backends()["native"] == Backend("native", "cpu", False, False, "it was not built: because")
+    assert available_backends()["cpu"] == Backend("cpu", "cpu", False, False, "it was not built: because")
     assert available_backends()["reference"].selected
     assert selected_backends()["cpu"] == "reference"
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """Of the backends: their names in order. None is chosen, though the `backend` fixture may have left one."""
+    names = []
+    monkeypatch.setattr(registry, "_chosen", None)
+    for name, each in registry._registered.items():
+        run = lambda problem, name=name, run=each.run: names.append(name) or run(problem)  # noqa: E731
+        monkeypatch.setitem(registry._registered, name, each._replace(run=run))
+    return names
+
+
+@needs_native
+def test_a_backend_can_be_chosen(runs):
+    layer, images = InvertibleConv2d(4, corners="TL"), torch.randn(2, 4, 5, 6, requires_grad=True)
+
+    def ran(call) -> set[str]:
+        runs.clear()
+        call()
+        return set(runs)
+
+    output, _ = layer(images)
+    assert ran(lambda: layer(images)) == {"cpu"}
+    with use_backend("reference"):
+        expected, _ = layer(images)
+        assert ran(lambda: output.sum().backward()) == {"reference"}  # in the threads of autograd, too
+        with use_backend("cpu"):
+            assert ran(lambda: layer(images)) == {"cpu"}
+        assert ran(lambda: layer.inverse(images)) == {"reference"}
+    torch.testing.assert_close(output, expected)
+    with pytest.raises(KeyError), use_backend("reference"):
+        raise KeyError
+    assert ran(lambda: layer.inverse(images)) == {"cpu"}
+
+
+def test_backends_that_cannot_be_chosen(gpu, library_missing):
+    layer, images = InvertibleConv2d(4, corners="TL"), torch.randn(2, 4, 5, 6)
+    with pytest.raises(ValueError, match=r"backend must be one of \('cpu', 'cuda', 'reference'\), got 'CUDA'"):
+        use_backend("CUDA").__enter__()
+    with pytest.raises(ValueError, match='backend "cpu" must be available here, but it was not built: because'):
+        use_backend("cpu").__enter__()
+    with (
+        use_backend("cuda"),
+        pytest.raises(RuntimeError, match='backend "cuda" must be able to run this cpu problem: it runs cuda tensors'),
+    ):
+        layer(images)
+    layer(images)
+
+
+@needs_native
+def test_what_a_backend_cannot_run_the_next_one_does(runs, monkeypatch):
+    each = registry._registered["cpu"]._replace(why_not=lambda problem: "its kernels do not know this")
+    monkeypatch.setitem(registry._registered, "cpu", each)
+    layer, images = InvertibleConv2d(4, corners="TL"), torch.randn(2, 4, 5, 6)
+    layer(images)
+    assert runs == ["reference"]
+    with use_backend("cpu"), pytest.raises(RuntimeError, match="must be able to run this cpu problem: its kernels do"):
+        layer(images)
 
 
 def test_without_the_library_there_are_no_instruction_sets(library_missing):

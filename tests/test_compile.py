@@ -2,6 +2,8 @@
 
 import copy
 import shutil
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -13,17 +15,17 @@ from torch.func import grad, hessian, jacfwd, jvp, vmap
 
 from nflows_kconv import InvertibleConv1d, InvertibleConv2d, InvertibleConv3d, functional
 from nflows_kconv.flows import steps
+from nflows_kconv.layer import InvertibleConv
 
 LAYERS = {
-    "unit": {},
-    "learned, bias": dict(diagonal="learned", bias=True),
-    "one corner": dict(corners="BR", diagonal="learned"),
-    "sides, dilated": dict(corners=("T", "R"), dilation=(1, 2), diagonal="learned"),
-    "1-D, dilated": dict(corners="R", dilation=2, diagonal="learned"),
-    "3-D": dict(corners=("NBL", "FTR"), kernel_size=2, bias=True),
+    "unit": partial(InvertibleConv2d, 4),
+    "learned, bias": partial(InvertibleConv2d, 4, diagonal="learned", bias=True),
+    "one corner": partial(InvertibleConv2d, 4, corners="BR", diagonal="learned"),
+    "sides, dilated": partial(InvertibleConv2d, 4, corners=("T", "R"), dilation=(1, 2), diagonal="learned"),
+    "1-D, dilated": partial(InvertibleConv1d, 4, corners="R", dilation=2),
+    "3-D": partial(InvertibleConv3d, 4, 2, corners=("NBL", "FTR"), diagonal="learned", bias=True),
 }
-DIMENSIONS = {"1-D, dilated": 1, "3-D": 3}
-every_layer = pytest.mark.parametrize("options", LAYERS.values(), ids=LAYERS.keys())
+every_layer = pytest.mark.parametrize("build", LAYERS.values(), ids=LAYERS.keys())
 
 
 @pytest.fixture(autouse=True)
@@ -38,9 +40,9 @@ def compiled(function, **options):
     return torch.compile(function, backend="aot_eager", fullgraph=True, **options)
 
 
-def a_layer(options: dict, device: str) -> InvertibleConv2d:
+def a_layer(build: Callable[[], InvertibleConv], device: str) -> InvertibleConv:
     torch.manual_seed(0)
-    layer = InvertibleConv2d(4, **options).to(device)
+    layer = build().to(device)
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
@@ -51,11 +53,16 @@ def images(batch: int = 3, height: int = 5, width: int = 6, device: str = "cpu")
     return torch.randn(batch, 4, height, width, device=device)
 
 
+def images_for(layer: InvertibleConv, device: str) -> torch.Tensor:
+    return torch.randn(3, 4, *(5, 6, 3)[: layer.dimensions], device=device)
+
+
 @every_layer
 @pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
-def test_layer(options: dict, inverse: bool, grad: bool, device: str):
-    layer, input = a_layer(options, device), images(device=device)
+def test_layer(build: Callable[[], InvertibleConv], inverse: bool, grad: bool, device: str):
+    layer = a_layer(build, device)
+    input = images_for(layer, device)
     function = layer.inverse if inverse else layer
     with torch.set_grad_enabled(grad):
         for actual, expected in zip(compiled(function)(input), function(input), strict=True):
@@ -66,14 +73,14 @@ def test_layer(options: dict, inverse: bool, grad: bool, device: str):
 class Flow(nn.Module):
     """Both directions in one loss, as a training step has them."""
 
-    def __init__(self, options: dict, device: str) -> None:
+    def __init__(self, build: Callable[[], InvertibleConv], device: str) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(a_layer(options, device) for _ in range(2))
+        self.layers = nn.ModuleList(a_layer(build, device) for _ in range(2))
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         output, log_det = self.layers[0](input)
         output, inverse_log_det = self.layers[1].inverse(output)
-        return (output.square().sum((1, 2, 3)) / 2 - log_det - inverse_log_det).mean()
+        return (output.square().flatten(1).sum(1) / 2 - log_det - inverse_log_det).mean()
 
 
 # Each asks torch.func for derivatives of f, a function of x, in the direction v; u is f with its sum of cubes.
@@ -106,13 +113,13 @@ def test_function_transforms(transform, inverse: bool, compiler: str, device: st
 
 
 @every_layer
-def test_training_step(options: dict, device: str):
-    model = Flow(options, device)
+def test_training_step(build: Callable[[], InvertibleConv], device: str):
+    model = Flow(build, device)
     other = copy.deepcopy(model)
     fast = compiled(other)
     for seed in range(3):
         torch.manual_seed(seed)
-        input = images(device=device)
+        input = images_for(model.layers[0], device)
         losses = []
         for flow, call in ((model, model), (other, fast)):
             optimizer = torch.optim.SGD(flow.parameters(), lr=0.01, weight_decay=0.1)
@@ -138,12 +145,12 @@ def test_dynamic_shapes_compile_once(inverse: bool, device: str):
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
-@pytest.mark.parametrize("name", ["conv2d", "conv2d_inverse"])
+@pytest.mark.parametrize("name", ["conv", "inverse"])
 def test_functions_and_gradients_of_any_layout(name: str, layout: str, device: str):
     case = Case(("TL", "BR"), per_group=3, layout=layout)
-    function = getattr(functional, name)
+    function = getattr(case, name)
     leaves = [tensor.detach().requires_grad_() for tensor in (case.input(device), case.weight(device))]
-    outputs = [call(*leaves, case.corners) for call in (function, compiled(function))]
+    outputs = [call(*leaves) for call in (function, compiled(function))]
     assert_close(outputs[1], outputs[0])
     gradients = [torch.autograd.grad(output.pow(2).sum(), leaves) for output in outputs]
     for actual, expected in zip(*reversed(gradients), strict=True):
@@ -153,10 +160,8 @@ def test_functions_and_gradients_of_any_layout(name: str, layout: str, device: s
 def test_log_abs_det(device: str):
     case = Case()
     weight = case.weight(device)
-    assert_close(
-        compiled(functional.log_abs_det)(weight, case.corners, 5, 6),
-        functional.log_abs_det(weight, case.corners, 5, 6),
-    )
+    options = dict(corners=case.corners, size=case.size)
+    assert_close(compiled(functional.log_abs_det)(weight, **options), functional.log_abs_det(weight, **options))
 
 
 def test_autocast(device: str):
@@ -186,7 +191,8 @@ def test_parameters_that_change_are_seen(device: str):
 
 def steps_with_actnorm(device: str) -> steps.Sequence:
     torch.manual_seed(0)
-    return steps.Sequence([steps.Sequence([a_layer({}, device), steps.ActNorm(4)]) for _ in range(3)]).to(device)
+    pairs = ([a_layer(LAYERS["unit"], device), steps.ActNorm(4)] for _ in range(3))
+    return steps.Sequence([steps.Sequence(pair) for pair in pairs]).to(device)
 
 
 def test_actnorm_compiles_once_more_after_its_first_batch(device: str):

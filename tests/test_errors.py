@@ -5,10 +5,18 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from cases import CORNERS
+from cases import CORNERS, STENCILS
 
-from nflows_kconv import InvertibleConv2d
-from nflows_kconv.functional import conv2d, conv2d_inverse, log_abs_det
+from nflows_kconv import InvertibleConv1d, InvertibleConv2d, InvertibleConv3d
+from nflows_kconv.functional import (
+    conv1d,
+    conv1d_inverse,
+    conv2d,
+    conv2d_inverse,
+    conv3d,
+    conv3d_inverse,
+    log_abs_det,
+)
 
 NAN, INF = float("nan"), float("inf")
 
@@ -29,22 +37,41 @@ def weight(per_group: int = 2, **options) -> torch.Tensor:
     return torch.eye(per_group, **options).repeat(4, 1)[..., None, None].repeat(1, 1, 3, 3)
 
 
+_STENCILS = STENCILS[2]
 CORNERS_ERRORS = {
-    "unknown corner": Wrong(
-        dict(corners=("TL", "T", "BL", "BR")), ValueError, f"out of {CORNERS}, got ('TL', 'T', 'BL', "
+    "unknown name": Wrong(
+        dict(corners=("TL", "M", "BL", "BR")), ValueError, f"out of {_STENCILS} in 2 dimensions, got ('TL', 'M', 'BL', "
     ),
-    "lower case": Wrong(dict(corners="tl"), ValueError, f"at least one corner, each out of {CORNERS}, got 'tl'"),
+    "lower case": Wrong(
+        dict(corners="tl"), ValueError, f"at least one stencil, each out of {_STENCILS} in 2 dimensions, got 'tl'"
+    ),
     "concatenated corners": Wrong(dict(corners="TLBR"), ValueError, "got 'TLBR'"),
-    "no corner": Wrong(dict(corners=()), ValueError, f"at least one corner, each out of {CORNERS}, got ()"),
-    "empty string": Wrong(dict(corners=""), ValueError, f"at least one corner, each out of {CORNERS}, got ''"),
+    "of three dimensions": Wrong(dict(corners="NTL"), ValueError, "in 2 dimensions, got 'NTL'"),
+    "no corner": Wrong(dict(corners=()), ValueError, f"at least one stencil, each out of {_STENCILS} in .*, got ()"),
+    "empty string": Wrong(dict(corners=""), ValueError, f"at least one stencil, each out of {_STENCILS} in .*, got ''"),
     "integers": Wrong(
-        dict(corners=(0, 1, 2, 3)), TypeError, f"a sequence of strings out of {CORNERS}, got (0, 1, 2, 3)"
+        dict(corners=(0, 1, 2, 3)), TypeError, f"a sequence of strings out of {_STENCILS}, got (0, 1, 2, 3)"
     ),
-    "one integer": Wrong(dict(corners=0), TypeError, f"a string or a sequence of strings out of {CORNERS}, got 0"),
-    "no corners": Wrong(dict(corners=None), TypeError, f"a string or a sequence of strings out of {CORNERS}, got None"),
+    "one integer": Wrong(dict(corners=0), TypeError, f"a string or a sequence of strings out of {_STENCILS}, got 0"),
     "a set": Wrong(
-        dict(corners={"TL"}), TypeError, f"a string or a sequence of strings out of {CORNERS}, got {{'TL'}}"
+        dict(corners={"TL"}), TypeError, f"a string or a sequence of strings out of {_STENCILS}, got {{'TL'}}"
     ),
+}
+# None means all corners to a layer.
+NO_CORNERS_ERRORS = {
+    "no corners": Wrong(dict(corners=None), TypeError, f"a sequence of strings out of {_STENCILS}, got None")
+}
+DILATION_ERRORS = {
+    "dilation 0": Wrong(dict(dilation=0), ValueError, "dilation must be at least 1, got 0"),
+    "negative dilation": Wrong(dict(dilation=(1, -2)), ValueError, "dilation must be at least 1, got -2"),
+    "boolean dilation": Wrong(dict(dilation=True), TypeError, "dilation must be an integer, got True"),
+    "fractional dilation": Wrong(dict(dilation=2.0), TypeError, "dilation must be an integer, got 2.0"),
+    "dilation None": Wrong(dict(dilation=None), TypeError, "dilation must be an integer, got None"),
+    "dilation a string": Wrong(dict(dilation="12"), TypeError, "dilation must be an integer, got '12'"),
+    "dilation of one axis": Wrong(
+        dict(dilation=(2,)), ValueError, "dilation must be an integer or one for each of 2 axes, got (2,)"
+    ),
+    "dilation of three axes": Wrong(dict(dilation=(1, 1, 1)), ValueError, "one for each of 2 axes, got (1, 1, 1)"),
 }
 WEIGHT_ERRORS = {
     "weight a number": Wrong(dict(weight=1.0), TypeError, "weight must be a tensor, got float"),
@@ -52,16 +79,18 @@ WEIGHT_ERRORS = {
     "weight of integers": Wrong(
         dict(weight=weight(dtype=torch.int32)), TypeError, "weight must have one of the dtypes .*, got torch.int32"
     ),
-    "weight of rank 3": Wrong(
-        dict(weight=weight()[..., 0]), ValueError, "4 dimensions [C, C/G, kh, kw], none of them 0, got shape (8, 2, 3)"
-    ),
-    "weight without taps": Wrong(dict(weight=weight()[..., :0]), ValueError, "none of them 0, got shape (8, 2, 3, 0)"),
-    "weight without channels": Wrong(dict(weight=weight()[:0]), ValueError, "none of them 0, got shape (0, 2, 3, 3)"),
+    "weight without taps": Wrong(dict(weight=weight()[..., :0]), ValueError, "none of it 0, .*, got (8, 2, 3, 0)"),
+    "weight without channels": Wrong(dict(weight=weight()[:0]), ValueError, "none of it 0, .*, got (0, 2, 3, 3)"),
     "corners of other groups": Wrong(
-        dict(corners=("TL", "BR")), ValueError, "[C, C/G, kh, kw] with G = 2 corners, got (8, 2, 3, 3)"
+        dict(corners=("TL", "BR")),
+        ValueError,
+        "[C, C/G, kh, kw], .*, with G = 2 for the corners, got (8, 2, 3, 3)",
     ),
 }
 INPUT_ERRORS = {
+    "weight of rank 3": Wrong(
+        dict(weight=weight()[..., 0]), ValueError, "weight must have shape [C, C/G, kh, kw], .*, got (8, 2, 3)"
+    ),
     "input of rank 3": Wrong(
         dict(input=images()[0]), ValueError, "input must have the 4 dimensions [B, C, H, W], got shape (8, 4, 5)"
     ),
@@ -110,8 +139,15 @@ INPUT_ERRORS = {
     ),
 }
 LOG_DET_ERRORS = {
-    "negative height": Wrong(dict(height=-1), ValueError, "height and width must not be negative, got -1 and 5"),
-    "negative width": Wrong(dict(width=-2), ValueError, "height and width must not be negative, got 4 and -2"),
+    "weight of rank 2": Wrong(
+        dict(weight=weight()[..., 0, 0]), ValueError, "weight must have 3, 4 or 5 dimensions, .*, got shape (8, 2)"
+    ),
+    "weight of rank 3": Wrong(
+        dict(weight=weight()[..., 0]), ValueError, "each out of ('L', 'R') in 1 dimension, got ('TL', 'TR', 'BL', 'BR')"
+    ),
+    "negative height": Wrong(dict(size=(-1, 5)), ValueError, "size must not be negative, got (-1, 5)"),
+    "one size": Wrong(dict(size=(4,)), ValueError, "size must be (H, W) for this weight, got (4,)"),
+    "size a number": Wrong(dict(size=4), ValueError, "size must be (H, W) for this weight, got 4"),
 }
 LAYER_ERRORS = {
     "channels not divisible": Wrong(
@@ -128,10 +164,12 @@ LAYER_ERRORS = {
     "fractional kernel": Wrong(dict(kernel_size=3.0), TypeError, "kernel_size must be an integer, got 3.0"),
     "boolean kernel": Wrong(dict(kernel_size=True), TypeError, "kernel_size must be an integer, got True"),
     "kernel of rank 3": Wrong(
-        dict(kernel_size=(3, 3, 3)), ValueError, "kernel_size must be an integer or a pair (kh, kw), got (3, 3, 3)"
+        dict(kernel_size=(3, 3, 3)),
+        ValueError,
+        "an integer or one for each of 2 axes, got (3, 3, 3)",
     ),
-    "kernel of rank 1": Wrong(dict(kernel_size=(3,)), ValueError, "an integer or a pair (kh, kw), got (3,)"),
-    "kernel a string": Wrong(dict(kernel_size="33"), ValueError, "an integer or a pair (kh, kw), got '33'"),
+    "kernel of rank 1": Wrong(dict(kernel_size=(3,)), ValueError, "an integer or one for each of 2 axes, got (3,)"),
+    "kernel a string": Wrong(dict(kernel_size="33"), TypeError, "kernel_size must be an integer, got '33'"),
     "kernel a pair of strings": Wrong(
         dict(kernel_size=("3", "3")), TypeError, "kernel_size must be an integer, got '3'"
     ),
@@ -151,7 +189,7 @@ def message(match: str) -> str:
 
 
 @pytest.mark.parametrize("function", [conv2d, conv2d_inverse], ids=lambda function: function.__name__)
-@over(CORNERS_ERRORS | WEIGHT_ERRORS | INPUT_ERRORS)
+@over(CORNERS_ERRORS | NO_CORNERS_ERRORS | DILATION_ERRORS | WEIGHT_ERRORS | INPUT_ERRORS)
 def test_functions(function, wrong: Wrong):
     arguments = dict(input=images(), weight=weight(), corners=CORNERS, bias=torch.zeros(8))
     function(**arguments)
@@ -159,20 +197,50 @@ def test_functions(function, wrong: Wrong):
         function(**arguments | wrong.arguments)
 
 
-@over(CORNERS_ERRORS | WEIGHT_ERRORS | LOG_DET_ERRORS)
+@over(CORNERS_ERRORS | NO_CORNERS_ERRORS | WEIGHT_ERRORS | LOG_DET_ERRORS)
 def test_log_abs_det(wrong: Wrong):
-    arguments = dict(weight=weight(), corners=CORNERS, height=4, width=5)
+    arguments = dict(weight=weight(), corners=CORNERS, size=(4, 5))
     log_abs_det(**arguments)
     with pytest.raises(wrong.error, match=message(wrong.match)):
         log_abs_det(**arguments | wrong.arguments)
 
 
-@over(CORNERS_ERRORS | LAYER_ERRORS)
+@over(CORNERS_ERRORS | DILATION_ERRORS | LAYER_ERRORS)
 def test_layer(wrong: Wrong):
     arguments = dict(num_channels=8, kernel_size=3)
     InvertibleConv2d(**arguments)
     with pytest.raises(wrong.error, match=message(wrong.match)):
         InvertibleConv2d(**arguments | wrong.arguments)
+
+
+OTHER_DIMENSIONS = [
+    (1, dict(corners="TL"), ValueError, "each out of ('L', 'R') in 1 dimension, got 'TL'"),
+    (1, dict(corners="T"), ValueError, "each out of ('L', 'R') in 1 dimension, got 'T'; sides are for two dimensions"),
+    (3, dict(corners="TL"), ValueError, "'FBL', 'FBR') in 3 dimensions, got 'TL'"),
+    (3, dict(corners=("NTL", "L")), ValueError, "got ('NTL', 'L'); sides are for two dimensions"),
+    (1, dict(dilation=(1, 2)), ValueError, "dilation must be an integer or one for each of 1 axes, got (1, 2)"),
+    (3, dict(dilation=(1, 2)), ValueError, "dilation must be an integer or one for each of 3 axes, got (1, 2)"),
+    (1, dict(input=torch.zeros(2, 1, 4, 5)), ValueError, "the 3 dimensions [B, C, L], got shape (2, 1, 4, 5)"),
+    (3, dict(input=torch.zeros(2, 1, 4, 5)), ValueError, "the 5 dimensions [B, C, D, H, W], got shape (2, 1, 4, 5)"),
+]
+
+
+@pytest.mark.parametrize(("dimensions", "wrong", "error", "match"), OTHER_DIMENSIONS)
+def test_one_dimension_and_three(dimensions: int, wrong: dict, error: type[Exception], match: str):
+    layer, functions = {
+        1: (InvertibleConv1d, (conv1d, conv1d_inverse)),
+        3: (InvertibleConv3d, (conv3d, conv3d_inverse)),
+    }[dimensions]
+    weight = torch.ones(1, 1, *[1] * dimensions)
+    arguments = dict(input=torch.zeros(2, 1, *[4] * dimensions), corners=STENCILS[dimensions][0])
+    for function in functions:
+        function(weight=weight, **arguments)
+        with pytest.raises(error, match=message(match)):
+            function(weight=weight, **arguments | wrong)
+    arguments = arguments | wrong
+    input = arguments.pop("input")
+    with pytest.raises(error, match=message(match)):
+        layer(1, **arguments)(input)
 
 
 @pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
@@ -201,12 +269,12 @@ def test_diagonals_without_an_inverse(channel: int, value: float, backend: str):
     broken[channel, channel % 2, row, column] = value
     match = message(f"diagonal must be finite and not zero .*, got {value:.0f}.* in channel {channel}")
     with pytest.raises(ValueError, match=match):
-        log_abs_det(broken, CORNERS, 4, 5)
+        log_abs_det(broken, corners=CORNERS, size=(4, 5))
     with pytest.raises(ValueError, match=match):
-        conv2d_inverse(images(), broken, CORNERS)
+        conv2d_inverse(images(), broken, corners=CORNERS)
     with pytest.raises(ValueError, match=match):
-        conv2d_inverse(images().double(), broken.double().requires_grad_(), CORNERS)
-    conv2d(images(), broken, CORNERS)
+        conv2d_inverse(images().double(), broken.double().requires_grad_(), corners=CORNERS)
+    conv2d(images(), broken, corners=CORNERS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
@@ -214,7 +282,7 @@ def test_diagonals_without_an_inverse_in_any_dtype(dtype: torch.dtype, backend: 
     broken = weight(dtype=dtype)
     broken[3, 1, 2, 0] = 0
     with pytest.raises(ValueError, match=message("finite and not zero .*, got 0.* in channel 3")):
-        conv2d_inverse(images(dtype=dtype), broken, CORNERS)
+        conv2d_inverse(images(dtype=dtype), broken, corners=CORNERS)
 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF, 1000.0, -1000.0])
@@ -231,5 +299,5 @@ def test_layers_with_a_broken_log_diagonal(value: float, backend: str):
 def test_diagonals_of_other_signs_and_sizes_are_fine():
     odd = weight()
     odd[0, 0, 2, 2], odd[1, 1, 2, 2] = -3.0, 1e-30
-    conv2d_inverse(images(), odd, CORNERS)
-    assert log_abs_det(odd, CORNERS, 1, 1).isfinite()
+    conv2d_inverse(images(), odd, corners=CORNERS)
+    assert log_abs_det(odd, corners=CORNERS, size=(1, 1)).isfinite()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from cuda_double import DriverDouble, native_operators
 
-from nflows_kconv import native, ops
+from nflows_kconv.backends import native
 from nflows_kconv.backends.cuda import planning, runtime
 from nflows_kconv.backends.cuda.native_launcher import NativeLauncher
 from nflows_kconv.backends.cuda.plan import Plan
@@ -21,7 +21,7 @@ needs_native = pytest.mark.skipif(not native.available, reason=f"no native libra
 
 START = """
 import resource, signal, torch
-from nflows_kconv import InvertibleConv2d, native
+from nflows_kconv import InvertibleConv2d
 
 torch.set_num_threads(1)
 torch.manual_seed(0)

@@ -64,16 +64,20 @@ def available_backends() -> dict[str, Backend]:
 
 def selected_backends() -> dict[str, str]:
     """The name of the backend that tensors will run on, for each type of device present."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    devices = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
     return {
         device: next(each.name for each in registered() if each.device in (device, "any") and each.status().available)
-        for device in devices
+        for device in _devices()
     }
 
 
+def _devices() -> list[str]:
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return ["cpu"] if accelerator is None else ["cpu", accelerator.type]
+
+
 def _reference_status() -> Status:
-    devices = [device for device, name in selected_backends().items() if name == "reference"]
+    served = {each.device for each in registered() if each.device != "any" and each.status().available}
+    devices = [device for device in _devices() if device not in served]
     return Status(True, f"plain PyTorch for {' and '.join(devices)} tensors" if devices else "no device here needs it")
 
 
