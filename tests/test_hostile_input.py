@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import threading
+from functools import partial
+from types import SimpleNamespace
 
 import fuzz
 import numpy as np
@@ -14,7 +16,7 @@ from fuzz.__main__ import run_seeds
 from oracles import assert_close
 from torch import Tensor
 
-from nflows_kconv import native, ops
+from nflows_kconv.backends import native
 from nflows_kconv.functional import conv2d, conv2d_inverse, log_abs_det
 
 TINY = 1e-39  # a denormal of float32 whose reciprocal overflows
@@ -53,7 +55,7 @@ def test_the_fuzz_reports_crashes(monkeypatch: pytest.MonkeyPatch, tmp_path):
 def test_the_oracle_refuses_what_is_wrong():
     x, w = images().double(), weight().double()
     problem = oracle.Problem(("TL",), x, w)
-    y = conv2d(x, w, "TL")
+    y = conv2d(x, w, corners="TL")
     problem.check_product(y, x)
     problem.check_solution(x, y)
     for entry in [(0, 0, 0, 0), (1, 1, 3, 4)]:
@@ -104,19 +106,19 @@ def test_only_dense_tensors(name: str, got: str):
 
 
 @pytest.mark.parametrize("height", [2.5, True, "3", None, torch.tensor(3), math.nan], ids=repr)
-def test_heights_are_integers(height: object):
-    with pytest.raises(TypeError, match="height must be an integer, got "):
-        log_abs_det(weight(), "TL", height, 3)
+def test_sizes_are_integers(height: object):
+    with pytest.raises(TypeError, match="size must be an integer, got "):
+        log_abs_det(weight(), corners="TL", size=(height, 3))
 
 
 def test_pixels_are_counted_without_overflow():
     double = weight() * 2
     for side in (2**31, np.int64(2**31), np.int32(2**30)):
         expected = 2 * int(side) ** 2 * math.log(2)
-        assert log_abs_det(double, "TL", side, side).item() == pytest.approx(expected)
+        assert log_abs_det(double, corners="TL", size=(side, side)).item() == pytest.approx(expected)
     for sides in ((2**32, 2**32), (np.int64(2**62), np.int64(4)), (10**400, 1)):
         with pytest.raises(ValueError, match=r"fewer than 2\*\*63 pixels"):
-            log_abs_det(double, "TL", *sides)
+            log_abs_det(double, corners="TL", size=sides)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -124,38 +126,44 @@ def test_a_diagonal_whose_reciprocal_overflows_has_no_inverse(dtype: torch.dtype
     """The kernel multiplies by the reciprocal: 0 / 1e-39 came out as NaN."""
     small = torch.eye(2, dtype=dtype)[:, :, None, None].clone()
     small[1, 1] = TINY
-    for function in (lambda: conv2d_inverse(images().to(dtype), small, "TL"), lambda: log_abs_det(small, "TL", 1, 1)):
+    solve = partial(conv2d_inverse, weight=small, corners="TL")
+    for function in (lambda: solve(images().to(dtype)), lambda: log_abs_det(small, corners="TL", size=(1, 1))):
         with pytest.raises(ValueError, match=r"and its reciprocal, too\) .* got 1(\.\d+)?e-39 in channel 1"):
             function()
     small[1, 1] = 4 * TINY  # denormal as well
-    assert_close(conv2d_inverse(images().to(dtype).fill_(4 * TINY), small, "TL")[:, 1], torch.ones(2, 4, 5), factor=4)
+    assert_close(solve(images().to(dtype).fill_(4 * TINY))[:, 1], torch.ones(2, 4, 5), factor=4)
 
 
-@pytest.mark.parametrize("suffix", ["", "_reference"])
+OPERATORS = torch.ops.nflows_kconv
+
+
 @pytest.mark.parametrize("name", ["conv", "solve", "weight_gradient"])
-def test_operators_refuse_tensors_without_memory(name: str, suffix: str):
+def test_operators_refuse_tensors_without_memory(name: str):
     """Of a CPU and a meta tensor torch takes the operator for meta tensors, which left the result uninitialised."""
-    operator = getattr(torch.ops.nflows_kconv, name + suffix)
-    second, others = (images(), ([0], [3, 3])) if name == "weight_gradient" else (weight(), (None, [0], False))
+    operator = getattr(OPERATORS, name)
+    gradient = name == "weight_gradient"
+    second, others = (images(), ([0], [3, 3], False)) if gradient else (weight(), (None, None, [0], False, False))
     for operands in ((images(), second.to("meta")), (images().to("meta"), second)):
         with pytest.raises(ValueError, match=r"needs a second tensor of shape .* and (cpu|meta), got"):
             operator(*operands, *others)
-    if name != "weight_gradient":
-        with pytest.raises(ValueError, match=r"needs a bias of shape \(2,\), .* and cpu, got \(2,\), .* and meta"):
-            operator(images(), second, torch.zeros(2, device="meta"), [0], False)
+    for role in ("bias", "log-diagonal") if not gradient else ():
+        vectors = (torch.zeros(2, device="meta"), None) if role == "bias" else (None, torch.zeros(2, device="meta"))
+        with pytest.raises(ValueError, match=rf"needs a {role} of shape \(2,\), .* and cpu, got \(2,\), .* and meta"):
+            operator(images(), second, *vectors, [0], False, False)
 
 
-def test_operators_of_the_reference_check_shapes():
-    """It went on with what F.conv2d and broadcasting made of them."""
-    for operator in (torch.ops.nflows_kconv.conv_reference, torch.ops.nflows_kconv.solve_reference):
+def test_operators_check_shapes():
+    """The reference went on with what F.conv2d and broadcasting made of them."""
+    for operator in (OPERATORS.conv, OPERATORS.solve):
         with pytest.raises(ValueError, match=r"needs a second tensor of shape \(2, 2, 3, 3\)"):
-            operator(images(), weight()[:1], None, [0], False)
+            operator(images(), weight()[:1], None, None, [0], False, False)
         with pytest.raises(ValueError, match=r"needs a bias of shape \(2,\), torch.float32 and cpu, got \(1,\)"):
-            operator(images(), weight(), torch.zeros(1), [0], False)
-        with pytest.raises(ValueError, match="one of the corners 0 to 3 for each group"):
-            operator(images(), weight(), None, [7], False)
+            operator(images(), weight(), torch.zeros(1), None, [0], False, False)
+        for stencils in ([7], [32], [16], [-1], []):
+            with pytest.raises(ValueError, match="one of their stencils for each group of channels"):
+                operator(images(), weight(), None, None, stencils, False, False)
     with pytest.raises(ValueError, match="of positive size"):
-        torch.ops.nflows_kconv.weight_gradient(images(), images(), [0], [0, 3])
+        OPERATORS.weight_gradient(images(), images(), [0], [0, 3], False)
 
 
 @pytest.mark.skipif(not native.available, reason="what is freed is seen by the native library")
@@ -172,7 +180,7 @@ def test_freed_memory_is_not_read(freed: str):
 def test_a_tensor_changed_before_the_backward_pass_is_noticed(function, backend: str):
     x, w = images().requires_grad_(), weight().requires_grad_()
     changed_weight, changed_input = w * 1, x * 1
-    outputs = function(x, changed_weight, "TL"), function(changed_input, w, "TL")
+    outputs = function(x, changed_weight, corners="TL"), function(changed_input, w, corners="TL")
     changed_weight.detach().add_(1)
     changed_input.detach().add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -182,11 +190,12 @@ def test_a_tensor_changed_before_the_backward_pass_is_noticed(function, backend:
             outputs[1].sum().backward()
 
 
-def test_errors_of_the_native_launcher_get_their_type_back():
+def test_errors_of_the_native_library_get_their_type_back(monkeypatch: pytest.MonkeyPatch):
     """torch passes on the text alone of what the library for CUDA throws."""
 
     def fail(*args: object) -> Tensor:
         raise RuntimeError("out of memory: CUDA out of memory. Tried to allocate 20.00 GiB.")
 
+    monkeypatch.setattr(torch.ops, "nflows_kconv_native", SimpleNamespace(solve_cuda=SimpleNamespace(default=fail)))
     with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
-        ops._below_autograd(fail, images(), weight(), None, [0], False)
+        native.call("solve_cuda", images())

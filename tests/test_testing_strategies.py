@@ -38,7 +38,7 @@ def test_corners_and_kernel_sizes(names: tuple[str, ...], three: tuple[str, ...]
 
 def amplification(weight: torch.Tensor, corners: tuple[str, ...], side: int) -> float:
     """Of the inverse, in the maximum norm."""
-    matrices = oracles.matrices(weight, corners, side, side)
+    matrices = oracles.matrices(weight, corners, (side, side))
     return max(torch.linalg.inv(matrix).abs().sum(1).max().item() for matrix in matrices)
 
 
@@ -46,7 +46,7 @@ def amplification(weight: torch.Tensor, corners: tuple[str, ...], side: int) -> 
 def test_well_conditioned_weights_amplify_little(data: st.DataObject, corners: tuple[str, ...], side: int):
     weight = data.draw(strategies.weights("well", corners=corners))
     assert weight.shape[0] == weight.shape[1] * len(corners)
-    for matrix in oracles.matrices(weight, corners, side, side):
+    for matrix in oracles.matrices(weight, corners, (side, side)):
         diagonal = matrix.diagonal().abs()
         assert (diagonal >= 0.5).all()
         assert (matrix.abs().sum(1) <= 1.5 * diagonal + 1e-6).all()  # so that the inverse amplifies 4 times at most
@@ -136,7 +136,7 @@ def test_cases_shrink_to_small_ones():
     layer = smallest(strategies.layers(), lambda layer: layer.bias is not None and layer.kernel_size[1] > 1)
     assert repr(layer).startswith("InvertibleConv2d(1, kernel_size=(1, 2), corners=('TL',), diagonal='unit', bias=True")
     images = smallest(
-        strategies.images(1, height=2), lambda images: functional.conv2d_inverse(images, WEIGHT, "TL").max() > 5
+        strategies.images(1, height=2), lambda images: functional.conv2d_inverse(images, WEIGHT, corners="TL").max() > 5
     )
     assert images.shape == (1, 1, 2, 1)
 

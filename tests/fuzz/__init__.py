@@ -15,7 +15,7 @@ from random import Random
 
 from fuzz import calls, refusals
 from fuzz.oracle import Wrong
-from nflows_kconv import native
+from nflows_kconv.backends import native
 
 # A kind of call and its share of the seeds.
 KINDS = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from random import Random
 from typing import Any
@@ -12,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fuzz.oracle import CORNERS, Problem, Wrong
+from fuzz.oracle import STENCILS, Problem, Wrong
 from fuzz.tensors import Subclass, bits, draw_problem, lay_out
-from nflows_kconv import InvertibleConv2d, functional
+from nflows_kconv import InvertibleConv2d, functional, use_backend
 
 CALLS = 24  # of one problem
 
@@ -50,13 +51,13 @@ def functions(random: Random) -> int:
         if any(tensor is not None and tensor.is_inference() for tensor in (input, weight, bias)):
             mode = torch.inference_mode  # elsewhere torch refuses to save them for a derivative
         solve = random.random() < 0.5
-        function = partial(functional.conv2d_inverse if solve else functional.conv2d, bias=bias)
+        function = partial(functional.conv2d_inverse if solve else functional.conv2d, bias=bias, corners=corners)
         wrap = random.choice(WRAPPERS) if mode is torch.no_grad and len(input) else WRAPPERS[0]
         with mode():
             if solve and not problem.invertible:
-                expect_singular(problem, wrap(function), input, weight, corners)
+                expect_singular(problem, wrap(function), input, weight)
                 continue
-            got = wrap(function)(input, weight, corners).detach()
+            got = wrap(function)(input, weight).detach()
             check = problem.check_solution if solve else problem.check_product
             expected = None if bias is None else problem.bias
             verified.check((solve, bias is None), got, check, problem.input, False, expected)
@@ -75,18 +76,14 @@ def functions(random: Random) -> int:
 
 WRAPPERS: tuple[Callable[[Callable[..., Tensor]], Callable[..., Tensor]], ...] = (
     lambda function: function,
-    lambda function: (
-        lambda input, weight, corners: torch.func.vmap(lambda image: function(image[None], weight, corners)[0])(input)
-    ),
-    lambda function: lambda input, weight, corners: torch.func.functionalize(function)(input, weight, corners),
-    lambda function: (
-        lambda input, weight, corners: torch.func.vjp(lambda image: function(image, weight, corners), input)[0]
-    ),
+    lambda function: lambda input, weight: torch.func.vmap(lambda image: function(image[None], weight)[0])(input),
+    lambda function: lambda input, weight: torch.func.functionalize(function)(input, weight),
+    lambda function: lambda input, weight: torch.func.vjp(lambda image: function(image, weight), input)[0],
 )
 
 
 def operators(random: Random) -> int:
-    """torch.ops past the functions' checks: every operator, transposed or not, native and in plain PyTorch."""
+    """torch.ops past the functions' checks: every operator, transposed or not, on any backend."""
     problem, verified, grad_seed = draw_problem(random), Verified(), random.getrandbits(32)
     inputs, weights, biases = (
         [tensor, lay_out(random, tensor)] for tensor in (problem.input, problem.weight, problem.bias)
@@ -97,20 +94,21 @@ def operators(random: Random) -> int:
         for _ in range(CALLS):
             input, weight, bias = random.choice(inputs), random.choice(weights), random.choice((None, *biases))
             expected = None if bias is None else problem.bias
-            transpose, suffix = random.random() < 0.5, random.choice(("", "_reference"))
-            name = random.choice(("conv", "solve", "weight_gradient"))
-            operator, key = getattr(namespace, name + suffix), (name, transpose, bias is None)
-            if name == "weight_gradient":
-                got = operator(input, grad, problem.numbers, kernel_size)
-                verified.check(name, got, problem.check_weight_gradient, problem.input, grad)
-            elif name == "conv":
-                got = operator(input, weight, bias, problem.numbers, transpose)
-                verified.check(key, got, problem.check_product, problem.input, transpose, expected)
-            elif problem.invertible:
-                got = operator(input, weight, bias, problem.numbers, transpose)
-                verified.check(key, got, problem.check_solution, problem.input, transpose, expected)
-            else:
-                expect_singular(problem, operator, input, weight, bias, problem.numbers, transpose)
+            transpose, name = random.random() < 0.5, random.choice(("conv", "solve", "weight_gradient"))
+            operator, key = getattr(namespace, name), (name, transpose, bias is None)
+            options = None, problem.numbers, False, transpose
+            with random.choice((nullcontext(), use_backend("reference"))):
+                if name == "weight_gradient":
+                    got = operator(input, grad, problem.numbers, kernel_size, False)
+                    verified.check(name, got, problem.check_weight_gradient, problem.input, grad)
+                elif name == "conv":
+                    got = operator(input, weight, bias, *options)
+                    verified.check(key, got, problem.check_product, problem.input, transpose, expected)
+                elif problem.invertible:
+                    got = operator(input, weight, bias, *options)
+                    verified.check(key, got, problem.check_solution, problem.input, transpose, expected)
+                else:
+                    expect_singular(problem, operator, input, weight, bias, *options)
     return CALLS
 
 
@@ -128,7 +126,7 @@ def expect_singular(problem: Problem, function: Callable[..., Tensor], *args: An
 
 def layers(random: Random) -> int:
     """Layers of any configuration on images of any kind."""
-    per_group, corners = random.choice((1, 2, 3, 6)), tuple(random.choices(CORNERS, k=random.choice((1, 2, 4))))
+    per_group, corners = random.choice((1, 2, 3, 6)), tuple(random.choices(STENCILS, k=random.choice((1, 2, 4))))
     dtype = random.choice((torch.float32, torch.float64))
     layer = InvertibleConv2d(
         per_group * len(corners),
@@ -160,7 +158,7 @@ def layers(random: Random) -> int:
         torch.testing.assert_close(log_det.double(), expected, rtol=1e-5, atol=1e-4)
         if not torch.equal(log_det, -inverse_log_det):
             raise Wrong(f"the log-determinants of {layer} do not cancel")
-        exact = functional.log_abs_det(weight, corners, height, width)
+        exact = functional.log_abs_det(weight, corners=corners, size=(height, width))
         torch.testing.assert_close(exact.double(), height * width * log_diagonal, rtol=1e-5, atol=1e-4)
     for parameter, copy in zip(layer.parameters(), before, strict=True):
         if not torch.equal(parameter, copy):
@@ -180,7 +178,7 @@ def gradients(random: Random) -> int:
         views = [random.choice(VIEWS)(leaf.view(*leaf.shape, *[1] * (4 - leaf.dim()))) for leaf in leaves]
         views[2] = views[2][:, 0, 0, 0]
         function = functional.conv2d_inverse if inverse else functional.conv2d
-        output = function(*views[:2], problem.corners, views[2])
+        output = function(*views, corners=problem.corners)
         generator = torch.Generator().manual_seed(random.getrandbits(32))
         grad = torch.randn(output.shape, generator=generator, dtype=torch.float64)
         changed = random.choice((None, *views, output))

@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nflows_kconv import native
+from nflows_kconv import stencil
+from nflows_kconv.backends import native
 
-CORNERS = ("TL", "TR", "BL", "BR")
+STENCILS = ("TL", "TR", "BL", "BR", *oracles.SIDES)
 SAFETY = 4  # roundings that are allowed for each one that is counted
 
 
@@ -41,8 +42,8 @@ class Problem:
 
     @property
     def numbers(self) -> list[int]:
-        """The corners as the operators take them."""
-        return [CORNERS.index(corner) for corner in self.corners]
+        """The stencils as the operators take them."""
+        return stencil.parse(self.corners)
 
     @cached_property
     def invertible(self) -> bool:
@@ -120,9 +121,8 @@ class Problem:
         for corner, group in zip(
             self.corners, weight.masked_fill(self._masked, 0).chunk(len(self.corners)), strict=True
         ):
-            left, right = (columns - 1, 0) if "R" in corner else (0, columns - 1)
-            top, bottom = (rows - 1, 0) if "B" in corner else (0, rows - 1)
-            padded.append(F.pad(group, (left, right, top, bottom)))
+            row, column = oracles.pivot(corner, (rows, columns))
+            padded.append(F.pad(group, (columns - 1 - column, column, rows - 1 - row, row)))
         return torch.cat(padded)
 
     def _weight_gradient(self, input: Tensor, grad: Tensor) -> Tensor:
@@ -202,10 +202,10 @@ class Problem:
         if not bool(bad.any()):
             return bad
         groups = []
-        for corner, group in zip(self.corners, bad.chunk(len(self.corners), 1), strict=True):
-            sides = [dim for dim, side in ((-2, "B"), (-1, "R")) if (side in corner) != transpose]
-            spread = group.any(1, keepdim=True).flip(sides).cumsum(-1).cumsum(-2).flip(sides) > 0
-            groups.append(spread.expand_as(group))
+        for name, group in zip(self.corners, bad.chunk(len(self.corners), 1), strict=True):
+            if transpose:
+                name = name.translate(str.maketrans("TBLR", "BTRL"))
+            groups.append(oracles.followers(group.any(1, keepdim=True), name).expand_as(group))
         return torch.cat(groups, 1)
 
 

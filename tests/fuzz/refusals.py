@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from random import Random
 from typing import Any
 
@@ -11,9 +12,9 @@ import torch
 from torch import Tensor
 
 from fuzz.calls import CALLS
-from fuzz.oracle import CORNERS, Problem, Wrong
+from fuzz.oracle import STENCILS, Problem, Wrong
 from fuzz.tensors import DTYPES, draw_problem, lay_out
-from nflows_kconv import functional
+from nflows_kconv import functional, use_backend
 
 HUGE = (2**31 - 1, 2**31, 2**32 + 1, 2**40, 2**62, 2**63 - 1)
 # The words of a bug, or of C++ that has lost the reason.
@@ -27,9 +28,10 @@ def functions(random: Random) -> int:
         name = random.choice(("conv2d", "conv2d_inverse", "log_abs_det"))
         arguments: dict[str, Any] = {"weight": problem.weight, "corners": problem.corners}
         if name == "log_abs_det":
-            arguments |= {"height": 3, "width": 4}
+            arguments |= {"size": (3, 4)}
         else:
             arguments |= {"input": problem.input, "bias": torch.zeros(len(problem.weight), dtype=torch.float64)}
+            arguments |= {"dilation": random.choice((1, 2, (1, 3)))}
         for wrong in random.sample(sorted(arguments), random.choice((1, 1, 1, 2))):
             arguments[wrong] = _wrong_argument(random, wrong, arguments[wrong], len(problem.corners))
         try:
@@ -46,8 +48,11 @@ def _wrong_argument(random: Random, name: str, value: Any, groups: int) -> Any:
         text = ("", "tl", "TLTR", b"TL", ("XX",) * groups, [b"TL"] * groups, [["TL"]] * groups, ["TL", None])
         others = (None, 7, math.nan, {"TL": 1}, {"TL"}, (), [0] * groups, iter(["TL"] * groups), torch.zeros(groups))
         return random.choice((*text, *others, ("TL",) * 997))
-    if name in ("height", "width"):
-        return random.choice((-1, -(2**80), 2**63, 10**30, 1.5, math.nan, None, "3", [3], True, torch.tensor(3)))
+    numbers = (-1, -(2**80), 1.5, math.nan, None, "3", [3], True, torch.tensor(3))
+    if name == "dilation":
+        return random.choice((*numbers, 0, (1, 0), (2,), (1, 1, 1), (2, None)))
+    if name == "size":
+        return random.choice((*numbers, (3,), (3, 4, 5), *((3, number) for number in (*numbers, 2**63, 10**30))))
     shape = list(value.shape)
     shape[{"input": 1, "weight": random.randrange(2), "bias": 0}[name]] += 1
     shapes = (value[None], value.new_ones(shape), value.new_ones(shape[:-1]))
@@ -70,16 +75,20 @@ def operators(random: Random) -> int:
     problem = draw_problem(random)
     image, weight = lay_out(random, problem.input), lay_out(random, problem.weight)
     for _ in range(CALLS):
-        name = random.choice(("conv", "solve", "weight_gradient")) + random.choice(("", "_reference"))
-        gradient = name.startswith("weight_gradient")
+        name = random.choice(("conv", "solve", "weight_gradient"))
+        gradient = name == "weight_gradient"
         second, last = (image, list(weight.shape[2:])) if gradient else (weight, random.random() < 0.5)
         arguments = _wrong_operands(random, image, second, problem.numbers, last)
         if not gradient:
-            arguments = *arguments[:2], random.choice((None, problem.bias)), *arguments[2:]
+            vectors = random.choice((None, problem.bias)), random.choice((None, problem.bias))
+            arguments = *arguments[:2], *vectors, arguments[2], random.random() < 0.5, *arguments[3:]
             if random.random() < 0.2:
-                arguments = image, weight, _wrong_bias(random, problem.bias), problem.numbers, last
+                wrong = random.sample((_wrong_bias(random, problem.bias), None), 2)
+                arguments = image, weight, *wrong, problem.numbers, False, last
+        else:
+            arguments = *arguments, random.random() < 0.5
         try:
-            with torch.no_grad():
+            with torch.no_grad(), random.choice((nullcontext(), use_backend("reference"))):
                 getattr(torch.ops.nflows_kconv, name)(*arguments)
         except (RuntimeError, ValueError, TypeError) as error:
             check_readable(error)
@@ -92,7 +101,7 @@ def _wrong_operands(random: Random, first: Tensor, second: Tensor, corners: list
     pick, gradient = random.choice, isinstance(last, list)
     choice = random.randrange(9)
     if choice == 0:
-        return first, second, pick(([], [pick((-1, 4, 7, 2**40, 2**63 - 1)), *corners[1:]])), last
+        return first, second, pick(([], [pick((-1, 4, 7, 12, 16, 32, 2**40, 2**63 - 1)), *corners[1:]])), last
     if choice == 1:
         other = pick([dtype for dtype in (*DTYPES, torch.int64, torch.complex64) if dtype != first.dtype])
         return first, second.detach().to(other), corners, last
@@ -126,7 +135,7 @@ def _wrong_bias(random: Random, bias: Tensor) -> Any:
 def sizes(random: Random) -> int:
     """The functions, on sizes beyond 32 and 64 bits that need no memory: all elements of a tensor are one."""
     for _ in range(CALLS):
-        corners, per_group = tuple(random.choices(CORNERS, k=random.choice((1, 2)))), random.choice((1, 2))
+        corners, per_group = tuple(random.choices(STENCILS, k=random.choice((1, 2)))), random.choice((1, 2))
         channels, dtype = len(corners) * per_group, random.choice(DTYPES)
         image, kernel = ([random.choice((1, 2, 3)) for _ in range(n)] for n in (3, 2))
         for _ in range(random.choice((1, 1, 2))):
@@ -141,7 +150,7 @@ def sizes(random: Random) -> int:
         except RuntimeError:
             continue  # torch has no such tensor
         try:
-            got = function(input, weight, corners)
+            got = function(input, weight, corners=corners)
         except RuntimeError as error:  # of torch: too many elements, or not enough memory
             check_readable(error)
             if not {*image, *kernel} & set(HUGE):

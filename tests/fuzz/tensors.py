@@ -9,7 +9,7 @@ import oracles
 import torch
 from torch import Tensor
 
-from fuzz.oracle import CORNERS, Problem
+from fuzz.oracle import STENCILS, Problem
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 MOST_NUMBERS = 3000  # of an input
@@ -22,7 +22,7 @@ class Subclass(Tensor):
 def draw_problem(random: Random, dtype: torch.dtype | None = None) -> Problem:
     """A small problem; if no dtype is given, in any one, and with anything that floating-point numbers can be."""
     generator = torch.Generator().manual_seed(random.getrandbits(48))
-    corners = tuple(random.choices(CORNERS, k=random.choice((1, 1, 1, 2, 2, 3, 4, 5))))
+    corners = tuple(random.choices(STENCILS, k=random.choice((1, 1, 1, 2, 2, 3, 4, 5))))
     per_group = random.choice((1, 1, 2, 2, 3, 4, 7, 13))
     rows, columns = (random.choice((1, 2, 2, 3, 3, 4, 6)) for _ in range(2))
     batch = random.choice((0, 1, 1, 2, 2, 3, 5, 9, 17, 33))
