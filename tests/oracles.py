@@ -136,7 +136,7 @@ def matrices(weight: Tensor, corners: Sequence[str], size: Sequence[int], dilati
 
 
 def solve(
-    input: Tensor, weight: Tensor, corners: Sequence[str], dilation: Dilation = 1, transpose: bool = False
+    input: Tensor, weight: Tensor, corners: Sequence[str], dilation: Dilation = 1, *, transpose: bool = False
 ) -> Tensor:
     """x with A x = y, or A^T x = y, by a dense triangular solve, in float64."""
 
@@ -147,7 +147,7 @@ def solve(
 
 
 def multiply(
-    input: Tensor, weight: Tensor, corners: Sequence[str], dilation: Dilation = 1, transpose: bool = False
+    input: Tensor, weight: Tensor, corners: Sequence[str], dilation: Dilation = 1, *, transpose: bool = False
 ) -> Tensor:
     """y = A x, or y = A^T x, by a dense product, in float64."""
 

@@ -53,7 +53,7 @@ def test_solve_is_the_dense_solution(case: Case, backend: str, device: str):
     input, bias = case.input(device), case.of_channels(case.bias().double())
     for transpose in case.transposes:
         rhs = input.cpu().double() - bias
-        expected = oracles.solve(rhs, case.weight(), case.corners, case.dilation, transpose)
+        expected = oracles.solve(rhs, case.weight(), case.corners, case.dilation, transpose=transpose)
         assert_close(solve(input, transpose), expected)
 
 
@@ -92,7 +92,7 @@ def test_small_integers_are_exact(case: Case, wide: bool, backend: str, device: 
     conv, solve = case.operators(weight)
     for transpose in case.transposes:
         output = conv(input, transpose)
-        expected = oracles.multiply(input, weight, case.corners, case.dilation, transpose)
+        expected = oracles.multiply(input, weight, case.corners, case.dilation, transpose=transpose)
         assert torch.equal(output.to("cpu", torch.float64), expected)
         assert torch.equal(solve(output, transpose), input)
 

@@ -79,7 +79,7 @@ class Problem:
         magnitude, rhs = rhs.abs() + bias.abs(), rhs - bias
         if bool((~got.isfinite() & ~may).any()):
             # Right where the solution, or a sum on the way to it, leaves the range of the dtype; wrong anywhere else.
-            exact = oracles.solve(rhs, _finite(self.weight), self.corners, transpose).abs()
+            exact = oracles.solve(rhs, _finite(self.weight), self.corners, transpose=transpose).abs()
             sums = self._apply(exact, self._matrix.abs(), transpose) + magnitude
             may = may | self._followers(~(torch.maximum(64 * exact, 2 * sums) < self._limit), transpose)
         x = _finite(got.double()).masked_fill(may, 0)
