@@ -151,7 +151,7 @@ def diagonal_entries(shape: Sequence[int], stencils: Sequence[int], device: torc
 
 def pivot_diagonal(weight: Tensor, stencils: Sequence[int]) -> Tensor:
     """The diagonal of the pivot taps, [C]: the diagonal of the Jacobian at every pixel."""
-    groups = weight.unflatten(0, (len(stencils), -1))
+    groups = weight.chunk(len(stencils))  # which the vmap of torch.autograd.grad(..., is_grads_batched=True) has, too
     taps = [(..., *pivot(code, weight.shape[2:])) for code in stencils]
     return torch.cat([group[tap].diagonal() for group, tap in zip(groups, taps, strict=True)])
 
