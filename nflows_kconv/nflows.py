@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -265,7 +265,7 @@ def _by_row(values: Tensor, condition: image_flow.Condition, number: int) -> Ten
 
 
 @image_flow.with_arguments_of(image_flow.Architecture)
-def finc_flow(*arguments: Any, **options: Any) -> ImageFlow:
+def finc_flow(data_shape: Sequence[int], levels: int, steps: int, **options: Any) -> ImageFlow:
     """An `nflows.flows.Flow` of images, sequences or volumes, with a `MultiscaleCompositeTransform`.
 
     Its arguments and the model are those of `nflows_kconv.flows.image_flow.Architecture`. Dequantisation and its
@@ -293,7 +293,7 @@ def finc_flow(*arguments: Any, **options: Any) -> ImageFlow:
         >>> flow.sample(3, torch.randn(2, 5)).shape  # three for each row
         torch.Size([2, 3, 1, 8, 8])
     """
-    return ImageFlow(image_flow.Architecture(*arguments, **options))
+    return ImageFlow(image_flow.Architecture(data_shape, levels, steps, **options))
 
 
 def _forward(flow: Flow, inputs: Tensor, context: Any) -> tuple[Tensor, Tensor]:

@@ -380,7 +380,7 @@ class ImageFlow(image_flow.Interface, MultiscaleFlow):
 
 
 @image_flow.with_arguments_of(image_flow.Architecture)
-def finc_flow(*arguments: Any, **options: Any) -> ImageFlow:
+def finc_flow(data_shape: Sequence[int], levels: int, steps: int, **options: Any) -> ImageFlow:
     """A `normflows.MultiscaleFlow` of images, sequences or volumes.
 
     Its arguments and the model are those of `nflows_kconv.flows.image_flow.Architecture`. Dequantisation and its
@@ -406,7 +406,7 @@ def finc_flow(*arguments: Any, **options: Any) -> ImageFlow:
         torch.Size([10])
         >>> samples, log_prob = flow.sample(context=torch.randn(3, 5))  # one for each row
     """
-    return ImageFlow(image_flow.Architecture(*arguments, **options))
+    return ImageFlow(image_flow.Architecture(data_shape, levels, steps, **options))
 
 
 def _forward(flow: flows.Flow, value: bijection.Value, context: Any) -> tuple[bijection.Value, Tensor]:
