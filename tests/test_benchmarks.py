@@ -139,7 +139,9 @@ def test_contestants_take_turns_and_the_median_counts():
 @pytest.mark.parametrize("corners", [FOUR, ONE, ("BR", "TR")])
 def test_the_baseline_is_the_layer(corners):
     x, weight = torch.randn(2, 8, 5, 4), InvertibleConv2d(8, corners=corners).weight.detach()
-    torch.testing.assert_close(contestants.pad_conv_cat(x, weight, corners), functional.conv2d(x, weight, corners))
+    torch.testing.assert_close(
+        contestants.pad_conv_cat(x, weight, corners), functional.conv2d(x, weight, corners=corners)
+    )
 
 
 @pytest.mark.parametrize("corners", [FOUR, ONE, ("BR",), ("TR", "BL")])
@@ -151,7 +153,7 @@ def test_the_dense_solve_is_the_inverse(corners):
     jacobian = dense.matrices(weight, case)
     assert 4 * jacobian.numel() == dense.matrix_bytes(case)
     assert torch.equal(jacobian, jacobian.tril())
-    x = functional.conv2d_inverse(y, weight, corners)
+    x = functional.conv2d_inverse(y, weight, corners=corners)
     solved = dense.solve(jacobian, dense.right_hand_sides(y, case))
     torch.testing.assert_close(solved, dense.right_hand_sides(x, case))
 
@@ -162,7 +164,7 @@ def test_operations_are_the_weights_that_meet_pixels(height, width, corners):
     case = Case(3, (8, height, width), corners)
     # With all free weights one, outputs of an image of ones count the weights they read.
     weight = torch.ones(8, 8 // len(corners), 3, 3, dtype=torch.float64)
-    counted = functional.conv2d(torch.ones(3, *case.shape, dtype=torch.float64), weight, corners).sum().item()
+    counted = functional.conv2d(torch.ones(3, *case.shape, dtype=torch.float64), weight, corners=corners).sum().item()
     assert floors.count_operations(case) == 2 * counted
 
 
