@@ -16,7 +16,6 @@ from nflows_kconv import checks, ops, stencil
 from nflows_kconv.polyphase import over_phases
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-_HALF = DTYPES[2:]
 _AXES = {1: ("L",), 2: ("H", "W"), 3: ("D", "H", "W")}
 _KERNEL_AXES = {1: ("k",), 2: ("kh", "kw"), 3: ("kd", "kh", "kw")}
 
@@ -203,8 +202,10 @@ def run(
         output = ops.call(operator, input, weight, bias, log_diagonal, stencils, unit_diagonal)
     else:
         # Half precision is rounded once: gradients of the weight are sums over phases.
-        dtype = torch.float32 if input.dtype in _HALF and ops.autocast_is_on(input) else input.dtype
-        input, weight, bias, log_diagonal = map(_widened, (input, weight, bias, log_diagonal))
+        computed = torch.promote_types(input.dtype, torch.float32)
+        dtype = computed if ops.autocast_is_on(input) else input.dtype
+        input, weight = input.to(computed), weight.to(computed)
+        bias, log_diagonal = (None if t is None else t.to(computed) for t in (bias, log_diagonal))
         output = over_phases(
             lambda images: ops.call(operator, images, weight, bias, log_diagonal, stencils, unit_diagonal),
             input,
@@ -243,10 +244,6 @@ def _from_tensors(
 ) -> Tensor:
     stencils, steps = stencil.parse(corners, dimensions), parse_dilation(dilation, dimensions)
     return run(operator, input, weight, bias, None, stencils, False, steps)
-
-
-def _widened(tensor: Tensor | None) -> Tensor | None:
-    return tensor.float() if tensor is not None and tensor.dtype in _HALF else tensor
 
 
 # These run at every call, so that a tensor's shape, which costs as much as the rest of a check, is asked for once.

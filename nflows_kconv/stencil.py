@@ -151,9 +151,12 @@ def diagonal_entries(shape: Sequence[int], stencils: Sequence[int], device: torc
 
 def pivot_diagonal(weight: Tensor, stencils: Sequence[int]) -> Tensor:
     """The diagonal of the pivot taps, [C]: the diagonal of the Jacobian at every pixel."""
-    groups = weight.chunk(len(stencils))  # which the vmap of torch.autograd.grad(..., is_grads_batched=True) has, too
-    taps = [(..., *pivot(code, weight.shape[2:])) for code in stencils]
-    return torch.cat([group[tap].diagonal() for group, tap in zip(groups, taps, strict=True)])
+    diagonals = []
+    for group, code in zip(weight.chunk(len(stencils)), stencils, strict=True):
+        for index in pivot(code, weight.shape[2:]):
+            group = group.select(2, index)
+        diagonals.append(group.diagonal())
+    return torch.cat(diagonals)
 
 
 def effective(
