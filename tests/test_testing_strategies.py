@@ -18,7 +18,7 @@ import nflows_kconv.normflows
 from nflows_kconv import InvertibleConv2d, functional, testing
 from nflows_kconv.testing import strategies
 
-CORNERS = ("TL", "TR", "BL", "BR")
+NAMES = ("TL", "TR", "BL", "BR", "T", "B", "L", "R")
 
 
 @given(pictures=strategies.images(), exact=strategies.images(channels=3, batch=2, height=5, width=1, dtype=torch.uint8))
@@ -32,7 +32,7 @@ def test_images(pictures: torch.Tensor, exact: torch.Tensor):
 @given(names=strategies.corners(), three=strategies.corners(3), size=strategies.kernel_sizes(5))
 def test_corners_and_kernel_sizes(names: tuple[str, ...], three: tuple[str, ...], size: tuple[int, int]):
     assert 1 <= len(names) <= 4 and len(three) == 3
-    assert set(names + three) <= set(CORNERS)
+    assert set(names + three) <= set(NAMES)
     assert all(1 <= side <= 5 for side in size)
 
 
