@@ -8,13 +8,14 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from cuda_double import DriverDouble, native_operators
+from cuda_double import DriverDouble
 
 from nflows_kconv.backends import native
-from nflows_kconv.backends.cuda import planning, runtime
+from nflows_kconv.backends.cuda import native_launcher, planning, runtime
 from nflows_kconv.backends.cuda.native_launcher import NativeLauncher
 from nflows_kconv.backends.cuda.plan import Plan
 from nflows_kconv.backends.cuda.runtime import Runtime
+from nflows_kconv.backends.registry import Problem
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="needs the limits of Linux")
 needs_native = pytest.mark.skipif(not native.available, reason=f"no native library: {native.reason}")
@@ -93,9 +94,9 @@ for function in (layer, layer.inverse):
 @linux
 @needs_native
 def test_too_little_memory_for_the_buffers():
-    """The kernel holds a vector of lanes for each of 64 channels of a row: 16 times the image."""
+    """The kernel holds a vector of lanes, one an image, for each of 64 channels of a row: 64 MiB beside the output."""
     run("""
-wide, image_ = InvertibleConv2d(64, (1, 3), corners="TL"), torch.randn(1, 64, 1, 1 << 15)
+wide, image_ = InvertibleConv2d(64, (1, 3), corners="TL"), torch.randn(9, 64, 1, 1 << 14)
 for function in (wide, wide.inverse):
     limit(48 << 20)
     refused(lambda: function(image_), "not enough memory for the buffers of the CPU kernel")
@@ -145,33 +146,33 @@ print(interrupts)
 
 
 @pytest.fixture
-def operators(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
-    """The native launcher's operators for tensors of the CPU, with the plans and kernels of the package."""
+def launcher(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The native launcher for tensors of the CPU, with the plans and kernels of the package."""
     monkeypatch.setattr(runtime, "_code", lambda kernel, capability: kernel)
     connected, driver = NativeLauncher.connected, DriverDouble(run=lambda launch: None)
-    NativeLauncher(native.loaded(), Runtime(driver), driver, lambda: False).connect()
-    yield native_operators()[1]
+    NativeLauncher(native.loaded(), Runtime(driver), driver).connect()
+    yield
     connected.connect()
 
 
-def call(operators: object) -> torch.Tensor:
+def call() -> torch.Tensor:
     image, weight = torch.randn(2, 4, 5, 6), torch.eye(4)[:, :, None, None].contiguous()
-    return ops._below_autograd(operators.solve, image, weight, None, [0], False)
+    return native_launcher.run(Problem("solve", image, weight, [0], kernel_size=[1, 1]))
 
 
 @needs_native
-def test_out_of_gpu_memory_is_torchs_error(operators: object, monkeypatch: pytest.MonkeyPatch):
+def test_out_of_gpu_memory_is_torchs_error(launcher: None, monkeypatch: pytest.MonkeyPatch):
     """torch's stable interface to C++ passes on the text of an exception, not its type."""
     with monkeypatch.context() as context:
         context.setattr(planning, "plan", lambda problem, device: Plan((), scratch=1 << 50))
         for _ in range(2):
             with pytest.raises(torch.OutOfMemoryError, match=r"^out of memory: .*"):
-                call(operators)
+                call()
 
 
 @needs_native
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError("no memory to plan with")], ids=repr)
-def test_interrupted_plans_are_not_kept(operators: object, monkeypatch: pytest.MonkeyPatch, error: BaseException):
+def test_interrupted_plans_are_not_kept(launcher: None, monkeypatch: pytest.MonkeyPatch, error: BaseException):
     def fail(*args: object) -> None:
         raise error
 
@@ -180,5 +181,5 @@ def test_interrupted_plans_are_not_kept(operators: object, monkeypatch: pytest.M
         with monkeypatch.context() as context:
             context.setattr(module, name, fail)
             with pytest.raises(expected):
-                call(operators)
-    assert call(operators).shape == (2, 4, 5, 6)
+                call()
+    assert call().shape == (2, 4, 5, 6)
