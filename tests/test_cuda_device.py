@@ -15,7 +15,7 @@ from cases import BR, CORNERS, TL, Case
 from torch import Tensor
 
 import nflows_kconv
-from nflows_kconv import InvertibleConv2d, functional, ops, stencil
+from nflows_kconv import InvertibleConv2d, functional, ops
 from nflows_kconv.backends import native
 from nflows_kconv.backends.cuda.python_launcher import PythonLauncher
 from nflows_kconv.backends.cuda.runtime import Runtime, runtime
@@ -24,10 +24,10 @@ from nflows_kconv.backends.registry import Problem
 pytestmark = pytest.mark.gpu
 
 CASES = (
-    Case(batch=100, per_group=3, height=16, width=16),
-    Case((TL,), batch=20, per_group=24, height=8, width=8),
-    Case((TL, BR), batch=3, per_group=40, kernel_size=(2, 3), height=9, width=7, dtype=torch.float64),
-    Case((BR,), batch=2, per_group=200, height=8, width=8, layout="channels_last"),
+    Case(batch=100, per_group=3, size=(16, 16)),
+    Case((TL,), batch=20, per_group=24, size=(8, 8)),
+    Case((TL, BR), batch=3, per_group=40, kernel_size=(2, 3), size=(9, 7), dtype=torch.float64),
+    Case((BR,), batch=2, per_group=200, size=(8, 8), layout="channels_last"),
 )
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
@@ -187,7 +187,7 @@ def test_on_a_device_that_is_not_the_current_one(case: Case):
 def test_launched_from_python(case: Case):
     launcher = PythonLauncher(Runtime())
     input, grad, weight, bias = case.input("cuda"), case.input("cuda", seed=2), case.weight("cuda"), case.bias("cuda")
-    stencils, size = stencil.parse(case.corners), case.kernel_size
+    stencils, size = case.stencils, case.kernel_size
     for vectors in ((None, None), (bias, bias / 8)):
         for transpose in (False, True):
             for name in ("conv", "solve"):

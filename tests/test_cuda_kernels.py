@@ -21,7 +21,6 @@ from hypothesis import strategies as st
 from oracles import assert_close
 from torch import Tensor
 
-from nflows_kconv import stencil
 from nflows_kconv.backends import reference
 from nflows_kconv.backends.cuda import compiler, planning
 from nflows_kconv.backends.cuda.plan import Device
@@ -36,30 +35,42 @@ SMALL = Device((8, 0), multiprocessors=2, shared_memory=48 * 1024)
 TABLE = (
     (Case(), H100),
     # Several output channels, or parts of them, a thread
-    (Case((TL,), per_group=12, batch=3, height=9, width=7, biased=True), H100),
-    (Case((BR, TL, TR), per_group=6, kernel_size=(2, 2), batch=9, height=4, width=4), H100),
-    (Case((BR, TL), per_group=7, batch=9, height=6, width=5, biased=True), SMALL),
-    (Case((BL, TR), per_group=11, kernel_size=(5, 7), batch=3, height=5, width=6, dtype=torch.float64), SMALL),
+    (Case((TL,), per_group=12, batch=3, size=(9, 7), biased=True), H100),
+    (Case((BR, TL, TR), per_group=6, kernel_size=(2, 2), batch=9, size=(4, 4)), H100),
+    (Case((BR, TL), per_group=7, batch=9, size=(6, 5), biased=True), SMALL),
+    (Case((BL, TR), per_group=11, kernel_size=(5, 7), batch=3, size=(5, 6), dtype=torch.float64), SMALL),
     # Bands and chunks
-    (Case((BR, TL), per_group=3, kernel_size=(2, 3), height=70, width=5), H100),
-    (Case((TL, BL), per_group=2, kernel_size=(3, 2), height=1, width=70, dtype=torch.float16, biased=True), H100),
-    (Case((TR,), per_group=4, batch=1, height=33, width=34, dtype=torch.float64, biased=True), SMALL),
+    (Case((BR, TL), per_group=3, kernel_size=(2, 3), size=(70, 5)), H100),
+    (Case((TL, BL), per_group=2, kernel_size=(3, 2), size=(1, 70), dtype=torch.float16, biased=True), H100),
+    (Case((TR,), per_group=4, batch=1, size=(33, 34), dtype=torch.float64, biased=True), SMALL),
     # Clipped kernels, and kernels of many taps
-    (Case((BL, TR), per_group=3, kernel_size=(9, 4), height=3, width=2, dtype=torch.bfloat16, biased=True), H100),
-    (Case((BR,), per_group=1, kernel_size=(11, 9), batch=2, height=17, width=33, dtype=torch.float64), H100),
+    (Case((BL, TR), per_group=3, kernel_size=(9, 4), size=(3, 2), dtype=torch.bfloat16, biased=True), H100),
+    (Case((BR,), per_group=1, kernel_size=(11, 9), batch=2, size=(17, 33), dtype=torch.float64), H100),
     # The least there is
-    (Case((TR,), per_group=1, kernel_size=(1, 1), batch=1, height=1, width=1), H100),
-    (Case((TL, BR) * 9, per_group=1, batch=13, height=3, width=3, biased=True), H100),
-    (Case((BL,), per_group=5, kernel_size=(1, 1), batch=33, height=2, width=3), H100),
+    (Case((TR,), per_group=1, kernel_size=(1, 1), batch=1, size=(1, 1)), H100),
+    (Case((TL, BR) * 9, per_group=1, batch=13, size=(3, 3), biased=True), H100),
+    (Case((BL,), per_group=5, kernel_size=(1, 1), batch=33, size=(2, 3)), H100),
     # Many channels
-    (Case((TL,), per_group=48, batch=2, height=6, width=5, biased=True), H100),
-    (Case((TR, BL), per_group=18, batch=2, height=19, width=22, dtype=torch.float64), SMALL),
-    (Case((BR, TL), per_group=24, kernel_size=(5, 7), batch=2, height=5, width=6, dtype=torch.float64), H100),
+    (Case((TL,), per_group=48, batch=2, size=(6, 5), biased=True), H100),
+    (Case((TR, BL), per_group=18, batch=2, size=(19, 22), dtype=torch.float64), SMALL),
+    (Case((BR, TL), per_group=24, kernel_size=(5, 7), batch=2, size=(5, 6), dtype=torch.float64), H100),
     (
-        Case((BL,), per_group=68, kernel_size=(2, 1), batch=2, height=3, width=5, dtype=torch.bfloat16, biased=True),
+        Case((BL,), per_group=68, kernel_size=(2, 1), batch=2, size=(3, 5), dtype=torch.bfloat16, biased=True),
         H100,
     ),
-    (Case((TR,), per_group=66, kernel_size=(1, 2), batch=9, height=5, width=7, biased=True), SMALL),
+    (Case((TR,), per_group=66, kernel_size=(1, 2), batch=9, size=(5, 7), biased=True), SMALL),
+)
+WITH_SIDES = (
+    (Case(("T", "B"), kernel_size=(2, 3), biased=True), H100),
+    (Case(("B",), per_group=12, kernel_size=(2, 3), size=(9, 6)), H100),
+    # Bands and chunks
+    (Case(("T",), kernel_size=(2, 3), batch=1, size=(70, 9)), H100),
+    (Case(("B",), per_group=3, kernel_size=(3, 4), batch=1, size=(33, 34), dtype=torch.float64, biased=True), SMALL),
+    (Case(("T",), per_group=1, kernel_size=(4, 5), batch=1, size=(41, 40)), SMALL),
+    # Clipped kernels, and one that reads nothing to the right
+    (Case(("T", "B"), kernel_size=(3, 7), size=(4, 3), dtype=torch.bfloat16), H100),
+    (Case(("T",), kernel_size=(3, 3), size=(6, 1)), H100),
+    (Case(("B",), kernel_size=(1, 5), size=(40, 6)), H100),
 )
 thorough = settings.default.max_examples > 100
 if thorough:
@@ -67,24 +78,27 @@ if thorough:
     TABLE += tuple(
         (case, device)
         for case in CASES
-        if 0 not in case.input_shape and case.per_group <= 128
+        if 0 not in case.input_shape and case.per_group <= 128 and set(case.corners) <= set(CORNERS)
+        if not case.dilated
         for device in (H100, SMALL)
     )
 
-over_table = pytest.mark.parametrize(
-    ("case", "device"),
-    TABLE,
-    ids=lambda value: "small" if value is SMALL else "H100" if value is H100 else "x".join(map(str, value.input_shape)),
-)
+
+def named(value: object) -> str:
+    return "small" if value is SMALL else "H100" if value is H100 else "x".join(map(str, value.input_shape))
+
+
+over_table = pytest.mark.parametrize(("case", "device"), TABLE, ids=named)
+over_both_tables = pytest.mark.parametrize(("case", "device"), TABLE + WITH_SIDES, ids=named)
 
 
 @st.composite
 def variants(draw: st.DrawFn, case: Case) -> Case:
     """The case with other corners, strides and values: the kernels stay the same."""
-    count = len(case.corners)
+    count, family = len(case.corners), ("T", "B") if case.has_sides else CORNERS
     return replace(
         case,
-        corners=tuple(draw(st.lists(st.sampled_from(CORNERS), min_size=count, max_size=count))),
+        corners=tuple(draw(st.lists(st.sampled_from(family), min_size=count, max_size=count))),
         layout=draw(st.sampled_from(tuple(LAYOUTS))),
         seed=draw(st.integers(0, 10**6)),
     )
@@ -100,7 +114,7 @@ def problem(operation: str, case: Case, **changes: Any) -> Problem:
         operation,
         case.input(),
         case.input(seed=2) if weights else case.weight(),
-        stencil.parse(case.corners),
+        case.stencils,
         bias=case.bias() if case.biased and not weights else None,
         kernel_size=case.kernel_size,
     )
@@ -112,19 +126,19 @@ def expected(operation: str, case: Case, weight: Tensor, transpose: bool) -> Ten
     input, solves = case.input().double(), operation == "solve"
     bias = case.bias().double() if case.biased else torch.zeros(case.channels, dtype=torch.float64)
     bias = bias[:, None, None]
-    if case.per_group * case.height * case.width > MAX_UNKNOWNS:
+    if case.unknowns > MAX_UNKNOWNS:
         given = input - bias if solves else input
         output = reference.run(problem(operation, case, input=given, other=weight, bias=None, transpose=transpose))
     elif solves:
-        output = oracles.solve(input - bias, weight, case.corners, transpose)
+        output = oracles.solve(input - bias, weight, case.corners, transpose=transpose)
     else:
-        output = oracles.multiply(input, weight, case.corners, transpose)
+        output = oracles.multiply(input, weight, case.corners, transpose=transpose)
     return output if solves else output + bias
 
 
 @pytest.mark.parametrize("transpose", BOTH, ids=["plain", "transposed"])
 @pytest.mark.parametrize("operation", ["solve", "conv"])
-@over_table
+@over_both_tables
 @given(data=st.data(), diagonal=st.sampled_from(["own", "unit", "learned"]))
 @few_examples
 def test_operators(case: Case, device: Device, operation: str, transpose: bool, diagonal: str, data: st.DataObject):
@@ -163,7 +177,7 @@ def test_weight_gradient(case: Case, device: Device, data: st.DataObject):
 def test_a_non_finite_pixel_changes_only_its_quadrant(case: Case, device: Device, operation: str):
     """And only in its own image."""
     input = case.input()
-    changed, (image, row, column) = input.clone(), (size // 2 for size in (case.batch, case.height, case.width))
+    changed, (image, row, column) = input.clone(), (size // 2 for size in (case.batch, *case.size))
     changed[image, :, row, column] = -float("inf")
     for transpose in BOTH:
         before, after = (
@@ -200,9 +214,9 @@ def test_non_finite_values_stay_in_their_weights(case: Case, device: Device, whi
 
 # Constants that decide between branches of a kernel, and sizes that do not always divide others.
 BRANCHES = {
-    "solve_rows": ("BANDED", "CHUNKED", "PARTS", "TRANSPOSE", "BIAS"),
+    "solve_rows": ("BANDED", "CHUNKED", "PARTS", "TRANSPOSE", "BIAS", "TAU"),
     "solve_channels": ("BANDED", "CHUNKED", "REPLICAS", "BIAS"),
-    "convolution": ("IMAGES", "SPLITS", "PIXELS", "OUTPUTS", "BIAS"),
+    "convolution": ("IMAGES", "SPLITS", "PIXELS", "OUTPUTS", "BIAS", "TAU"),
     "weight_gradient_parts": ("PARTS", "SPLITS", "WIDTH_REMAINDER"),
     "products": ("BLOCK_M", "BLOCK_N"),
 }
@@ -220,9 +234,10 @@ OPERATIONS = (("weight_gradient", False), *product(("solve", "conv"), BOTH))
 
 def test_the_table_reaches_every_kernel_and_branch():
     launched: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for case, device in TABLE:
-        asked = [problem(operation, case, transpose=transpose) for operation, transpose in OPERATIONS]
-        sizes = dict(BATCH=case.batch, HEIGHT=case.height, WIDTH=case.width)
+    for case, device in TABLE + WITH_SIDES:
+        operations = OPERATIONS[1:] if case.has_sides else OPERATIONS
+        asked = [problem(operation, case, transpose=transpose) for operation, transpose in operations]
+        sizes = dict(BATCH=case.batch, HEIGHT=case.size[0], WIDTH=case.size[1])
         for each in asked:
             for launch in planning.plan(emulator.planned(each), device).launches:
                 launched[launch.kernel.name].append(dict(launch.kernel.constants) | sizes)
@@ -231,6 +246,9 @@ def test_the_table_reaches_every_kernel_and_branch():
     for kernel, constants in BRANCHES.items():
         for constant in constants:
             assert len({values[constant] for values in launched[kernel]}) > 1, (kernel, constant)
+    sides = [values for values in launched["solve_rows"] if values["TAU"] > 1]
+    for constant in ("BANDED", "CHUNKED"):
+        assert len({values[constant] for values in sides}) == 2, constant
     for kernel, parts in PARTS.items():
         for part in parts:
             assert any(values[WHOLES[part]] % values[part] for values in launched[kernel]), (kernel, part)

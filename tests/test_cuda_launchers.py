@@ -17,8 +17,7 @@ from cases import BL, BR, CORNERS, TL, TR, Case
 from cuda_double import CONTEXT, STREAM, DriverDouble
 from oracles import assert_close
 
-from nflows_kconv import stencil
-from nflows_kconv.backends import native, reference
+from nflows_kconv.backends import cuda, native, reference
 from nflows_kconv.backends.cuda import native_launcher, plan, planning, runtime
 from nflows_kconv.backends.cuda.native_launcher import NativeLauncher
 from nflows_kconv.backends.cuda.plan import POINTER_BYTES, Launch, Plan, arguments, kernel
@@ -47,7 +46,7 @@ def launcher(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 def problem(case: Case, operation: str = "solve", **changes: Any) -> Problem:
     other = case.input(seed=2) if operation == "weight_gradient" else case.weight()
-    own = Problem(operation, case.input(), other, stencil.parse(case.corners), kernel_size=case.kernel_size)
+    own = Problem(operation, case.input(), other, case.stencils, kernel_size=case.kernel_size)
     return own._replace(**changes)
 
 
@@ -58,8 +57,8 @@ EMULATED = (
     Case((TL, BR), per_group=3, layout="channels_last"),
     Case((BR,), per_group=2, layout="cropped", dtype=torch.float64),
     Case((TR, BL), per_group=2, kernel_size=(2, 4), layout="expanded", dtype=torch.float16),
-    Case(CORNERS * 5, per_group=1, kernel_size=(2, 2), height=3, width=3),
-    Case((TL,), per_group=70, batch=1, height=2, width=3, kernel_size=(2, 2)),
+    Case(CORNERS * 5, per_group=1, kernel_size=(2, 2), size=(3, 3)),
+    Case((TL,), per_group=70, batch=1, size=(2, 3), kernel_size=(2, 2)),
 )
 
 
@@ -84,6 +83,28 @@ def test_results_are_those_of_the_reference(launcher: SimpleNamespace, case: Cas
         assert_close(gradient, reference.run(asked), factor=4)
         assert gradient.is_contiguous()
     assert len(launcher.driver.launches) >= 5
+
+
+@cuda_emulator.needs_compiler
+@needs_native
+@pytest.mark.parametrize("launcher", ["native"], indirect=True)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(("L", "R"), kernel_size=(3, 2), layout="cropped", biased=True),
+        Case(("R",), per_group=3, kernel_size=(5, 3), layout="channels_last", dtype=torch.float64),
+        Case(("NTL", "FBR"), kernel_size=(2, 2, 3), size=(3, 4, 5), biased=True),
+    ],
+    ids=str,
+)
+def test_exchanged_axes_and_three_dimensions(launcher: SimpleNamespace, case: Case):
+    for operation in ("conv", "solve"):
+        for changes in (dict(unit_diagonal=True, bias=case.bias()), dict(transpose=True, log_diagonal=case.bias() / 8)):
+            asked = problem(case, operation, **changes)
+            output = cuda.run(asked)
+            assert_close(output, reference.run(asked))
+            assert output.stride() == torch.empty_like(asked.input).stride()
+    assert launcher.driver.launches
 
 
 # With plans that are made up
@@ -181,8 +202,8 @@ def test_a_problem_is_planned_once(launcher: SimpleNamespace, planner: Planner):
     changes = [
         {},
         dict(batch=3),
-        dict(height=6),
-        dict(width=7),
+        dict(size=(6, 6)),
+        dict(size=(5, 7)),
         dict(dtype=torch.float16),
         dict(kernel_size=(2, 2)),
         dict(corners=(TL, TR, BL, BL)),
@@ -214,8 +235,8 @@ def test_plans_are_bounded_and_kernels_stay(launcher: SimpleNamespace, planner: 
 
 
 def test_empty_tensors_need_no_launch(launcher: SimpleNamespace, planner: Planner):
-    for size in ("batch", "height", "width"):
-        case = Case(layout="channels_last", **{size: 0})
+    for change in (dict(batch=0), dict(size=(0, 6)), dict(size=(5, 0))):
+        case = Case(layout="channels_last", **change)
         assert launcher.run(problem(case)).shape == case.input_shape
         gradient = launcher.run(problem(case, "weight_gradient"))
         assert torch.equal(gradient, torch.zeros(case.weight_shape))

@@ -11,16 +11,20 @@ import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from cases import DTYPES
 from cuda_double import DriverDouble
-from cuda_emulator import H100
+from cuda_emulator import H100, planned
+from hypothesis import given
+from hypothesis import strategies as st
 
 from nflows_kconv import stencil
 from nflows_kconv.backends import cuda, registry
 from nflows_kconv.backends.cuda import cache, compiler, driver, planning, runtime
-from nflows_kconv.backends.cuda.plan import Kernel, Problem
+from nflows_kconv.backends.cuda.plan import Device, Kernel, Problem
 from nflows_kconv.backends.cuda.runtime import Runtime, why_not
 
 
@@ -292,6 +296,12 @@ torch.testing.assert_close(torch.cat(list(loader)), expected)
 # Why kernels cannot run
 
 
+def problem_of(*corners: str, operation: str = "conv", channels: int = 1) -> registry.Problem:
+    image = torch.ones(1, channels * len(corners), 1, 1)
+    weight = torch.ones(channels * len(corners), channels, 1, 1)
+    return registry.Problem(operation, image, weight, stencil.parse(corners), kernel_size=(1, 1))
+
+
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A machine where all is well, as far as the runtime can see."""
@@ -305,19 +315,45 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     runtime.told_why_not.cache_clear()
 
 
-def problem_of(*corners: str) -> registry.Problem:
-    image = torch.ones(1, len(corners), 1, 1)
-    weight = torch.ones(len(corners), 1, 1, 1)
-    return registry.Problem("conv", image, weight, stencil.parse(corners), kernel_size=(1, 1))
-
-
 def test_nothing_is_wrong_on_a_gpu(gpu: None):
     assert why_not() is None
     assert cuda.why_not(problem_of("TL", "BR")) is None
 
 
-def test_sides_are_not_for_the_kernels(gpu: None):
-    assert cuda.why_not(problem_of("TL", "B")) == "its kernels know corners alone"
+@pytest.mark.parametrize(
+    ("problem", "reason"),
+    [
+        (problem_of("T", "B"), None),
+        (problem_of("L", "R", operation="solve"), None),
+        (problem_of("TL", "B"), "its kernels take stencils of one family in a call: corners, T and B, or L and R"),
+        (problem_of("T", "R"), "its kernels take stencils of one family in a call: corners, T and B, or L and R"),
+        (problem_of("T", operation="weight_gradient"), "its kernel of the weight gradient is for corners"),
+        (problem_of("T", channels=65), "with sides its convolution is for 64 channels a group"),
+        (
+            problem_of("L", channels=17, operation="solve"),
+            "with sides its solver is for 16 channels a group, kernels of 7 x 7 and 112 torch.float32 weights of each "
+            "output channel at most",
+        ),
+    ],
+)
+def test_reasons_of_stencils(gpu: None, problem: registry.Problem, reason: str | None):
+    assert cuda.why_not(problem) == reason
+
+
+@given(
+    channels=st.integers(1, 17),
+    kernel_size=st.tuples(st.integers(1, 8), st.integers(1, 8)),
+    dtype=st.sampled_from(DTYPES),
+    image=st.tuples(st.sampled_from((1, 100)), st.integers(1, 300), st.integers(1, 300)),
+)
+def test_sides_without_a_reason_have_a_plan(channels: int, kernel_size: Any, dtype: torch.dtype, image: Any):
+    least = Device((7, 5), multiprocessors=1, shared_memory=48 * 1024)
+    if planning.why_not("solve", (8,), channels, kernel_size, dtype) is None:
+        batch, height, width = image
+        input = torch.empty(batch, channels, height, width, dtype=dtype, device="meta")
+        weight = torch.empty(channels, channels, *kernel_size, dtype=dtype, device="meta")
+        asked = planned(registry.Problem("solve", input, weight, (8,), kernel_size=kernel_size))
+        assert planning.plan(asked, least).launches[0].kernel.name == "solve_rows"
 
 
 def test_reasons(gpu: None, monkeypatch: pytest.MonkeyPatch):

@@ -44,18 +44,20 @@ thorough = settings.default.max_examples > 100
 
 
 def problems(channels: int, side: int, image: tuple[int, int, int], dtype: torch.dtype) -> Iterator[Problem]:
-    corners = (0, 1, 2, 3) if channels <= 6 else (0,)
+    corners, sides = ((0, 1, 2, 3), (8, 11, 8, 11)) if channels <= 6 else ((0,), (8,))
     batch, height, width = image
     total = channels * len(corners)
     input = torch.empty(batch, total, height, width, dtype=dtype, device="meta")
-    weight = torch.empty(total, channels, side, side, dtype=dtype, device="meta")
-    size = (side, side)
-    for transpose in (False, True):  # a bias takes registers: where it fits, so does the same without one
-        bias = None if transpose else torch.empty(total, device="meta")
-        for operation in ("solve", "conv"):
-            asked = registry.Problem(operation, input, weight, corners, bias, transpose=transpose, kernel_size=size)
-            yield emulator.planned(asked)
-    yield emulator.planned(registry.Problem("weight_gradient", input, input, corners, kernel_size=size))
+    for stencils, rows in ((corners, side), (sides, side // 2 + 1)):
+        size = rows, side
+        weight = torch.empty(total, channels, *size, dtype=dtype, device="meta")
+        for operation, transpose in product(("solve", "conv"), (False, True)):
+            if planning.why_not(operation, stencils, channels, size, dtype) is None:
+                # A bias takes registers: where it fits, so does the same without one.
+                bias = None if transpose else torch.empty(total, device="meta")
+                called = operation, input, weight, stencils, bias
+                yield emulator.planned(registry.Problem(*called, transpose=transpose, kernel_size=size))
+    yield emulator.planned(registry.Problem("weight_gradient", input, input, corners, kernel_size=(side, side)))
 
 
 def launches(device: Device) -> Iterator[Launch]:

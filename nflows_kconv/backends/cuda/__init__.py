@@ -46,14 +46,12 @@ def run(problem: Problem) -> Tensor:
     """Runs a problem; in three dimensions what torch's own convolutions do, they do."""
     if problem.dimensions == 3:
         return planes.solve(problem, run) if problem.operation == "solve" else reference.run(problem)
-    family = stencil.family(problem.stencils[0])
-    if family == _LEFT:
-        # Kernels exchange no axes: views do.
+    if stencil.family(problem.stencils[0]) == _LEFT:  # kernels exchange no axes, views do
         upright = problem._replace(
-            input=stencil.canonical(problem.input, family, 2),
-            other=stencil.canonical(problem.other, family, 2),
+            input=problem.input.mT,
+            other=problem.other.mT,
             stencils=[code ^ _LEFT ^ _TOP for code in problem.stencils],
             kernel_size=problem.kernel_size[::-1],
         )
-        return stencil.from_canonical(run(upright), family, 2)
+        return run(upright).mT
     return native_launcher.run(problem) if native.available else _python_launcher.run(problem)

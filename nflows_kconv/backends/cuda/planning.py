@@ -20,11 +20,10 @@ def why_not(
     operation: str, stencils: Sequence[int], channels: int, kernel_size: Sequence[int], dtype: torch.dtype
 ) -> str | None:
     """Why no kernel computes this with these stencils, for so many channels a group; None where one does."""
-    families = set(map(stencil.family, stencils))
-    if len(families) > 1:
-        return "its kernels take stencils of one family in a call: corners, T and B, or L and R"
     if all(map(stencil.is_corner, stencils)):
         return None
+    if len(set(map(stencil.family, stencils))) > 1:
+        return "its kernels take stencils of one family in a call: corners, T and B, or L and R"
     if operation == "weight_gradient":
         return "its kernel of the weight gradient is for corners"
     if operation == "conv":
