@@ -90,16 +90,16 @@ class Layer(nn.Module):
         return self.raw_weight
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return functional.conv2d(x, self.weight(), self.corner), self.log_abs_det(x)
+        return functional.conv2d(x, self.weight(), corners=self.corner), self.log_abs_det(x)
 
     def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
         return self.solve(y), -self.log_abs_det(y)
 
     def solve(self, y: Tensor) -> Tensor:
-        return functional.conv2d_inverse(y, self.weight(), self.corner)
+        return functional.conv2d_inverse(y, self.weight(), corners=self.corner)
 
     def log_abs_det(self, x: Tensor) -> Tensor:
-        return functional.log_abs_det(self.weight(), self.corner, *x.shape[2:]).repeat(len(x))
+        return functional.log_abs_det(self.weight(), corners=self.corner, size=x.shape[2:]).repeat(len(x))
 
 
 class Elementwise(nn.Module):
@@ -221,19 +221,19 @@ class OfOneSample(Elementwise):
 @broken("inverse ignores the other channels", INVERTIBLE)
 class OwnChannel(Layer):
     def solve(self, y):
-        return functional.conv2d_inverse(y, self.weight() * torch.eye(4).to(y)[:, :, None, None], self.corner)
+        return functional.conv2d_inverse(y, self.weight() * torch.eye(4).to(y)[:, :, None, None], corners=self.corner)
 
 
 @broken("inverse ignores the corner", INVERTIBLE)
 class OtherCorner(Layer):
     def solve(self, y):
-        return functional.conv2d_inverse(y, self.weight(), "TL")
+        return functional.conv2d_inverse(y, self.weight(), corners="TL")
 
 
 @broken("inverse transposed the wrong way", INVERTIBLE)
 class Transposed(Layer):
     def solve(self, y):
-        return functional.conv2d_inverse(y, self.weight().transpose(0, 1), self.corner)
+        return functional.conv2d_inverse(y, self.weight().transpose(0, 1), corners=self.corner)
 
 
 @broken("inverse by too few iterations", INVERTIBLE)
@@ -242,7 +242,7 @@ class Iterated(Layer):
         scale = self.weight()[:, :, 0, 0].diagonal()[:, None, None]
         x = y / scale
         for _ in range(6):
-            x = x + (y - functional.conv2d(x, self.weight(), self.corner)) / scale
+            x = x + (y - functional.conv2d(x, self.weight(), corners=self.corner)) / scale
         return x
 
 
@@ -397,20 +397,20 @@ class Solve(torch.autograd.Function):
     def forward(ctx, y, weight, fault):
         ctx.save_for_backward(y, weight)
         ctx.fault = fault
-        return functional.conv2d_inverse(y, weight, "BR")
+        return functional.conv2d_inverse(y, weight, corners="BR")
 
     @staticmethod
     def backward(ctx, grad):
         y, weight = (tensor.detach() for tensor in ctx.saved_tensors)
         with torch.enable_grad():
             y.requires_grad_()
-            x = functional.conv2d_inverse(y, weight, "BR")
+            x = functional.conv2d_inverse(y, weight, corners="BR")
             grad_y = torch.autograd.grad(x, y, grad)[0]
             weight.requires_grad_()
-            convolved = functional.conv2d((y if ctx.fault == "y for x" else x).detach(), weight, "BR")
+            convolved = functional.conv2d((y if ctx.fault == "y for x" else x).detach(), weight, corners="BR")
             grad_weight = -torch.autograd.grad(convolved, weight, grad_y)[0]
         if ctx.fault == "not transposed":
-            grad_y = functional.conv2d_inverse(grad, weight.detach(), "BR")
+            grad_y = functional.conv2d_inverse(grad, weight.detach(), corners="BR")
         return grad_y, grad_weight, None
 
 
