@@ -198,10 +198,11 @@ using ChannelsKernel = void (*)(T* const*, int64_t, int64_t, const int64_t*, int
 
 template <bool kSolve, typename T>
 ChannelsKernel<T> channels_kernel(int64_t vectors, int64_t pixels) {
-#define KCONV_ROW(V)                                                                                            \
-  {                                                                                                             \
-    compute_channels<kSolve, V, 1, T>, compute_channels<kSolve, V, 2, T>, compute_channels<kSolve, V, 3, T>,    \
-        compute_channels<kSolve, V, 4, T>, compute_channels<kSolve, V, 5, T>, compute_channels<kSolve, V, 6, T> \
+#define KCONV_ROW(V)                                                                                             \
+  {                                                                                                              \
+    compute_channels<kSolve, V, 1, T>, compute_channels<kSolve, V, 2, T>, compute_channels<kSolve, V, 3, T>,     \
+        compute_channels<kSolve, V, 4, T>, compute_channels<kSolve, V, 5, T>, compute_channels<kSolve, V, 6, T>, \
+        compute_channels<kSolve, V, 7, T>, compute_channels<kSolve, V, 8, T>                                     \
   }
   static constexpr ChannelsKernel<T> kernels[kMaxChannelVectors][kMaxPixels] = {KCONV_ROW(1), KCONV_ROW(2),
                                                                                 KCONV_ROW(3)};
@@ -210,6 +211,33 @@ ChannelsKernel<T> channels_kernel(int64_t vectors, int64_t pixels) {
 }
 
 // ---- Weights -------------------------------------------------------------------------------------------------------
+
+// Where lanes are channels and A is not transposed: packs what is known for vectors of outputs, whose weights lie in
+// memory as rows of [input, tap], by transposing squares of them.
+template <typename T>
+void pack_known(const Problem<T>& problem, const Plan& plan, int64_t stencil, const Tile& tile, const T* outputs,
+                int64_t output_stride, const T* scales, T* to) {
+  constexpr int n = kLanes<T>;
+  const int64_t area = problem.kernel_height * problem.kernel_width, count = plan.channels * area;
+  const int64_t* const places = plan.places + mirrors(stencil) * area;
+  for (int64_t first = 0; first < tile.size; first += n) {
+    const int64_t present = smaller(n, plan.channels - tile.first - first);
+    for (int64_t start = 0; start < count; start += n) {
+      start = smaller(start, count - n);  // the last square overlaps the one before
+      Vector<T> square[n];
+      for (int i = 0; i < n; ++i)
+        square[i] = i < present ? load(outputs + (first + i) * output_stride + start) * scales[first + i] : Vector<T>{};
+      transpose<1, T>(square);
+      int64_t input = start / area, tap = start % area;
+      for (int i = 0; i < n; ++i) {
+        const int64_t place = places[tap];
+        if (place >= 0 && (place < plan.tap_count - 1 || input < tile.first))
+          store(to + (place * plan.channels + input) * tile.size + first, square[i]);
+        if (++tap == area) ++input, tap = 0;
+      }
+    }
+  }
+}
 
 template <typename T>
 void pack_weights(const Problem<T>& problem, const Plan& plan, int64_t group, int64_t index, T* packed) {
@@ -236,7 +264,12 @@ void pack_weights(const Problem<T>& problem, const Plan& plan, int64_t group, in
   T* to = packed + tile.weights;
   const T* const scales = to;
   for (int64_t o = 0; filled && o < tile.size; ++o) *to++ = scaled && o < own ? 1 / diagonal(o) : T(1);
-  for (int64_t tap = 0; tap < plan.tap_count; ++tap) {
+  const bool squares = filled && !transpose && channels * area >= kLanes<T>;
+  if (squares) {
+    pack_known(problem, plan, stencil, tile, outputs, output_stride, scales, to);
+    to += ((plan.tap_count - 1) * channels + tile.first) * tile.size;
+  }
+  for (int64_t tap = 0; !squares && tap < plan.tap_count; ++tap) {
     const T* inputs = outputs + problem.tap(stencil, plan.taps[tap]);
     const int64_t known = tap == plan.tap_count - 1 ? tile.first : channels;
     for (int64_t i = 0; i < known; ++i)
@@ -298,83 +331,94 @@ struct Strip {
   }
 
  private:
+  // Images or channels of the tensor: elements of pixels, and of the bias, from one to the next.
+  struct Axis {
+    int64_t count, stride, bias_stride;
+  };
+
   template <bool kToBuffer, bool kShift, typename Pointer>
-  void move_shifted(Pointer group_pixels, const Strides& strides, int64_t begin, int64_t end) const {
-    const int64_t first_row = flip_rows ? problem.height - end : begin;
+  void move_shifted(Pointer pixels, const Strides& strides, int64_t begin, int64_t end) const {
     const int64_t lines = by_columns ? problem.width : end - begin, length = by_columns ? end - begin : problem.width;
     const int64_t line_stride = by_columns ? strides.column : strides.row;
     const int64_t stride = by_columns ? strides.row : strides.column;
     const bool contiguous = stride == 1 && (line_stride == length || lines == 1);
-    const int64_t buffers = plan.lanes == Lanes::channels ? images : 1;
-    for (int64_t i = 0; i < buffers * plan.channels; ++i) {
-      const int64_t image = i / plan.channels, channel = i % plan.channels;
-      Pointer pixels = group_pixels + image * strides.batch + channel * strides.channel + first_row * strides.row;
-      T* lanes = buffer + image * plan.image_pitch +
-                 (problem.transpose ? plan.channels - 1 - channel : channel) * plan.channel_pitch;
-      const T shift = !kShift ? T(0) : kToBuffer ? -bias[channel] : bias[channel];
+
+    const int64_t sign = problem.transpose ? -1 : 1;
+    const Axis image_axis{images, strides.batch, 0}, channel_axis{plan.channels, sign * strides.channel, sign};
+    const bool channels = plan.lanes == Lanes::channels;
+    const Axis &each = channels ? image_axis : channel_axis, &lane = channels ? channel_axis : image_axis;
+    const int64_t pitch = channels ? plan.image_pitch : plan.channel_pitch;
+
+    const int64_t first_channel = problem.transpose ? plan.channels - 1 : 0;
+    pixels += first_channel * strides.channel + (flip_rows ? problem.height - end : begin) * strides.row;
+    for (int64_t i = 0; i < each.count; ++i, pixels += each.stride) {
+      T* lanes = buffer + i * pitch;
+      const T* shift = kShift ? bias + first_channel + i * each.bias_stride : nullptr;
       if (contiguous) {
-        move_run<kToBuffer, kShift>(pixels, 1, strides.batch, lines * length, places, lanes, shift);
+        move_run<kToBuffer, kShift>(pixels, 1, lane, lines * length, places, lanes, shift);
       } else {
         for (int64_t line = 0; line < lines; ++line)
-          move_run<kToBuffer, kShift>(pixels + line * line_stride, stride, strides.batch, length,
-                                      places + line * length, lanes, shift);
+          move_run<kToBuffer, kShift>(pixels + line * line_stride, stride, lane, length, places + line * length, lanes,
+                                      shift);
       }
     }
   }
 
-  // Moves pixels of one channel of all images.
+  // Moves pixels of one channel of all images, or of all channels of one image.
   template <bool kToBuffer, bool kShift, typename Pointer>
-  void move_run(Pointer pixels, int64_t stride, int64_t batch_stride, int64_t count, const int64_t* run_places,
-                T* lanes, T shift) const {
-    if (plan.lanes != Lanes::images) {
-      for (int64_t p = 0; p < count; ++p) copy<kToBuffer, kShift>(pixels + p * stride, lanes + run_places[p], shift);
-      return;
-    }
+  void move_run(Pointer pixels, int64_t stride, const Axis& lane, int64_t count, const int64_t* run_places, T* lanes,
+                const T* shift) const {
     constexpr int n = kLanes<T>;
-    for (int64_t first = 0; first < images; first += n) {  // a vector of lanes
-      const int64_t present = smaller(n, images - first);
-      Pointer images_pixels = pixels + first * batch_stride;
+    for (int64_t first = 0; first < lane.count; first += n) {  // a vector of lanes
+      const int64_t present = smaller(n, lane.count - first);
+      Pointer from = pixels + first * lane.stride;
+      const T* shifts = kShift ? shift + first * lane.bias_stride : nullptr;
       for (int64_t p = 0; p < count; p += n) {
         const int64_t pixels_here = smaller(n, count - p);
-        if (stride == 1 && pixels_here == n) {
-          move_square<kToBuffer, kShift>(images_pixels + p, batch_stride, present, run_places + p, lanes + first,
-                                         shift);
+        if (plan.lanes != Lanes::rows && stride == 1 && pixels_here == n) {
+          move_square<kToBuffer, kShift>(from + p, lane, present, run_places + p, lanes + first, shifts);
           continue;
         }
-        // Image by image: pixels of one image share a cache line, those of many images may evict each other.
-        for (int64_t image = 0; image < present; ++image)
+        // Lane by lane: pixels of one image share a cache line, those of many images may evict each other.
+        for (int64_t i = 0; i < present; ++i)
           for (int64_t q = p; q < p + pixels_here; ++q)
-            copy<kToBuffer, kShift>(images_pixels + image * batch_stride + q * stride,
-                                    lanes + run_places[q] + first + image, shift);
+            copy<kToBuffer, kShift>(from + i * lane.stride + q * stride, lanes + run_places[q] + first + i,
+                                    kShift ? shifts + i * lane.bias_stride : nullptr);
       }
     }
   }
 
   template <bool kToBuffer, bool kShift, typename Pointer>
-  static void move_square(Pointer pixels, int64_t batch_stride, int64_t present, const int64_t* run_places, T* lanes,
-                          T shift) {
+  static void move_square(Pointer pixels, const Axis& lane, int64_t present, const int64_t* run_places, T* lanes,
+                          const T* shifts) {
     constexpr int n = kLanes<T>;
     Vector<T> square[n];
-    for (int i = 0; i < n; ++i) {
-      if constexpr (kToBuffer)
-        square[i] = i < present ? load(pixels + i * batch_stride) : Vector<T>{};
-      else
-        square[i] = load(lanes + run_places[i]);
-      if constexpr (kShift) square[i] = square[i] + shift;
+    if constexpr (!kToBuffer) {
+      for (int i = 0; i < n; ++i) square[i] = load(lanes + run_places[i]);
+      transpose<1, T>(square);
     }
-    transpose<1, T>(square);
-    if constexpr (kToBuffer)
+    for (int i = 0; i < n; ++i) {
+      if (i >= present) {
+        if constexpr (kToBuffer) square[i] = Vector<T>{};
+        continue;
+      }
+      if constexpr (kToBuffer) square[i] = load(pixels + i * lane.stride);
+      if constexpr (kShift)
+        square[i] = kToBuffer ? square[i] - shifts[i * lane.bias_stride] : square[i] + shifts[i * lane.bias_stride];
+      if constexpr (!kToBuffer) store(pixels + i * lane.stride, square[i]);
+    }
+    if constexpr (kToBuffer) {
+      transpose<1, T>(square);
       for (int i = 0; i < n; ++i) store(lanes + run_places[i], square[i]);
-    else
-      for (int64_t i = 0; i < present; ++i) store(pixels + i * batch_stride, square[i]);
+    }
   }
 
   template <bool kToBuffer, bool kShift, typename Pointer>
-  static void copy(Pointer pixel, T* lane, T shift) {
+  static void copy(Pointer pixel, T* lane, const T* shift) {
     if constexpr (kToBuffer)
-      *lane = kShift ? *pixel + shift : *pixel;
+      *lane = kShift ? *pixel - *shift : *pixel;
     else
-      *pixel = kShift ? *lane + shift : *lane;
+      *pixel = kShift ? *lane + *shift : *lane;
   }
 };
 

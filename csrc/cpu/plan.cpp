@@ -112,6 +112,11 @@ OwnedPlan make_plan(const Problem<T>& problem, int64_t family, int64_t groups, c
         plan.owned_offsets.push_back(channel * plan.channel_pitch - back);
     }
   plan.tap_count = int64_t(plan.owned_taps.size());
+  const int64_t area = problem.kernel_height * problem.kernel_width;
+  plan.owned_places.assign(kMirrorImages * area, -1);
+  for (int64_t image = 0; image < kMirrorImages; ++image)
+    for (int64_t tap = 0; tap < plan.tap_count; ++tap)
+      plan.owned_places[image * area + problem.tap(family | image, plan.owned_taps[tap])] = tap;
   // Registers hold the sums, a vector of inputs for each vector of lanes, and a weight.
   const int64_t taps = plan.tap_count - 1;
   plan.owned_tiles = plan.lanes == Lanes::channels
@@ -129,6 +134,7 @@ OwnedPlan make_plan(const Problem<T>& problem, int64_t family, int64_t groups, c
   plan.tile_count = int64_t(plan.owned_tiles.size());
   plan.tiles = plan.owned_tiles.data();
   plan.taps = plan.owned_taps.data();
+  plan.places = plan.owned_places.data();
   plan.offsets = plan.owned_offsets.data();
   return plan;  // moved or built in place: the pointers stay
 }

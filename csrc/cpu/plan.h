@@ -28,7 +28,7 @@ constexpr int kMaxTile = 6;
 constexpr int kMaxVectors = 4;
 // And where lanes are channels: so many vectors of them, for so many pixels.
 constexpr int kMaxChannelVectors = 3;
-constexpr int kMaxPixels = 6;
+constexpr int kMaxPixels = 8;
 
 enum class Lanes { images, rows, channels };
 
@@ -68,12 +68,13 @@ struct Plan {
   int64_t tap_count;
   const Lag* taps;         // that can reach into the image, the pivot last
   const int64_t* offsets;  // of the inputs of a pixel: each channel at each tap
+  const int64_t* places;   // for each mirror image of the stencil: where each tap of a kernel is in `taps`, or -1
 };
 
 struct OwnedPlan : Plan {
   std::vector<Tile> owned_tiles;
   std::vector<Lag> owned_taps;
-  std::vector<int64_t> owned_offsets;
+  std::vector<int64_t> owned_offsets, owned_places;
 };
 
 // For so many groups of a family; the problem is in the family's frame.

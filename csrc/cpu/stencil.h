@@ -13,7 +13,10 @@ namespace kconv {
 constexpr int64_t kMirrorsColumns = 1, kMirrorsRows = 2, kSide = 8, kExchanged = 16;
 constexpr int64_t kFamilies[] = {0, kSide, kSide | kExchanged};
 
-inline int64_t family(int64_t stencil) { return stencil & ~(kMirrorsColumns | kMirrorsRows); }
+constexpr int64_t kMirrorImages = 4;
+
+inline int64_t mirrors(int64_t stencil) { return stencil & (kMirrorsColumns | kMirrorsRows); }
+inline int64_t family(int64_t stencil) { return stencil - mirrors(stencil); }
 inline int64_t opposite(int64_t stencil) { return stencil ^ (kMirrorsColumns | kMirrorsRows); }
 
 // The pivot's column in a canonical kernel.
