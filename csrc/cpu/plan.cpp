@@ -5,7 +5,7 @@
 namespace kconv {
 namespace {
 
-// Bytes of buffer that leave room for weights in a second-level cache.
+// Bytes of buffer that leave room for weights in a second-level cache, and of weights that leave room for pixels.
 constexpr int64_t kBufferBytes = 512 * 1024;
 
 // Tiles of whole units of channels, as equal as possible, so that none runs with few accumulators. A tile has weights
@@ -53,9 +53,14 @@ OwnedPlan make_plan(const Problem<T>& problem, int64_t family, int64_t groups, c
   const int64_t lanes = plan.lanes_per_vector = target.vector_bytes / int64_t(sizeof(T));
   const int64_t image_vectors = divide_up(problem.batch, lanes);
 
+  // What a position reads, for each tile again.
+  const int64_t input_bytes = problem.kernel_height * problem.kernel_width * plan.channels * int64_t(sizeof(T));
+  const int64_t position_lanes = lanes * std::min<int64_t>(image_vectors, target.max_vectors);
+  const bool spilled = input_bytes * position_lanes > 4 * kBufferBytes;
+
   // Vectors of outputs: many images fill lanes, few large ones fill them with rows, few small ones with channels, where
   // a vector costs more, since no weight serves several.
-  const int64_t image_steps = image_vectors * height * width * plan.channels;
+  const int64_t image_steps = image_vectors * height * width * plan.channels * (spilled ? 2 : 1);
   const int64_t row_steps =
       problem.batch * divide_up(height, lanes) * (width + plan.skew * (lanes - 1)) * plan.channels;
   const int64_t channel_vectors = divide_up(plan.channels, lanes);
@@ -119,8 +124,9 @@ OwnedPlan make_plan(const Problem<T>& problem, int64_t family, int64_t groups, c
       plan.owned_places[image * area + problem.tap(family | image, plan.owned_taps[tap])] = tap;
   // Registers hold the sums, a vector of inputs for each vector of lanes, and a weight.
   const int64_t taps = plan.tap_count - 1;
+  const bool large = input_bytes * lanes * kMaxChannelVectors > kBufferBytes;
   plan.owned_tiles = plan.lanes == Lanes::channels
-                         ? make_tiles(plan.channels, lanes, taps, 1, kMaxChannelVectors)
+                         ? make_tiles(plan.channels, lanes, taps, 1, kMaxChannelVectors - large)
                          : make_tiles(plan.channels, 1, taps, 0,
                                       std::min<int64_t>(kMaxTile, (target.registers - 1) / plan.vectors - 1));
   const int64_t tile_vectors = divide_up(plan.owned_tiles.front().size, lanes);
