@@ -328,7 +328,7 @@ def test_nothing_is_wrong_on_a_gpu(gpu: None):
         (problem_of("TL", "B"), "its kernels take stencils of one family in a call: corners, T and B, or L and R"),
         (problem_of("T", "R"), "its kernels take stencils of one family in a call: corners, T and B, or L and R"),
         (problem_of("T", operation="weight_gradient"), "its kernel of the weight gradient is for corners"),
-        (problem_of("T", channels=65), "with sides its convolution is for 64 channels a group"),
+        (problem_of("T", channels=65), "with sides its convolution is for 64 channels a group at most"),
         (
             problem_of("L", channels=17, operation="solve"),
             "with sides its solver is for 16 channels a group, kernels of 7 x 7 and 112 torch.float32 weights of each "

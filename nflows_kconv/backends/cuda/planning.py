@@ -26,13 +26,10 @@ def why_not(
         return "its kernels take stencils of one family in a call: corners, T and B, or L and R"
     if operation == "weight_gradient":
         return "its kernel of the weight gradient is for corners"
-    if operation == "conv":
-        return (
-            None
-            if channels <= _MANY_CHANNELS
-            else f"with sides its convolution is for {_MANY_CHANNELS} channels a group"
-        )
-    return wavefront.why_not_rows(channels, kernel_size, dtype)
+    if operation == "solve":
+        return wavefront.why_not_rows(channels, kernel_size, dtype)
+    many = f"with sides its convolution is for {_MANY_CHANNELS} channels a group at most"
+    return many if channels > _MANY_CHANNELS else None
 
 
 def plan(problem: Problem, device: Device) -> Plan:
