@@ -15,7 +15,6 @@ from torch import Tensor
 from nflows_kconv import checks, ops, stencil
 from nflows_kconv.polyphase import over_phases
 
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _AXES = {1: ("L",), 2: ("H", "W"), 3: ("D", "H", "W")}
 _KERNEL_AXES = {1: ("k",), 2: ("kh", "kw"), 3: ("kd", "kh", "kw")}
 
@@ -286,8 +285,8 @@ def _check_weight(weight: Tensor, stencils: Sequence[int], dimensions: int) -> N
 def _check_tensor(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if tensor.dtype not in DTYPES:
-        names = ", ".join(str(dtype) for dtype in DTYPES)
+    if tensor.dtype not in ops.DTYPES:
+        names = ", ".join(str(dtype) for dtype in ops.DTYPES)
         raise TypeError(f"{name} must have one of the dtypes {names}, got {tensor.dtype}")
     if tensor.layout != torch.strided or tensor.is_nested:
         kind = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"

@@ -55,8 +55,8 @@ class InvertibleConv(InvertibleModule):
             )
         if diagonal not in ("unit", "learned"):
             raise ValueError(f'diagonal must be "unit" or "learned", got {diagonal!r}')
-        if dtype is not None and dtype not in functional.DTYPES:
-            raise TypeError(f"dtype must be one of {functional.DTYPES}, got {dtype}")
+        if dtype is not None and dtype not in ops.DTYPES:
+            raise TypeError(f"dtype must be one of {ops.DTYPES}, got {dtype}")
         self.diagonal = diagonal
         self.max_inverse_gain = None if max_inverse_gain is None else _check_gain(max_inverse_gain)
 

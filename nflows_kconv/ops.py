@@ -41,6 +41,8 @@ from nflows_kconv.torch_internals import (
     primal,
 )
 
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
 _library = torch.library.Library("nflows_kconv", "DEF")
 for _name in ("conv", "solve"):
     _library.define(
@@ -75,8 +77,10 @@ def _check(problem: Problem) -> None:
     others = {"second tensor": problem.other, "bias": problem.bias, "log-diagonal": problem.log_diagonal}
     operands = {role: tensor for role, tensor in others.items() if tensor is not None}
     for tensor in (first, *operands.values()):
-        if tensor.layout != torch.strided or tensor.is_nested or not tensor.is_floating_point():
-            raise ValueError(f"{name} needs dense floating-point tensors, got {tensor.layout} and {tensor.dtype}")
+        if tensor.layout != torch.strided or tensor.is_nested or tensor.dtype not in DTYPES:
+            raise ValueError(
+                f"{name} needs dense tensors of one of the dtypes {DTYPES}, got {tensor.layout} and {tensor.dtype}"
+            )
     shape, stencils, kernel_size, dimensions = first.shape, problem.stencils, problem.kernel_size, problem.dimensions
     known = stencil.STENCILS[dimensions].values() if dimensions in (2, 3) else ()
     fits = known and len(stencils) > 0 and shape[1] % len(stencils) == 0 and set(stencils) <= set(known)

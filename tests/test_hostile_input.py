@@ -153,9 +153,12 @@ def test_operators_refuse_tensors_without_memory(name: str):
             operator(images(), second, *vectors, [0], False, False)
 
 
-def test_operators_check_shapes():
-    """The reference went on with what F.conv2d and broadcasting made of them."""
+def test_operators_check_shapes_and_dtypes():
+    """The reference went on with what F.conv2d and broadcasting made of shapes, the kernels took 8 bits for 64."""
     for operator in (OPERATORS.conv, OPERATORS.solve):
+        for dtype in (torch.float8_e4m3fn, torch.int32, torch.complex64):
+            with pytest.raises(ValueError, match=rf"{dtype}"):
+                operator(images().to(dtype), weight().to(dtype), None, None, [0], False, False)
         with pytest.raises(ValueError, match=r"needs a second tensor of shape \(2, 2, 3, 3\)"):
             operator(images(), weight()[:1], None, None, [0], False, False)
         with pytest.raises(ValueError, match=r"needs a bias of shape \(2,\), torch.float32 and cpu, got \(1,\)"):
