@@ -3,8 +3,8 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import TypeVar
+from functools import partial, wraps
+from typing import Any, TypeVar
 
 import oracles
 import torch
@@ -78,6 +78,11 @@ class Case:
     def transposes(self) -> tuple[bool, ...]:
         """Whether the operators take the case as it is, and so have their transposes."""
         return (False, True) if self.dimensions > 1 and not self.dilated else (False,)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is of images, without dilation."""
+        return self.dimensions == 2 and self.dilation in (1, (1, 1))
 
     @property
     def has_sides(self) -> bool:
@@ -281,9 +286,17 @@ def over_cases(*more: Case) -> Callable[[Test], Test]:
     """Runs a property `test(case, ...)` over the table, over more cases, and over drawn ones."""
 
     def decorate(test: Test) -> Test:
+        @wraps(test)
+        def once(case: Case, **others: Any) -> None:
+            # Sequences, volumes and dilation become images before a kernel sees them: one instruction set shows that.
+            if others.get("backend") in ("cpu-baseline", "cpu-avx2") and not case.is_plain:
+                return
+            test(case=case, **others)
+
+        decorated: Any = once
         for case in (*CASES, *more):
-            test = example(case=case)(test)
-        return given(case=cases())(test)
+            decorated = example(case=case)(decorated)
+        return given(case=cases())(decorated)
 
     return decorate
 

