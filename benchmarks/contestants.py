@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from workloads import Case
+from workloads import Case, InverseCase
 
-from nflows_kconv import InvertibleConv2d, functional
+from nflows_kconv import InvertibleConv1d, InvertibleConv2d, InvertibleConv3d, functional
 
 Contestants = dict[str, Callable[[], object]]
 
@@ -53,6 +54,40 @@ def for_table(case: Case, device: str) -> Contestants:
         "inverse_backward": with_backward(functional.conv2d_inverse),
         "forward_backward": with_backward(functional.conv2d),
     }
+
+
+def for_inverse(case: InverseCase) -> Contestants:
+    """The inverse, of any stencil, dimension and dilation, and torch's own convolution of the same layer."""
+    dimensions, count = len(case.kernel_size), len(case.corners)
+    kinds = {1: InvertibleConv1d, 2: InvertibleConv2d, 3: InvertibleConv3d}
+    layer = kinds[dimensions](case.shape[0], case.kernel_size, corners=case.corners, dilation=case.dilation)
+    weight = layer.weight.detach()
+    x = torch.randn(case.batch, *case.shape)
+    convolution = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[dimensions]
+    inverse = {1: functional.conv1d_inverse, 2: functional.conv2d_inverse, 3: functional.conv3d_inverse}[dimensions]
+    padding = [
+        case.dilation * amount for size in reversed(case.kernel_size) for amount in (size - 1, 0)
+    ]  # of one corner: where the border lies costs nothing
+
+    def conv() -> Tensor:
+        groups = zip(x.chunk(count, 1), weight.chunk(count), strict=True)
+        outputs = [convolution(F.pad(group, padding), w, dilation=case.dilation) for group, w in groups]
+        return torch.cat(outputs, 1) if count > 1 else outputs[0]
+
+    return {
+        "conv": conv,
+        "inverse": lambda: inverse(x, weight, corners=case.corners, dilation=case.dilation),
+    }
+
+
+def multiply_adds(case: InverseCase) -> int:
+    """Of the inverse, those with the border included, but for masked taps; all corners of a case have as many."""
+    taps = math.prod(case.kernel_size)
+    if case.corners[0] in ("T", "B", "L", "R") and len(case.kernel_size) == 2:  # the pivot is in the middle of a row
+        width = case.kernel_size[case.corners[0] in ("T", "B")]
+        taps -= width - 1 - (width - 1) // 2
+    channels, *sizes = case.shape
+    return case.batch * math.prod(sizes) * channels * (channels // len(case.corners)) * taps
 
 
 def for_host(case: Case, device: str) -> Contestants:

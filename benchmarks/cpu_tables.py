@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import contestants
 import timing
-from workloads import Case, Workload
+from workloads import Case, InverseCase, Workload
 
 
 def sections(workload: Workload, seconds: float) -> Iterator[tuple[str, list[dict]]]:
@@ -17,6 +17,8 @@ def sections(workload: Workload, seconds: float) -> Iterator[tuple[str, list[dic
     titles = {"image side": "one image, growing", "batch": "16 x 16, growing batch"}
     for name, cases in workload.curves.items():
         yield name, _curve(titles[name], cases, seconds)
+    for name, inverse_cases in workload.inverses.items():
+        yield name, _inverses(name, inverse_cases, seconds)
 
 
 def _table(title: str, cases: list[Case], seconds: float) -> list[dict]:
@@ -49,6 +51,24 @@ def _curve(title: str, cases: list[Case], seconds: float) -> list[dict]:
         print(
             f"{case.batch:5d}  {case.shape!s:15s} {t['inverse']:10.0f} us {1e3 * t['inverse'] / pixels:9.1f} ns"
             f" {1e3 * t['conv2d'] / pixels:7.1f} ns",
+            flush=True,
+        )
+        rows.append({**case._asdict(), "microseconds": t})
+    return rows
+
+
+def _inverses(title: str, cases: list[InverseCase], seconds: float) -> list[dict]:
+    """The time of a multiply-add tells stencils of different numbers of taps apart."""
+    print(f"\n{title}, float32; the ratio is to torch's own convolution of the same layer\n")
+    print("batch  (C, ...)             corners                    conv     inverse         a multiply-add")
+    rows = []
+    for case in cases:
+        t = timing.wall(contestants.for_inverse(case), seconds)
+        picoseconds = 1e6 * t["inverse"] / contestants.multiply_adds(case)
+        names = ",".join(case.corners[:4]) + ",..." * (len(case.corners) > 4)
+        print(
+            f"{case.batch:5d}  {case.shape!s:20s} {names:18s} {t['conv']:10.0f} us {t['inverse']:10.0f} us"
+            f" {t['inverse'] / t['conv']:5.2f}x {picoseconds:6.1f} ps",
             flush=True,
         )
         rows.append({**case._asdict(), "microseconds": t})

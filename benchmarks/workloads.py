@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 Shape = tuple[int, int, int]  # (C, H, W)
 FOUR, ONE = ("TL", "TR", "BL", "BR"), ("TL",)
+EIGHT = ("NTL", "NTR", "NBL", "NBR", "FTL", "FTR", "FBL", "FBR")
 PAPER_SHAPES: list[Shape] = [(12, 16, 16), (24, 8, 8), (48, 4, 4), (12, 32, 32), (24, 16, 16), (48, 8, 8)]
 
 
@@ -18,6 +19,24 @@ class Case(NamedTuple):
     corners: tuple[str, ...] = FOUR
 
 
+class InverseCase(NamedTuple):
+    """A batch of images of one to three dimensions and a layer for it, whose inverse is measured.
+
+    Attributes:
+        batch: Number of images.
+        shape: (C, ...) of an image.
+        corners: Of the layer.
+        kernel_size: Of the layer, one number an axis.
+        dilation: Of all axes.
+    """
+
+    batch: int
+    shape: tuple[int, ...]
+    corners: tuple[str, ...]
+    kernel_size: tuple[int, ...] = (3, 3)
+    dilation: int = 1
+
+
 @dataclass(frozen=True)
 class Workload:
     """All that one run measures.
@@ -25,6 +44,7 @@ class Workload:
     Attributes:
         tables: Cases by the name of their table; each row has all contestants.
         curves: Cases along one axis by the axis's name; each point has few contestants.
+        inverses: Cases of any stencil, dimension and dilation by the name of their table.
         copied_bytes: Size of the tensor whose copy gives the copy bandwidth.
         matrix_size: Of the product that gives the float32 rate.
         chain_lengths: Widths of the two images whose difference in time gives the latency of a step.
@@ -33,6 +53,7 @@ class Workload:
 
     tables: dict[str, list[Case]]
     curves: dict[str, list[Case]]
+    inverses: dict[str, list[InverseCase]] = field(default_factory=dict)
     copied_bytes: int = 2**29
     matrix_size: int = 8192
     chain_lengths: tuple[int, int] = (1024, 4096)
@@ -56,6 +77,29 @@ def _cpu_table(corners: tuple[str, ...]) -> list[Case]:
 CPU = Workload(
     tables={"four groups": _cpu_table(FOUR), "one group": _cpu_table(ONE)},
     curves={"image side": _SIDES, "batch": _BATCHES},
+    inverses={
+        # About as many taps: 12 of the corners, 13 of the sides.
+        "corners and sides": [
+            InverseCase(100, shape, corners, kernel_size)
+            for shape in PAPER_SHAPES
+            for corners, kernel_size in ((FOUR, (3, 4)), (("T", "B") * 2, (3, 5)), (("L", "R") * 2, (5, 3)))
+        ],
+        "one and three dimensions": [
+            InverseCase(16, (16, 16384), ("L", "R"), (3,)),
+            InverseCase(1, (16, 16384), ("L", "R"), (3,)),
+            InverseCase(8, (16, 16, 16, 16), EIGHT, (3, 3, 3)),
+        ],
+        "dilation 2": [InverseCase(100, shape, FOUR, dilation=2) for shape in PAPER_SHAPES],
+        "one image, one group": [
+            InverseCase(1, shape, ONE) for shape in ((48, 4, 4), (48, 8, 8), (64, 32, 32), (128, 16, 16))
+        ],
+        "many channels, one group": [
+            InverseCase(batch, (channels, side, side), ONE)
+            for channels in (512, 1024)
+            for side in (8, 16)
+            for batch in (8, 100)
+        ],
+    },
 )
 CUDA = Workload(
     tables={
@@ -75,6 +119,10 @@ def tiny(workload: Workload) -> Workload:
     return Workload(
         tables={name: [Case(2, (4, 3, 5), cases[-1].corners)] for name, cases in workload.tables.items()},
         curves={name: [Case(2, (4, side, side)) for side in (2, 3)] for name in workload.curves},
+        inverses={
+            name: [case._replace(batch=2, shape=(2 * len(case.corners), 4, 5, 3)[: len(case.shape)]) for case in cases]
+            for name, cases in workload.inverses.items()
+        },
         copied_bytes=2**20,
         matrix_size=64,
         chain_lengths=(8, 64),
