@@ -368,6 +368,10 @@ struct Strip {
   template <bool kToBuffer, bool kShift, typename Pointer>
   void move_run(Pointer pixels, int64_t stride, const Axis& lane, int64_t count, const int64_t* run_places, T* lanes,
                 const T* shift) const {
+    if (plan.lanes == Lanes::rows) {
+      for (int64_t p = 0; p < count; ++p) copy<kToBuffer, kShift>(pixels + p * stride, lanes + run_places[p], shift);
+      return;
+    }
     constexpr int n = kLanes<T>;
     for (int64_t first = 0; first < lane.count; first += n) {  // a vector of lanes
       const int64_t present = smaller(n, lane.count - first);
@@ -375,7 +379,7 @@ struct Strip {
       const T* shifts = kShift ? shift + first * lane.bias_stride : nullptr;
       for (int64_t p = 0; p < count; p += n) {
         const int64_t pixels_here = smaller(n, count - p);
-        if (plan.lanes != Lanes::rows && stride == 1 && pixels_here == n) {
+        if (stride == 1 && pixels_here == n) {
           move_square<kToBuffer, kShift>(from + p, lane, present, run_places + p, lanes + first, shifts);
           continue;
         }
@@ -393,23 +397,21 @@ struct Strip {
                           const T* shifts) {
     constexpr int n = kLanes<T>;
     Vector<T> square[n];
-    if constexpr (!kToBuffer) {
-      for (int i = 0; i < n; ++i) square[i] = load(lanes + run_places[i]);
-      transpose<1, T>(square);
-    }
-    for (int i = 0; i < n; ++i) {
-      if (i >= present) {
-        if constexpr (kToBuffer) square[i] = Vector<T>{};
-        continue;
-      }
-      if constexpr (kToBuffer) square[i] = load(pixels + i * lane.stride);
+    const auto shifted = [&](Vector<T> pixels_of_lane, int64_t i) {
       if constexpr (kShift)
-        square[i] = kToBuffer ? square[i] - shifts[i * lane.bias_stride] : square[i] + shifts[i * lane.bias_stride];
-      if constexpr (!kToBuffer) store(pixels + i * lane.stride, square[i]);
-    }
+        return kToBuffer ? pixels_of_lane - shifts[i * lane.bias_stride]
+                         : pixels_of_lane + shifts[i * lane.bias_stride];
+      else
+        return pixels_of_lane;
+    };
     if constexpr (kToBuffer) {
+      for (int i = 0; i < n; ++i) square[i] = i < present ? shifted(load(pixels + i * lane.stride), i) : Vector<T>{};
       transpose<1, T>(square);
       for (int i = 0; i < n; ++i) store(lanes + run_places[i], square[i]);
+    } else {
+      for (int i = 0; i < n; ++i) square[i] = load(lanes + run_places[i]);
+      transpose<1, T>(square);
+      for (int64_t i = 0; i < present; ++i) store(pixels + i * lane.stride, shifted(square[i], i));
     }
   }
 

@@ -60,14 +60,37 @@ void parallel_for(int64_t count, int64_t grain, void (*body)(int64_t, int64_t, v
   for (std::thread& thread : threads) thread.join();
 }
 
+// The tap (r, c) of a kernel in the canonical frame of nflows_kconv/stencil.py, and the frame's numbers of rows and
+// columns.
+std::array<int64_t, 4> canonical(int64_t stencil, int64_t rows, int64_t columns, int64_t r, int64_t c) {
+  if (stencil & 16) std::swap(rows, columns), std::swap(r, c);
+  return {stencil & 2 ? rows - 1 - r : r, stencil & 1 ? columns - 1 - c : c, rows, columns};
+}
+
+int64_t pivot_column(int64_t stencil, int64_t columns) { return stencil & 8 ? (columns - 1) / 2 : columns - 1; }
+
+bool is_masked(int64_t stencil, int64_t rows, int64_t columns, int64_t r, int64_t c) {
+  const auto [row, column, canonical_rows, canonical_columns] = canonical(stencil, rows, columns, r, c);
+  return row == canonical_rows - 1 && column > pivot_column(stencil, canonical_columns);
+}
+
+std::array<int64_t, 2> pivot(int64_t stencil, int64_t rows, int64_t columns) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < columns; ++c) {
+      const auto [row, column, canonical_rows, canonical_columns] = canonical(stencil, rows, columns, r, c);
+      if (row == canonical_rows - 1 && column == pivot_column(stencil, canonical_columns)) return {r, c};
+    }
+  std::abort();
+}
+
 // The entry of y = A x, or A^T x, and of |A| |x|.
 template <typename T>
 UNCHECKED std::array<double, 2> product(const kconv::Problem<T>& problem, const T* x, const kconv::Strides& strides,
                                         int64_t b, int64_t channel, int64_t h, int64_t w) {
   const int64_t channels = problem.group_channels(), group = channel / channels, o = channel % channels;
   const int64_t rows = problem.kernel_height, columns = problem.kernel_width;
-  const bool right = problem.corners[group] & 1, bottom = problem.corners[group] & 2;
-  const int64_t pivot_row = bottom ? 0 : rows - 1, pivot_column = right ? 0 : columns - 1;
+  const int64_t stencil = problem.stencils[group];
+  const auto [pivot_row, pivot_column] = pivot(stencil, rows, columns);
   double sum = 0, magnitude = 0;
   for (int64_t i = 0; i < channels; ++i)
     for (int64_t r = 0; r < rows; ++r)
@@ -77,6 +100,7 @@ UNCHECKED std::array<double, 2> product(const kconv::Problem<T>& problem, const 
         const int64_t from_row = h + sign * (r - pivot_row), from_column = w + sign * (c - pivot_column);
         if (from_row < 0 || from_row >= problem.height || from_column < 0 || from_column >= problem.width) continue;
         if (r == pivot_row && c == pivot_column && input > output) continue;
+        if (is_masked(stencil, rows, columns, r, c)) continue;
         const double weight =
             problem.weight[(((group * channels + output) * channels + input) * rows + r) * columns + c];
         const double value = at(x, strides, b, group * channels + i, from_row, from_column);
@@ -133,11 +157,10 @@ void run(uint64_t seed) {
   std::generate_n(input.get(), span(sizes, input_strides), [&] { return T(normal(random)); });
   const double scale = 0.5 / std::sqrt(per_group * rows * columns);
   std::generate_n(weight.get(), sizes[1] * per_group * rows * columns, [&] { return T(scale * normal(random)); });
-  const std::unique_ptr<int64_t[]> corners(new int64_t[groups]);
-  std::generate_n(corners.get(), groups, [&] { return int64_t(random() % 4); });
+  const std::unique_ptr<int64_t[]> stencils(new int64_t[groups]);
+  std::generate_n(stencils.get(), groups, [&] { return draw(random, {0, 1, 2, 3, 8, 11, 24, 27}); });
   for (int64_t channel = 0; channel < sizes[1]; ++channel) {
-    const int64_t corner = corners[channel / per_group];
-    const int64_t row = corner & 2 ? 0 : rows - 1, column = corner & 1 ? 0 : columns - 1;
+    const auto [row, column] = pivot(stencils[channel / per_group], rows, columns);
     weight[((channel * per_group + channel % per_group) * rows + row) * columns + column] =
         T(random() % 2 ? 1.25 : -0.75);
   }
@@ -147,9 +170,9 @@ void run(uint64_t seed) {
   for (const char* name : {"baseline", "avx2", "avx512"}) {
     if (!kconv::select_instruction_set(name)) continue;
     const std::unique_ptr<T[]> output(new T[span(sizes, output_strides)]);
-    const kconv::Problem<T> problem{input.get(), output.get(),  weight.get(), bias.get(), input_strides, output_strides,
-                                    sizes[0],    sizes[1],      sizes[2],     sizes[3],   groups,        rows,
-                                    columns,     corners.get(), transpose,    solve};
+    const kconv::Problem<T> problem{input.get(),   output.get(),   weight.get(), bias.get(),     nullptr,   false,
+                                    input_strides, output_strides, sizes[0],     sizes[1],       sizes[2],  sizes[3],
+                                    groups,        rows,           columns,      stencils.get(), transpose, solve};
     kconv::run(problem, thread_count, parallel_for);
     check(problem, input.get(), output.get(), seed);
   }
