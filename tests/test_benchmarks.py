@@ -409,7 +409,12 @@ def test_command_on_the_cpu(tmp_path, monkeypatch, capsys):
     with torch.random.fork_rng():
         layer.main()
     results = json.loads(output.read_text())
-    assert list(results) == ["machine", "tiny", "four groups", "one group", "image side", "batch"]
+    inverses = workloads.CPU.inverses
+    assert list(results) == ["machine", "tiny", "four groups", "one group", "image side", "batch", *inverses]
+    for name in inverses:
+        for row in results[name]:
+            assert set(row) == {*workloads.InverseCase._fields, "microseconds"}
+            assert min(row["microseconds"][contestant] for contestant in ("conv", "inverse")) > 0
     for names, contestants_ in ((("four groups", "one group"), TABLE), (("image side", "batch"), CURVE)):
         for name in names:
             for row in results[name]:
