@@ -5,9 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nflows_kconv import stencil
 from nflows_kconv.backends import native, planes, reference
 from nflows_kconv.backends.registry import Problem, Status
 
+# What csrc/cpu/stencil.h has.
+_FAMILIES = frozenset(map(stencil.family, stencil.parse(("TL", "T", "L"))))
 _INSTRUCTION_SET_NAMES = {"baseline": "baseline instructions", "avx2": "AVX2", "avx512": "AVX-512"}
 # Bytes of a group's weights that stay in a second-level cache. Every position reads them all, so that beyond this size
 # F.conv2d, which holds several positions in registers, is the faster forward.
@@ -24,8 +27,10 @@ def status() -> Status:
 
 
 def why_not(problem: Problem) -> str | None:
-    """None where the native library is there."""
-    return None if native.available else native.reason
+    """None where the native library is there and knows the stencils."""
+    if not native.available:
+        return native.reason
+    return None if _FAMILIES.issuperset(map(stencil.family, problem.stencils)) else "it has no kernel for a stencil"
 
 
 def run(problem: Problem) -> Tensor:

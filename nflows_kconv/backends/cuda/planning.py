@@ -12,6 +12,7 @@ from nflows_kconv.backends.cuda.convolution import plan_convolution
 from nflows_kconv.backends.cuda.plan import Device, Plan, Problem
 from nflows_kconv.backends.cuda.weight_gradient import plan_weight_gradient
 
+_FAMILIES = frozenset(map(stencil.family, stencil.parse(("TL", "T", "L"))))
 # Channels of a group from which on the convolution is a matrix product.
 _MANY_CHANNELS = 64
 
@@ -22,7 +23,10 @@ def why_not(
     """Why no kernel computes this with these stencils, for so many channels a group; None where one does."""
     if all(map(stencil.is_corner, stencils)):
         return None
-    if len(set(map(stencil.family, stencils))) > 1:
+    families = set(map(stencil.family, stencils))
+    if not families <= _FAMILIES:
+        return "it has no kernel for a stencil"
+    if len(families) > 1:
         return "its kernels take stencils of one family in a call: corners, T and B, or L and R"
     if operation == "weight_gradient":
         return "its kernel of the weight gradient is for corners"
