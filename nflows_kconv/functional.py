@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from nflows_kconv import checks, ops, stencil
-from nflows_kconv.polyphase import over_phases
 
 _AXES = {1: ("L",), 2: ("H", "W"), 3: ("D", "H", "W")}
 _KERNEL_AXES = {1: ("k",), 2: ("kh", "kw"), 3: ("kd", "kh", "kw")}
@@ -42,8 +41,8 @@ def conv2d(
         dilation: Pixels from one tap to the next, one number or one for each axis.
 
     Returns:
-        y, [B, C, H, W], in the dtype of the input, and in its memory format unless dilated. Half precision accumulates
-        in float32 and rounds once, bias included. Under autocast the layer computes in, and returns, float32.
+        y, [B, C, H, W], in the dtype and memory format of the input. Half precision accumulates in float32 and rounds
+        once, bias included. Under autocast the layer computes in, and returns, float32.
 
     Raises:
         TypeError: If an argument is no dense floating-point tensor, or the dtypes differ.
@@ -74,7 +73,7 @@ def conv2d_inverse(
         dilation: As in `conv2d`.
 
     Returns:
-        x, [B, C, H, W], in the dtype of the input, and in its memory format unless dilated.
+        x, [B, C, H, W], in the dtype and memory format of the input.
 
     Raises:
         TypeError: As in `conv2d`.
@@ -197,20 +196,7 @@ def run(
     _check_arguments(input, weight, bias, log_diagonal, stencils, dimensions)
     if dimensions == 1:  # a row of an image
         input, weight, dilation = input[:, :, None], weight[:, :, None], (1, *dilation)
-    if max(dilation) == 1:
-        output = ops.call(operator, input, weight, bias, log_diagonal, stencils, unit_diagonal)
-    else:
-        # Half precision is rounded once: gradients of the weight are sums over phases.
-        computed = torch.promote_types(input.dtype, torch.float32)
-        dtype = computed if ops.autocast_is_on(input) else input.dtype
-        input, weight = input.to(computed), weight.to(computed)
-        bias, log_diagonal = (None if t is None else t.to(computed) for t in (bias, log_diagonal))
-        output = over_phases(
-            lambda images: ops.call(operator, images, weight, bias, log_diagonal, stencils, unit_diagonal),
-            input,
-            dilation,
-        )
-        output = output.to(dtype).contiguous()
+    output = ops.call(operator, input, weight, bias, log_diagonal, stencils, dilation, unit_diagonal)
     return output[:, :, 0] if dimensions == 1 else output
 
 

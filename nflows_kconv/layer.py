@@ -46,7 +46,8 @@ class InvertibleConv(InvertibleModule):
         self._stencils = stencil.parse(corners, self.dimensions)
         self.num_channels = num_channels = checks.positive("num_channels", num_channels)
         self.kernel_size = checks.per_axis("kernel_size", kernel_size, self.dimensions)
-        self.corners = (corners,) if isinstance(corners, str) else tuple(corners)
+        # Files hold plain strings, which `torch.load` takes.
+        self.corners = (str(corners),) if isinstance(corners, str) else tuple(map(str, corners))
         self.dilation = functional.parse_dilation(dilation, self.dimensions)
         if num_channels % len(self.corners):
             raise ValueError(
@@ -249,6 +250,9 @@ class InvertibleConv(InvertibleModule):
     def _convert_weight(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Makes parameters of a plain weight."""
         if prefix + "weight" in state_dict and prefix + "raw_weight" not in state_dict:
+            weight = state_dict[prefix + "weight"]
+            if not isinstance(weight, Tensor):
+                raise ValueError(f"weight must be a tensor, got {type(weight).__name__}")
             for name, tensor in self._to_parameters(state_dict.pop(prefix + "weight")).items():
                 state_dict[prefix + name] = tensor
 
@@ -357,7 +361,8 @@ class InvertibleConv2d(InvertibleConv):
 
     A state_dict has the parameters alone; its metadata, which `torch.save` keeps, records corners and dilation. Loading
     takes also a plain `weight` in place of `raw_weight` and `log_diagonal`. What cannot be loaded, such as other
-    corners, other shapes or the version of a later release, leaves the layer as it was.
+    corners, other shapes or the version of a later release, leaves the layer as it was; names that are missing or too
+    many are torch's own error, which comes after the others have been loaded.
 
     Args:
         num_channels: C, a multiple of the number of corners.

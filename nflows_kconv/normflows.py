@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nflows_kconv import bijection, checks, layer, stencil
+from nflows_kconv import bijection, checks, layer
 from nflows_kconv.flows import image_flow, state, steps
 from nflows_kconv.flows.reversible import cascade
 from nflows_kconv.invertible import InvertibleModule
@@ -92,6 +92,7 @@ class GlowBlock(flows.GlowBlock):
         kernel_size: See `nflows_kconv.InvertibleConv2d`.
         corners: See `nflows_kconv.InvertibleConv2d`; or several of these, one convolution each: (("TL",), ("BR",)) is a
             pair of full convolutions in opposite corners.
+        dilation: See `nflows_kconv.InvertibleConv2d`.
         diagonal: See `nflows_kconv.InvertibleConv2d`.
         max_inverse_gain: See `nflows_kconv.InvertibleConv2d`.
 
@@ -117,11 +118,12 @@ class GlowBlock(flows.GlowBlock):
         net_actnorm: bool = False,
         *,
         kernel_size: int | tuple[int, int] = 3,
-        corners: image_flow.Corners = stencil.CORNERS[2],
+        corners: image_flow.Corners | None = None,
+        dilation: int | tuple[int, int] = 1,
         diagonal: Literal["unit", "learned"] = "unit",
         max_inverse_gain: float | None = None,
     ) -> None:
-        options = {"diagonal": diagonal, "max_inverse_gain": max_inverse_gain}
+        options = {"dilation": dilation, "diagonal": diagonal, "max_inverse_gain": max_inverse_gain}
         convolutions = image_flow.convolutions(InvertibleConv2d, channels, kernel_size, corners, **options)
         super().__init__(
             channels, hidden_channels, scale, scale_map, split_mode, leaky, init_zeros, use_lu, net_actnorm

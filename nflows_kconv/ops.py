@@ -46,11 +46,12 @@ DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _library = torch.library.Library("nflows_kconv", "DEF")
 for _name in ("conv", "solve"):
     _library.define(
-        f"{_name}(Tensor input, Tensor weight, Tensor? bias, Tensor? log_diagonal, int[] stencils, bool unit_diagonal, "
-        "bool transpose) -> Tensor"
+        f"{_name}(Tensor input, Tensor weight, Tensor? bias, Tensor? log_diagonal, int[] stencils, int[] dilation, "
+        "bool unit_diagonal, bool transpose) -> Tensor"
     )
 _library.define(
-    "weight_gradient(Tensor input, Tensor grad, int[] stencils, int[] kernel_size, bool unit_diagonal) -> Tensor"
+    "weight_gradient(Tensor input, Tensor grad, int[] stencils, int[] dilation, int[] kernel_size, bool unit_diagonal) "
+    "-> Tensor"
 )
 
 conv = torch.ops.nflows_kconv.conv.default
@@ -60,11 +61,11 @@ weight_gradient = torch.ops.nflows_kconv.weight_gradient.default
 
 def _problem(name: str, *args: Any) -> Problem:
     if name == "weight_gradient":
-        input, grad, stencils, kernel_size, unit_diagonal = args
-        return Problem(name, input, grad, stencils, unit_diagonal=unit_diagonal, kernel_size=kernel_size)
-    input, weight, bias, log_diagonal, stencils, unit_diagonal, transpose = args
+        input, grad, stencils, dilation, kernel_size, unit_diagonal = args
+        return Problem(name, input, grad, stencils, None, None, unit_diagonal, False, kernel_size, dilation)
+    input, weight, bias, log_diagonal, stencils, dilation, unit_diagonal, transpose = args
     kernel_size = weight.shape[2:]
-    return Problem(name, input, weight, stencils, bias, log_diagonal, unit_diagonal, transpose, kernel_size)
+    return Problem(name, input, weight, stencils, bias, log_diagonal, unit_diagonal, transpose, kernel_size, dilation)
 
 
 def _check(problem: Problem) -> None:
@@ -84,10 +85,12 @@ def _check(problem: Problem) -> None:
     shape, stencils, kernel_size, dimensions = first.shape, problem.stencils, problem.kernel_size, problem.dimensions
     known = stencil.STENCILS[dimensions].values() if dimensions in (2, 3) else ()
     fits = known and len(stencils) > 0 and shape[1] % len(stencils) == 0 and set(stencils) <= set(known)
-    if not (fits and len(kernel_size) == dimensions and all(size > 0 for size in kernel_size)):
+    sizes = tuple(kernel_size), tuple(problem.dilation)
+    if not (fits and all(len(each) == dimensions and min(each) > 0 for each in sizes)):
         raise ValueError(
-            f"{name} needs images [B, C, H, W] or [B, C, D, H, W], one of their stencils for each group of channels "
-            f"and a kernel of positive size, got {tuple(shape)}, {list(stencils)} and {tuple(kernel_size)}"
+            f"{name} needs images [B, C, H, W] or [B, C, D, H, W], one of their stencils for each group of channels, "
+            f"and a kernel of positive size and dilation, "
+            f"got {tuple(shape)}, {list(stencils)}, {sizes[0]} and {sizes[1]}"
         )
     weights = (shape[1], shape[1] // len(stencils), *kernel_size)
     expected = {"second tensor": shape if name == "weight_gradient" else weights}
@@ -123,7 +126,12 @@ def _operator_flops(input: Sequence[int], weight: Sequence[int], *_: Any, **__: 
 
 
 def _weight_gradient_flops(
-    input: Sequence[int], grad: Sequence[int], stencils: list[int], kernel_size: list[int], **_: Any
+    input: Sequence[int],
+    grad: Sequence[int],
+    stencils: list[int],
+    dilation: list[int],
+    kernel_size: list[int],
+    **_: Any,
 ) -> int:
     return 2 * math.prod((*input, input[1] // len(stencils), *kernel_size))
 
@@ -148,7 +156,7 @@ class _Operator(SingleLevelFunction):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        input, weight, _, log_diagonal, ctx.stencils, ctx.unit_diagonal, ctx.transpose = inputs
+        input, weight, _, log_diagonal, ctx.stencils, ctx.dilation, ctx.unit_diagonal, ctx.transpose = inputs
         ctx.num_tensors, ctx.kernel_size = 4, weight.shape[2:]
         # Of the two, what the other direction would need: x.
         saved = (output if ctx.operator is solve else input), weight, log_diagonal
@@ -165,7 +173,7 @@ class _Operator(SingleLevelFunction):
         if needs_weight:
             first, second = (grad, x) if ctx.transpose else (x, grad)
             is_fixed = ctx.unit_diagonal or log_diagonal is not None
-            d_weight = weight_gradient(first, second, ctx.stencils, ctx.kernel_size, is_fixed)
+            d_weight = weight_gradient(first, second, ctx.stencils, ctx.dilation, ctx.kernel_size, is_fixed)
         if needs_bias:
             d_bias = _sum_of_pixels(grad)
         if log_diagonal is not None and needs_log_diagonal:
@@ -186,7 +194,7 @@ class _Operator(SingleLevelFunction):
         if d_weight is not None:
             if ctx.unit_diagonal or log_diagonal is not None:
                 d_weight = _without_diagonal(d_weight, ctx.stencils)
-            yield conv(x, d_weight, None, None, ctx.stencils, False, ctx.transpose)
+            yield conv(x, d_weight, None, None, ctx.stencils, ctx.dilation, False, ctx.transpose)
         if d_bias is not None:
             yield _on_pixels(d_bias, x)
         if d_log_diagonal is not None and log_diagonal is not None:
@@ -208,9 +216,11 @@ class _Conv(_Operator):
         input, weight, log_diagonal = ctx.saved_tensors
         d_input = None
         if ctx.needs_input_grad[0]:
-            d_input = conv(grad, weight, None, log_diagonal, ctx.stencils, ctx.unit_diagonal, not ctx.transpose)
+            d_input = conv(
+                grad, weight, None, log_diagonal, ctx.stencils, ctx.dilation, ctx.unit_diagonal, not ctx.transpose
+            )
         gradients = _Operator.gradients(ctx, input, grad, log_diagonal)
-        return d_input, *(None if d is None else d.to(grad.dtype) for d in gradients), None, None, None
+        return d_input, *(None if d is None else d.to(grad.dtype) for d in gradients), None, None, None, None
 
     @staticmethod
     @_seen_by_outer_levels
@@ -219,7 +229,9 @@ class _Conv(_Operator):
         input, weight, log_diagonal, d_input, *others = _widened(input, weight, log_diagonal, *tangents)
         terms = list(_Operator.tangents(ctx, input, log_diagonal, *others))
         if d_input is not None:
-            terms.append(conv(d_input, weight, None, log_diagonal, ctx.stencils, ctx.unit_diagonal, ctx.transpose))
+            terms.append(
+                conv(d_input, weight, None, log_diagonal, ctx.stencils, ctx.dilation, ctx.unit_diagonal, ctx.transpose)
+            )
         return _sum(shape, *terms).to(dtype)
 
 
@@ -236,9 +248,11 @@ class _Solve(_Operator):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         output, weight, log_diagonal, rhs = _widened(*ctx.saved_tensors, grad)
-        solved = solve(rhs, weight, None, log_diagonal, ctx.stencils, ctx.unit_diagonal, not ctx.transpose)
+        solved = solve(
+            rhs, weight, None, log_diagonal, ctx.stencils, ctx.dilation, ctx.unit_diagonal, not ctx.transpose
+        )
         gradients = (None if d is None else -d for d in _Operator.gradients(ctx, output, solved, log_diagonal))
-        return *(None if d is None else d.to(grad.dtype) for d in (solved, *gradients)), None, None, None
+        return *(None if d is None else d.to(grad.dtype) for d in (solved, *gradients)), None, None, None, None
 
     @staticmethod
     @_seen_by_outer_levels
@@ -246,7 +260,9 @@ class _Solve(_Operator):
         dtype, shape = output.dtype, output.shape
         output, weight, log_diagonal, d_input, *others = _widened(output, weight, log_diagonal, *tangents)
         rhs = _sum(shape, d_input, *(-term for term in _Operator.tangents(ctx, output, log_diagonal, *others)))
-        return solve(rhs, weight, None, log_diagonal, ctx.stencils, ctx.unit_diagonal, ctx.transpose).to(dtype)
+        return solve(rhs, weight, None, log_diagonal, ctx.stencils, ctx.dilation, ctx.unit_diagonal, ctx.transpose).to(
+            dtype
+        )
 
 
 class _WeightGradient(SingleLevelFunction):
@@ -263,12 +279,12 @@ class _WeightGradient(SingleLevelFunction):
 
     @staticmethod
     def backward(ctx: Any, weight: Tensor) -> tuple[Tensor | None, ...]:
-        (input, grad), (stencils, _, unit_diagonal) = ctx.saved_tensors, ctx.options
+        (input, grad), (stencils, dilation, _, unit_diagonal) = ctx.saved_tensors, ctx.options
         if unit_diagonal:
             weight = _without_diagonal(weight, stencils)
-        d_input = conv(grad, weight, None, None, stencils, False, True) if ctx.needs_input_grad[0] else None
-        d_grad = conv(input, weight, None, None, stencils, False, False) if ctx.needs_input_grad[1] else None
-        return d_input, d_grad, None, None, None
+        d_input = conv(grad, weight, None, None, stencils, dilation, False, True) if ctx.needs_input_grad[0] else None
+        d_grad = conv(input, weight, None, None, stencils, dilation, False, False) if ctx.needs_input_grad[1] else None
+        return d_input, d_grad, None, None, None, None
 
     @staticmethod
     @_seen_by_outer_levels
@@ -314,6 +330,7 @@ def call(
     bias: Tensor | None,
     log_diagonal: Tensor | None,
     stencils: Sequence[int],
+    dilation: Sequence[int],
     unit_diagonal: bool,
 ) -> Tensor:
     """`conv` or `solve`, on a shorter way where nothing is to be recorded.
@@ -326,9 +343,12 @@ def call(
         input, weight = input.float(), weight.float()
         bias, log_diagonal = (None if t is None else t.float() for t in (bias, log_diagonal))
     if _is_recorded(input, weight, bias, log_diagonal) or not _is_direct(input):
-        return operator(input, weight, bias, log_diagonal, stencils, unit_diagonal, False)
+        return operator(input, weight, bias, log_diagonal, stencils, dilation, unit_diagonal, False)
     name = "conv" if operator is conv else "solve"
-    return backends.run(Problem(name, input, weight, stencils, bias, log_diagonal, unit_diagonal, False))
+    kernel_size = weight.shape[2:]
+    return backends.run(
+        Problem(name, input, weight, stencils, bias, log_diagonal, unit_diagonal, False, kernel_size, dilation)
+    )
 
 
 def autocast_is_on(tensor: Tensor) -> bool:
@@ -388,20 +408,23 @@ def _batched_operator(operator: Callable[..., Tensor]) -> Callable[..., tuple[Te
         bias: Tensor | None,
         log_diagonal: Tensor | None,
         stencils: list[int],
+        dilation: list[int],
         unit_diagonal: bool,
         transpose: bool,
     ) -> tuple[Tensor, int]:
         size = info.batch_size
         inputs = _mapped_first(input, in_dims[0], size)
         if in_dims[1] is None and in_dims[2] is None and in_dims[3] is None:
-            output = operator(inputs.flatten(0, 1), weight, bias, log_diagonal, stencils, unit_diagonal, transpose)
+            options = stencils, dilation, unit_diagonal, transpose
+            output = operator(inputs.flatten(0, 1), weight, bias, log_diagonal, *options)
             return output.unflatten(0, (size, -1)), 0
         weights, biases, log_diagonals = (
             None if tensor is None else _mapped_first(tensor, dim, size).flatten(0, 1)
             for tensor, dim in zip((weight, bias, log_diagonal), in_dims[1:4], strict=True)
         )
         groups = list(stencils) * size
-        output = operator(_into_channels(inputs), weights, biases, log_diagonals, groups, unit_diagonal, transpose)
+        options = groups, dilation, unit_diagonal, transpose
+        output = operator(_into_channels(inputs), weights, biases, log_diagonals, *options)
         return output.unflatten(1, (size, -1)), 1
 
     return rule
@@ -413,12 +436,13 @@ def _batched_weight_gradient(
     input: Tensor,
     grad: Tensor,
     stencils: list[int],
+    dilation: list[int],
     kernel_size: list[int],
     unit_diagonal: bool,
 ) -> tuple[Tensor, int]:
     size = info.batch_size
     inputs, grads = (_into_channels(_mapped_first(t, d, size)) for t, d in zip((input, grad), in_dims, strict=False))
-    output = weight_gradient(inputs, grads, list(stencils) * size, kernel_size, unit_diagonal)
+    output = weight_gradient(inputs, grads, list(stencils) * size, dilation, kernel_size, unit_diagonal)
     return output.unflatten(0, (size, -1)), 0
 
 

@@ -77,20 +77,25 @@ class Case:
     @property
     def transposes(self) -> tuple[bool, ...]:
         """Whether the operators take the case as it is, and so have their transposes."""
-        return (False, True) if self.dimensions > 1 and not self.dilated else (False,)
+        return (False, True) if self.dimensions > 1 else (False,)
 
     @property
     def is_plain(self) -> bool:
         """Whether it is of images, without dilation."""
-        return self.dimensions == 2 and self.dilation in (1, (1, 1))
+        return self.dimensions == 2 and not self.dilated
 
     @property
     def has_sides(self) -> bool:
         return any(oracles.is_side(name, self.dimensions) for name in self.corners)
 
     @property
+    def steps(self) -> tuple[int, ...]:
+        """The dilation, one number for each axis."""
+        return functional.parse_dilation(self.dilation, self.dimensions)
+
+    @property
     def dilated(self) -> bool:
-        return self.dilation not in (1, (1,) * self.dimensions)
+        return max(self.steps) > 1
 
     @property
     def conv(self) -> Callable[..., Tensor]:
@@ -110,13 +115,12 @@ class Case:
         unit_diagonal: bool = False,
     ) -> Sequence[Callable[..., Tensor]]:
         """The convolution and its inverse as functions of (input, transpose)."""
-        steps = functional.parse_dilation(self.dilation, self.dimensions)
-        arguments = weight, bias, log_diagonal, self.stencils, unit_diagonal
+        arguments = weight, bias, log_diagonal, self.stencils
 
         def function(operator: Callable[..., Tensor], input: Tensor, transpose: bool = False) -> Tensor:
             if transpose:
-                return operator(input, *arguments, True)
-            return functional.run(operator, input, *arguments, steps)
+                return operator(input, *arguments, self.steps, unit_diagonal, True)
+            return functional.run(operator, input, *arguments, unit_diagonal, self.steps)
 
         return partial(function, ops.conv), partial(function, ops.solve)
 

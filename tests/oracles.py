@@ -162,10 +162,12 @@ def log_abs_det(weight: Tensor, corners: Sequence[str], size: Sequence[int]) -> 
     return sum(torch.linalg.slogdet(matrix).logabsdet for matrix in matrices(weight, corners, size))
 
 
-def weight_gradient(input: Tensor, grad: Tensor, weight: Tensor, corners: Sequence[str]) -> Tensor:
+def weight_gradient(
+    input: Tensor, grad: Tensor, weight: Tensor, corners: Sequence[str], dilation: Dilation = 1
+) -> Tensor:
     """The gradient of <grad, A input> in the weight by autograd of torch's convolutions, in float64."""
     weight = weight.detach().to("cpu", torch.float64).requires_grad_()
-    product = (conv(input, weight, corners) * grad.to("cpu", torch.float64)).sum() + 0 * weight.sum()
+    product = (conv(input, weight, corners, dilation) * grad.to("cpu", torch.float64)).sum() + 0 * weight.sum()
     return torch.autograd.grad(product, weight)[0]
 
 

@@ -196,7 +196,7 @@ def test_launched_from_python(case: Case):
                 assert torch.equal(output, getattr(ops, name)(input, weight, *vectors, stencils, *options[2:]))
                 assert output.stride() == input.stride()
     gradient = launcher.run(Problem("weight_gradient", input, grad, stencils, kernel_size=size))
-    assert torch.equal(gradient, ops.weight_gradient(input, grad, stencils, size, False))
+    assert torch.equal(gradient, ops.weight_gradient(input, grad, stencils, [1, 1], size, False))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
@@ -230,7 +230,7 @@ def test_arguments_on_two_devices():
         with pytest.raises(ValueError, match="input and weight must be on one device"):
             functional.conv2d(input, weight, corners=case.corners)
         with pytest.raises((RuntimeError, ValueError)):
-            ops.solve(input, weight, None, None, [0, 1, 2, 3], False, False)
+            ops.solve(input, weight, None, None, [0, 1, 2, 3], [1, 1], False, False)
 
 
 def test_report():

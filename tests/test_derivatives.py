@@ -53,11 +53,6 @@ def of_oracle(name: str, case: Case):
     return function
 
 
-def is_computed_from_the_rounded_solution(case: Case) -> bool:
-    """Whether the inverse's derivatives in half precision are; dilated ones are computed in float32 as a whole."""
-    return case.dtype in oracles.HALF_PRECISION and case.dilation in (1, (1,) * len(case.size))
-
-
 # Gradients
 
 
@@ -76,8 +71,8 @@ def test_gradients_are_those_of_the_oracle(case: Case, name: str, backend: str, 
         expected = [torch.zeros_like(t) for t in exact]
     else:
         expected = list(gradients(of_oracle(name, case)(*exact), grad_, *exact))
-        if name == "inverse" and is_computed_from_the_rounded_solution(case):
-            expected[1] = -oracles.weight_gradient(output, expected[0], exact[1], case.corners)
+        if name == "inverse" and case.dtype in oracles.HALF_PRECISION:  # computed from the rounded solution
+            expected[1] = -oracles.weight_gradient(output, expected[0], exact[1], case.corners, case.dilation)
     for one, other, leaf in zip(actual, expected, leaves, strict=True):
         assert one.dtype == leaf.dtype
         assert_close(one, other, factor=4)
@@ -134,7 +129,7 @@ def test_gradcheck_of_the_operators(case: Case, device: str):
                 assert gradgradcheck(function, leaves, fast_mode=True)
     images = input, replace(case, dtype=torch.float64).input(device, seed=2).requires_grad_()
     for unit in (False, True) if len(case.transposes) > 1 else ():
-        function = lambda x, g, unit=unit: ops.weight_gradient(x, g, case.stencils, case.kernel_size, unit)  # noqa: E731
+        function = lambda x, g, unit=unit: ops.weight_gradient(x, g, case.stencils, case.steps, case.kernel_size, unit)  # noqa: E731
         assert gradcheck(function, images, check_forward_ad=True, check_batched_grad=True)
         assert gradgradcheck(function, images, fast_mode=True)
 
@@ -302,10 +297,12 @@ def test_opcheck(case: Case, device: str):
         log_diagonal = bias if transpose else None
         for operator, with_bias in ((ops.conv, log_diagonal), (ops.solve, bias)):
             torch.library.opcheck(
-                operator, (input, weight, with_bias, log_diagonal, case.stencils, not transpose, transpose)
+                operator, (input, weight, with_bias, log_diagonal, case.stencils, case.steps, not transpose, transpose)
             )
         other = input.detach().clone().requires_grad_()
-        torch.library.opcheck(ops.weight_gradient, (input, other, case.stencils, list(case.kernel_size), transpose))
+        torch.library.opcheck(
+            ops.weight_gradient, (input, other, case.stencils, case.steps, list(case.kernel_size), transpose)
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -143,14 +143,16 @@ def test_operators_refuse_tensors_without_memory(name: str):
     """Of a CPU and a meta tensor torch takes the operator for meta tensors, which left the result uninitialised."""
     operator = getattr(OPERATORS, name)
     gradient = name == "weight_gradient"
-    second, others = (images(), ([0], [3, 3], False)) if gradient else (weight(), (None, None, [0], False, False))
+    second, others = (
+        (images(), ([0], [1, 1], [3, 3], False)) if gradient else (weight(), (None, None, [0], [1, 1], False, False))
+    )
     for operands in ((images(), second.to("meta")), (images().to("meta"), second)):
         with pytest.raises(ValueError, match=r"needs a second tensor of shape .* and (cpu|meta), got"):
             operator(*operands, *others)
     for role in ("bias", "log-diagonal") if not gradient else ():
         vectors = (torch.zeros(2, device="meta"), None) if role == "bias" else (None, torch.zeros(2, device="meta"))
         with pytest.raises(ValueError, match=rf"needs a {role} of shape \(2,\), .* and cpu, got \(2,\), .* and meta"):
-            operator(images(), second, *vectors, [0], False, False)
+            operator(images(), second, *vectors, [0], [1, 1], False, False)
 
 
 def test_operators_check_shapes_and_dtypes():
@@ -158,16 +160,16 @@ def test_operators_check_shapes_and_dtypes():
     for operator in (OPERATORS.conv, OPERATORS.solve):
         for dtype in (torch.float8_e4m3fn, torch.int32, torch.complex64):
             with pytest.raises(ValueError, match=rf"{dtype}"):
-                operator(images().to(dtype), weight().to(dtype), None, None, [0], False, False)
+                operator(images().to(dtype), weight().to(dtype), None, None, [0], [1, 1], False, False)
         with pytest.raises(ValueError, match=r"needs a second tensor of shape \(2, 2, 3, 3\)"):
-            operator(images(), weight()[:1], None, None, [0], False, False)
+            operator(images(), weight()[:1], None, None, [0], [1, 1], False, False)
         with pytest.raises(ValueError, match=r"needs a bias of shape \(2,\), torch.float32 and cpu, got \(1,\)"):
-            operator(images(), weight(), torch.zeros(1), None, [0], False, False)
+            operator(images(), weight(), torch.zeros(1), None, [0], [1, 1], False, False)
         for stencils in ([7], [32], [16], [-1], []):
             with pytest.raises(ValueError, match="one of their stencils for each group of channels"):
-                operator(images(), weight(), None, None, stencils, False, False)
+                operator(images(), weight(), None, None, stencils, [1, 1], False, False)
     with pytest.raises(ValueError, match="of positive size"):
-        OPERATORS.weight_gradient(images(), images(), [0], [0, 3], False)
+        OPERATORS.weight_gradient(images(), images(), [0], [1, 1], [0, 3], False)
 
 
 @pytest.mark.skipif(not native.available, reason="what is freed is seen by the native library")

@@ -60,9 +60,11 @@ def test_solve_is_the_dense_solution(case: Case, backend: str, device: str):
 @over_cases()
 def test_weight_gradient_is_torchs(case: Case, backend: str, device: str):
     input, grad = case.input(device), case.input(device, seed=2)
-    expected = oracles.weight_gradient(input, grad, case.weight(), case.corners) if len(case.transposes) > 1 else None
-    for unit_diagonal in BOTH if expected is not None else ():
-        gradient = ops.weight_gradient(input, grad, case.stencils, case.kernel_size, unit_diagonal)
+    if case.dimensions == 1:
+        return
+    expected = oracles.weight_gradient(input, grad, case.weight(), case.corners, case.dilation)
+    for unit_diagonal in BOTH:
+        gradient = ops.weight_gradient(input, grad, case.stencils, case.steps, case.kernel_size, unit_diagonal)
         if unit_diagonal:
             oracles.set_diagonal(expected, case.corners, torch.zeros(()))
         assert gradient.shape == expected.shape
@@ -106,7 +108,7 @@ def test_output_has_the_inputs_shape_dtype_and_memory_format(case: Case, backend
         for transpose in case.transposes:
             output = operator(input, transpose)
             assert (output.shape, output.dtype, output.device) == (like.shape, like.dtype, like.device)
-            assert output.is_contiguous() if case.dilated else output.stride() == like.stride()
+            assert output.stride() == like.stride()
 
 
 @over_cases()

@@ -35,7 +35,7 @@ def why_not(problem: Problem) -> str | None:
 
 def run(problem: Problem) -> Tensor:
     """Runs a problem; what torch's own convolutions do as fast, they do."""
-    operation, input, weight, stencils, bias, log_diagonal, unit_diagonal, transpose, _ = problem
+    operation, input, weight, stencils, bias, log_diagonal, unit_diagonal, transpose, _, _ = problem
     if operation == "solve":
         if problem.dimensions == 3:
             return planes.solve(problem, run)

@@ -74,6 +74,8 @@ def _conv(problem: Problem) -> Tensor:
 
 def _solve(problem: Problem) -> Tensor:
     input, dimensions, stencils = problem.input, problem.dimensions, problem.stencils
+    if input.numel() == 0:
+        return torch.empty_like(input)
     weight = _effective(problem)
     _check_diagonal(weight, stencils)
     rhs = input.to(weight.dtype)
@@ -81,7 +83,7 @@ def _solve(problem: Problem) -> Tensor:
         rhs = rhs - problem.bias.to(weight.dtype).view(-1, *[1] * dimensions)
     images, kernels = list(rhs.chunk(len(stencils), 1)), weight.chunk(len(stencils))
     frames = [stencil.opposite(code, dimensions) if problem.transpose else code for code in stencils]
-    for family in {stencil.family(code) for code in stencils} if input.numel() else ():
+    for family in {stencil.family(code) for code in stencils}:
         members = [group for group, code in enumerate(stencils) if stencil.family(code) == family]
         y = torch.stack([stencil.canonical(images[g], frames[g], dimensions) for g in members], 1)
         taps = torch.stack([stencil.canonical(kernels[g], stencils[g], dimensions) for g in members])

@@ -22,6 +22,7 @@ class Problem(NamedTuple):
         unit_diagonal: Whether the pivot's diagonal counts as 1; for "weight_gradient", whether it has no gradient.
         transpose: Whether A^T stands for A.
         kernel_size: Of the weight.
+        dilation: One number for each axis; backends are asked for 1 alone.
     """
 
     operation: str
@@ -33,6 +34,7 @@ class Problem(NamedTuple):
     unit_diagonal: bool = False
     transpose: bool = False
     kernel_size: Sequence[int] = ()
+    dilation: Sequence[int] = (1,)
 
     @property
     def dimensions(self) -> int:
@@ -80,7 +82,7 @@ def registered() -> Sequence[Implementation]:
 
 
 def run(problem: Problem) -> Tensor:
-    """Runs a problem on the chosen backend, or on the first that can.
+    """Runs a problem without dilation on the chosen backend, or on the first that can.
 
     Raises:
         RuntimeError: If the chosen one cannot.

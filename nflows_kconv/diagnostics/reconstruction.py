@@ -325,7 +325,7 @@ def _judge(
     reduced = [f"{name} = {value}" for name, value in settings.items() if value not in ("none", "ieee")]
     if isinstance(module, InvertibleConv):
         cure = (
-            "Train with InvertibleConv2d(..., max_inverse_gain=4), or run the flow in float64, flow.double(); "
+            "Train with layers of max_inverse_gain=4, or run the flow in float64, flow.double(); "
             "nflows_kconv.diagnostics.conditioning tells how much a layer amplifies."
         )
     elif reduced and any(isinstance(part, (nn.Linear, nn.modules.conv._ConvNd)) for part in module.modules()):

@@ -188,8 +188,8 @@ def convolutions(
     layer_class: Callable[..., Any], channels: int, kernel_size: Any, corners: Corners | None, **options: Any
 ) -> list[Any]:
     """A convolution, or one for each entry where `corners` has several of what a layer takes."""
-    several = isinstance(corners, Sequence) and len(corners) > 0 and not isinstance(corners[0], str)
-    layers: Any = corners if several else (corners,)
+    is_one = corners is None or isinstance(corners, str) or all(isinstance(each, str) for each in corners)
+    layers: Any = (corners,) if is_one else corners
     return [layer_class(channels, kernel_size, corners=each, **options) for each in layers]
 
 
@@ -228,7 +228,7 @@ class Preprocessing(steps.Sequence):
         return numbers.reshape(input.shape), first + second
 
     def _check(self, input: Tensor) -> None:
-        if tuple(input.shape[1:]) != self.data_shape:
+        if input.dim() == 0 or tuple(input.shape[1:]) != self.data_shape:
             expected = ", ".join(map(str, self.data_shape))
             raise ValueError(f"data must have shape [B, {expected}], got {tuple(input.shape)}")
         if input.shape[0] == 0:
@@ -360,6 +360,9 @@ class Interface(nn.Module):
             raise TypeError(f"data must be of real numbers, got {images.dtype}")
         if self.architecture.preprocessing is None and not images.is_floating_point():
             raise TypeError(f"continuous data must be of floating-point numbers, got {images.dtype}")
+        if images.dim() == 0:
+            sizes = ", ".join(map(str, self.architecture.data_shape))
+            raise ValueError(f"data must have shape [B, {sizes}], got a single number")
         return images.to(self._parameter().dtype)
 
     def _condition(self, name: str, given: Any, count: int | None, *, classes_needed: bool = True) -> Condition:

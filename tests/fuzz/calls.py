@@ -96,10 +96,10 @@ def operators(random: Random) -> int:
             expected = None if bias is None else problem.bias
             transpose, name = random.random() < 0.5, random.choice(("conv", "solve", "weight_gradient"))
             operator, key = getattr(namespace, name), (name, transpose, bias is None)
-            options = None, problem.numbers, False, transpose
+            options = None, problem.numbers, [1, 1], False, transpose
             with random.choice((nullcontext(), use_backend("reference"))):
                 if name == "weight_gradient":
-                    got = operator(input, grad, problem.numbers, kernel_size, False)
+                    got = operator(input, grad, problem.numbers, [1, 1], kernel_size, False)
                     verified.check(name, got, problem.check_weight_gradient, problem.input, grad)
                 elif name == "conv":
                     got = operator(input, weight, bias, *options)

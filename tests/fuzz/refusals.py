@@ -81,12 +81,12 @@ def operators(random: Random) -> int:
         arguments = _wrong_operands(random, image, second, problem.numbers, last)
         if not gradient:
             vectors = random.choice((None, problem.bias)), random.choice((None, problem.bias))
-            arguments = *arguments[:2], *vectors, arguments[2], random.random() < 0.5, *arguments[3:]
+            arguments = *arguments[:2], *vectors, arguments[2], [1, 1], random.random() < 0.5, *arguments[3:]
             if random.random() < 0.2:
                 wrong = random.sample((_wrong_bias(random, problem.bias), None), 2)
-                arguments = image, weight, *wrong, problem.numbers, False, last
+                arguments = image, weight, *wrong, problem.numbers, [1, 1], False, last
         else:
-            arguments = *arguments, random.random() < 0.5
+            arguments = *arguments[:3], [1, 1], *arguments[3:], random.random() < 0.5
         try:
             with torch.no_grad(), random.choice((nullcontext(), use_backend("reference"))):
                 getattr(torch.ops.nflows_kconv, name)(*arguments)

@@ -44,7 +44,7 @@ _Planner = ctypes.CFUNCTYPE(None, ctypes.POINTER(_Problem), ctypes.c_void_p)
 
 def run(problem: registry.Problem) -> Tensor:
     """The result of a problem."""
-    operation, input, other, stencils, bias, log_diagonal, unit_diagonal, transpose, kernel_size = problem
+    operation, input, other, stencils, bias, log_diagonal, unit_diagonal, transpose, kernel_size, _ = problem
     if operation == "weight_gradient":
         return native.call("weight_gradient_cuda", input, other, stencils, kernel_size, unit_diagonal)
     return native.call(f"{operation}_cuda", input, other, bias, log_diagonal, stencils, unit_diagonal, transpose)

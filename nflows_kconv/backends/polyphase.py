@@ -1,0 +1,52 @@
+"""Dilation without dilated kernels: the pixels that are d apart are an image of their own."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from nflows_kconv.backends.registry import Problem
+
+
+def run(problem: Problem, run_undilated: Callable[[Problem], Tensor]) -> Tensor:
+    """Runs a dilated problem on the phases of its images, those of equal size as one batch.
+
+    Of n pixels, the first n mod d phases have one more than the others: at most two sizes an axis. None is padded: a
+    side reads both ways, and would read what it made of the padding.
+    """
+    undilated, dilation = problem._replace(dilation=[1] * len(problem.dilation)), problem.dilation
+    if problem.operation != "weight_gradient":
+        output = torch.empty_like(problem.input)
+        for phases, outputs in zip(_phases(problem.input, dilation), _phases(output, dilation), strict=True):
+            solved = run_undilated(undilated._replace(input=_batch(phases, dilation)))
+            outputs.copy_(solved.unflatten(0, phases.shape[: len(dilation) + 1]))
+        return output
+    # Half precision is rounded once, after the sum.
+    input, grad = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (problem.input, problem.other))
+    channels = input.shape[1]
+    total = input.new_zeros(channels, channels // len(problem.stencils), *problem.kernel_size)
+    for phases, grads in zip(_phases(input, dilation), _phases(grad, dilation), strict=True):
+        total += run_undilated(undilated._replace(input=_batch(phases, dilation), other=_batch(grads, dilation)))
+    return total.to(problem.input.dtype)
+
+
+def _phases(images: Tensor, dilation: Sequence[int]) -> Iterator[Tensor]:
+    """Views [phases of each axis ..., B, C, ...] of images, one for each size that phases have."""
+    axes = []
+    for size, step in zip(images.shape[2:], dilation, strict=True):
+        pixels, rest = divmod(size, step)
+        sizes = (0, rest, pixels + 1), (rest, step - rest, pixels)  # the first phase, how many, pixels of each
+        axes.append([each for each in sizes if each[1] and each[2]])
+    count = len(dilation)
+    for kinds in itertools.product(*axes):
+        view = images
+        for axis, ((first, phases, pixels), step) in enumerate(zip(kinds, dilation, strict=True), 2):
+            view = view.narrow(axis, first, (pixels - 1) * step + phases).unfold(axis, phases, step)
+        yield view.movedim(tuple(range(-count, 0)), tuple(range(count)))
+
+
+def _batch(phases: Tensor, dilation: Sequence[int]) -> Tensor:
+    return phases.flatten(0, len(dilation))
