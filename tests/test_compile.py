@@ -133,8 +133,9 @@ def test_training_step(build: Callable[[], InvertibleConv], device: str):
 
 
 @pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
-def test_dynamic_shapes_compile_once(inverse: bool, device: str):
-    layer = a_layer(LAYERS["learned, bias"], device)
+@pytest.mark.parametrize("name", ["learned, bias", "sides, dilated"])
+def test_dynamic_shapes_compile_once(name: str, inverse: bool, device: str):
+    layer = a_layer(LAYERS[name], device)
     function = layer.inverse if inverse else layer
     fast = compiled(function, dynamic=True)
     for index, (batch, height, width) in enumerate(((3, 5, 6), (4, 7, 5), (17, 9, 11), (2, 33, 2))):
@@ -229,11 +230,12 @@ def test_actnorm_compiles_once_more_after_its_first_batch(device: str):
 
 
 @pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
-def test_export(inverse: bool, device: str):
+@pytest.mark.parametrize("name", ["learned, bias", "sides, dilated"])
+def test_export(name: str, inverse: bool, device: str):
     class Module(nn.Module):
         def __init__(self):
             super().__init__()
-            self.layer = a_layer(LAYERS["learned, bias"], device)
+            self.layer = a_layer(LAYERS[name], device)
 
         def forward(self, input):
             return self.layer.inverse(input) if inverse else self.layer(input)

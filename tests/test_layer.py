@@ -320,6 +320,7 @@ def test_constructor_arguments_are_kept_and_shown():
     )
     assert repr(InvertibleConv2d(np.int64(8), np.int32(2))) == repr(InvertibleConv2d(8, 2))
     assert InvertibleConv2d(4, corners="TL").corners == ("TL",)
+    assert {type(name) for name in InvertibleConv2d(4, corners=[np.str_("T"), "B"]).corners} == {str}  # files load
     for dimensions, corners in {1: STENCILS[1], 2: CORNERS, 3: CORNERS_3D}.items():
         layer = LAYERS[dimensions](8, 2)
         assert (layer.corners, layer.kernel_size, layer.dilation) == (corners, (2,) * dimensions, (1,) * dimensions)

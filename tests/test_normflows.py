@@ -38,6 +38,7 @@ FLOWS = {
         *(4, 8, True, "exp", "channel_inv", 0.1, False, False, True),
         kernel_size=(2, 3),
         corners=("BR",),
+        dilation=2,
         diagonal="learned",
     ),
 }

@@ -43,7 +43,7 @@ def test_transposed_conv_is_the_dense_product(case: Case, backend: str, device: 
     conv, _ = case.operators(case.weight(device), case.bias(device))
     input, bias = case.input(device), case.of_channels(case.bias().double())
     for transpose in case.transposes[1:]:
-        expected = oracles.multiply(input, case.weight(), case.corners, transpose=transpose)
+        expected = oracles.multiply(input, case.weight(), case.corners, case.dilation, transpose=transpose)
         assert_close(conv(input, transpose), expected + bias)
 
 

@@ -206,6 +206,7 @@ REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
         lambda: {"weight": torch.zeros(4, 4, 3, 3), "bias": torch.zeros(4)},
         "weight must have shape (4, 1, 3, 3), got (4, 4, 3, 3)",
     ),
+    "no weight": (lambda: {"weight": None, "bias": torch.zeros(4)}, "weight must be a tensor, got NoneType"),
 }
 
 
