@@ -6,6 +6,8 @@ import math
 
 from torch import Tensor
 
+from nflows_kconv import stencil
+
 
 def flatten_batch(input: Tensor, dimensions: int) -> Tensor:
     """[..., C, H, W] as [B, C, H, W], for images of so many dimensions.
@@ -15,7 +17,7 @@ def flatten_batch(input: Tensor, dimensions: int) -> Tensor:
     """
     event = dimensions + 1
     if input.dim() < event:
-        axes = ", ".join(("...", "C", *"DHW"[-dimensions:])) if dimensions > 1 else "..., C, L"
+        axes = ", ".join(("...", "C", *stencil.AXES[dimensions]))
         raise ValueError(f"input must have the dimensions [{axes}], got shape {tuple(input.shape)}")
     # Not -1 for B, which is ambiguous where an image has no pixels.
     return input.reshape(math.prod(input.shape[:-event]), *input.shape[-event:])

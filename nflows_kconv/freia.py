@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nflows_kconv import bijection, layer
+from nflows_kconv import bijection, layer, stencil
 
 try:
     from FrEIA.modules import InvertibleModule
@@ -28,9 +28,8 @@ class _Module(InvertibleModule, layer.InvertibleConv):
         **options: Any,
     ) -> None:
         if [len(shape) for shape in dims_in] != [self.dimensions + 1]:
-            raise ValueError(
-                f"dims_in must be one shape of C and {self.dimensions} sizes, as [(C, H, W)] for images, got {dims_in}"
-            )
+            axes = ", ".join(("C", *stencil.AXES[self.dimensions]))
+            raise ValueError(f"dims_in must be one shape, [({axes})], got {dims_in}")
         layer.InvertibleConv.__init__(self, dims_in[0][0], **options)
         # As the constructor of InvertibleModule does, which would call that of the layer without its arguments.
         self.dims_in, self.dims_c = list(dims_in), list(dims_c or ())

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from nflows_kconv import checks, ops, stencil
 
-_AXES = {1: ("L",), 2: ("H", "W"), 3: ("D", "H", "W")}
 _KERNEL_AXES = {1: ("k",), 2: ("kh", "kw"), 3: ("kd", "kh", "kw")}
 
 
@@ -152,12 +151,13 @@ def log_abs_det(weight: Tensor, *, corners: str | Sequence[str], size: Sequence[
     """
     _check_tensor("weight", weight)
     dimensions = weight.dim() - 2
-    if dimensions not in _AXES:
+    if dimensions not in stencil.AXES:
         raise ValueError(f"weight must have 3, 4 or 5 dimensions, [C, C/G, ...], got shape {tuple(weight.shape)}")
     stencils = stencil.parse(corners, dimensions)
     _check_weight(weight, stencils, dimensions)
     if not isinstance(size, Sequence) or isinstance(size, str) or len(size) != dimensions:
-        raise ValueError(f"size must be ({', '.join(_AXES[dimensions])}) for this weight, got {size!r}")
+        axes = ", ".join(stencil.AXES[dimensions])
+        raise ValueError(f"size must have the {dimensions} numbers {axes} for this weight, got {size!r}")
     sizes = [_integer("size", side) for side in size]
     if any(side < 0 for side in sizes):
         raise ValueError(f"size must not be negative, got {tuple(sizes)}")
@@ -245,7 +245,7 @@ def _check_arguments(
     _check_weight(weight, stencils, dimensions)
     shape, channels = input.shape, weight.size(0)
     if len(shape) != dimensions + 2:
-        axes = ", ".join(("B", "C", *_AXES[dimensions]))
+        axes = ", ".join(("B", "C", *stencil.AXES[dimensions]))
         raise ValueError(f"input must have the {dimensions + 2} dimensions [{axes}], got shape {tuple(shape)}")
     if shape[1] != channels:
         raise ValueError(f"input must have the weight's {channels} channels, got {shape[1]} in shape {tuple(shape)}")

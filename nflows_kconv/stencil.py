@@ -39,6 +39,7 @@ STENCILS: dict[int, dict[str, int]] = {
     },
     3: {"".join(name): code for code, name in enumerate(itertools.product("NF", "TB", "LR"))},
 }
+AXES = {1: ("L",), 2: ("H", "W"), 3: ("D", "H", "W")}
 CORNERS = {n: tuple(name for name, code in codes.items() if code <= _MIRRORS) for n, codes in STENCILS.items()}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nflows_kconv import bijection, layer
+from nflows_kconv import bijection, layer, stencil
 from nflows_kconv.batch import flatten_batch
 
 try:
@@ -32,9 +32,8 @@ class _Bijection(Bijection, layer.InvertibleConv):
         **options: Any,
     ) -> None:
         if len(event_shape) != self.dimensions + 1:
-            raise ValueError(
-                f"event_shape must be C and {self.dimensions} sizes, as (C, H, W) for images, got {tuple(event_shape)}"
-            )
+            axes = ", ".join(("C", *stencil.AXES[self.dimensions]))
+            raise ValueError(f"event_shape must be ({axes}), got {tuple(event_shape)}")
         layer.InvertibleConv.__init__(self, event_shape[0], **options)
         # As the constructor of Bijection does, which would call that of the layer without its arguments.
         self.event_shape, self.context_shape = tuple(event_shape), context_shape

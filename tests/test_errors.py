@@ -146,8 +146,8 @@ LOG_DET_ERRORS = {
         dict(weight=weight()[..., 0]), ValueError, "each out of ('L', 'R') in 1 dimension, got ('TL', 'TR', 'BL', 'BR')"
     ),
     "negative height": Wrong(dict(size=(-1, 5)), ValueError, "size must not be negative, got (-1, 5)"),
-    "one size": Wrong(dict(size=(4,)), ValueError, "size must be (H, W) for this weight, got (4,)"),
-    "size a number": Wrong(dict(size=4), ValueError, "size must be (H, W) for this weight, got 4"),
+    "one size": Wrong(dict(size=(4,)), ValueError, "size must have the 2 numbers H, W for this weight, got (4,)"),
+    "size a number": Wrong(dict(size=4), ValueError, "size must have the 2 numbers H, W for this weight, got 4"),
 }
 LAYER_ERRORS = {
     "channels not divisible": Wrong(

@@ -112,7 +112,7 @@ def test_ignores_conditions():
 
 @pytest.mark.parametrize("dims_in", [[], [(4, 4)], [SHAPE, SHAPE]], ids=str)
 def test_rejects_what_is_not_one_image(dims_in):
-    with pytest.raises(ValueError, match=re.escape(f"as [(C, H, W)] for images, got {dims_in}")):
+    with pytest.raises(ValueError, match=re.escape(f"one shape, [(C, H, W)], got {dims_in}")):
         InvertibleConv2d(dims_in)
 
 

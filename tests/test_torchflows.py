@@ -88,7 +88,7 @@ def test_a_checkpoint_comes_from_the_core_layer():
 
 @pytest.mark.parametrize("shape", [(4,), (4, 2), (1, 4, 4, 2)], ids=str)
 def test_rejects_what_is_no_image(shape):
-    with pytest.raises(ValueError, match=re.escape(f"as (C, H, W) for images, got {shape}")):
+    with pytest.raises(ValueError, match=re.escape(f"event_shape must be (C, H, W), got {shape}")):
         InvertibleConv2d(shape)
     if len(shape) < 3:
         with pytest.raises(ValueError, match=re.escape(f"[..., C, H, W], got shape {shape}")):

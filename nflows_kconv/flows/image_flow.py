@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nflows_kconv import checks
+from nflows_kconv import checks, stencil
 from nflows_kconv.flows import images, steps
 from nflows_kconv.flows.images.dequantization import check_levels
 from nflows_kconv.flows.reversible import Chain
@@ -25,7 +25,7 @@ Arguments = ParamSpec("Arguments")
 Flow = TypeVar("Flow")
 
 _LAYERS: dict[int, Any] = {1: InvertibleConv1d, 2: InvertibleConv2d, 3: InvertibleConv3d}
-_SIZES = {1: "L", 2: "H, W", 3: "D, H, W"}
+_SIZES = {dimensions: ", ".join(axes) for dimensions, axes in stencil.AXES.items()}
 
 
 @dataclass(frozen=True)
