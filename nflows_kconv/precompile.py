@@ -20,7 +20,7 @@ def warmup(module: nn.Module, input_shape: Sequence[int], context: Any = None) -
 
     Kernels are compiled when they are first needed, which takes up to a second each, and cannot be inside the capture
     of a CUDA graph. Afterwards the convolution, its inverse and their first derivatives need nothing any more, at the
-    shape that each `InvertibleConv2d` in the module is given. Another shape may need more, another batch size rarely
+    shape that each layer in the module is given. Another shape may need more, another batch size rarely
     does.
 
     A copy of the module is called once, in evaluation mode, on an image whose values are all 0.5: from data to latent
@@ -29,8 +29,8 @@ def warmup(module: nn.Module, input_shape: Sequence[int], context: Any = None) -
     compile, and nothing happens.
 
     Args:
-        module: Anything that contains an `InvertibleConv2d`, or is one.
-        input_shape: [B, C, H, W] of what the module is called with.
+        module: Anything that contains an `InvertibleConv1d`, `2d` or `3d`, or is one.
+        input_shape: [B, C, ...] of what the module is called with.
         context: If given, the second argument of the call.
 
     Raises:
