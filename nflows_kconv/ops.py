@@ -131,7 +131,8 @@ def _weight_gradient_flops(
     stencils: list[int],
     dilation: list[int],
     kernel_size: list[int],
-    **_: Any,
+    *_: Any,
+    **__: Any,
 ) -> int:
     return 2 * math.prod((*input, input[1] // len(stencils), *kernel_size))
 

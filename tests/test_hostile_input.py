@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import threading
 from functools import partial
-from types import SimpleNamespace
 
 import fuzz
 import numpy as np
@@ -202,6 +201,6 @@ def test_errors_of_the_native_library_get_their_type_back(monkeypatch: pytest.Mo
     def fail(*args: object) -> Tensor:
         raise RuntimeError("out of memory: CUDA out of memory. Tried to allocate 20.00 GiB.")
 
-    monkeypatch.setattr(torch.ops, "nflows_kconv_native", SimpleNamespace(solve_cuda=SimpleNamespace(default=fail)))
+    monkeypatch.setattr(native, "_operator", lambda name: fail)
     with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
         native.call("solve_cuda", images())

@@ -188,8 +188,8 @@ def convolutions(
     layer_class: Callable[..., Any], channels: int, kernel_size: Any, corners: Corners | None, **options: Any
 ) -> list[Any]:
     """A convolution, or one for each entry where `corners` has several of what a layer takes."""
-    is_one = corners is None or isinstance(corners, str) or all(isinstance(each, str) for each in corners)
-    layers: Any = (corners,) if is_one else corners
+    several = isinstance(corners, Sequence) and not all(isinstance(each, str) for each in corners)
+    layers: Any = corners if several else (corners,)
     return [layer_class(channels, kernel_size, corners=each, **options) for each in layers]
 
 
