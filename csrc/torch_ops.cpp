@@ -25,8 +25,12 @@ void parallel_for(int64_t count, int64_t grain, void (*body)(int64_t, int64_t, v
 }
 
 kconv::Strides strides(const Tensor& tensor) {
-  return {tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)};
+  const int64_t dim = tensor.dim();
+  return {tensor.stride(0), tensor.stride(1), dim == 5 ? tensor.stride(2) : 0, tensor.stride(dim - 2),
+          tensor.stride(dim - 1)};
 }
+
+int64_t depth(const Tensor& tensor) { return tensor.dim() == 5 ? tensor.size(2) : 1; }
 
 struct Operands {
   Tensor input, weight;
@@ -59,11 +63,13 @@ void run(const Operands& operands, const std::vector<int64_t>& stencils, bool un
                                   strides(output),
                                   input.size(0),
                                   input.size(1),
-                                  input.size(2),
-                                  input.size(3),
+                                  depth(input),
+                                  input.size(input.dim() - 2),
+                                  input.size(input.dim() - 1),
                                   int64_t(stencils.size()),
-                                  weight.size(2),
-                                  weight.size(3),
+                                  depth(weight),
+                                  weight.size(weight.dim() - 2),
+                                  weight.size(weight.dim() - 1),
                                   stencils.data(),
                                   transpose,
                                   solve};

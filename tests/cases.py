@@ -81,8 +81,8 @@ class Case:
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is of images, without dilation."""
-        return self.dimensions == 2 and not self.dilated
+        """Whether it is of images or volumes, without dilation."""
+        return self.dimensions > 1 and not self.dilated
 
     @property
     def has_sides(self) -> bool:
@@ -292,7 +292,7 @@ def over_cases(*more: Case) -> Callable[[Test], Test]:
     def decorate(test: Test) -> Test:
         @wraps(test)
         def once(case: Case, **others: Any) -> None:
-            # Sequences, volumes and dilation become images before a kernel sees them: one instruction set shows that.
+            # Sequences and dilation become images before a kernel sees them: one instruction set shows that.
             if others.get("backend") in ("cpu-baseline", "cpu-avx2") and not case.is_plain:
                 return
             test(case=case, **others)

@@ -306,8 +306,6 @@ THREADED = (
 def test_threads_and_runs_change_no_bit(case: Case, backend: str, device: str):
     if device != "cpu" or backend == "reference":
         pytest.skip("about threads of the native kernels; what torch itself computes may depend on them")
-    if case.dimensions == 3:
-        return  # torch's convolutions have a part in them
     before, input = torch.get_num_threads(), case.input()
     try:
         results = []

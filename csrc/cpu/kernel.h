@@ -218,8 +218,8 @@ template <typename T>
 void pack_known(const Problem<T>& problem, const Plan& plan, int64_t stencil, const Tile& tile, const T* outputs,
                 int64_t output_stride, const T* scales, T* to) {
   constexpr int n = kLanes<T>;
-  const int64_t area = problem.kernel_height * problem.kernel_width, count = plan.channels * area;
-  const int64_t* const places = plan.places + mirrors(stencil) * area;
+  const int64_t kernel_taps = problem.kernel_taps(), count = plan.channels * kernel_taps;
+  const int64_t* const places = plan.places + mirrors(stencil) * kernel_taps;
   for (int64_t first = 0; first < tile.size; first += n) {
     const int64_t present = smaller(n, plan.channels - tile.first - first);
     for (int64_t start = 0; start < count; start += n) {
@@ -228,12 +228,12 @@ void pack_known(const Problem<T>& problem, const Plan& plan, int64_t stencil, co
       for (int i = 0; i < n; ++i)
         square[i] = i < present ? load(outputs + (first + i) * output_stride + start) * scales[first + i] : Vector<T>{};
       transpose<1, T>(square);
-      int64_t input = start / area, tap = start % area;
+      int64_t input = start / kernel_taps, tap = start % kernel_taps;
       for (int i = 0; i < n; ++i) {
         const int64_t place = places[tap];
         if (place >= 0 && (place < plan.tap_count - 1 || input < tile.first))
           store(to + (place * plan.channels + input) * tile.size + first, square[i]);
-        if (++tap == area) ++input, tap = 0;
+        if (++tap == kernel_taps) ++input, tap = 0;
       }
     }
   }
@@ -241,21 +241,22 @@ void pack_known(const Problem<T>& problem, const Plan& plan, int64_t stencil, co
 
 template <typename T>
 void pack_weights(const Problem<T>& problem, const Plan& plan, int64_t group, int64_t index, T* packed) {
-  const int64_t channels = plan.channels, area = problem.kernel_height * problem.kernel_width;
+  const int64_t channels = plan.channels, kernel_taps = problem.kernel_taps();
   const int64_t stencil = problem.stencils[group];
   const bool transpose = problem.transpose;
 
   // The weight of canonical output o and input i at a tap is
   // origin[o * output_stride + i * input_stride + problem.tap(stencil, lag)].
-  const int64_t output_stride = transpose ? -area : channels * area, input_stride = transpose ? -channels * area : area;
-  const T* origin = problem.weight + group * channels * channels * area;
-  origin += transpose ? (channels * channels - 1) * area : 0;
+  const int64_t output_stride = transpose ? -kernel_taps : channels * kernel_taps,
+                input_stride = transpose ? -channels * kernel_taps : kernel_taps;
+  const T* origin = problem.weight + group * channels * channels * kernel_taps;
+  origin += transpose ? (channels * channels - 1) * kernel_taps : 0;
 
   const Tile& tile = plan.tiles[index];
   const T* outputs = origin + tile.first * output_stride;
   const int64_t own = smaller(tile.size, channels - tile.first);  // the last may be filled up, where lanes are channels
   const bool filled = plan.lanes == Lanes::channels, scaled = filled && problem.solve;
-  const T* const pivot = outputs + problem.tap(stencil, {0, 0});
+  const T* const pivot = outputs + problem.tap(stencil, {0, 0, 0});
   const auto diagonal = [&](int64_t o) {
     const int64_t canonical = tile.first + o;
     return problem.diagonal(group * channels + (transpose ? channels - 1 - canonical : canonical),
@@ -264,7 +265,7 @@ void pack_weights(const Problem<T>& problem, const Plan& plan, int64_t group, in
   T* to = packed + tile.weights;
   const T* const scales = to;
   for (int64_t o = 0; filled && o < tile.size; ++o) *to++ = scaled && o < own ? 1 / diagonal(o) : T(1);
-  const bool squares = filled && !transpose && channels * area >= kLanes<T>;
+  const bool squares = filled && !transpose && channels * kernel_taps >= kLanes<T>;
   if (squares) {
     pack_known(problem, plan, stencil, tile, outputs, output_stride, scales, to);
     to += ((plan.tap_count - 1) * channels + tile.first) * tile.size;
@@ -293,24 +294,24 @@ void pack_weights(const Problem<T>& problem, const Plan& plan, int64_t group, in
 
 // ---- Pixels to and from the buffer ---------------------------------------------------------------------------------
 
-// Canonical rows [begin, end) of one group of some images, and where they lie in the buffer.
+// Canonical rows [begin, end) of all planes of one group of some images, and where they lie in the buffer.
 template <typename T>
 struct Strip {
   const Problem<T>& problem;
   const Plan& plan;
-  bool flip_rows, flip_columns, by_columns;
+  bool flip_planes, flip_rows, flip_columns, by_columns;
   int64_t images;  // lanes in use, where lanes are images
   const T* bias;   // of the group's channels, or null
   T* buffer;
   int64_t* places;
 
-  // Elements from the buffer's start, in the order in which the tensor stores the pixels: row by row or, `by_columns`,
+  // Elements from a plane's start, in the order in which the tensor stores the pixels: row by row or, `by_columns`,
   // column by column. `top` is the canonical row of the buffer's first pixel.
   void place(int64_t begin, int64_t end, int64_t top) const {
     const int64_t rows = end - begin, width = problem.width;
     const int64_t row_step =
         plan.lanes == Lanes::rows ? plan.skew * plan.position_pitch + 1 : plan.row_positions * plan.position_pitch;
-    const int64_t first = plan.first_position * plan.position_pitch + plan.halo_lanes + (begin - top) * row_step;
+    const int64_t first = plan.first_pixel - plan.first_plane + (begin - top) * row_step;
     int64_t* to = places;
     for (int64_t i = 0; i < (by_columns ? width : rows); ++i)
       for (int64_t j = 0; j < (by_columns ? rows : width); ++j) {
@@ -352,14 +353,18 @@ struct Strip {
     const int64_t first_channel = problem.transpose ? plan.channels - 1 : 0;
     pixels += first_channel * strides.channel + (flip_rows ? problem.height - end : begin) * strides.row;
     for (int64_t i = 0; i < each.count; ++i, pixels += each.stride) {
-      T* lanes = buffer + i * pitch;
+      T* lanes = buffer + plan.first_plane + i * pitch;
       const T* shift = kShift ? bias + first_channel + i * each.bias_stride : nullptr;
-      if (contiguous) {
-        move_run<kToBuffer, kShift>(pixels, 1, lane, lines * length, places, lanes, shift);
-      } else {
-        for (int64_t line = 0; line < lines; ++line)
-          move_run<kToBuffer, kShift>(pixels + line * line_stride, stride, lane, length, places + line * length, lanes,
-                                      shift);
+      for (int64_t z = 0; z < problem.depth; ++z) {
+        Pointer plane = pixels + z * strides.plane;
+        T* to = lanes + (flip_planes ? problem.depth - 1 - z : z) * plan.plane_pitch;
+        if (contiguous) {
+          move_run<kToBuffer, kShift>(plane, 1, lane, lines * length, places, to, shift);
+        } else {
+          for (int64_t line = 0; line < lines; ++line)
+            move_run<kToBuffer, kShift>(plane + line * line_stride, stride, lane, length, places + line * length, to,
+                                        shift);
+        }
       }
     }
   }
@@ -444,7 +449,7 @@ struct Wavefront {
       : first(larger(0, divide_up(step - width + 1, skew))), last(smaller(step / skew + 1, height)) {}
 };
 
-// Where lanes are channels: computes all pixels of some images, the first at `corner`.
+// Where lanes are channels: computes all pixels of a plane of some images, the first at `corner`.
 template <bool kSolve, typename T>
 void compute_wavefronts(T* corner, int64_t images, int64_t height, int64_t width, const Plan& plan, const T* packed) {
   const int64_t n = plan.lanes_per_vector, inputs = (plan.tap_count - 1) * plan.channels;
@@ -483,9 +488,13 @@ void clear_borders(const Plan& plan, int64_t images, T* buffer) {
   }
   const int64_t row = plan.row_positions * plan.position_pitch, above = plan.rows_above * row;
   const int64_t left = plan.halo_positions * plan.position_pitch;
-  for (int64_t image = 0; image < (plan.lanes == Lanes::channels ? images : 1); ++image, buffer += plan.image_pitch) {
-    __builtin_memset(buffer, 0, above * sizeof(T));
-    for (int64_t to = above; to < plan.image_pitch; to += row) __builtin_memset(buffer + to, 0, left * sizeof(T));
+  for (int64_t image = 0; image < (plan.lanes == Lanes::channels ? images : 1); ++image) {
+    const T* const end = buffer + plan.image_pitch;
+    __builtin_memset(buffer, 0, plan.first_plane * sizeof(T));
+    for (buffer += plan.first_plane; buffer < end; buffer += plan.plane_pitch) {
+      __builtin_memset(buffer, 0, above * sizeof(T));
+      for (int64_t to = above; to < plan.plane_pitch; to += row) __builtin_memset(buffer + to, 0, left * sizeof(T));
+    }
   }
 }
 
@@ -514,6 +523,7 @@ void run_task(const Problem<T>& problem, const Plan& plan, const T* packed, int6
   const T* bias = problem.bias ? problem.bias + first_channel : nullptr;
   const Strip<T> strip{problem,
                        plan,
+                       (stencil & kMirrorsPlanes) != 0,
                        (stencil & kMirrorsRows) != 0,
                        (stencil & kMirrorsColumns) != 0,
                        problem.output_strides.row < problem.output_strides.column,
@@ -542,18 +552,20 @@ void run_task(const Problem<T>& problem, const Plan& plan, const T* packed, int6
     strip.place(top, bottom, top);
     strip.template move<true, kSolve>(input, problem.input_strides, top, bottom);
 
-    T* first = buffer + plan.first_position * plan.position_pitch + plan.halo_lanes;
-    if (plan.lanes == Lanes::channels)
-      compute_wavefronts<kSolve>(first, images, bottom - top, problem.width, plan, packed);
     const int64_t lines = plan.lanes == Lanes::images ? bottom - top : plan.lanes == Lanes::rows ? 1 : 0;
     const int64_t steps = plan.lanes == Lanes::rows ? problem.width + plan.skew * (bottom - top - 1) : problem.width;
-    for (int64_t i = 0; i < lines; ++i) {
-      T* line = first + (kSolve ? i : lines - 1 - i) * plan.row_positions * plan.position_pitch;
-      for (int64_t j = 0; j < steps; ++j) {
-        T* position = line + (kSolve ? j : steps - 1 - j) * plan.position_pitch;
-        compute_position<kSolve>(position, plan, packed, kernels);
-        if (kSolve && plan.lanes == Lanes::rows && plan.right > 0)
-          clear_outside(position, plan, Wavefront(j, plan.skew, plan.lanes_per_vector, problem.width));
+    for (int64_t z = 0; z < problem.depth; ++z) {
+      T* first = buffer + plan.first_pixel + (kSolve ? z : problem.depth - 1 - z) * plan.plane_pitch;
+      if (plan.lanes == Lanes::channels)
+        compute_wavefronts<kSolve>(first, images, bottom - top, problem.width, plan, packed);
+      for (int64_t i = 0; i < lines; ++i) {
+        T* line = first + (kSolve ? i : lines - 1 - i) * plan.row_positions * plan.position_pitch;
+        for (int64_t j = 0; j < steps; ++j) {
+          T* position = line + (kSolve ? j : steps - 1 - j) * plan.position_pitch;
+          compute_position<kSolve>(position, plan, packed, kernels);
+          if (kSolve && plan.lanes == Lanes::rows && plan.right > 0)
+            clear_outside(position, plan, Wavefront(j, plan.skew, plan.lanes_per_vector, problem.width));
+        }
       }
     }
     strip.template move<false, !kSolve>(output, problem.output_strides, top, bottom);

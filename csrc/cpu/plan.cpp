@@ -43,9 +43,10 @@ int64_t image_blocks(int64_t image_vectors, int64_t groups, int64_t threads, int
 template <typename T>
 OwnedPlan make_plan(const Problem<T>& problem, int64_t family, int64_t groups, const Target& target, int64_t threads) {
   OwnedPlan plan{};
-  const int64_t height = problem.height, width = problem.width;
+  const int64_t depth = problem.depth, height = problem.height, width = problem.width;
   plan.channels = problem.group_channels();
   const int64_t pivot = pivot_column(family, problem.kernel_width);
+  plan.planes_before = std::min(problem.kernel_depth, depth) - 1;
   plan.rows_above = std::min(problem.kernel_height, height) - 1;
   plan.left = std::min(pivot, width - 1);
   plan.right = plan.rows_above ? std::min(problem.kernel_width - 1 - pivot, width - 1) : 0;
@@ -54,17 +55,17 @@ OwnedPlan make_plan(const Problem<T>& problem, int64_t family, int64_t groups, c
   const int64_t image_vectors = divide_up(problem.batch, lanes);
 
   // What a position reads, for each tile again.
-  const int64_t input_bytes = problem.kernel_height * problem.kernel_width * plan.channels * int64_t(sizeof(T));
+  const int64_t input_bytes = problem.kernel_taps() * plan.channels * int64_t(sizeof(T));
   const int64_t position_lanes = lanes * std::min<int64_t>(image_vectors, target.max_vectors);
   const bool spilled = input_bytes * position_lanes > 4 * kBufferBytes;
 
   // Vectors of outputs: many images fill lanes, few large ones fill them with rows, few small ones with channels, where
   // a vector costs more, since no weight serves several.
-  const int64_t image_steps = image_vectors * height * width * plan.channels * (spilled ? 2 : 1);
+  const int64_t image_steps = image_vectors * depth * height * width * plan.channels * (spilled ? 2 : 1);
   const int64_t row_steps =
-      problem.batch * divide_up(height, lanes) * (width + plan.skew * (lanes - 1)) * plan.channels;
+      problem.batch * depth * divide_up(height, lanes) * (width + plan.skew * (lanes - 1)) * plan.channels;
   const int64_t channel_vectors = divide_up(plan.channels, lanes);
-  const int64_t channel_steps = problem.batch * height * width * channel_vectors * 5 / 4;
+  const int64_t channel_steps = problem.batch * depth * height * width * channel_vectors * 5 / 4;
   plan.lanes = channel_steps < std::min(image_steps, row_steps) ? Lanes::channels
                : row_steps < image_steps                        ? Lanes::rows
                                                                 : Lanes::images;
@@ -90,38 +91,45 @@ OwnedPlan make_plan(const Problem<T>& problem, int64_t family, int64_t groups, c
     plan.position_pitch = plan.channels * plan.channel_pitch;
   }
 
+  int64_t first_position;  // of a plane
   if (plan.lanes == Lanes::rows) {
     plan.strip_rows = lanes;
-    plan.first_position = plan.skew * plan.rows_above + plan.left;
-    plan.buffer_size = (plan.first_position + width + plan.skew * (lanes - 1)) * plan.position_pitch;
+    first_position = plan.skew * plan.rows_above + plan.left;
+    plan.plane_pitch = (first_position + width + plan.skew * (lanes - 1)) * plan.position_pitch;
   } else {
     plan.halo_positions = std::max(plan.left, plan.right);
     plan.row_positions = plan.halo_positions + width;
-    plan.first_position = plan.rows_above * plan.row_positions + plan.halo_positions;
+    first_position = plan.rows_above * plan.row_positions + plan.halo_positions;
     const int64_t halo = plan.rows_above;
-    const int64_t row_bytes = plan.row_positions * plan.position_pitch * int64_t(sizeof(T));
+    // A row of all planes that a pixel reads.
+    const int64_t row_bytes = (plan.planes_before + 1) * plan.row_positions * plan.position_pitch * int64_t(sizeof(T));
     const int64_t fitting = std::max({kBufferBytes / row_bytes - halo, 2 * halo, int64_t(1)});
     // Whole vectors of rows, for tensors that store columns.
     plan.strip_rows = std::min(height, fitting > lanes ? fitting / lanes * lanes : fitting);
     if (plan.lanes == Lanes::channels) plan.strip_rows = height;  // so that wavefronts are long
-    plan.image_pitch = (plan.strip_rows + halo) * plan.row_positions * plan.position_pitch;
-    plan.buffer_size = plan.image_pitch * (plan.lanes == Lanes::channels ? plan.block_images : 1);
+    plan.plane_pitch = (plan.strip_rows + halo) * plan.row_positions * plan.position_pitch;
   }
+  plan.first_plane = plan.planes_before * plan.plane_pitch;
+  plan.first_pixel = plan.first_plane + first_position * plan.position_pitch + plan.halo_lanes;
+  plan.image_pitch = plan.first_plane + depth * plan.plane_pitch;
+  plan.buffer_size = plan.image_pitch * (plan.lanes == Lanes::channels ? plan.block_images : 1);
 
-  for (int64_t row = plan.rows_above; row >= 0; --row)
-    for (int64_t column = plan.left; column >= (row ? -plan.right : 0); --column) {
-      plan.owned_taps.push_back({row, column});
-      const int64_t back = plan.lanes == Lanes::rows ? (plan.skew * row + column) * plan.position_pitch + row
-                                                     : (row * plan.row_positions + column) * plan.position_pitch;
-      for (int64_t channel = 0; channel < plan.channels; ++channel)
-        plan.owned_offsets.push_back(channel * plan.channel_pitch - back);
-    }
+  for (int64_t plane = plan.planes_before; plane >= 0; --plane)
+    for (int64_t row = plan.rows_above; row >= 0; --row)
+      for (int64_t column = plan.left; column >= (row ? -plan.right : 0); --column) {
+        plan.owned_taps.push_back({plane, row, column});
+        const int64_t back = plan.lanes == Lanes::rows ? (plan.skew * row + column) * plan.position_pitch + row
+                                                       : (row * plan.row_positions + column) * plan.position_pitch;
+        for (int64_t channel = 0; channel < plan.channels; ++channel)
+          plan.owned_offsets.push_back(channel * plan.channel_pitch - back - plane * plan.plane_pitch);
+      }
   plan.tap_count = int64_t(plan.owned_taps.size());
-  const int64_t area = problem.kernel_height * problem.kernel_width;
-  plan.owned_places.assign(kMirrorImages * area, -1);
-  for (int64_t image = 0; image < kMirrorImages; ++image)
+  const int64_t kernel_taps = problem.kernel_taps();
+  const int64_t images = plan.lanes == Lanes::channels ? kMirrorImages : 0;
+  plan.owned_places.assign(images * kernel_taps, -1);
+  for (int64_t image = 0; image < images; ++image)
     for (int64_t tap = 0; tap < plan.tap_count; ++tap)
-      plan.owned_places[image * area + problem.tap(family | image, plan.owned_taps[tap])] = tap;
+      plan.owned_places[image * kernel_taps + problem.tap(family | image, plan.owned_taps[tap])] = tap;
   // Registers hold the sums, a vector of inputs for each vector of lanes, and a weight.
   const int64_t taps = plan.tap_count - 1;
   const bool large = input_bytes * lanes * kMaxChannelVectors > kBufferBytes;
@@ -134,7 +142,7 @@ OwnedPlan make_plan(const Problem<T>& problem, int64_t family, int64_t groups, c
   const Tile& last = plan.owned_tiles.back();
   plan.group_weights = last.weights + (taps * plan.channels + last.first + last.size + 1) * last.size;
   const int64_t positions =
-      plan.lanes == Lanes::rows ? divide_up(height, lanes) * width : height * width * plan.vectors;
+      depth * (plan.lanes == Lanes::rows ? divide_up(height, lanes) * width : height * width * plan.vectors);
   plan.operations = plan.lanes == Lanes::channels ? plan.block_images * positions * plan.group_weights / lanes
                                                   : positions * plan.group_weights;
   plan.tile_count = int64_t(plan.owned_tiles.size());

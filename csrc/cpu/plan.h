@@ -10,8 +10,10 @@
 //
 // With images or rows a position holds [channels][lanes], and one step computes all channels of a position for all
 // lanes at once. (skew, 1) is the schedule of nflows_kconv/stencil.py: pixels with equal skew * row + column are a
-// wavefront. In all three a tap of the kernel is one fixed offset. Borders are positions that hold 0; those to the
-// right of a row are those to the left of the next, except where lanes are rows.
+// wavefront. A volume is its planes one after the other, each as an image is, behind planes of 0. In all three a tap of
+// the kernel is one fixed offset. Borders are positions that hold 0; those to the right of a row are those to the left
+// of the next, except where lanes are rows. A strip is some rows, of all planes of a volume: no tap reads
+// rows below it.
 #pragma once
 
 #include <cstdint>
@@ -44,8 +46,8 @@ struct Tile {  // output channels [first, first + size) and their packed weights
 
 struct Plan {
   Lanes lanes;
-  int64_t channels;                 // of a group
-  int64_t rows_above, left, right;  // how far taps reach, clipped to the image
+  int64_t channels;                                // of a group
+  int64_t planes_before, rows_above, left, right;  // how far taps reach, clipped to the image
   int64_t skew;
   int64_t vectors;       // of lanes in a position, at most
   int64_t pixels;        // lanes are channels: computed together, at most
@@ -56,8 +58,10 @@ struct Plan {
   int64_t channel_pitch;   // elements from a channel to the next
   int64_t position_pitch;  // elements from a position to the next
   int64_t row_positions;   // from a row to the next, unless lanes are rows
-  int64_t image_pitch;     // lanes are channels: elements from an image to the next
-  int64_t first_position;  // of the first pixel of a strip
+  int64_t plane_pitch;     // elements from a plane to the next
+  int64_t image_pitch;     // elements of the planes of an image, or of a block unless lanes are channels
+  int64_t first_plane;     // elements before the first plane
+  int64_t first_pixel;     // elements before the first pixel of a strip
   int64_t strip_rows;      // rows that the buffer holds at once, without those above that they read
   int64_t blocks;          // tasks of each group
   int64_t buffer_size;     // elements
@@ -68,7 +72,8 @@ struct Plan {
   int64_t tap_count;
   const Lag* taps;         // that can reach into the image, the pivot last
   const int64_t* offsets;  // of the inputs of a pixel: each channel at each tap
-  const int64_t* places;   // for each mirror image of the stencil: where each tap of a kernel is in `taps`, or -1
+  // Lanes are channels, for each mirror image of the stencil: where each tap of a kernel is in `taps`, or -1.
+  const int64_t* places;
 };
 
 struct OwnedPlan : Plan {

@@ -8,7 +8,7 @@
 namespace kconv {
 
 struct Strides {  // in elements
-  int64_t batch, channel, row, column;
+  int64_t batch, channel, plane, row, column;
 };
 
 // Of the C library: kernels may call nothing of the C++ one.
@@ -16,22 +16,24 @@ inline float exponential(float x) { return __builtin_expf(x); }
 inline double exponential(double x) { return __builtin_exp(x); }
 
 // output = A input + bias, A^T input + bias, A^-1 (input - bias) or A^-T (input - bias), see nflows_kconv/ops.py for A.
+// Images are volumes of one plane.
 template <typename T>
 struct Problem {
-  const T* input;         // [batch, channels, height, width]
+  const T* input;         // [batch, channels, depth, height, width]
   T* output;              // the same shape, not overlapping the input
-  const T* weight;        // [channels, channels / groups, kernel_height, kernel_width], contiguous
+  const T* weight;        // [channels, channels / groups, kernel_depth, kernel_height, kernel_width], contiguous
   const T* bias;          // [channels], contiguous; null stands for zero
   const T* log_diagonal;  // [channels], contiguous: the diagonal is its exponential; null: unit_diagonal tells
   bool unit_diagonal;     // whether the diagonal is 1 or the weight's own
   Strides input_strides, output_strides;
-  int64_t batch, channels, height, width;
-  int64_t groups, kernel_height, kernel_width;
+  int64_t batch, channels, depth, height, width;
+  int64_t groups, kernel_depth, kernel_height, kernel_width;
   const int64_t* stencils;  // one a group
   bool transpose, solve;
   int64_t kernel_row_stride = kernel_width, kernel_column_stride = 1;
 
   int64_t group_channels() const { return channels / groups; }
+  int64_t kernel_taps() const { return kernel_depth * kernel_height * kernel_width; }
 
   // The same problem with the rows and columns that a family's canonical frame has before it is mirrored.
   Problem in_frame_of(int64_t family) const {
@@ -47,8 +49,10 @@ struct Problem {
 
   // In the frame of the stencil's family: elements from the start of a kernel to the tap of this lag.
   int64_t tap(int64_t stencil, Lag lag) const {
-    const int64_t row = kernel_height - 1 - lag.rows, column = pivot_column(stencil, kernel_width) - lag.columns;
-    return (stencil & kMirrorsRows ? kernel_height - 1 - row : row) * kernel_row_stride +
+    const int64_t plane = kernel_depth - 1 - lag.planes, row = kernel_height - 1 - lag.rows;
+    const int64_t column = pivot_column(stencil, kernel_width) - lag.columns;
+    return (stencil & kMirrorsPlanes ? lag.planes : plane) * kernel_height * kernel_width +
+           (stencil & kMirrorsRows ? lag.rows : row) * kernel_row_stride +
            (stencil & kMirrorsColumns ? kernel_width - 1 - column : column) * kernel_column_stride;
   }
 

@@ -79,11 +79,11 @@ thread_local Scratch scratch;
 
 template <typename T>
 void check_diagonal(const Problem<T>& problem) {
-  const int64_t channels = problem.group_channels(), area = problem.kernel_height * problem.kernel_width;
+  const int64_t channels = problem.group_channels(), taps = problem.kernel_taps();
   for (int64_t channel = 0; channel < problem.channels; ++channel) {
     const int64_t stencil = problem.stencils[channel / channels];
-    const int64_t pivot = problem.in_frame_of(family(stencil)).tap(stencil, {0, 0});
-    const T own = problem.weight[(channel * channels + channel % channels) * area + pivot];
+    const int64_t pivot = problem.in_frame_of(family(stencil)).tap(stencil, {0, 0, 0});
+    const T own = problem.weight[(channel * channels + channel % channels) * taps + pivot];
     const T value = problem.diagonal(channel, own);
     if (!(std::abs(value * (1 / value) - 1) < 0.5)) {  // zero, not finite, or a denormal whose reciprocal overflows
       char text[32];

@@ -1,23 +1,24 @@
 // Stencils as numbers, by the convention of nflows_kconv/stencil.py, which says what they are.
 //
-// Bits 0 and 1 mirror columns and rows; kSide tells sides from corners, kExchanged that rows and columns are exchanged
-// before they are mirrored. Stencils that differ in their mirrors alone are a family; its canonical frame has rows,
-// columns and kernel as `Problem::in_frame_of` gives them. There the pivot is in the last row of the kernel, the lag of
-// a tap is how many rows up and columns left it reads, and the transposed operator has the same lags in `opposite`.
+// Bits 0 to 2 mirror columns, rows and planes; kSide tells sides from corners, kExchanged that rows and columns are
+// exchanged before they are mirrored. Stencils that differ in their mirrors alone are a family; its canonical frame has
+// rows, columns and kernel as `Problem::in_frame_of` gives them. There the pivot is in the last row of the last plane
+// of the kernel, the lag of a tap is how many planes, rows and columns back it reads, and the transposed operator has
+// the same lags in `opposite`. An image is a volume of one plane, mirrored or not.
 #pragma once
 
 #include <cstdint>
 
 namespace kconv {
 
-constexpr int64_t kMirrorsColumns = 1, kMirrorsRows = 2, kSide = 8, kExchanged = 16;
+constexpr int64_t kMirrorsColumns = 1, kMirrorsRows = 2, kMirrorsPlanes = 4, kSide = 8, kExchanged = 16;
 constexpr int64_t kFamilies[] = {0, kSide, kSide | kExchanged};
 
-constexpr int64_t kMirrorImages = 4;
+constexpr int64_t kMirrorImages = 8;
 
-inline int64_t mirrors(int64_t stencil) { return stencil & (kMirrorsColumns | kMirrorsRows); }
+inline int64_t mirrors(int64_t stencil) { return stencil & (kMirrorImages - 1); }
 inline int64_t family(int64_t stencil) { return stencil - mirrors(stencil); }
-inline int64_t opposite(int64_t stencil) { return stencil ^ (kMirrorsColumns | kMirrorsRows); }
+inline int64_t opposite(int64_t stencil) { return stencil ^ (kMirrorImages - 1); }
 
 // The pivot's column in a canonical kernel.
 inline int64_t pivot_column(int64_t stencil, int64_t kernel_width) {
@@ -25,7 +26,7 @@ inline int64_t pivot_column(int64_t stencil, int64_t kernel_width) {
 }
 
 struct Lag {
-  int64_t rows, columns;
+  int64_t planes, rows, columns;
 };
 
 }  // namespace kconv

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from nflows_kconv import stencil
-from nflows_kconv.backends import native, planes, reference
+from nflows_kconv.backends import native, reference
 from nflows_kconv.backends.registry import Problem, Status
 
 # What csrc/cpu/stencil.h has.
 _FAMILIES = frozenset(map(stencil.family, stencil.parse(("TL", "T", "L"))))
 _INSTRUCTION_SET_NAMES = {"baseline": "baseline instructions", "avx2": "AVX2", "avx512": "AVX-512"}
 # Bytes of a group's weights that stay in a second-level cache. Every position reads them all, so that beyond this size
-# F.conv2d, which holds several positions in registers, is the faster forward.
+# torch's own, which holds several positions in registers, is the faster forward.
 _CACHED_WEIGHTS = 1 << 20
 
 
@@ -36,11 +36,7 @@ def why_not(problem: Problem) -> str | None:
 def run(problem: Problem) -> Tensor:
     """Runs a problem; what torch's own convolutions do as fast, they do."""
     operation, input, weight, stencils, bias, log_diagonal, unit_diagonal, transpose, _, _ = problem
-    if operation == "solve":
-        if problem.dimensions == 3:
-            return planes.solve(problem, run)
-        return native.call("solve", input, weight, bias, log_diagonal, stencils, unit_diagonal, transpose)
-    if operation == "conv" and problem.dimensions == 2:
-        if weight.numel() * weight.element_size() <= _CACHED_WEIGHTS * len(stencils):
-            return native.call("conv", input, weight, bias, log_diagonal, stencils, unit_diagonal, transpose)
+    cached = weight.numel() * weight.element_size() <= _CACHED_WEIGHTS * len(stencils)
+    if operation == "solve" or (operation == "conv" and cached):
+        return native.call(operation, input, weight, bias, log_diagonal, stencils, unit_diagonal, transpose)
     return reference.run(problem)

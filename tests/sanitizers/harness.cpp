@@ -21,31 +21,31 @@
 namespace {
 
 using Random = std::mt19937_64;
-using Sizes = std::array<int64_t, 4>;
+using Sizes = std::array<int64_t, 5>;  // of images, channels, planes, rows and columns
 
 int64_t draw(Random& random, std::initializer_list<int64_t> values) { return values.begin()[random() % values.size()]; }
 
 // Strides of a tensor of these sizes: the dimensions in any order, with gaps or without.
 kconv::Strides draw_strides(Random& random, const Sizes& sizes, bool overlapping) {
-  std::array<int, 4> order{0, 1, 2, 3};
+  std::array<int, 5> order{0, 1, 2, 3, 4};
   if (random() % 2) std::shuffle(order.begin(), order.end(), random);
   Sizes strides;
   int64_t next = 1 + (random() % 4 == 0);
-  for (int i = 3; i >= 0; --i) {
+  for (int i = 4; i >= 0; --i) {
     strides[order[i]] = overlapping && random() % 2 ? 0 : next;
     next = next * std::max<int64_t>(sizes[order[i]], 1) + (random() % 4 == 0 ? random() % 3 : 0);
   }
-  return {strides[0], strides[1], strides[2], strides[3]};
+  return {strides[0], strides[1], strides[2], strides[3], strides[4]};
 }
 
 int64_t span(const Sizes& sizes, const kconv::Strides& strides) {
-  return 1 + (sizes[0] - 1) * strides.batch + (sizes[1] - 1) * strides.channel + (sizes[2] - 1) * strides.row +
-         (sizes[3] - 1) * strides.column;
+  return 1 + (sizes[0] - 1) * strides.batch + (sizes[1] - 1) * strides.channel + (sizes[2] - 1) * strides.plane +
+         (sizes[3] - 1) * strides.row + (sizes[4] - 1) * strides.column;
 }
 
 template <typename T>
-UNCHECKED T at(const T* tensor, const kconv::Strides& strides, int64_t b, int64_t c, int64_t h, int64_t w) {
-  return tensor[b * strides.batch + c * strides.channel + h * strides.row + w * strides.column];
+UNCHECKED T at(const T* tensor, const kconv::Strides& strides, int64_t b, int64_t c, int64_t d, int64_t h, int64_t w) {
+  return tensor[b * strides.batch + c * strides.channel + d * strides.plane + h * strides.row + w * strides.column];
 }
 
 // Splits as a thread pool does: chunks of at least the grain, each on a thread of its own.
@@ -86,53 +86,57 @@ std::array<int64_t, 2> pivot(int64_t stencil, int64_t rows, int64_t columns) {
 // The entry of y = A x, or A^T x, and of |A| |x|.
 template <typename T>
 UNCHECKED std::array<double, 2> product(const kconv::Problem<T>& problem, const T* x, const kconv::Strides& strides,
-                                        int64_t b, int64_t channel, int64_t h, int64_t w) {
+                                        int64_t b, int64_t channel, int64_t d, int64_t h, int64_t w) {
   const int64_t channels = problem.group_channels(), group = channel / channels, o = channel % channels;
-  const int64_t rows = problem.kernel_height, columns = problem.kernel_width;
+  const int64_t planes = problem.kernel_depth, rows = problem.kernel_height, columns = problem.kernel_width;
   const int64_t stencil = problem.stencils[group];
   const auto [pivot_row, pivot_column] = pivot(stencil, rows, columns);
+  const int64_t pivot_plane = stencil & 4 ? 0 : planes - 1;
   double sum = 0, magnitude = 0;
   for (int64_t i = 0; i < channels; ++i)
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t c = 0; c < columns; ++c) {
-        const int64_t sign = problem.transpose ? -1 : 1, output = problem.transpose ? i : o;
-        const int64_t input = problem.transpose ? o : i;
-        const int64_t from_row = h + sign * (r - pivot_row), from_column = w + sign * (c - pivot_column);
-        if (from_row < 0 || from_row >= problem.height || from_column < 0 || from_column >= problem.width) continue;
-        if (r == pivot_row && c == pivot_column && input > output) continue;
-        if (is_masked(stencil, rows, columns, r, c)) continue;
-        const double weight =
-            problem.weight[(((group * channels + output) * channels + input) * rows + r) * columns + c];
-        const double value = at(x, strides, b, group * channels + i, from_row, from_column);
-        sum += weight * value;
-        magnitude += std::abs(weight * value);
-      }
+    for (int64_t p = 0; p < planes; ++p)
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t c = 0; c < columns; ++c) {
+          const int64_t sign = problem.transpose ? -1 : 1, output = problem.transpose ? i : o;
+          const int64_t input = problem.transpose ? o : i, from_plane = d + sign * (p - pivot_plane);
+          const int64_t from_row = h + sign * (r - pivot_row), from_column = w + sign * (c - pivot_column);
+          if (from_plane < 0 || from_plane >= problem.depth) continue;
+          if (from_row < 0 || from_row >= problem.height || from_column < 0 || from_column >= problem.width) continue;
+          if (p == pivot_plane && r == pivot_row && c == pivot_column && input > output) continue;
+          if (is_masked(stencil, rows, columns, r, c)) continue;
+          const int64_t matrix = (group * channels + output) * channels + input;
+          const double weight = problem.weight[((matrix * planes + p) * rows + r) * columns + c];
+          const double value = at(x, strides, b, group * channels + i, from_plane, from_row, from_column);
+          sum += weight * value;
+          magnitude += std::abs(weight * value);
+        }
   return {sum, magnitude};
 }
 
 template <typename T>
 void check(const kconv::Problem<T>& problem, const T* input, const T* output, uint64_t seed) {
-  const double roundings = 4.0 * (problem.group_channels() * problem.kernel_height * problem.kernel_width + 8);
+  const double roundings = 4.0 * (problem.group_channels() * problem.kernel_taps() + 8);
   for (int64_t b = 0; b < problem.batch; ++b)
     for (int64_t c = 0; c < problem.channels; ++c)
-      for (int64_t h = 0; h < problem.height; ++h)
-        for (int64_t w = 0; w < problem.width; ++w) {
-          const T* x = problem.solve ? output : input;
-          const T* y = problem.solve ? input : output;
-          const kconv::Strides& x_strides = problem.solve ? problem.output_strides : problem.input_strides;
-          const kconv::Strides& y_strides = problem.solve ? problem.input_strides : problem.output_strides;
-          const auto [expected, magnitude] = product(problem, x, x_strides, b, c, h, w);
-          const double value = at(y, y_strides, b, c, h, w), bias = problem.bias ? double(problem.bias[c]) : 0;
-          const double got = value - bias;
-          const double scale = magnitude + std::abs(value) + std::abs(bias);
-          const double tolerance = roundings * std::numeric_limits<T>::epsilon() * scale;
-          if (!(std::abs(got - expected) <= tolerance)) {
-            std::fprintf(stderr, "seed %llu, %s: got %g, expected %g at (%ld, %ld, %ld, %ld)\n",
-                         (unsigned long long)seed, kconv::instruction_set(), got, expected, long(b), long(c), long(h),
-                         long(w));
-            std::exit(1);
-          }
+      for (int64_t pixel = 0; pixel < problem.depth * problem.height * problem.width; ++pixel) {
+        const int64_t w = pixel % problem.width, h = pixel / problem.width % problem.height;
+        const int64_t d = pixel / problem.width / problem.height;
+        const T* x = problem.solve ? output : input;
+        const T* y = problem.solve ? input : output;
+        const kconv::Strides& x_strides = problem.solve ? problem.output_strides : problem.input_strides;
+        const kconv::Strides& y_strides = problem.solve ? problem.input_strides : problem.output_strides;
+        const auto [expected, magnitude] = product(problem, x, x_strides, b, c, d, h, w);
+        const double value = at(y, y_strides, b, c, d, h, w), bias = problem.bias ? double(problem.bias[c]) : 0;
+        const double got = value - bias;
+        const double scale = magnitude + std::abs(value) + std::abs(bias);
+        const double tolerance = roundings * std::numeric_limits<T>::epsilon() * scale;
+        if (!(std::abs(got - expected) <= tolerance)) {
+          std::fprintf(stderr, "seed %llu, %s: got %g, expected %g at (%ld, %ld, %ld, %ld, %ld)\n",
+                       (unsigned long long)seed, kconv::instruction_set(), got, expected, long(b), long(c), long(d),
+                       long(h), long(w));
+          std::exit(1);
         }
+      }
 }
 
 template <typename T>
@@ -142,26 +146,31 @@ void run(uint64_t seed) {
   const bool large = random() % 200 == 0;  // several strips of rows, where lanes are images
   const int64_t groups = large ? 1 : draw(random, {1, 1, 2, 3, 4});
   const int64_t per_group = large ? 1 : draw(random, {1, 2, 3, 4, 5, 7, 13});
+  const bool volume = random() % 3 == 0;
+  const int64_t planes = volume ? draw(random, {1, 2, 3}) : 1;
   const int64_t rows = draw(random, {1, 2, 3, 4, 9}), columns = draw(random, {1, 2, 3, 5, 9});
-  Sizes sizes{draw(random, {1, 1, 2, 3, 5, 9, 17, 33, 70}), groups * per_group,
+  Sizes sizes{draw(random, {1, 1, 2, 3, 5, 9, 17, 33, 70}), groups * per_group, volume ? draw(random, {1, 2, 3, 5}) : 1,
               draw(random, {1, 1, 2, 3, 5, 8, 17, 40}), draw(random, {1, 1, 2, 3, 5, 8, 17, 40})};
-  if (large) sizes = {17, 1, 95, 95};
-  while (!large && sizes[0] * sizes[1] * sizes[2] * sizes[3] > 1500)
-    for (int64_t i : {0, 2, 3}) sizes[i] = (sizes[i] + 1) / 2;
+  if (large) sizes = {17, 1, volume ? 2 : 1, 95, 95};
+  while (!large && sizes[0] * sizes[1] * sizes[2] * sizes[3] * sizes[4] > 1500)
+    for (int64_t i : {0, 2, 3, 4}) sizes[i] = (sizes[i] + 1) / 2;
 
   const kconv::Strides input_strides = draw_strides(random, sizes, random() % 4 == 0);
   const kconv::Strides output_strides = draw_strides(random, sizes, false);
   // Of exactly this size, so that a sanitizer sees every step beyond it.
   const std::unique_ptr<T[]> input(new T[span(sizes, input_strides)]),
-      weight(new T[sizes[1] * per_group * rows * columns]);
+      weight(new T[sizes[1] * per_group * planes * rows * columns]);
   std::generate_n(input.get(), span(sizes, input_strides), [&] { return T(normal(random)); });
-  const double scale = 0.5 / std::sqrt(per_group * rows * columns);
-  std::generate_n(weight.get(), sizes[1] * per_group * rows * columns, [&] { return T(scale * normal(random)); });
+  const double scale = 0.5 / std::sqrt(per_group * planes * rows * columns);
+  std::generate_n(weight.get(), sizes[1] * per_group * planes * rows * columns,
+                  [&] { return T(scale * normal(random)); });
   const std::unique_ptr<int64_t[]> stencils(new int64_t[groups]);
-  std::generate_n(stencils.get(), groups, [&] { return draw(random, {0, 1, 2, 3, 8, 11, 24, 27}); });
+  std::generate_n(stencils.get(), groups,
+                  [&] { return volume ? int64_t(random() % 8) : draw(random, {0, 1, 2, 3, 8, 11, 24, 27}); });
   for (int64_t channel = 0; channel < sizes[1]; ++channel) {
-    const auto [row, column] = pivot(stencils[channel / per_group], rows, columns);
-    weight[((channel * per_group + channel % per_group) * rows + row) * columns + column] =
+    const int64_t stencil = stencils[channel / per_group], plane = stencil & 4 ? 0 : planes - 1;
+    const auto [row, column] = pivot(stencil, rows, columns);
+    weight[(((channel * per_group + channel % per_group) * planes + plane) * rows + row) * columns + column] =
         T(random() % 2 ? 1.25 : -0.75);
   }
   const bool transpose = random() % 2, solve = random() % 2;
@@ -170,9 +179,10 @@ void run(uint64_t seed) {
   for (const char* name : {"baseline", "avx2", "avx512"}) {
     if (!kconv::select_instruction_set(name)) continue;
     const std::unique_ptr<T[]> output(new T[span(sizes, output_strides)]);
-    const kconv::Problem<T> problem{input.get(),   output.get(),   weight.get(), bias.get(),     nullptr,   false,
-                                    input_strides, output_strides, sizes[0],     sizes[1],       sizes[2],  sizes[3],
-                                    groups,        rows,           columns,      stencils.get(), transpose, solve};
+    const kconv::Problem<T> problem{input.get(), output.get(),  weight.get(),   bias.get(), nullptr,
+                                    false,       input_strides, output_strides, sizes[0],   sizes[1],
+                                    sizes[2],    sizes[3],      sizes[4],       groups,     planes,
+                                    rows,        columns,       stencils.get(), transpose,  solve};
     kconv::run(problem, thread_count, parallel_for);
     check(problem, input.get(), output.get(), seed);
   }
