@@ -526,7 +526,7 @@ void run_task(const Problem<T>& problem, const Plan& plan, const T* packed, int6
                        (stencil & kMirrorsPlanes) != 0,
                        (stencil & kMirrorsRows) != 0,
                        (stencil & kMirrorsColumns) != 0,
-                       problem.output_strides.row < problem.output_strides.column,
+                       problem.stores_columns(),
                        images,
                        bias,
                        buffer,

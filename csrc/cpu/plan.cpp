@@ -103,9 +103,9 @@ OwnedPlan make_plan(const Problem<T>& problem, int64_t family, int64_t groups, c
     const int64_t halo = plan.rows_above;
     // A row of all planes that a pixel reads.
     const int64_t row_bytes = (plan.planes_before + 1) * plan.row_positions * plan.position_pitch * int64_t(sizeof(T));
-    const int64_t fitting = std::max({kBufferBytes / row_bytes - halo, 2 * halo, int64_t(1)});
-    // Whole vectors of rows, for tensors that store columns.
-    plan.strip_rows = std::min(height, fitting > lanes ? fitting / lanes * lanes : fitting);
+    // Whole vectors of rows for tensors that store columns.
+    const int64_t unit = problem.stores_columns() ? lanes : 1;
+    plan.strip_rows = std::min(height, std::max({kBufferBytes / row_bytes - halo, 2 * halo, unit}) / unit * unit);
     if (plan.lanes == Lanes::channels) plan.strip_rows = height;  // so that wavefronts are long
     plan.plane_pitch = (plan.strip_rows + halo) * plan.row_positions * plan.position_pitch;
   }

@@ -35,6 +35,8 @@ struct Problem {
   int64_t group_channels() const { return channels / groups; }
   int64_t kernel_taps() const { return kernel_depth * kernel_height * kernel_width; }
 
+  bool stores_columns() const { return output_strides.row < output_strides.column; }
+
   // The same problem with the rows and columns that a family's canonical frame has before it is mirrored.
   Problem in_frame_of(int64_t family) const {
     Problem framed = *this;
