@@ -37,6 +37,7 @@ from nflows_kconv.torch_internals import (
     below_autograd,
     forward_mode,
     has_dispatch_mode,
+    is_any_autocast_on,
     is_differentiating_forward,
     primal,
 )
@@ -340,7 +341,7 @@ def call(
     layer stays in float32, since its inverse must undo it to rounding; `torch.library.register_autocast` does not reach
     the fake tensors of the compiler of torch 2.10 and 2.11.
     """
-    if input.dtype != torch.float64 and autocast_is_on(input):
+    if is_any_autocast_on() and input.dtype != torch.float64 and autocast_is_on(input):
         input, weight = input.float(), weight.float()
         bias, log_diagonal = (None if t is None else t.float() for t in (bias, log_diagonal))
     if _is_recorded(input, weight, bias, log_diagonal) or not _is_direct(input):

@@ -26,6 +26,7 @@ __all__ = [
     "below_autograd",
     "forward_mode",
     "has_dispatch_mode",
+    "is_any_autocast_on",
     "is_differentiating_forward",
     "is_functorch_wrapped_tensor",
     "is_sharded",
@@ -45,6 +46,7 @@ uncompiled = torch._disable_dynamo  # torch.compiler.disable would import the co
 
 
 below_autograd = torch._C._AutoDispatchBelowAutograd
+is_any_autocast_on = torch._C._is_any_autocast_enabled  # several times as fast as to ask for a device
 without_subclasses = torch._C.DisableTorchFunctionSubclass
 forward_mode = forward_ad._set_fwd_grad_enabled
 

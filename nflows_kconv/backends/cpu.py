@@ -10,7 +10,7 @@ from nflows_kconv.backends import native, reference
 from nflows_kconv.backends.registry import Problem, Status
 
 # What csrc/cpu/stencil.h has.
-_FAMILIES = frozenset(map(stencil.family, stencil.parse(("TL", "T", "L"))))
+_STENCILS = frozenset((*stencil.parse(stencil.CORNERS[3], 3), *stencil.parse(("T", "B", "L", "R"))))
 _INSTRUCTION_SET_NAMES = {"baseline": "baseline instructions", "avx2": "AVX2", "avx512": "AVX-512"}
 # Bytes of a group's weights that stay in a second-level cache. Every position reads them all, so that beyond this size
 # torch's own, which holds several positions in registers, is the faster forward.
@@ -30,7 +30,7 @@ def why_not(problem: Problem) -> str | None:
     """None where the native library is there and knows the stencils."""
     if not native.available:
         return native.reason
-    return None if _FAMILIES.issuperset(map(stencil.family, problem.stencils)) else "it has no kernel for a stencil"
+    return None if _STENCILS.issuperset(problem.stencils) else "it has no kernel for a stencil"
 
 
 def run(problem: Problem) -> Tensor:
