@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from typing import NamedTuple
 
 from torch import Tensor
@@ -75,7 +74,6 @@ _chosen: Implementation | None = None  # for all threads: backward passes have t
 def register(implementation: Implementation) -> None:
     """Adds a backend. Of those that can run a problem, the one registered first does."""
     _registered[implementation.name] = implementation
-    _of_device.cache_clear()
 
 
 def registered() -> Sequence[Implementation]:
@@ -95,15 +93,10 @@ def run(problem: Problem) -> Tensor:
         if reason is not None:
             raise RuntimeError(f'backend "{chosen.name}" must be able to run this {device} problem: {reason}')
         return chosen.run(problem)
-    for _, _, _, why_not, run_problem in _of_device(device):
-        if why_not(problem) is None:
+    for _, for_device, _, why_not, run_problem in _registered.values():
+        if for_device in (device, "any") and why_not(problem) is None:
             return run_problem(problem)
     raise RuntimeError(f"no backend runs {device} tensors")
-
-
-@cache
-def _of_device(device: str) -> Sequence[Implementation]:
-    return [each for each in _registered.values() if each.device in (device, "any")]
 
 
 @contextmanager
