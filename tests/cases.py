@@ -81,8 +81,9 @@ class Case:
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is of images or volumes, without dilation."""
-        return self.dimensions > 1 and not self.dilated
+        """Whether it is of contiguous images or volumes in whole precision, without dilation."""
+        whole = self.dtype in (torch.float32, torch.float64)
+        return self.dimensions > 1 and not self.dilated and whole and self.layout == "contiguous"
 
     @property
     def has_sides(self) -> bool:
@@ -292,7 +293,8 @@ def over_cases(*more: Case) -> Callable[[Test], Test]:
     def decorate(test: Test) -> Test:
         @wraps(test)
         def once(case: Case, **others: Any) -> None:
-            # Sequences and dilation become images before a kernel sees them: one instruction set shows that.
+            # What is the same for all instruction sets one of them shows: strides, half precision, and sequences and
+            # dilation, which become images before a kernel sees them.
             if others.get("backend") in ("cpu-baseline", "cpu-avx2") and not case.is_plain:
                 return
             test(case=case, **others)
