@@ -48,8 +48,8 @@ def build(directory: Path, *sanitizer: str) -> Path:
 @pytest.mark.parametrize(
     ("sanitizer", "problems", "threads"),
     [
-        (("-fsanitize=address,undefined", "-fno-sanitize-recover=all"), 3000, 1),
-        (("-fsanitize=thread",), 600, 4),
+        (("-fsanitize=address,undefined", "-fno-sanitize-recover=all"), 1000, 1),
+        (("-fsanitize=thread",), 400, 4),
     ],
     ids=["address and undefined behaviour", "threads"],
 )
