@@ -165,7 +165,8 @@ def log_abs_det(weight: Tensor, *, corners: str | Sequence[str], size: Sequence[
     if pixels >= 2**63:
         raise ValueError(f"an image must have fewer than 2**63 pixels, got {tuple(sizes)}")
     diagonal = stencil.pivot_diagonal(weight, stencils)
-    check_diagonal(diagonal)
+    if checks.values_are_at_hand(diagonal):
+        stencil.check_diagonal(diagonal)
     dtype = torch.promote_types(weight.dtype, torch.float32)
     return pixels * diagonal.to(dtype).abs().log().sum()
 
@@ -198,12 +199,6 @@ def run(
         input, weight, dilation = input[:, :, None], weight[:, :, None], (1, *dilation)
     output = ops.call(operator, input, weight, bias, log_diagonal, stencils, dilation, unit_diagonal)
     return output[:, :, 0] if dimensions == 1 else output
-
-
-def check_diagonal(diagonal: Tensor) -> None:
-    """Raises a ValueError unless the diagonal has an inverse, see `stencil`, where its values are at hand."""
-    if checks.values_are_at_hand(diagonal):
-        stencil.check_diagonal(diagonal)
 
 
 def parse_dilation(dilation: int | Sequence[int], dimensions: int) -> tuple[int, ...]:

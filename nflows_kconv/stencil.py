@@ -92,12 +92,11 @@ def from_canonical(tensor: Tensor, code: int, dimensions: int) -> Tensor:
     return tensor.transpose(-1, -2) if code & _EXCHANGED else tensor
 
 
-def lags(code: int, kernel_size: Sequence[int], dilation: Sequence[int] = ()) -> list[tuple[int, ...]]:
+def lags(code: int, kernel_size: Sequence[int]) -> list[tuple[int, ...]]:
     """How far back each free tap reads along the canonical axes, in the raster order of taps; the pivot is the last."""
     size, pivot_ = _exchanged(code, kernel_size), _canonical_pivot(code, kernel_size)
-    steps = _exchanged(code, dilation or [1] * len(size))
     taps = itertools.product(*map(range, size))
-    return [tuple((p - t) * s for p, t, s in zip(pivot_, tap, steps, strict=True)) for tap in taps if tap <= pivot_]
+    return [tuple(p - t for p, t in zip(pivot_, tap, strict=True)) for tap in taps if tap <= pivot_]
 
 
 def schedule(lags: Iterable[Sequence[int]]) -> tuple[int, ...]:
@@ -125,11 +124,10 @@ def pivot(code: int, kernel_size: Sequence[int]) -> tuple[int, ...]:
     return tuple(_exchanged(code, place))
 
 
-def padding(code: int, kernel_size: Sequence[int], dilation: Sequence[int] = ()) -> list[int]:
+def padding(code: int, kernel_size: Sequence[int]) -> list[int]:
     """What `F.pad` must add, from the last axis on, before a convolution of torch."""
-    steps = dilation or [1] * len(kernel_size)
-    axes = zip(pivot(code, kernel_size), kernel_size, steps, strict=True)
-    before_after = [(step * place, step * (size - 1 - place)) for place, size, step in axes]
+    axes = zip(pivot(code, kernel_size), kernel_size, strict=True)
+    before_after = [(place, size - 1 - place) for place, size in axes]
     return [amount for pair in reversed(before_after) for amount in pair]
 
 
