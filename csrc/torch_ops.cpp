@@ -50,8 +50,8 @@ const T* data(const std::optional<Tensor>& tensor) {
 }
 
 template <typename T>
-void run(const Operands& operands, const std::vector<int64_t>& stencils, bool unit_diagonal, bool transpose, bool solve,
-         Tensor& output) {
+void run(const Operands& operands, const std::vector<int64_t>& stencils, const std::vector<int64_t>& dilation,
+         bool unit_diagonal, bool transpose, bool solve, Tensor& output) {
   const Tensor &input = operands.input, &weight = operands.weight;
   const kconv::Problem<T> problem{data<T>(input),
                                   static_cast<T*>(output.mutable_data_ptr()),
@@ -70,6 +70,7 @@ void run(const Operands& operands, const std::vector<int64_t>& stencils, bool un
                                   depth(weight),
                                   weight.size(weight.dim() - 2),
                                   weight.size(weight.dim() - 1),
+                                  {dilation.size() == 3 ? dilation[0] : 1, dilation.rbegin()[1], dilation.back()},
                                   stencils.data(),
                                   transpose,
                                   solve};
@@ -95,14 +96,14 @@ std::optional<Tensor> mapped(const std::optional<Tensor>& tensor, Function funct
 }
 
 // The arguments are those that nflows_kconv/ops.py has checked.
-Tensor compute(Operands operands, const std::vector<int64_t>& stencils, bool unit_diagonal, bool transpose,
-               bool solve) {
+Tensor compute(Operands operands, const std::vector<int64_t>& stencils, const std::vector<int64_t>& dilation,
+               bool unit_diagonal, bool transpose, bool solve) {
   const ScalarType dtype = operands.input.scalar_type();
   if (dtype == ScalarType::Half || dtype == ScalarType::BFloat16) {
     const auto wide = [](const Tensor& tensor) { return to(tensor, ScalarType::Float); };
     const Operands computed{wide(operands.input), wide(operands.weight), mapped(operands.bias, wide),
                             mapped(operands.log_diagonal, wide)};
-    return to(compute(computed, stencils, unit_diagonal, transpose, solve), dtype);
+    return to(compute(computed, stencils, dilation, unit_diagonal, transpose, solve), dtype);
   }
   Tensor output = kconv::telling("allocate memory", [&] { return torch::stable::empty_like(operands.input); });
   if (operands.input.numel() == 0) return output;
@@ -110,17 +111,17 @@ Tensor compute(Operands operands, const std::vector<int64_t>& stencils, bool uni
   operands.bias = mapped(operands.bias, dense);
   operands.log_diagonal = mapped(operands.log_diagonal, dense);
   if (dtype == ScalarType::Float)
-    run<float>(operands, stencils, unit_diagonal, transpose, solve, output);
+    run<float>(operands, stencils, dilation, unit_diagonal, transpose, solve, output);
   else
-    run<double>(operands, stencils, unit_diagonal, transpose, solve, output);
+    run<double>(operands, stencils, dilation, unit_diagonal, transpose, solve, output);
   return output;
 }
 
 template <bool kSolve>
 Tensor run_operator(const Tensor& input, const Tensor& weight, std::optional<Tensor> bias,
-                    std::optional<Tensor> log_diagonal, std::vector<int64_t> stencils, bool unit_diagonal,
-                    bool transpose) {
-  return compute({input, weight, bias, log_diagonal}, stencils, unit_diagonal, transpose, kSolve);
+                    std::optional<Tensor> log_diagonal, std::vector<int64_t> stencils, std::vector<int64_t> dilation,
+                    bool unit_diagonal, bool transpose) {
+  return compute({input, weight, bias, log_diagonal}, stencils, dilation, unit_diagonal, transpose, kSolve);
 }
 
 }  // namespace
@@ -128,8 +129,9 @@ Tensor run_operator(const Tensor& input, const Tensor& weight, std::optional<Ten
 // Beside these stand the operators of the CUDA launcher, in cuda_launcher.cpp.
 STABLE_TORCH_LIBRARY(nflows_kconv_native, library) {
   for (const std::string name : {"conv", "solve", "conv_cuda", "solve_cuda"}) {
-    library.def((name + "(Tensor input, Tensor weight, Tensor? bias, Tensor? log_diagonal, int[] stencils, "
-                        "bool unit_diagonal, bool transpose) -> Tensor")
+    const std::string dilation = name.size() > 5 ? "" : "int[] dilation, ";  // the CUDA kernels have none
+    library.def((name + "(Tensor input, Tensor weight, Tensor? bias, Tensor? log_diagonal, int[] stencils, " +
+                 dilation + "bool unit_diagonal, bool transpose) -> Tensor")
                     .c_str());
   }
   library.def(

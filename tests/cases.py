@@ -81,9 +81,9 @@ class Case:
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is of contiguous images or volumes in whole precision, without dilation."""
+        """Whether it is of contiguous images or volumes in whole precision."""
         whole = self.dtype in (torch.float32, torch.float64)
-        return self.dimensions > 1 and not self.dilated and whole and self.layout == "contiguous"
+        return self.dimensions > 1 and whole and self.layout == "contiguous"
 
     @property
     def has_sides(self) -> bool:
@@ -230,6 +230,10 @@ CASES = (
     Case(("T", "R", "BR"), kernel_size=(2, 4), dilation=(3, 2), size=(7, 9), dtype=torch.float16),
     Case(("R", "L"), kernel_size=(3,), size=(11,), dilation=2),
     Case(CORNERS_3D[2:6], per_group=1, kernel_size=(2, 2, 2), size=(3, 5, 4), dilation=(2, 1, 3)),
+    Case((TL, "T", "L"), per_group=1, batch=2, size=(35, 18), dilation=(2, 3)),
+    # Images that a kernel cuts into strips, of many rows or columns
+    Case((TL, "B"), per_group=2, kernel_size=(2, 6), batch=64, size=(100, 6), dilation=(40, 1)),
+    Case((BR, "L"), per_group=2, kernel_size=(6, 2), batch=64, size=(6, 100), dilation=(1, 40)),
     # Batches and rows about the widths of vectors
     *(Case((TL, BR), per_group=3, batch=batch) for batch in (1, 3, 7, 8, 9, 15, 16, 17, 31, 33)),
     *(Case((TR, BL), per_group=2, batch=batch, size=(4, 3)) for batch in (63, 64, 65, 100, 130, 1030)),
@@ -241,6 +245,7 @@ CASES = (
     *(Case((TR,), per_group=n, batch=5, size=(5, 4)) for n in (16, 17, 32, 33)),
     Case((TL,), per_group=128, batch=3, size=(3, 3)),
     Case((BR,), per_group=1024, batch=2, size=(1, 1), kernel_size=(2, 2)),
+    Case(("T",), per_group=200, batch=2, kernel_size=(2, 5), size=(2, 3)),
     Case((TL, BR) * 64, per_group=1, batch=3),
     # Long images
     Case((TL, BR), per_group=2, kernel_size=(3, 3), **_wide),
@@ -293,8 +298,8 @@ def over_cases(*more: Case) -> Callable[[Test], Test]:
     def decorate(test: Test) -> Test:
         @wraps(test)
         def once(case: Case, **others: Any) -> None:
-            # What is the same for all instruction sets one of them shows: strides, half precision, and sequences and
-            # dilation, which become images before a kernel sees them.
+            # What is the same for all instruction sets one of them shows: strides, half precision, and sequences,
+            # which become images before a kernel sees them.
             if others.get("backend") in ("cpu-baseline", "cpu-avx2") and not case.is_plain:
                 return
             test(case=case, **others)

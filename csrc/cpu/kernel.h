@@ -151,22 +151,24 @@ inline Vector<T> lane(Vector<T> vector, int64_t index) {
 }
 
 // Where lanes are channels: computes V vectors of output channels, `own` channels at most, from `outputs` on, of P
-// pixels, in place. `weights` holds a vector of each for the scale of y, for the `count` inputs that are known, and for
-// the columns of the pivot's triangle, which count as known in a convolution.
+// pixels, in place. `weights` holds a vector of each for the scale of y, for the `known` inputs, and for the columns of
+// the pivot's triangle, which count as known in a convolution. This takes the inputs [begin, end): a convolution all, a
+// solution as many as it is given, in their order.
 template <bool kSolve, int V, int P, typename T>
-void compute_channels(T* const* pixels, int64_t outputs, int64_t own, const int64_t* offsets, int64_t count,
-                      const T* weights) {
+void compute_channels(T* const* pixels, int64_t outputs, int64_t own, const int64_t* offsets, int64_t begin,
+                      int64_t end, int64_t known, const T* weights) {
   constexpr int n = kLanes<T>;
   Vector<T> sums[V][P];
 #pragma GCC unroll 8
   for (int v = 0; v < V; ++v)
 #pragma GCC unroll 8
     for (int p = 0; p < P; ++p)
-      sums[v][p] = kSolve ? load(pixels[p] + outputs + v * n) * load(weights + v * n) : Vector<T>{};
-  weights += V * n;
+      sums[v][p] = !kSolve      ? Vector<T>{}
+                   : begin == 0 ? load(pixels[p] + outputs + v * n) * load(weights + v * n)
+                                : load(pixels[p] + outputs + v * n);
+  weights += (1 + begin) * V * n;
 
-  if (!kSolve) count += own;
-  for (int64_t k = 0; k < count; ++k, weights += V * n) {
+  for (int64_t k = begin; k < (kSolve ? end : end + own); ++k, weights += V * n) {
     Vector<T> w[V];
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) w[v] = load(weights + v * n);
@@ -177,7 +179,7 @@ void compute_channels(T* const* pixels, int64_t outputs, int64_t own, const int6
       for (int v = 0; v < V; ++v) sums[v][p] = kSolve ? sums[v][p] - w[v] * x : sums[v][p] + w[v] * x;
     }
   }
-  if constexpr (kSolve)
+  if (kSolve && end == known)
 #pragma GCC unroll 8
     for (int i = 0; i < V; ++i)
       for (int64_t column = 0; column < smaller(n, own - i * n); ++column, weights += V * n)
@@ -194,7 +196,7 @@ void compute_channels(T* const* pixels, int64_t outputs, int64_t own, const int6
 }
 
 template <typename T>
-using ChannelsKernel = void (*)(T* const*, int64_t, int64_t, const int64_t*, int64_t, const T*);
+using ChannelsKernel = void (*)(T* const*, int64_t, int64_t, const int64_t*, int64_t, int64_t, int64_t, const T*);
 
 template <bool kSolve, typename T>
 ChannelsKernel<T> channels_kernel(int64_t vectors, int64_t pixels) {
@@ -212,27 +214,29 @@ ChannelsKernel<T> channels_kernel(int64_t vectors, int64_t pixels) {
 
 // ---- Weights -------------------------------------------------------------------------------------------------------
 
-// Where lanes are channels and A is not transposed: packs what is known for vectors of outputs, whose weights lie in
-// memory as rows of [input, tap], by transposing squares of them.
+// Where lanes are channels and A is not transposed: packs the columns of the known inputs and of the tile's own, all of
+// the square that the triangle is in. The weights of an output lie in memory as a row of [input, tap]; squares of them
+// are transposed.
 template <typename T>
-void pack_known(const Problem<T>& problem, const Plan& plan, int64_t stencil, const Tile& tile, const T* outputs,
-                int64_t output_stride, const T* scales, T* to) {
+void pack_columns(const Problem<T>& problem, const Plan& plan, int64_t stencil, const Tile& tile, int64_t own,
+                  const T* outputs, int64_t output_stride, const T* scales, T* to) {
   constexpr int n = kLanes<T>;
-  const int64_t kernel_taps = problem.kernel_taps(), count = plan.channels * kernel_taps;
+  const int64_t channels = plan.channels, kernel_taps = problem.kernel_taps(), count = channels * kernel_taps;
+  const int64_t pivot = plan.tap_count - 1, end = tile.first + own, size = tile.size;
   const int64_t* const places = plan.places + mirrors(stencil) * kernel_taps;
-  for (int64_t first = 0; first < tile.size; first += n) {
-    const int64_t present = smaller(n, plan.channels - tile.first - first);
+  for (int64_t first = 0; first < size; first += n) {
     for (int64_t start = 0; start < count; start += n) {
       start = smaller(start, count - n);  // the last square overlaps the one before
       Vector<T> square[n];
       for (int i = 0; i < n; ++i)
-        square[i] = i < present ? load(outputs + (first + i) * output_stride + start) * scales[first + i] : Vector<T>{};
+        square[i] =
+            first + i < own ? load(outputs + (first + i) * output_stride + start) * scales[first + i] : Vector<T>{};
       transpose<1, T>(square);
       int64_t input = start / kernel_taps, tap = start % kernel_taps;
       for (int i = 0; i < n; ++i) {
         const int64_t place = places[tap];
-        if (place >= 0 && (place < plan.tap_count - 1 || input < tile.first))
-          store(to + (place * plan.channels + input) * tile.size + first, square[i]);
+        if (place >= 0 && (place < pivot || input < end))
+          store(to + (place * channels + input) * size + first, square[i]);
         if (++tap == kernel_taps) ++input, tap = 0;
       }
     }
@@ -265,12 +269,16 @@ void pack_weights(const Problem<T>& problem, const Plan& plan, int64_t group, in
   T* to = packed + tile.weights;
   const T* const scales = to;
   for (int64_t o = 0; filled && o < tile.size; ++o) *to++ = scaled && o < own ? 1 / diagonal(o) : T(1);
-  const bool squares = filled && !transpose && channels * kernel_taps >= kLanes<T>;
-  if (squares) {
-    pack_known(problem, plan, stencil, tile, outputs, output_stride, scales, to);
+  if (filled && !transpose && channels * kernel_taps >= kLanes<T>) {
+    pack_columns(problem, plan, stencil, tile, own, outputs, output_stride, scales, to);
     to += ((plan.tap_count - 1) * channels + tile.first) * tile.size;
+    for (int64_t i = 0; i < own; ++i, to += tile.size) {  // above the diagonal may be anything
+      for (int64_t o = 0; o < i; ++o) to[o] = 0;
+      to[i] = problem.solve ? T(0) : diagonal(i);
+    }
+    return;
   }
-  for (int64_t tap = 0; !squares && tap < plan.tap_count; ++tap) {
+  for (int64_t tap = 0; tap < plan.tap_count; ++tap) {
     const T* inputs = outputs + problem.tap(stencil, plan.taps[tap]);
     const int64_t known = tap == plan.tap_count - 1 ? tile.first : channels;
     for (int64_t i = 0; i < known; ++i)
@@ -462,20 +470,26 @@ void compute_wavefronts(T* corner, int64_t images, int64_t height, int64_t width
     const int64_t together = divide_up(count, divide_up(count, plan.pixels));
     for (int64_t t = 0; t < plan.tile_count; ++t) {
       const Tile& tile = plan.tiles[kSolve ? t : plan.tile_count - 1 - t];
-      T* pixels[kMaxPixels];
-      int64_t gathered = 0, left = count;
-      for (int64_t image = 0; image < images; ++image) {
-        T* pixel = corner + image * plan.image_pitch + step * plan.position_pitch + rows.first * next_row;
-        for (int64_t row = rows.first; row < rows.last; ++row, pixel += next_row) {
-          pixels[gathered++] = pixel;
-          --left;
-          if (gathered < together && left > 0) continue;
-          channels_kernel<kSolve, T>(tile.size / n, gathered)(pixels, tile.first,
-                                                              smaller(tile.size, plan.channels - tile.first),
-                                                              plan.offsets, inputs + tile.first, packed + tile.weights);
-          gathered = 0;
+      const int64_t known = inputs + tile.first, own = smaller(tile.size, plan.channels - tile.first);
+      const int64_t at_once = kSolve ? plan.inputs : known;
+      int64_t begin = 0;
+      do {
+        const int64_t end = smaller(known, begin + at_once);
+        T* pixels[kMaxPixels];
+        int64_t gathered = 0, left = count;
+        for (int64_t image = 0; image < images; ++image) {
+          T* pixel = corner + image * plan.image_pitch + step * plan.position_pitch + rows.first * next_row;
+          for (int64_t row = rows.first; row < rows.last; ++row, pixel += next_row) {
+            pixels[gathered++] = pixel;
+            --left;
+            if (gathered < together && left > 0) continue;
+            channels_kernel<kSolve, T>(tile.size / n, gathered)(pixels, tile.first, own, plan.offsets, begin, end,
+                                                                known, packed + tile.weights);
+            gathered = 0;
+          }
         }
-      }
+        begin = end;
+      } while (begin < known);
     }
   }
 }
@@ -495,6 +509,17 @@ void clear_borders(const Plan& plan, int64_t images, T* buffer) {
       __builtin_memset(buffer, 0, above * sizeof(T));
       for (int64_t to = above; to < plan.plane_pitch; to += row) __builtin_memset(buffer + to, 0, left * sizeof(T));
     }
+  }
+}
+
+// Moves the rows that the strip before this one has in the buffer to where this one has them: its last rows, solved,
+// are above this one, or those above it, to be convolved, the last of this one.
+template <bool kSolve, typename T>
+void keep_shared_rows(const Plan& plan, T* buffer) {
+  const int64_t row = plan.row_positions * plan.position_pitch, rows = plan.rows_above * row * sizeof(T);
+  for (int64_t plane = plan.first_plane; plane < plan.image_pitch; plane += plan.plane_pitch) {
+    T *above = buffer + plane, *last = above + plan.strip_rows * row;
+    __builtin_memcpy(kSolve ? above : last, kSolve ? last : above, rows);
   }
 }
 
@@ -541,16 +566,22 @@ void run_task(const Problem<T>& problem, const Plan& plan, const T* packed, int6
     const int64_t top = (kSolve ? s : strips - 1 - s) * plan.strip_rows;
     const int64_t bottom = smaller(top + plan.strip_rows, problem.height);
     const int64_t halo_top = larger(0, top - plan.rows_above);
-    clear_borders(plan, images, buffer);
-    if (halo_top < top) {
-      strip.place(halo_top, top, top);
-      if constexpr (kSolve)
+    const bool shared = s > 0 && plan.lanes == Lanes::images;
+    if (shared) keep_shared_rows<kSolve>(plan, buffer);
+    if (!shared || !kSolve) clear_borders(plan, images, buffer);
+    if constexpr (kSolve) {
+      if (!shared && halo_top < top) {
+        strip.place(halo_top, top, top);
         strip.template move<true, false>(const_cast<const T*>(output), problem.output_strides, halo_top, top);
-      else
-        strip.template move<true, false>(input, problem.input_strides, halo_top, top);
+      }
+      strip.place(top, bottom, top);
+      strip.template move<true, true>(input, problem.input_strides, top, bottom);
+    } else {
+      const int64_t end = shared ? bottom - plan.rows_above : bottom;
+      strip.place(halo_top, end, top);
+      strip.template move<true, false>(input, problem.input_strides, halo_top, end);
+      strip.place(top, bottom, top);
     }
-    strip.place(top, bottom, top);
-    strip.template move<true, kSolve>(input, problem.input_strides, top, bottom);
 
     const int64_t lines = plan.lanes == Lanes::images ? bottom - top : plan.lanes == Lanes::rows ? 1 : 0;
     const int64_t steps = plan.lanes == Lanes::rows ? problem.width + plan.skew * (bottom - top - 1) : problem.width;

@@ -7,6 +7,8 @@ namespace {
 
 // Bytes of buffer that leave room for weights in a second-level cache, and of weights that leave room for pixels.
 constexpr int64_t kBufferBytes = 512 * 1024;
+// Bytes of weights that stay there while they are used, though there may be more.
+constexpr int64_t kInputBytes = 256 * 1024;
 
 // Tiles of whole units of channels, as equal as possible, so that none runs with few accumulators. A tile has weights
 // for each channel at each tap, those before it at the pivot, and itself; and `more`, for each of its channels.
@@ -45,19 +47,26 @@ OwnedPlan make_plan(const Problem<T>& problem, int64_t family, int64_t groups, c
   OwnedPlan plan{};
   const int64_t depth = problem.depth, height = problem.height, width = problem.width;
   plan.channels = problem.group_channels();
+  const Lag step = problem.dilation;
   const int64_t pivot = pivot_column(family, problem.kernel_width);
-  plan.planes_before = std::min(problem.kernel_depth, depth) - 1;
-  plan.rows_above = std::min(problem.kernel_height, height) - 1;
-  plan.left = std::min(pivot, width - 1);
-  plan.right = plan.rows_above ? std::min(problem.kernel_width - 1 - pivot, width - 1) : 0;
-  plan.skew = plan.right + 1;
+  // The last tap in each direction that can reach into the image.
+  const int64_t before = std::min(problem.kernel_depth - 1, (depth - 1) / step.planes),
+                above = std::min(problem.kernel_height - 1, (height - 1) / step.rows),
+                left = std::min(pivot, (width - 1) / step.columns),
+                right = above ? std::min(problem.kernel_width - 1 - pivot, (width - 1) / step.columns) : 0;
+  plan.planes_before = before * step.planes;
+  plan.rows_above = above * step.rows;
+  plan.left = left * step.columns;
+  plan.right = right * step.columns;
+  plan.skew = plan.right / step.rows + 1;
   const int64_t lanes = plan.lanes_per_vector = target.vector_bytes / int64_t(sizeof(T));
   const int64_t image_vectors = divide_up(problem.batch, lanes);
 
-  // What a position reads, for each tile again.
+  // What a position reads, for each tile again, and what lies between that and itself.
   const int64_t input_bytes = problem.kernel_taps() * plan.channels * int64_t(sizeof(T));
   const int64_t position_lanes = lanes * std::min<int64_t>(image_vectors, target.max_vectors);
-  const bool spilled = input_bytes * position_lanes > 4 * kBufferBytes;
+  const int64_t above_bytes = plan.rows_above * width * plan.channels * position_lanes * int64_t(sizeof(T));
+  const bool spilled = input_bytes * position_lanes > 4 * kBufferBytes || above_bytes > 8 * kBufferBytes;
 
   // Vectors of outputs: many images fill lanes, few large ones fill them with rows, few small ones with channels, where
   // a vector costs more, since no weight serves several.
@@ -114,14 +123,15 @@ OwnedPlan make_plan(const Problem<T>& problem, int64_t family, int64_t groups, c
   plan.image_pitch = plan.first_plane + depth * plan.plane_pitch;
   plan.buffer_size = plan.image_pitch * (plan.lanes == Lanes::channels ? plan.block_images : 1);
 
-  for (int64_t plane = plan.planes_before; plane >= 0; --plane)
-    for (int64_t row = plan.rows_above; row >= 0; --row)
-      for (int64_t column = plan.left; column >= (row ? -plan.right : 0); --column) {
+  for (int64_t plane = before; plane >= 0; --plane)
+    for (int64_t row = above; row >= 0; --row)
+      for (int64_t column = left; column >= (row ? -right : 0); --column) {
         plan.owned_taps.push_back({plane, row, column});
-        const int64_t back = plan.lanes == Lanes::rows ? (plan.skew * row + column) * plan.position_pitch + row
-                                                       : (row * plan.row_positions + column) * plan.position_pitch;
+        const int64_t rows = row * step.rows, columns = column * step.columns;
+        const int64_t back = plan.lanes == Lanes::rows ? (plan.skew * rows + columns) * plan.position_pitch + rows
+                                                       : (rows * plan.row_positions + columns) * plan.position_pitch;
         for (int64_t channel = 0; channel < plan.channels; ++channel)
-          plan.owned_offsets.push_back(channel * plan.channel_pitch - back - plane * plan.plane_pitch);
+          plan.owned_offsets.push_back(channel * plan.channel_pitch - back - plane * step.planes * plan.plane_pitch);
       }
   plan.tap_count = int64_t(plan.owned_taps.size());
   const int64_t kernel_taps = problem.kernel_taps();
@@ -132,12 +142,12 @@ OwnedPlan make_plan(const Problem<T>& problem, int64_t family, int64_t groups, c
       plan.owned_places[image * kernel_taps + problem.tap(family | image, plan.owned_taps[tap])] = tap;
   // Registers hold the sums, a vector of inputs for each vector of lanes, and a weight.
   const int64_t taps = plan.tap_count - 1;
-  const bool large = input_bytes * lanes * kMaxChannelVectors > kBufferBytes;
   plan.owned_tiles = plan.lanes == Lanes::channels
-                         ? make_tiles(plan.channels, lanes, taps, 1, kMaxChannelVectors - large)
+                         ? make_tiles(plan.channels, lanes, taps, 1, kMaxChannelVectors)
                          : make_tiles(plan.channels, 1, taps, 0,
                                       std::min<int64_t>(kMaxTile, (target.registers - 1) / plan.vectors - 1));
   const int64_t tile_vectors = divide_up(plan.owned_tiles.front().size, lanes);
+  plan.inputs = kInputBytes / (plan.owned_tiles.front().size * int64_t(sizeof(T)));
   plan.pixels = std::min<int64_t>(kMaxPixels, (target.registers - 1) / tile_vectors - 1);
   const Tile& last = plan.owned_tiles.back();
   plan.group_weights = last.weights + (taps * plan.channels + last.first + last.size + 1) * last.size;

@@ -51,6 +51,7 @@ struct Plan {
   int64_t skew;
   int64_t vectors;       // of lanes in a position, at most
   int64_t pixels;        // lanes are channels: computed together, at most
+  int64_t inputs;        // lanes are channels: whose weights all pixels of a wavefront use before the next, at most
   int64_t block_images;  // of a task, at most
   int64_t lanes_per_vector;
   int64_t halo_lanes;      // lanes before those that are computed

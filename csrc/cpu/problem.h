@@ -28,6 +28,7 @@ struct Problem {
   Strides input_strides, output_strides;
   int64_t batch, channels, depth, height, width;
   int64_t groups, kernel_depth, kernel_height, kernel_width;
+  Lag dilation;             // pixels from one tap to the next
   const int64_t* stencils;  // one a group
   bool transpose, solve;
   int64_t kernel_row_stride = kernel_width, kernel_column_stride = 1;
@@ -44,6 +45,7 @@ struct Problem {
       for (Strides* strides : {&framed.input_strides, &framed.output_strides}) exchange(strides->row, strides->column);
       exchange(framed.height, framed.width);
       exchange(framed.kernel_height, framed.kernel_width);
+      exchange(framed.dilation.rows, framed.dilation.columns);
       exchange(framed.kernel_row_stride, framed.kernel_column_stride);
     }
     return framed;

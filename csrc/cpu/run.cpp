@@ -49,6 +49,14 @@ struct Free {
   void operator()(void* memory) const { std::free(memory); }
 };
 
+using Memory = std::unique_ptr<void, Free>;
+
+Memory allocate(size_t bytes) {  // whole cache lines: vectors that cross them cost twice
+  Memory memory(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
+  if (!memory) throw std::bad_alloc();
+  return memory;
+}
+
 // Memory of one thread, kept between calls unless it is large: to fault it in anew would cost as much as a small
 // problem.
 class Scratch {
@@ -56,8 +64,8 @@ class Scratch {
   void* get(size_t bytes) {
     if (size_ < bytes) {
       size_ = 0;
-      memory_.reset(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
-      if (!memory_) throw std::bad_alloc();
+      memory_.reset();
+      memory_ = allocate(bytes);
       size_ = bytes;
     }
     return memory_.get();
@@ -71,7 +79,7 @@ class Scratch {
 
  private:
   static constexpr size_t kKept = 4 << 20;
-  std::unique_ptr<void, Free> memory_;
+  Memory memory_;
   size_t size_ = 0;
 };
 
@@ -121,7 +129,7 @@ void run_tasks(int64_t begin, int64_t end, void* context) {
   Run<T>& run = *static_cast<Run<T>*>(context);
   const Plan& plan = run.plan;
   const size_t buffer_bytes = (plan.buffer_size * sizeof(T) + 63) / 64 * 64;
-  const int64_t rows = plan.strip_rows > plan.rows_above ? plan.strip_rows : plan.rows_above;
+  const int64_t rows = plan.strip_rows + plan.rows_above;
   char* memory;
   try {
     memory = static_cast<char*>(scratch.get(buffer_bytes + rows * run.problem.width * sizeof(int64_t)));
@@ -144,8 +152,8 @@ void run_family(const Problem<T>& problem, int64_t family, const std::vector<int
   const Kernels<T>& kernels = current().kernels(T());
   const int64_t count = int64_t(groups.size());
   const OwnedPlan plan = make_plan(problem, family, count, kernels.target, threads);
-  const std::unique_ptr<T[]> packed(new T[count * plan.group_weights]);
-  Run<T> run{problem, plan, kernels, groups.data(), packed.get()};
+  const Memory packed = allocate(count * plan.group_weights * sizeof(T));
+  Run<T> run{problem, plan, kernels, groups.data(), static_cast<T*>(packed.get())};
 
   // Work that is worth waking a thread for, in weights packed and in vector operations.
   constexpr int64_t kGrain = 16384;

@@ -25,7 +25,7 @@ inline int64_t pivot_column(int64_t stencil, int64_t kernel_width) {
   return stencil & kSide ? (kernel_width - 1) / 2 : kernel_width - 1;
 }
 
-struct Lag {
+struct Lag {  // of a tap, in steps of the dilation
   int64_t planes, rows, columns;
 };
 

@@ -5,7 +5,7 @@ reference    plain PyTorch: every stencil, dimension and device
 cpu          the kernels under csrc/cpu, in the native library
 cuda         the kernels under csrc/cuda, compiled at run time
 planes       solutions in three dimensions by those in two
-polyphase    dilated problems by those that are not
+polyphase    dilated problems by those that are not, for backends whose kernels are not dilated
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from nflows_kconv.backends import cpu, cuda, polyphase, reference, registry
-from nflows_kconv.backends.registry import Implementation, Problem, Status, register, registered, use_backend
+from nflows_kconv.backends import cpu, cuda, reference
+from nflows_kconv.backends.registry import Implementation, Status, register, registered, run, use_backend
 
-__all__ = ["Backend", "available_backends", "selected_backends", "use_backend"]
+__all__ = ["Backend", "available_backends", "run", "selected_backends", "use_backend"]
 
 
 @dataclass(frozen=True)
@@ -43,15 +42,6 @@ class Backend:
         """One line for people."""
         state = "selected" if self.selected else "available" if self.available else "not available"
         return f"{self.name} ({self.device}): {state}, {self.reason}"
-
-
-def run(problem: Problem) -> Tensor:
-    """Runs a problem, a dilated one phase by phase.
-
-    Raises:
-        RuntimeError: If the backend that `use_backend` has chosen cannot.
-    """
-    return registry.run(problem) if max(problem.dilation) == 1 else polyphase.run(problem, registry.run)
 
 
 def available_backends() -> dict[str, Backend]:

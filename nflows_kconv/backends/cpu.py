@@ -35,8 +35,8 @@ def why_not(problem: Problem) -> str | None:
 
 def run(problem: Problem) -> Tensor:
     """Runs a problem; what torch's own convolutions do as fast, they do."""
-    operation, input, weight, stencils, bias, log_diagonal, unit_diagonal, transpose, _, _ = problem
+    operation, input, weight, stencils, bias, log_diagonal, unit_diagonal, transpose, _, dilation = problem
     cached = weight.numel() * weight.element_size() <= _CACHED_WEIGHTS * len(stencils)
     if operation == "solve" or (operation == "conv" and cached):
-        return native.call(operation, input, weight, bias, log_diagonal, stencils, unit_diagonal, transpose)
+        return native.call(operation, input, weight, bias, log_diagonal, stencils, dilation, unit_diagonal, transpose)
     return reference.run(problem)

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import grad as convolution_gradients
 
 from nflows_kconv import stencil
+from nflows_kconv.backends import polyphase
 from nflows_kconv.backends.registry import Problem
 
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -48,6 +49,8 @@ def run(problem: Problem) -> Tensor:
         ValueError: If on the CPU an entry of the pivot's diagonal is zero or not finite, for a solution or where the
             diagonal is exp(log_diagonal).
     """
+    if problem.dilated:
+        return polyphase.run(problem, run)
     return {"conv": _conv, "solve": _solve, "weight_gradient": _weight_gradient}[problem.operation](problem)
 
 

@@ -22,7 +22,7 @@ class Problem(NamedTuple):
         unit_diagonal: Whether the pivot's diagonal counts as 1; for "weight_gradient", whether it has no gradient.
         transpose: Whether A^T stands for A.
         kernel_size: Of the weight.
-        dilation: One number for each axis; backends are asked for 1 alone.
+        dilation: One number for each axis.
     """
 
     operation: str
@@ -40,6 +40,11 @@ class Problem(NamedTuple):
     def dimensions(self) -> int:
         """Of an image."""
         return self.input.dim() - 2
+
+    @property
+    def dilated(self) -> bool:
+        """Whether taps are apart."""
+        return max(self.dilation) > 1
 
 
 class Status(NamedTuple):
@@ -82,7 +87,7 @@ def registered() -> Sequence[Implementation]:
 
 
 def run(problem: Problem) -> Tensor:
-    """Runs a problem without dilation on the chosen backend, or on the first that can.
+    """Runs a problem on the chosen backend, or on the first that can.
 
     Raises:
         RuntimeError: If the chosen one cannot.

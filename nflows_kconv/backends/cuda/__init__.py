@@ -12,7 +12,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from nflows_kconv import stencil
-from nflows_kconv.backends import native, planes, reference
+from nflows_kconv.backends import native, planes, polyphase, reference
 from nflows_kconv.backends.cuda import compiler, driver, native_launcher, planning, runtime
 from nflows_kconv.backends.cuda.python_launcher import PythonLauncher
 from nflows_kconv.backends.registry import Problem, Status
@@ -44,6 +44,8 @@ def why_not(problem: Problem) -> str | None:
 
 def run(problem: Problem) -> Tensor:
     """Runs a problem; in three dimensions what torch's own convolutions do, they do."""
+    if problem.dilated:
+        return polyphase.run(problem, run)
     if problem.dimensions == 3:
         return planes.solve(problem, run) if problem.operation == "solve" else reference.run(problem)
     if stencil.family(problem.stencils[0]) == _LEFT:  # kernels exchange no axes, views do
