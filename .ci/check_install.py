@@ -32,7 +32,7 @@ else:
     raise AssertionError("the nflows adapter imports without nflows")
 
 installed = [str(path) for path in files("nflows-kconv") or []]
-for source in ("torch_ops.cpp", "cuda/arguments.cuh", "cuda/solve_rows.cu"):
+for source in ("cpu_caller.cpp", "cuda/arguments.cuh", "cuda/solve_rows.cu"):
     assert f"nflows_kconv/csrc/{source}" in installed, installed
 assert not [path for path in installed if path.startswith(("tests", "build_backend", "examples"))], installed
 assert ("nflows_kconv/_native.abi3.so" in installed) == (expected == "cpu"), installed

@@ -249,6 +249,18 @@ Tensor weight_gradient(const Tensor& input, const Tensor& grad, std::vector<int6
 
 using namespace kconv::cuda;
 
+// Their arguments are those that nflows_kconv/ops.py has checked.
+STABLE_TORCH_LIBRARY(nflows_kconv_native, library) {
+  for (const std::string name : {"conv_cuda", "solve_cuda"}) {
+    library.def((name + "(Tensor input, Tensor weight, Tensor? bias, Tensor? log_diagonal, int[] stencils, "
+                        "bool unit_diagonal, bool transpose) -> Tensor")
+                    .c_str());
+  }
+  library.def(
+      "weight_gradient_cuda(Tensor input, Tensor grad, int[] stencils, int[] kernel_size, bool unit_diagonal) -> "
+      "Tensor");
+}
+
 // For tensors of every device: tests call them with the CPU's.
 STABLE_TORCH_LIBRARY_IMPL(nflows_kconv_native, CompositeExplicitAutograd, library) {
   library.impl("conv_cuda", TORCH_BOX(&run_on_images<0>));

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from numbers import Integral, Real
 
@@ -17,12 +18,14 @@ def positive(name: str, value: int) -> int:
 
     Raises:
         TypeError: If it is no integer.
-        ValueError: If it is not at least 1.
+        ValueError: If it is below 1, or no machine integer.
     """
     if not isinstance(value, Integral) or isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
+    if value > sys.maxsize:
+        raise ValueError(f"{name} must be at most {sys.maxsize}, got {value}")
     return int(value)
 
 

@@ -196,15 +196,16 @@ class InvertibleConv(InvertibleModule):
         return self.convolve(input), self._log_abs_det(input)
 
     def _run_inverse(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
-        return self.solve(input), -self._log_abs_det(input)
+        return self.solve(input), self._log_abs_det(input, -1)
 
-    def _log_abs_det(self, input: Tensor) -> Tensor:
+    def _log_abs_det(self, input: Tensor, sign: int = 1) -> Tensor:
+        # Of as few operators as can be, in memory of its own: users add to it in place.
         shape = input.shape
         if self.log_diagonal is None:
             dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
             return torch.zeros(shape[0], dtype=dtype, device=input.device)
         dtype = torch.promote_types(self.log_diagonal.dtype, torch.float32)
-        return (math.prod(shape[2:]) * self.log_diagonal.to(dtype).sum()).repeat(shape[0])
+        return self.log_diagonal.sum(dtype=dtype).expand(shape[0]) * (sign * math.prod(shape[2:]))
 
     def _load_from_state_dict(
         self,

@@ -39,6 +39,7 @@ from nflows_kconv.torch_internals import (
     has_dispatch_mode,
     is_any_autocast_on,
     is_differentiating_forward,
+    is_zero_tensor,
     primal,
 )
 
@@ -344,7 +345,7 @@ def call(
     if is_any_autocast_on() and input.dtype != torch.float64 and autocast_is_on(input):
         input, weight = input.float(), weight.float()
         bias, log_diagonal = (None if t is None else t.float() for t in (bias, log_diagonal))
-    if _is_recorded(input, weight, bias, log_diagonal) or not _is_direct(input):
+    if _is_recorded(input, weight, bias, log_diagonal) or not _is_direct(input, weight, bias, log_diagonal):
         return operator(input, weight, bias, log_diagonal, stencils, dilation, unit_diagonal, False)
     name = "conv" if operator is conv else "solve"
     kernel_size = weight.shape[2:]
@@ -366,14 +367,24 @@ def _is_recorded(*tensors: Tensor | None) -> bool:
     return is_differentiating_forward()
 
 
-def _is_direct(tensor: Tensor) -> bool:
-    """Whether nothing that the dispatcher serves is between a call and the backends."""
-    plain = type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_meta and not torch.compiler.is_compiling()
-    return plain and not has_dispatch_mode()
+def _is_direct(*tensors: Tensor | None) -> bool:
+    """Whether nothing that the dispatcher serves is between a call and the backends, which read the memory as it is."""
+    if torch.compiler.is_compiling() or has_dispatch_mode():
+        return False
+    for tensor in tensors:
+        if tensor is not None and (
+            type(tensor) not in (Tensor, torch.nn.Parameter)
+            or tensor.is_meta
+            or tensor.is_neg()
+            or is_zero_tensor(tensor)
+        ):
+            return False
+    return True
 
 
 def _evaluated(name: str, operator: Callable[..., Tensor], *args: Any) -> Tensor:
-    if _is_direct(args[0]) and not is_differentiating_forward():
+    tensors = [each for each in args if isinstance(each, Tensor)]
+    if _is_direct(*tensors) and not is_differentiating_forward():
         return backends.run(_problem(name, *args))
     # A function's forward runs with both modes of differentiation off, which would hide this call from the outer levels
     # of nested torch.func transforms.

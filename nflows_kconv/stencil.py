@@ -52,16 +52,19 @@ def parse(corners: str | Sequence[str], dimensions: int = 2) -> list[int]:
     """
     known = STENCILS[dimensions]
     names = (corners,) if isinstance(corners, str) else corners
-    if not isinstance(names, (tuple, list, Sequence)) or not all([isinstance(name, str) for name in names]):
+    is_sequence = isinstance(names, (tuple, list, Sequence))
+    try:
+        if is_sequence and names:
+            return [known[name] for name in names]
+    except (KeyError, TypeError):
+        pass
+    if not is_sequence or not all(isinstance(name, str) for name in names):
         raise TypeError(f"corners must be a string or a sequence of strings out of {tuple(known)}, got {corners!r}")
-    codes = [known.get(name, -1) for name in names]
-    if -1 in codes or not codes:
-        side = any(name in STENCILS[2] and STENCILS[2][name] & _SIDE for name in names if name not in known)
-        raise ValueError(
-            f"corners must name at least one stencil, each out of {tuple(known)} in {dimensions} "
-            f"dimension{'s' * (dimensions > 1)}, got {corners!r}{'; sides are for two dimensions' * side}"
-        )
-    return codes
+    side = any(name in STENCILS[2] and STENCILS[2][name] & _SIDE for name in names if name not in known)
+    raise ValueError(
+        f"corners must name at least one stencil, each out of {tuple(known)} in {dimensions} "
+        f"dimension{'s' * (dimensions > 1)}, got {corners!r}{'; sides are for two dimensions' * side}"
+    )
 
 
 def is_corner(code: int) -> bool:

@@ -31,6 +31,7 @@ __all__ = [
     "is_functorch_wrapped_tensor",
     "is_sharded",
     "is_under_torch_func",
+    "is_zero_tensor",
     "primal",
     "process_group",
     "tree_flatten",
@@ -48,6 +49,7 @@ uncompiled = torch._disable_dynamo  # torch.compiler.disable would import the co
 below_autograd = torch._C._AutoDispatchBelowAutograd
 is_any_autocast_on = torch._C._is_any_autocast_enabled  # several times as fast as to ask for a device
 without_subclasses = torch._C.DisableTorchFunctionSubclass
+is_zero_tensor = torch.Tensor._is_zerotensor  # without memory, as tangents may be
 forward_mode = forward_ad._set_fwd_grad_enabled
 
 

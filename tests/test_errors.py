@@ -64,6 +64,7 @@ NO_CORNERS_ERRORS = {
 DILATION_ERRORS = {
     "dilation 0": Wrong(dict(dilation=0), ValueError, "dilation must be at least 1, got 0"),
     "negative dilation": Wrong(dict(dilation=(1, -2)), ValueError, "dilation must be at least 1, got -2"),
+    "huge dilation": Wrong(dict(dilation=10**30), ValueError, "dilation must be at most 9223372036854775807"),
     "boolean dilation": Wrong(dict(dilation=True), TypeError, "dilation must be an integer, got True"),
     "fractional dilation": Wrong(dict(dilation=2.0), TypeError, "dilation must be an integer, got 2.0"),
     "dilation None": Wrong(dict(dilation=None), TypeError, "dilation must be an integer, got None"),

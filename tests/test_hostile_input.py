@@ -14,6 +14,7 @@ from fuzz import oracle
 from fuzz.__main__ import run_seeds
 from oracles import assert_close
 from torch import Tensor
+from torch.testing._internal.two_tensor import TwoTensor
 
 from nflows_kconv import use_backend
 from nflows_kconv.backends import native
@@ -179,6 +180,18 @@ def test_freed_memory_is_not_read(freed: str):
     arguments[freed].untyped_storage().resize_(0)
     with pytest.raises(RuntimeError, match="must not have been freed"), torch.no_grad(), use_backend("cpu"):
         conv2d(**arguments, corners="TL")
+
+
+@pytest.mark.parametrize("function", [conv2d, conv2d_inverse], ids=lambda function: function.__name__)
+def test_memory_that_is_not_the_tensors_values_is_not_read(function, backend: str):
+    """Views that stand for the negative of their memory, tensors of zeros that have none, subclasses that wrap some."""
+    x, w = images(), weight()
+    of_negatives = [torch.complex(t, -t).conj().imag for t in (x, w)]
+    assert all(t.is_neg() for t in of_negatives)
+    assert_close(function(*of_negatives, corners="TL"), function(x, w, corners="TL"))
+    assert not function(torch._efficientzerotensor(x.shape), w, corners="TL").any()
+    wrapped = function(x, TwoTensor(w, w), corners="TL")
+    assert_close(wrapped.a, function(x, w, corners="TL"))
 
 
 @pytest.mark.parametrize("function", [conv2d, conv2d_inverse], ids=lambda function: function.__name__)

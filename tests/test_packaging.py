@@ -196,7 +196,7 @@ class TestBuild:
         assert self.record(library) == {"built": True, "reason": "", "compiler": "cc 1.0", "torch": "2.13.0"}
         *compilations, link = Path(f"{compiler}.log").read_text().splitlines()
         assert all(f"-isystem {buildable / 'torch' / 'include'}" in line for line in compilations)
-        assert sum("csrc/torch_ops.cpp" in line for line in compilations) == 1
+        assert sum("csrc/cpu_caller.cpp" in line for line in compilations) == 1
         assert f"-L{buildable / 'torch' / 'lib'} " in link
         assert link.endswith(" -ltorch_cpu")
         assert "rpath" not in link

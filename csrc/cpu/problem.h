@@ -8,7 +8,7 @@
 namespace kconv {
 
 struct Strides {  // in elements
-  int64_t batch, channel, plane, row, column;
+  int64_t plane, batch, channel, row, column;
 };
 
 // Of the C library: kernels may call nothing of the C++ one.
@@ -16,22 +16,22 @@ inline float exponential(float x) { return __builtin_expf(x); }
 inline double exponential(double x) { return __builtin_exp(x); }
 
 // output = A input + bias, A^T input + bias, A^-1 (input - bias) or A^-T (input - bias), see nflows_kconv/ops.py for A.
-// Images are volumes of one plane.
+// Images are volumes of one plane. nflows_kconv/backends/cpu.py packs the same members.
 template <typename T>
 struct Problem {
-  const T* input;         // [batch, channels, depth, height, width]
-  T* output;              // the same shape, not overlapping the input
-  const T* weight;        // [channels, channels / groups, kernel_depth, kernel_height, kernel_width], contiguous
-  const T* bias;          // [channels], contiguous; null stands for zero
-  const T* log_diagonal;  // [channels], contiguous: the diagonal is its exponential; null: unit_diagonal tells
-  bool unit_diagonal;     // whether the diagonal is 1 or the weight's own
-  Strides input_strides, output_strides;
-  int64_t batch, channels, depth, height, width;
-  int64_t groups, kernel_depth, kernel_height, kernel_width;
-  Lag dilation;             // pixels from one tap to the next
+  const T* input;           // [batch, channels, depth, height, width]
+  T* output;                // the same shape, not overlapping the input
+  const T* weight;          // [channels, channels / groups, kernel_depth, kernel_height, kernel_width], contiguous
+  const T* bias;            // [channels], contiguous; null stands for zero
+  const T* log_diagonal;    // [channels], contiguous: the diagonal is its exponential; null: unit_diagonal tells
   const int64_t* stencils;  // one a group
+  Strides input_strides, output_strides;
+  int64_t depth, batch, channels, height, width;
+  int64_t groups, kernel_depth, kernel_height, kernel_width;
+  Lag dilation;        // pixels from one tap to the next
+  bool unit_diagonal;  // whether the diagonal is 1 or the weight's own
   bool transpose, solve;
-  int64_t kernel_row_stride = kernel_width, kernel_column_stride = 1;
+  bool exchanged;  // whether rows and columns are, see `in_frame_of`; the kernels then lie in memory as they did before
 
   int64_t group_channels() const { return channels / groups; }
   int64_t kernel_taps() const { return kernel_depth * kernel_height * kernel_width; }
@@ -46,7 +46,7 @@ struct Problem {
       exchange(framed.height, framed.width);
       exchange(framed.kernel_height, framed.kernel_width);
       exchange(framed.dilation.rows, framed.dilation.columns);
-      exchange(framed.kernel_row_stride, framed.kernel_column_stride);
+      framed.exchanged = !exchanged;
     }
     return framed;
   }
@@ -56,8 +56,8 @@ struct Problem {
     const int64_t plane = kernel_depth - 1 - lag.planes, row = kernel_height - 1 - lag.rows;
     const int64_t column = pivot_column(stencil, kernel_width) - lag.columns;
     return (stencil & kMirrorsPlanes ? lag.planes : plane) * kernel_height * kernel_width +
-           (stencil & kMirrorsRows ? lag.rows : row) * kernel_row_stride +
-           (stencil & kMirrorsColumns ? kernel_width - 1 - column : column) * kernel_column_stride;
+           (stencil & kMirrorsRows ? lag.rows : row) * (exchanged ? 1 : kernel_width) +
+           (stencil & kMirrorsColumns ? kernel_width - 1 - column : column) * (exchanged ? kernel_height : 1);
   }
 
   // The diagonal of the Jacobian in a channel, whose weight has this entry there.
@@ -76,9 +76,12 @@ struct Problem {
 // Calls body(context, begin, end) for ranges that cover [0, count), on several threads where count > grain.
 using ParallelFor = void (*)(int64_t count, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context);
 
-// Solves the problem with the selected instruction set.
+enum class Outcome : int { done, bad_diagonal, out_of_memory };
+
+// Solves the problem with the selected instruction set, or does nothing: the diagonal of a solution, and what
+// log_diagonal stands for, must be finite and not zero, its reciprocal too.
 template <typename T>
-void run(const Problem<T>& problem, int64_t threads, ParallelFor parallel_for);
+Outcome run(const Problem<T>& problem, int64_t threads, ParallelFor parallel_for);
 
 // "avx512", "avx2" or "baseline": the widest that the machine has, unless another was selected.
 const char* instruction_set();

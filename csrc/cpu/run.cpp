@@ -1,13 +1,10 @@
 // Chooses an instruction set and runs a problem's tasks on the caller's threads.
 #include <atomic>
 #include <cmath>
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <new>
-#include <stdexcept>
-#include <string>
 #include <vector>
 
 #include "instruction_sets.h"
@@ -86,22 +83,16 @@ class Scratch {
 thread_local Scratch scratch;
 
 template <typename T>
-void check_diagonal(const Problem<T>& problem) {
+bool has_reciprocals(const Problem<T>& problem) {
   const int64_t channels = problem.group_channels(), taps = problem.kernel_taps();
   for (int64_t channel = 0; channel < problem.channels; ++channel) {
     const int64_t stencil = problem.stencils[channel / channels];
     const int64_t pivot = problem.in_frame_of(family(stencil)).tap(stencil, {0, 0, 0});
     const T own = problem.weight[(channel * channels + channel % channels) * taps + pivot];
     const T value = problem.diagonal(channel, own);
-    if (!(std::abs(value * (1 / value) - 1) < 0.5)) {  // zero, not finite, or a denormal whose reciprocal overflows
-      char text[32];
-      std::snprintf(text, sizeof(text), "%g", double(value));
-      throw std::invalid_argument(
-          "the pivot's diagonal must be finite and not zero (and its reciprocal, too) for the convolution to have an "
-          "inverse, got " +
-          std::string(text) + " in channel " + std::to_string(channel));
-    }
+    if (!(std::abs(value * (1 / value) - 1) < 0.5)) return false;  // or a denormal whose reciprocal overflows
   }
+  return true;
 }
 
 template <typename T>
@@ -165,18 +156,21 @@ void run_family(const Problem<T>& problem, int64_t family, const std::vector<int
 }  // namespace
 
 template <typename T>
-void run(const Problem<T>& problem, int64_t threads, ParallelFor parallel_for) {
-  if (problem.solve || problem.log_diagonal) check_diagonal(problem);
+Outcome run(const Problem<T>& problem, int64_t threads, ParallelFor parallel_for) try {
+  if ((problem.solve || problem.log_diagonal) && !has_reciprocals(problem)) return Outcome::bad_diagonal;
   for (const int64_t one : kFamilies) {
     std::vector<int64_t> groups;
     for (int64_t group = 0; group < problem.groups; ++group)
       if (family(problem.stencils[group]) == one) groups.push_back(group);
     if (!groups.empty()) run_family(problem.in_frame_of(one), one, groups, threads, parallel_for);
   }
+  return Outcome::done;
+} catch (const std::bad_alloc&) {
+  return Outcome::out_of_memory;
 }
 
-template void run(const Problem<float>&, int64_t, ParallelFor);
-template void run(const Problem<double>&, int64_t, ParallelFor);
+template Outcome run(const Problem<float>&, int64_t, ParallelFor);
+template Outcome run(const Problem<double>&, int64_t, ParallelFor);
 
 const char* instruction_set() { return current().name; }
 

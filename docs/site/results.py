@@ -99,6 +99,9 @@ def _measurements(name: str, rows: list[Row]) -> Iterator[str]:
             yield from ([f"In mode {mode}:"] if mode else [])
             yield _ratio_table(rows, mode)
             yield _svg(lambda mode=mode: _bars(rows, mode), f"{name}: ratio to F.conv2d")
+    elif "kernel_size" in first:
+        yield f"### {name.capitalize()}"
+        yield _inverse_table(rows)
     elif "bytes" in first and "seconds" in first:
         yield "### Memory and time of a training step"
         yield _memory_table(rows)
@@ -136,6 +139,24 @@ def _ratio_table(rows: list[Row], mode: str | None) -> str:
         lines.append(line)
     head = ["batch, channels, image", "F.conv2d", *RATIOS, *(f"{name}, with backward" for name in RATIOS)]
     return _table(head, lines)
+
+
+def _inverse_table(rows: list[Row]) -> str:
+    """Times of torch's own convolution of the same layer, and the inverse as a multiple of it."""
+    return _table(
+        ["batch, channels, size", "corners", "kernel", "dilation", "convolution", "inverse"],
+        [
+            [
+                _shape(row),
+                ", ".join(dict.fromkeys(row["corners"])),
+                _sides(row["kernel_size"]),
+                str(row["dilation"]),
+                f"{row['microseconds']['conv'] / 1000:.3g} ms",
+                f"{row['microseconds']['inverse'] / row['microseconds']['conv']:.2f} ×",
+            ]
+            for row in rows
+        ],
+    )
 
 
 def _memory_table(rows: list[Row]) -> str:
@@ -235,8 +256,12 @@ def _times(row: Row, mode: str | None) -> dict[str, float]:
 
 
 def _shape(row: Row) -> str:
-    channels, height, width = row["shape"]
-    return f"{row['batch']}, {channels}, {height} × {width}"
+    channels, *sides = row["shape"]
+    return f"{row['batch']}, {channels}, {_sides(sides)}"
+
+
+def _sides(sides: Sequence[int]) -> str:
+    return " × ".join(map(str, sides))
 
 
 def _machine(results: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ def _load(directory: Path) -> tuple[ctypes.CDLL | None, str]:
         library = ctypes.CDLL(str(path))
         library.nflows_kconv_instruction_set.restype = ctypes.c_char_p
         library.nflows_kconv_select_instruction_set.argtypes = [ctypes.c_char_p]
+        for kernel in (library.nflows_kconv_run_float, library.nflows_kconv_run_double):
+            kernel.argtypes = [ctypes.c_char_p]
     except Exception as error:  # Importing must go on without the library, whatever is wrong with it.
         cause = error.__cause__ or error  # torch's own message only names the file.
         return None, f"built with {build['compiler']} and torch {build['torch']}, it failed to load: {cause}"
@@ -38,6 +41,12 @@ def _load(directory: Path) -> tuple[ctypes.CDLL | None, str]:
 
 _library, reason = _load(Path(__file__).parent.parent)
 available = _library is not None
+# The CPU kernel for each dtype: takes a packed problem, see `backends.cpu`, and returns how it went.
+KERNELS: dict[torch.dtype, Callable[[bytes], int]] = (
+    {}
+    if _library is None
+    else {torch.float32: _library.nflows_kconv_run_float, torch.float64: _library.nflows_kconv_run_double}
+)
 
 
 def loaded() -> ctypes.CDLL:

@@ -35,7 +35,7 @@ kconv::Strides draw_strides(Random& random, const Sizes& sizes, bool overlapping
     strides[order[i]] = overlapping && random() % 2 ? 0 : next;
     next = next * std::max<int64_t>(sizes[order[i]], 1) + (random() % 4 == 0 ? random() % 3 : 0);
   }
-  return {strides[0], strides[1], strides[2], strides[3], strides[4]};
+  return {strides[2], strides[0], strides[1], strides[3], strides[4]};
 }
 
 int64_t span(const Sizes& sizes, const kconv::Strides& strides) {
@@ -98,8 +98,10 @@ UNCHECKED std::array<double, 2> product(const kconv::Problem<T>& problem, const 
       for (int64_t r = 0; r < rows; ++r)
         for (int64_t c = 0; c < columns; ++c) {
           const int64_t sign = problem.transpose ? -1 : 1, output = problem.transpose ? i : o;
-          const int64_t input = problem.transpose ? o : i, from_plane = d + sign * (p - pivot_plane);
-          const int64_t from_row = h + sign * (r - pivot_row), from_column = w + sign * (c - pivot_column);
+          const int64_t input = problem.transpose ? o : i;
+          const int64_t from_plane = d + sign * (p - pivot_plane) * problem.dilation.planes;
+          const int64_t from_row = h + sign * (r - pivot_row) * problem.dilation.rows;
+          const int64_t from_column = w + sign * (c - pivot_column) * problem.dilation.columns;
           if (from_plane < 0 || from_plane >= problem.depth) continue;
           if (from_row < 0 || from_row >= problem.height || from_column < 0 || from_column >= problem.width) continue;
           if (p == pivot_plane && r == pivot_row && c == pivot_column && input > output) continue;
@@ -173,17 +175,19 @@ void run(uint64_t seed) {
     weight[(((channel * per_group + channel % per_group) * planes + plane) * rows + row) * columns + column] =
         T(random() % 2 ? 1.25 : -0.75);
   }
+  const auto draw_step = [&] { return draw(random, {1, 1, 2, 3, 20}); };
+  const kconv::Lag dilation{volume ? draw_step() : 1, draw_step(), draw_step()};
   const bool transpose = random() % 2, solve = random() % 2;
   const std::unique_ptr<T[]> bias(random() % 2 ? new T[sizes[1]] : nullptr);
   if (bias) std::generate_n(bias.get(), sizes[1], [&] { return T(normal(random)); });
   for (const char* name : {"baseline", "avx2", "avx512"}) {
     if (!kconv::select_instruction_set(name)) continue;
     const std::unique_ptr<T[]> output(new T[span(sizes, output_strides)]);
-    const kconv::Problem<T> problem{input.get(), output.get(),  weight.get(),   bias.get(), nullptr,
-                                    false,       input_strides, output_strides, sizes[0],   sizes[1],
-                                    sizes[2],    sizes[3],      sizes[4],       groups,     planes,
-                                    rows,        columns,       stencils.get(), transpose,  solve};
-    kconv::run(problem, thread_count, parallel_for);
+    const kconv::Problem<T> problem{input.get(),   output.get(),   weight.get(), bias.get(), nullptr,  stencils.get(),
+                                    input_strides, output_strides, sizes[2],     sizes[0],   sizes[1], sizes[3],
+                                    sizes[4],      groups,         planes,       rows,       columns,  dilation,
+                                    false,         transpose,      solve,        false};
+    if (kconv::run(problem, thread_count, parallel_for) != kconv::Outcome::done) std::abort();
     check(problem, input.get(), output.get(), seed);
   }
 }
