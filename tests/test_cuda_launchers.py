@@ -13,7 +13,7 @@ from typing import Any
 import cuda_emulator
 import pytest
 import torch
-from cases import BL, BR, CORNERS, TL, TR, Case
+from cases import BL, BR, TL, TR, Case
 from cuda_double import CONTEXT, STREAM, DriverDouble
 from oracles import assert_close
 
@@ -52,13 +52,14 @@ def problem(case: Case, operation: str = "solve", **changes: Any) -> Problem:
 
 # With real plans and kernels
 
+# Where it matters little, of the sizes in the table of test_cuda_kernels, which are compiled once for both.
 EMULATED = (
-    Case(batch=2),
-    Case((TL, BR), per_group=3, layout="channels_last"),
+    Case(),
+    Case(layout="channels_last"),
     Case((BR,), per_group=2, layout="cropped", dtype=torch.float64),
     Case((TR, BL), per_group=2, kernel_size=(2, 4), layout="expanded", dtype=torch.float16),
-    Case(CORNERS * 5, per_group=1, kernel_size=(2, 2), size=(3, 3)),
-    Case((TL,), per_group=70, batch=1, size=(2, 3), kernel_size=(2, 2)),
+    Case((TL, BR) * 9, per_group=1, batch=13, size=(3, 3)),
+    Case((BL,), per_group=68, kernel_size=(2, 1), size=(3, 5), dtype=torch.bfloat16),
 )
 
 
@@ -66,12 +67,7 @@ EMULATED = (
 @pytest.mark.parametrize("case", EMULATED, ids=str)
 def test_results_are_those_of_the_reference(launcher: SimpleNamespace, case: Case):
     bias = case.bias().repeat_interleave(2)[::2]
-    for changes in (
-        dict(),
-        dict(bias=bias, unit_diagonal=True),
-        dict(transpose=True, log_diagonal=bias / 8),
-        dict(transpose=True, bias=bias),
-    ):
+    for changes in (dict(unit_diagonal=True, bias=bias), dict(transpose=True, log_diagonal=bias / 8)):
         for operation in ("conv", "solve"):
             asked = problem(case, operation, **changes)
             output = launcher.run(asked)
@@ -82,7 +78,7 @@ def test_results_are_those_of_the_reference(launcher: SimpleNamespace, case: Cas
         gradient = launcher.run(asked)
         assert_close(gradient, reference.run(asked), factor=4)
         assert gradient.is_contiguous()
-    assert len(launcher.driver.launches) >= 5
+    assert len(launcher.driver.launches) >= 6
 
 
 @cuda_emulator.needs_compiler
