@@ -1,7 +1,7 @@
 """The CUDA sources through the compilers, which need no GPU: no warning, nothing spilled, nothing too large to launch.
 
-By default the 3 x 3 kernels for float32 on an H100 are compiled, and a few of the others; all of them under the profile
-"thorough".
+By default the 3 x 3 kernels for float32 on an H100 are compiled, and for each number of channels one of the others on
+each device; all of them under the profile "thorough".
 """
 
 from __future__ import annotations
@@ -61,11 +61,15 @@ def problems(channels: int, side: int, image: tuple[int, int, int], dtype: torch
 
 
 def launches(device: Device) -> Iterator[Launch]:
-    for number, (channels, side, image, dtype) in enumerate(product(CHANNELS, SIDES, IMAGES, DTYPES)):
-        common = device is H100 and dtype == torch.float32 and image == IMAGES[0] and side == 3
-        if thorough or common or number % 26 == 5 * DEVICES.index(device):
+    others, place = tuple(product(SIDES, IMAGES, DTYPES)), DEVICES.index(device)
+    for number, channels in enumerate(CHANNELS):
+        # Steps with which few launches have nearly all pairs of values that the constants of a kernel take.
+        few = [others[(17 * number + 5 * place) % len(others)]]
+        if device is H100:
+            few.append((3, IMAGES[0], torch.float32))
+        for side, image, dtype in others if thorough else few:
             for problem in problems(channels, side, image, dtype):
-                if thorough or not problem.transpose or number % 3 == 0:
+                if thorough or not problem.transpose or (number + place) % 3 == 0:
                     yield from planning.plan(problem, device).launches
 
 
