@@ -114,6 +114,17 @@ def test_warmup_makes_a_capture_possible():
     assert len(runtime._functions) == loaded
 
 
+def test_a_last_smaller_batch_runs_on_the_same_kernels():
+    layer, images = InvertibleConv2d(12).cuda(), torch.randn(100, 12, 16, 16, device="cuda")
+    nflows_kconv.warmup(layer, images.shape)
+    expected = layer.inverse(images)[0][:70]
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        restored = layer.inverse(images[:70])[0]
+    graph.replay()
+    torch.testing.assert_close(restored, expected)
+
+
 @every_case
 def test_on_the_current_stream(case: Case):
     run, input, stream = directions(case), case.input("cuda"), torch.cuda.Stream()

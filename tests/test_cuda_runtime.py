@@ -10,6 +10,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,25 @@ def sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     (tmp_path / KERNEL.source).write_bytes(SOURCE)
     (tmp_path / "empty.cuh").write_bytes(b"")
     return tmp_path
+
+
+# Planning
+
+
+@pytest.mark.parametrize("operation", ["solve", "conv", "weight_gradient"])
+@pytest.mark.parametrize(
+    "shape", [(12, 16, 16), (48, 4, 4), (12, 64, 64), (64, 16, 16), (96, 8, 8), (320, 8, 8)], ids=str
+)
+def test_batches_share_kernels(operation: str, shape: tuple[int, int, int]):
+    """Whatever the batch, few kernels run it, in as many blocks as it takes."""
+    input = torch.empty(1, *shape, device="meta")
+    other = input if operation == "weight_gradient" else torch.empty(shape[0], shape[0] // 4, 3, 3, device="meta")
+    asked = planned(registry.Problem(operation, input, other, (0, 1, 2, 3), kernel_size=(3, 3)))
+    plans = [planning.plan(replace(asked, shape=(batch, *shape)), H100).launches for batch in range(1, 129)]
+    assert len({tuple((launch.kernel.source, launch.kernel.constants) for launch in plan) for plan in plans}) <= 4
+    if operation != "weight_gradient":  # which shares the pixels among as many blocks as fill the device
+        blocks = [sum(launch.grid[0] for launch in plan) for plan in plans]
+        assert blocks[59] < blocks[119]
 
 
 # Compiling

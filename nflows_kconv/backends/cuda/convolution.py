@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 
 from nflows_kconv.backends.cuda.plan import Device, Launch, Plan, Problem, arguments, ceil_div, kernel
 from nflows_kconv.backends.cuda.tiling import MAX_THREADS, SHARED_MEMORY, evenly
@@ -20,8 +20,12 @@ _COPY = 15  # instructions to copy one value to shared memory
 
 def plan_convolution(problem: Problem, device: Device) -> Plan:
     """The launch for y = A x or y = A^T x: of the ways to cut it that fit, the one that should take least time."""
-    tiles = min(_candidates(problem), key=lambda tiles: tiles.cycles(device))
-    return Plan((tiles.launch(),))
+    return Plan((replace(_best(problem.typical, device), problem=problem).launch(),))
+
+
+@lru_cache(1024)
+def _best(problem: Problem, device: Device) -> _Tiles:
+    return min(_candidates(problem), key=lambda tiles: tiles.cycles(device))
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ def plan_convolution(problem: Problem, device: Device) -> Plan:
     weights = build.pack()
     inputs = build.gather(biased=False)
     outputs = build.image_region(problem.shape[0], *problem.shape[2:])
-    block = _block(problem, device, problem.shape[0] * problem.shape[2] * problem.shape[3], 1)
+    block = _block(problem, device, problem.typical.shape[0] * problem.shape[2] * problem.shape[3], 1)
     build.multiply(_ALL, 1, block, problem, weights, inputs, outputs)
     build.scatter(outputs, biased=problem.bias)
     return build.plan()
@@ -50,7 +50,8 @@ def plan_solve(problem: Problem, device: Device) -> Plan:
     known = build.gather(biased=problem.bias)
     solved = build.image_region(batch, height, width)
     steps = ceil_div(height, tile) + ceil_div(width, tile) - 1
-    block = _block(problem, device, ceil_div(batch * height * width, tile * tile * steps), tile * tile)
+    columns = ceil_div(problem.typical.shape[0] * height * width, tile * tile * steps)
+    block = _block(problem, device, columns, tile * tile)
     build.solve(problem, tile, block, weights, response, known, solved)
     build.scatter(solved, biased=False)
     return build.plan()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -53,12 +53,13 @@ def plan_rows(problem: Problem, device: Device) -> Plan | None:
     outputs = ceil_div(problem.channels, parts)
     parts = ceil_div(problem.channels, outputs)
     most_threads = _most_threads(column * outputs, problem)
-    rows = _narrowed(min(problem.shape[2], most_threads // parts), problem, device)
-    band = _fitted_band(problem, device, rows, _premultiplied_bytes(problem))
+    rows = _narrowed(min(problem.shape[2], most_threads // parts), problem.typical, device)
+    band = _fitted_band(problem.typical, device, rows, _premultiplied_bytes(problem))
     if band is None:
         return None
     threads = 32 * ceil_div(band.rows * parts, 32)
     blocks = max(1, min(ceil_div(band.count, device.multiprocessors), most_threads // threads))
+    band = replace(band, problem=problem)
     constants = band.constants | {"THREADS": threads, "OUTPUTS": outputs, "PARTS": parts, "BLOCKS": blocks}
     launch = Launch(
         kernel(problem, "solve_rows.cu", "solve_rows", **constants),
@@ -87,13 +88,14 @@ def plan_channels(problem: Problem, device: Device) -> Plan | None:
     if best is None:
         return None
     _, slices, each, threads = best
-    band = _fitted_band(problem, device, _narrowed(problem.shape[2], problem, device), 0)
+    band = _fitted_band(problem.typical, device, _narrowed(problem.shape[2], problem.typical, device), 0)
     if band is None or problem.channels**2 * problem.accumulator_bytes > device.shared_memory:
         return None
     # Replicas in blocks of their own do as much, and leave no multiprocessor waiting for the last blocks.
     replicas = min(_most_threads(16 * each, problem) // threads, band.rows)
     blocks = min(ceil_div(band.count, device.multiprocessors), band.most_resident(device), replicas)
     replicas //= blocks
+    band = replace(band, problem=problem)
     offset = aligned(band.scratch)
     preparation, size = plan_premultiply(problem, offset)
     constants = band.constants | {

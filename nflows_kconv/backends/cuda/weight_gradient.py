@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 
 from nflows_kconv.backends.cuda.plan import Device, Launch, Plan, Problem, arguments, ceil_div, kernel
 from nflows_kconv.backends.cuda.tiling import MAX_THREADS, SHARED_MEMORY, evenly
@@ -29,8 +29,15 @@ def plan_weight_gradient(problem: Problem, device: Device) -> Plan:
     Each thread has as many sums as its registers hold. Of the ways to share the pixels among threads, blocks and tiles
     that fit, it is the one that should take least time.
     """
-    tiles = min(_candidates(_Sums(problem), device), key=lambda tiles: tiles.cycles(device))
-    return Plan(tiles.launches(), tiles.chunks * tiles.sums.bytes)
+    chosen = _best(problem.typical, device)
+    tiles = replace(chosen, sums=_Sums(problem))
+    tiles = replace(tiles, chunks=min(chosen.chunks, tiles.count))  # none empty
+    return Plan(tiles.launches(parts=8 if chosen.chunks >= 16 else 1), tiles.chunks * tiles.sums.bytes)
+
+
+@lru_cache(1024)
+def _best(problem: Problem, device: Device) -> _Tiles:
+    return min(_candidates(_Sums(problem), device), key=lambda tiles: tiles.cycles(device))
 
 
 @dataclass(frozen=True)
@@ -166,11 +173,10 @@ class _Tiles:
         scratch = 2 * self.chunks * self.sums.bytes / _SCRATCH_BYTES
         return _TRIP + thread + blocks * ceil_div(self.threads, 32) / 4 * thread + scratch
 
-    def launches(self) -> tuple[Launch, ...]:
-        """The sums over each chunk, and over the chunks."""
+    def launches(self, parts: int) -> tuple[Launch, ...]:
+        """The sums over each chunk, and over the chunks, where so many threads share an entry."""
         problem, sums = self.sums.problem, self.sums
         split_bytes = self.round_outputs * self._round_bytes if self.splits > 1 else 0
-        parts = 8 if self.chunks >= 16 else 1
         constants = {
             "OUTPUTS": sums.outputs,
             "INPUTS": sums.inputs,
