@@ -53,7 +53,7 @@ def test_selected_are_those_that_present_devices_run_on():
 @pytest.fixture
 def gpu(monkeypatch):
     """A machine with a GPU, as far as the report can see."""
-    monkeypatch.setattr(runtime, "why_not", lambda: None)
+    monkeypatch.setattr(runtime, "why_not", lambda device=None: None)
     monkeypatch.setattr(driver, "device_names", lambda: ["NVIDIA H100 80GB HBM3"] * 2)
     monkeypatch.setattr(compiler, "version", lambda: (13, 0))
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))

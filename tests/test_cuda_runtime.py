@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -271,25 +272,58 @@ def test_a_failed_compilation_can_be_repeated(directory: Path, compiled: list[Ke
     assert len(compiled) == 1
 
 
-def test_threads_compile_a_kernel_once(directory: Path, compiled: list[Kernel]):
-    running, results = Runtime(CodeDriver()), []
-    threads = [threading.Thread(target=lambda: results.append(running.load(PROBLEM, 0))) for _ in range(8)]
+def waiting_compiler(monkeypatch: pytest.MonkeyPatch, together: int) -> None:
+    """Makes each compilation wait until so many run at a time."""
+    compile, barrier = compiler.compile, threading.Barrier(together)
+
+    def wait(kernel: Kernel, capability: tuple[int, int]) -> bytes:
+        barrier.wait(timeout=20)
+        time.sleep(0.2)  # in which other threads come
+        return compile(kernel, capability)
+
+    monkeypatch.setattr(compiler, "compile", wait)
+
+
+def test_the_kernels_of_a_plan_compile_side_by_side(directory: Path, compiled: list[Kernel], monkeypatch):
+    waiting_compiler(monkeypatch, together=3)
+    many = replace(PROBLEM, shape=(2, 140, 5, 6))  # pack and invert; gather, scatter and impulses; products
+    functions = Runtime(CodeDriver()).load(many, 0).functions
+    assert sorted({kernel.source for kernel in compiled}) == ["layout.cu", "prepare.cu", "products.cu"]
+    assert len(compiled) == 3 < len(functions)
+
+
+def test_threads_compile_a_kernel_once_and_others_meanwhile(directory: Path, compiled: list[Kernel], monkeypatch):
+    waiting_compiler(monkeypatch, together=2)
+    running, results, start = Runtime(CodeDriver()), [], threading.Barrier(8)
+
+    def load(problem: Problem) -> None:
+        start.wait()
+        results.append(running.load(problem, 0).functions)
+
+    problems = (PROBLEM, replace(PROBLEM, operation="conv")) * 4
+    threads = [threading.Thread(target=load, args=(problem,)) for problem in problems]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert len(results) == 8
-    assert len(compiled) == len(set(results)) == 1
+    assert len(compiled) == len(set(results)) == 2
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_a_fork_does_not_wait_for_its_parents_lock(directory: Path, compiled: list[Kernel]):
-    with runtime.runtime._lock:
+def test_a_fork_does_not_wait_for_its_parents_compilations(directory: Path, compiled: list[Kernel], monkeypatch):
+    (launch,) = planning.plan(PROBLEM, H100).launches
+    with runtime.runtime._locks.setdefault(replace(launch.kernel, name=""), threading.Lock()):
         child = os.fork()
         if child == 0:
-            os._exit(0 if runtime.runtime._lock.acquire(timeout=5) else 1)
+            runtime.runtime._driver = CodeDriver()
+            loading = threading.Thread(target=runtime.runtime.load, args=(PROBLEM, 0), daemon=True)
+            loading.start()
+            loading.join(timeout=20)
+            os._exit(loading.is_alive())
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    runtime.runtime.forget()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -329,7 +363,10 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(compiler, "version", lambda: (13, 0))
+    monkeypatch.setattr(compiler, "_architecture", lambda capability: (90, capability > (9, 0)))
     monkeypatch.setattr(driver, "device_names", lambda: ["NVIDIA H100 80GB HBM3"])
+    monkeypatch.setattr(driver, "describe", lambda index: H100)
+    monkeypatch.setattr(driver, "version", lambda: (13, 0))
     runtime.told_why_not.cache_clear()
     yield
     runtime.told_why_not.cache_clear()
@@ -338,6 +375,47 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_nothing_is_wrong_on_a_gpu(gpu: None):
     assert why_not() is None
     assert cuda.why_not(problem_of("TL", "BR")) is None
+    assert cuda.status().reason.startswith("NVIDIA H100 80GB HBM3, compiled at run time by NVRTC 13.0, launched from ")
+
+
+@pytest.mark.parametrize(
+    ("nvrtc", "supported", "capability", "needed"),
+    [
+        ((13, 0), (13, 0), (9, 0), None),
+        ((13, 2), (13, 0), (9, 0), None),  # of one major version
+        ((13, 2), (12, 9), (9, 0), "13.0"),
+        ((13, 2), (13, 2), (12, 1), None),
+        ((13, 2), (13, 1), (12, 1), "13.2"),  # the driver must assemble what this NVRTC wrote
+    ],
+)
+def test_the_driver_must_be_new_enough(gpu: None, monkeypatch, nvrtc, supported, capability, needed):
+    monkeypatch.setattr(compiler, "version", lambda: nvrtc)
+    monkeypatch.setattr(driver, "version", lambda: supported)
+    monkeypatch.setattr(driver, "describe", lambda index: Device(capability, 1, 1))
+    reason = why_not(0)
+    assert (reason is None) == (needed is None)
+    if needed:
+        assert reason.startswith(f"the driver must support CUDA {needed} at least for compute capability ")
+        assert cuda.status() == (False, f"NVIDIA H100 80GB HBM3: {reason}")
+
+
+def test_each_gpu_is_served_or_not(gpu: None, monkeypatch: pytest.MonkeyPatch):
+    def architecture(capability: tuple[int, int]) -> tuple[int, bool]:
+        if capability < (7, 5):
+            raise RuntimeError("the GPU must have compute capability 7.5 at least")
+        return 90, False
+
+    monkeypatch.setattr(compiler, "_architecture", architecture)
+    monkeypatch.setattr(driver, "device_names", lambda: ["NVIDIA H100", "NVIDIA GTX 1080"])
+    monkeypatch.setattr(driver, "describe", lambda index: H100 if index == 0 else Device((6, 1), 20, 49152))
+    assert (why_not(0), why_not(1)) == (None, "the GPU must have compute capability 7.5 at least")
+    status = cuda.status()
+    assert status.available
+    assert status.reason.endswith("; not on NVIDIA GTX 1080: the GPU must have compute capability 7.5 at least")
+    problem = problem_of("TL")
+    monkeypatch.setattr(torch.Tensor, "get_device", lambda tensor: 1)
+    with pytest.warns(RuntimeWarning, match=r"the slow reference implementation: the GPU must have compute capability"):
+        assert cuda.why_not(problem) == "the GPU must have compute capability 7.5 at least"
 
 
 @pytest.mark.parametrize(

@@ -26,18 +26,20 @@ _python_launcher = PythonLauncher(runtime.runtime)
 def status() -> Status:
     """Whether kernels can run here, and on what."""
     reason = runtime.why_not()
-    if reason is not None:
-        return Status(False, reason)
-    names = ", ".join(dict.fromkeys(driver.device_names()))
+    reasons = {} if reason else {name: runtime.why_not(index) for index, name in enumerate(driver.device_names())}
+    served = [name for name, why in reasons.items() if why is None]
+    refused = [f"{name}: {why}" for name, why in reasons.items() if why is not None]
+    if not served:
+        return Status(False, reason or "; ".join(refused))
     launcher = "C++" if native.available else f"Python, slower, since the native library is missing: {native.reason}"
-    runs_with = "{}, compiled at run time by NVRTC {}.{}, launched from {}".format(names, *compiler.version(), launcher)
-    return Status(True, runs_with)
+    nvrtc = "compiled at run time by NVRTC {}.{}".format(*compiler.version())
+    return Status(True, "; not on ".join([f"{', '.join(served)}, {nvrtc}, launched from {launcher}", *refused]))
 
 
 def why_not(problem: Problem) -> str | None:
     """None where kernels can run here, and there is one for the stencils."""
     stencils, input = problem.stencils, problem.input
-    return runtime.told_why_not() or planning.why_not(
+    return runtime.told_why_not(input.get_device()) or planning.why_not(
         problem.operation, stencils, input.shape[1] // len(stencils), problem.kernel_size, input.dtype
     )
 

@@ -34,6 +34,26 @@ def version() -> tuple[int, int]:
     return major, minor
 
 
+def why_not(capability: tuple[int, int], supported: tuple[int, int]) -> str | None:
+    """Why a GPU cannot run what NVRTC makes; None where it can.
+
+    Args:
+        capability: Its compute capability.
+        supported: The version of CUDA that its driver supports.
+    """
+    nvrtc = version()
+    try:
+        _, virtual = _architecture(capability)
+    except RuntimeError as error:
+        return str(error)
+    # Drivers load machine code of all of their major version, but assemble that of earlier compilers alone.
+    needed = nvrtc if virtual else (nvrtc[0], 0)
+    if supported >= needed:
+        return None
+    what = "the driver must support CUDA {}.{} at least for compute capability {}.{} and NVRTC {}.{}, it supports {}.{}"
+    return what.format(*needed, *capability, *nvrtc, *supported)
+
+
 def digest(kernel: Kernel, capability: tuple[int, int]) -> str:
     """Names the code that `compile` returns: equal digests, equal code.
 

@@ -39,6 +39,12 @@ def device_names() -> list[str]:
     return [name.split(b"\0")[0].decode() for name in names]
 
 
+def version() -> tuple[int, int]:
+    """Major and minor version of the CUDA that the driver supports."""
+    number = _call(_driver().cuDriverGetVersion)
+    return number // 1000, number % 1000 // 10
+
+
 @cache
 def describe(index: int) -> Device:
     """What plans depend on of a device."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import threading
 import warnings
-from dataclasses import dataclass
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -47,35 +50,41 @@ class Runtime:
                 captured into a CUDA graph.
         """
         plan = planning.plan(problem, self._driver.describe(device))
-        return LoadedPlan(plan, tuple(self._function(launch.kernel, device) for launch in plan.launches))
+        kernels = dict.fromkeys(launch.kernel for launch in plan.launches)
+        missing = [kernel for kernel in kernels if (kernel, device) not in self._functions]
+        if missing:
+            self._add(missing, device)
+        return LoadedPlan(plan, tuple(self._functions[launch.kernel, device] for launch in plan.launches))
 
     def forget(self) -> None:
-        """Drops everything, for the child of a fork: CUDA does not work there, and the lock may be held for ever."""
+        """Drops everything, for the child of a fork: CUDA does not work there, and locks may be held for ever."""
         self._functions: dict[tuple[Kernel, int], int] = {}
-        self._modules: dict[tuple[Any, ...], int] = {}
-        self._lock = threading.Lock()
+        self._modules: dict[tuple[Kernel, int], int] = {}
+        self._locks: dict[Kernel, threading.Lock] = {}
 
-    def _function(self, kernel: Kernel, device: int) -> int:
-        function = self._functions.get((kernel, device))
-        if function is not None:
-            return function
+    def _add(self, kernels: Sequence[Kernel], device: int) -> None:
         if self._driver.is_capturing(device):
             raise RuntimeError(
-                f"the kernel {kernel.name} is first needed inside the capture of a CUDA graph, where nothing can be "
-                "compiled; call nflows_kconv.warmup(module, input_shape), or the module itself, before the capture"
+                f"the kernel {kernels[0].name} is first needed inside the capture of a CUDA graph, where nothing can "
+                "be compiled; call nflows_kconv.warmup(module, input_shape), or the module itself, before the capture"
             )
-        with self._lock:
-            # The kernels of a source are compiled together.
-            unit = kernel.source, kernel.constants, device
-            if unit not in self._modules:
-                code = _code(kernel, self._driver.describe(device).capability)
-                self._modules[unit] = self._driver.load(code, device)
-            function = self._driver.function(self._modules[unit], kernel.name, device)
-            return self._functions.setdefault((kernel, device), function)
+        # The kernels of a source are compiled together, and the sources side by side.
+        sources = dict.fromkeys(replace(kernel, name="") for kernel in kernels)
+        with ThreadPoolExecutor(len(sources)) as pool:
+            list(pool.map(self._load_source, sources, itertools.repeat(device)))
+        for kernel in kernels:
+            module = self._modules[replace(kernel, name=""), device]
+            self._functions[kernel, device] = self._driver.function(module, kernel.name, device)
+
+    def _load_source(self, source: Kernel, device: int) -> None:
+        with self._locks.setdefault(source, threading.Lock()):  # others may need it, too
+            if (source, device) not in self._modules:
+                code = _code(source, self._driver.describe(device).capability)
+                self._modules[source, device] = self._driver.load(code, device)
 
 
-def why_not() -> str | None:
-    """Why the kernels cannot run here; None where they can."""
+def why_not(device: int | None = None) -> str | None:
+    """Why the kernels cannot run here, or on a device; None where they can."""
     if torch.version.hip is not None:
         return "this torch is built for ROCm"
     if torch.version.cuda is None:
@@ -85,6 +94,8 @@ def why_not() -> str | None:
     try:
         compiler.version()
         driver.device_names()
+        if device is not None:
+            return compiler.why_not(driver.describe(device).capability, driver.version())
     except ModuleNotFoundError as error:
         return f"the package cuda-bindings, which CUDA builds of torch install, is missing: {error}"
     except Exception as error:  # Whatever is wrong with the installation, there is the reference to run on.
@@ -93,9 +104,9 @@ def why_not() -> str | None:
 
 
 @functools.cache
-def told_why_not() -> str | None:
-    """What `why_not` says at the first call, which tells it as a warning."""
-    reason = why_not()
+def told_why_not(device: int) -> str | None:
+    """What `why_not` says of a device at the first call, which tells it as a warning."""
+    reason = why_not(device)
     if reason is not None:
         warnings.warn(f"CUDA tensors run on the slow reference implementation: {reason}", RuntimeWarning, stacklevel=2)
     return reason
