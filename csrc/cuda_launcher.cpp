@@ -15,6 +15,7 @@
 #include <stdexcept>
 #include <string>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "export.h"
@@ -28,7 +29,7 @@ struct Launch {
   void* function;
   std::array<unsigned, 3> grid;
   unsigned block, shared;
-  std::vector<char> arguments;  // begins with the pointers of the call
+  std::vector<char> arguments;  // begin with room for the pointers of a call
 };
 
 struct Plan {
@@ -36,13 +37,11 @@ struct Plan {
   void* context = nullptr;
   int64_t scratch = 0, zeroed = 0;  // bytes
   int64_t output_strides[4];
-  std::string error;
+  std::optional<std::string> error;
 };
 
 namespace {
 
-constexpr size_t kPointers = 6 * sizeof(void*);
-constexpr size_t kMaxArguments = 4096;  // of a kernel, in bytes
 constexpr size_t kMaxPlans = 4096;
 
 using Key = std::vector<int64_t>;
@@ -63,6 +62,15 @@ Driver driver;
 Planner planner;
 std::shared_mutex mutex;
 std::unordered_map<Key, std::shared_ptr<const Plan>, Hash> plans;
+
+// torch passes on the text of an exception alone; Python asks of which type the last one was.
+enum class ErrorType { kOther, kMemory, kPython };
+thread_local ErrorType last_error;
+
+[[noreturn]] void fail(ErrorType type, const std::string& text) {
+  last_error = type;
+  throw std::runtime_error(text);
+}
 
 void check(int error, const char* function) {
   if (error == 0) return;
@@ -109,10 +117,8 @@ View view(const Tensor& tensor) {
 
 Tensor allocate(int64_t dimensions, const int64_t* sizes, const int64_t* strides, int32_t dtype, const View& like) {
   AtenTensorHandle handle;
-  // An exception keeps its text alone on its way through torch: nflows_kconv/backends/native.py knows this one by its
-  // beginning.
   if (aoti_torch_empty_strided(dimensions, sizes, strides, dtype, like.device_type, like.device, &handle) != 0) {
-    throw std::runtime_error("out of memory: " + torch_reason("allocate memory"));
+    fail(ErrorType::kMemory, "out of memory: " + torch_reason("allocate memory"));
   }
   return Tensor(handle);
 }
@@ -123,12 +129,12 @@ std::shared_ptr<const Plan> find(const Key& key) {
   return found == plans.end() ? nullptr : found->second;
 }
 
-std::shared_ptr<const Plan> make(const Key& key, const Problem& problem) {
+std::shared_ptr<const Plan> make(const Key& key, const int64_t* output_strides) {
   const auto plan = std::make_shared<Plan>();
-  std::copy_n(problem.output_strides, 4, plan->output_strides);
+  std::copy_n(output_strides, 4, plan->output_strides);
   STD_TORCH_CHECK(planner != nullptr, "nflows_kconv must be imported");
-  planner(&problem, plan.get());
-  if (!plan->error.empty()) throw std::runtime_error(plan->error);
+  planner(key.data(), int64_t(key.size()), output_strides, plan.get());
+  if (plan->error) fail(ErrorType::kPython, *plan->error);
   const std::unique_lock lock(mutex);
   // Dropping all at once is enough: planning again takes microseconds, what was compiled stays with Python.
   if (plans.size() >= kMaxPlans) plans.clear();
@@ -154,7 +160,6 @@ void launch(const Plan& plan, const Operands& operands, const Tensor& output, co
   Tensor memory = output;  // stands for none
   const void* pointers[] = {data(operands.first), data(operands.second),      output.mutable_data_ptr(), nullptr,
                             data(operands.bias),  data(operands.log_diagonal)};
-  static_assert(sizeof(pointers) == kPointers);
   void* stream;
   check_torch(driver.get_stream(like.device, &stream), "tell the current stream");
   if (plan.scratch > 0) {
@@ -168,10 +173,10 @@ void launch(const Plan& plan, const Operands& operands, const Tensor& output, co
           "cuMemsetD8Async");
   }
   for (const Launch& launch : plan.launches) {
-    alignas(16) char arguments[kMaxArguments];
-    std::memcpy(arguments, launch.arguments.data(), launch.arguments.size());
-    std::memcpy(arguments, pointers, kPointers);
-    void* parameters[] = {arguments};
+    thread_local std::vector<char> arguments;  // kept, so that a call allocates nothing
+    arguments = launch.arguments;
+    std::memcpy(arguments.data(), pointers, sizeof pointers);
+    void* parameters[] = {arguments.data()};
     check(driver.launch_kernel(launch.function, launch.grid[0], launch.grid[1], launch.grid[2], launch.block, 1, 1,
                                launch.shared, stream, parameters, nullptr),
           "cuLaunchKernel");
@@ -196,7 +201,7 @@ Tensor run(const Operator& op, const Operands& operands, const std::vector<int64
   }
 
   thread_local Key key;
-  key.assign({op.number, a.dtype, a.device_type, a.device, op.unit_diagonal, op.transpose, operands.bias.has_value(),
+  key.assign({op.number, a.dtype, a.device, op.unit_diagonal, op.transpose, operands.bias.has_value(),
               op.kernel_size[0], op.kernel_size[1]});
   key.insert(key.end(), a.sizes, a.sizes + 4);
   key.insert(key.end(), a.strides, a.strides + 4);
@@ -204,19 +209,13 @@ Tensor run(const Operator& op, const Operands& operands, const std::vector<int64
   key.insert(key.end(), stencils.begin(), stencils.end());
   std::shared_ptr<const Plan> plan = find(key);
   if (plan == nullptr) {
-    Problem problem{
-        op.number, a.dtype, a.device, op.unit_diagonal,         op.transpose,   operands.bias.has_value(), {}, {},
-        {},        {},      {},       int64_t(stencils.size()), stencils.data()};
-    std::copy_n(a.sizes, 4, problem.shape);
-    std::copy_n(op.kernel_size, 2, problem.kernel_size);
-    std::copy_n(a.strides, 4, problem.first_strides);
-    std::copy_n(b.strides, 4, problem.second_strides);
+    int64_t strides[4];
     if (images) {
-      std::copy_n(view(torch::stable::empty_like(first)).strides, 4, problem.output_strides);
+      std::copy_n(view(torch::stable::empty_like(first)).strides, 4, strides);
     } else {
-      for (int64_t i = 3, stride = 1; i >= 0; stride *= op.output_sizes[i--]) problem.output_strides[i] = stride;
+      for (int64_t i = 3, stride = 1; i >= 0; stride *= op.output_sizes[i--]) strides[i] = stride;
     }
-    plan = make(Key(key), problem);
+    plan = make(Key(key), strides);
   }
   const Tensor output = allocate(4, op.output_sizes, plan->output_strides, a.dtype, a);
   launch(*plan, operands, output, a);
@@ -280,11 +279,6 @@ KCONV_EXPORT void nflows_kconv_set_driver(const Driver* value) { driver = *value
 
 KCONV_EXPORT void nflows_kconv_add_launch(Plan* plan, void* function, const unsigned* grid, unsigned block,
                                           unsigned shared, const char* arguments, uint64_t size) {
-  if (size < kPointers || size > kMaxArguments) {
-    plan->error = "the arguments of a kernel must have " + std::to_string(kPointers) + " to " +
-                  std::to_string(kMaxArguments) + " bytes, got " + std::to_string(size);
-    return;
-  }
   plan->launches.push_back({function, {grid[0], grid[1], grid[2]}, block, shared, {arguments, arguments + size}});
 }
 
@@ -294,4 +288,7 @@ KCONV_EXPORT void nflows_kconv_finish_plan(Plan* plan, void* context, int64_t sc
   plan->zeroed = zeroed;
 }
 
-KCONV_EXPORT void nflows_kconv_plan_error(Plan* plan, const char* error) { plan->error = error; }
+KCONV_EXPORT void nflows_kconv_plan_error(Plan* plan, const char* error) { plan->error.emplace(error); }
+
+// Called after an operator has thrown.
+KCONV_EXPORT int nflows_kconv_take_error() { return int(std::exchange(last_error, ErrorType::kOther)); }

@@ -22,18 +22,12 @@ struct Driver {
   int (*get_stream)(int device, void** stream);
 };
 
-// What Python is asked to plan; nflows_kconv/backends/cuda/native_launcher.py has the same struct.
-struct Problem {
-  int64_t operation;  // 0: conv, 1: solve, 2: weight_gradient
-  int64_t dtype;      // torch's ScalarType
-  int64_t device, unit_diagonal, transpose, bias;
-  int64_t shape[4], kernel_size[2];
-  int64_t first_strides[4], second_strides[4], output_strides[4];
-  int64_t groups;
-  const int64_t* stencils;
-};
-
 struct Plan;
-using Planner = void (*)(const Problem*, Plan*);
+
+// Asks Python to plan. All that a plan depends on comes as words, which `_read` of
+// nflows_kconv/backends/cuda/native_launcher.py takes apart: operation, dtype and device as numbers, flags for a unit
+// diagonal, the transpose and a bias, kernel size [2], shape [4], strides of the first and second tensor [4], and a
+// stencil for each group. The strides of the output follow from them.
+using Planner = void (*)(const int64_t* words, int64_t count, const int64_t* output_strides, Plan*);
 
 }  // namespace kconv::cuda

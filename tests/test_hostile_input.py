@@ -206,14 +206,3 @@ def test_a_tensor_changed_before_the_backward_pass_is_noticed(function, backend:
     if function is conv2d:  # the inverse saves its output instead
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             outputs[1].sum().backward()
-
-
-def test_errors_of_the_native_library_get_their_type_back(monkeypatch: pytest.MonkeyPatch):
-    """torch passes on the text alone of what the library for CUDA throws."""
-
-    def fail(*args: object) -> Tensor:
-        raise RuntimeError("out of memory: CUDA out of memory. Tried to allocate 20.00 GiB.")
-
-    monkeypatch.setattr(native, "_operator", lambda name: fail)
-    with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
-        native.call("solve_cuda", images())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import threading
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,8 @@ from torch import Tensor
 from nflows_kconv.torch_internals import below_autograd
 
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
+
+called_back = threading.local()  # .error: what Python raised when the library last called it in this thread
 
 
 def _load(directory: Path) -> tuple[ctypes.CDLL | None, str]:
@@ -65,26 +68,18 @@ def call(name: str, *args: Any) -> Tensor:
     try:
         with below_autograd():
             return _operator(name)(*args)
-    except RuntimeError as error:
-        raise _with_type(error) from None
+    except Exception as error:  # torch passes on the text alone
+        match loaded().nflows_kconv_take_error():  # ErrorType of csrc/cuda_launcher.cpp
+            case 1:
+                raise torch.OutOfMemoryError(str(error)) from None
+            case 2:
+                raise called_back.__dict__.pop("error") from None
+        raise
 
 
 @cache
 def _operator(name: str) -> Any:
     return getattr(torch.ops.nflows_kconv_native, name).default
-
-
-def _with_type(error: RuntimeError) -> BaseException:
-    """The exception that it was.
-
-    torch passes on the text alone: of the launcher of CUDA kernels always, of the CPU's kernels since torch 2.15.
-    """
-    text = str(error)
-    if text.startswith("out of memory: "):
-        return torch.OutOfMemoryError(text)
-    if text.startswith("the pivot's diagonal must be finite"):
-        return ValueError(text)
-    return KeyboardInterrupt() if text == "KeyboardInterrupt" else error
 
 
 def instruction_set() -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import threading
-import traceback
 from typing import Any, ClassVar
 
 import torch
@@ -19,27 +18,8 @@ _OPERATIONS = ("conv", "solve", "weight_gradient")
 _DTYPES = {5: torch.float16, 6: torch.float32, 7: torch.float64, 15: torch.bfloat16}  # by torch's ScalarType
 
 
-class _Problem(ctypes.Structure):
-    """`struct Problem` of csrc/cuda_launcher.h."""
-
-    _fields_ = (
-        ("operation", ctypes.c_int64),
-        ("dtype", ctypes.c_int64),
-        ("device", ctypes.c_int64),
-        ("unit_diagonal", ctypes.c_int64),
-        ("transpose", ctypes.c_int64),
-        ("bias", ctypes.c_int64),
-        ("shape", ctypes.c_int64 * 4),
-        ("kernel_size", ctypes.c_int64 * 2),
-        ("first_strides", ctypes.c_int64 * 4),
-        ("second_strides", ctypes.c_int64 * 4),
-        ("output_strides", ctypes.c_int64 * 4),
-        ("groups", ctypes.c_int64),
-        ("stencils", ctypes.POINTER(ctypes.c_int64)),
-    )
-
-
-_Planner = ctypes.CFUNCTYPE(None, ctypes.POINTER(_Problem), ctypes.c_void_p)
+_WORDS = ctypes.POINTER(ctypes.c_int64)
+_Planner = ctypes.CFUNCTYPE(None, _WORDS, ctypes.c_int64, _WORDS, ctypes.c_void_p)
 
 
 def run(problem: registry.Problem) -> Tensor:
@@ -70,19 +50,12 @@ class NativeLauncher:
         self._driver = driver
         self._lock = threading.Lock()
         self._callback = _Planner(self._plan)
-        handle, size = ctypes.c_void_p, ctypes.c_int64
+        handle, size, three = ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint * 3
+        number, text = ctypes.c_uint, ctypes.c_char_p
         library.nflows_kconv_set_planner.argtypes = [_Planner]
-        library.nflows_kconv_add_launch.argtypes = [
-            handle,
-            handle,
-            ctypes.c_uint * 3,
-            ctypes.c_uint,
-            ctypes.c_uint,
-            ctypes.c_char_p,
-            ctypes.c_uint64,
-        ]
+        library.nflows_kconv_add_launch.argtypes = [handle, handle, three, number, number, text, ctypes.c_uint64]
         library.nflows_kconv_finish_plan.argtypes = [handle, handle, size, size]
-        library.nflows_kconv_plan_error.argtypes = [handle, ctypes.c_char_p]
+        library.nflows_kconv_plan_error.argtypes = [handle, text]
 
     def connect(self) -> None:
         """Makes the native library call this planner, and forget what others have planned."""
@@ -90,46 +63,45 @@ class NativeLauncher:
         self._library.nflows_kconv_set_planner(self._callback)
         NativeLauncher.connected = self
 
-    def _plan(self, problem: Any, plan: int) -> None:
+    def _plan(self, words: Any, count: int, output_strides: Any, plan: int) -> None:
         try:
-            self._hand_over(problem.contents, plan)
-        except BaseException as error:  # None may leave through the C++ code that called.
-            text = str(error) if isinstance(error, RuntimeError) else ""
-            text = text or "".join(traceback.format_exception_only(error)).strip()
-            self._library.nflows_kconv_plan_error(plan, text.encode())
+            self._hand_over(words[:count], output_strides[:4], plan)
+        except BaseException as error:  # None may leave through the C++ code that called: `native.call` raises it.
+            native.called_back.error = error
+            self._library.nflows_kconv_plan_error(plan, str(error).encode())
 
-    def _hand_over(self, problem: _Problem, plan: int) -> None:
+    def _hand_over(self, words: Any, output_strides: Any, plan: int) -> None:
         with self._lock:
             if not self._driver_known:
                 addresses = self._driver.function_addresses()
                 self._library.nflows_kconv_set_driver((ctypes.c_void_p * len(addresses))(*addresses))
                 self._driver_known = True
-        loaded = self._runtime.load(_read(problem), problem.device)
+        problem, device = _read(words, output_strides)
+        loaded = self._runtime.load(problem, device)
         for launch, function in zip(loaded.plan.launches, loaded.functions, strict=True):
+            grid, arguments = (ctypes.c_uint * 3)(*launch.grid), launch.arguments
             self._library.nflows_kconv_add_launch(
-                plan,
-                function,
-                (ctypes.c_uint * 3)(*launch.grid),
-                launch.block,
-                launch.shared,
-                launch.arguments,
-                len(launch.arguments),
+                plan, function, grid, launch.block, launch.shared, arguments, len(arguments)
             )
-        context = self._driver.context(problem.device)
-        self._library.nflows_kconv_finish_plan(plan, context, loaded.plan.scratch, loaded.plan.zeroed)
+        self._library.nflows_kconv_finish_plan(
+            plan, self._driver.context(device), loaded.plan.scratch, loaded.plan.zeroed
+        )
 
 
-def _read(problem: _Problem) -> Problem:
-    return Problem(
-        operation=_OPERATIONS[problem.operation],
-        dtype=_DTYPES[problem.dtype],
-        shape=tuple(problem.shape),
-        kernel_size=tuple(problem.kernel_size),
-        stencils=tuple(problem.stencils[: problem.groups]),
-        unit_diagonal=bool(problem.unit_diagonal),
-        transpose=bool(problem.transpose),
-        first_strides=tuple(problem.first_strides),
-        second_strides=tuple(problem.second_strides),
-        output_strides=tuple(problem.output_strides),
-        bias=bool(problem.bias),
+def _read(words: Any, output_strides: Any) -> tuple[Problem, int]:
+    """The problem and its device, from what `Planner` of csrc/cuda_launcher.h passes."""
+    operation, dtype, device, unit_diagonal, transpose, bias, *sizes = words
+    problem = Problem(
+        operation=_OPERATIONS[operation],
+        dtype=_DTYPES[dtype],
+        shape=tuple(sizes[2:6]),
+        kernel_size=tuple(sizes[:2]),
+        stencils=tuple(sizes[14:]),
+        unit_diagonal=bool(unit_diagonal),
+        transpose=bool(transpose),
+        first_strides=tuple(sizes[6:10]),
+        second_strides=tuple(sizes[10:14]),
+        output_strides=tuple(output_strides),
+        bias=bool(bias),
     )
+    return problem, device
