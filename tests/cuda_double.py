@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import cuda_emulator
 
-from nflows_kconv.backends.cuda.plan import Device, Kernel, Launch
+from nflows_kconv.backends.cuda.plan import Arguments, Device, Kernel, Launch
 
 CONTEXT = 0xC0
 STREAM = 0x57
@@ -106,7 +106,7 @@ class DriverDouble:
             return self.error
         assert (block_y, block_z, extra) == (1, 1, None)
         words = dict(self._kernels[function - 1].constants)["CORNER_WORDS"]
-        arguments = ctypes.string_at(parameters[0], 240 + -(-words // 2) * 8)
+        arguments = ctypes.string_at(parameters[0], ctypes.sizeof(Arguments) + -(-words // 2) * 8)
         self.launch(0, function, (x, y, z), block, shared, arguments, stream)
         return 0
 

@@ -5,7 +5,7 @@ Nothing here touches a GPU: plans are made, packed and tested anywhere.
 
 from __future__ import annotations
 
-import struct
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -19,8 +19,22 @@ Strides = tuple[int, int, int, int]
 # estimates that costs 4 % on average over batches, 40 % at worst, and nothing at these.
 _TYPICAL_BATCHES = (1, 6, 25, 100, 400, 1600)
 
-# Of `struct Arguments`: first, second, output, scratch, bias, log_diagonal.
-POINTER_BYTES = 6 * 8
+POINTER_BYTES = 6 * 8  # first, second, output, scratch, bias, log_diagonal
+
+
+class Arguments(ctypes.Structure):
+    """`struct Arguments` of arguments.cuh, but for its last field, the words of `corners`."""
+
+    _fields_ = (
+        ("pointers", ctypes.c_byte * POINTER_BYTES),
+        ("strides", ctypes.c_int64 * 12),
+        ("sizes", ctypes.c_int32 * 4),
+        ("kernel_size", ctypes.c_int32 * 2),
+        ("parameters", ctypes.c_int32 * 8),
+        ("offsets", ctypes.c_int64 * 4),
+        ("last_column", ctypes.c_int32),
+        ("unit_diagonal", ctypes.c_int32),
+    )
 
 
 @dataclass(frozen=True)
@@ -205,19 +219,14 @@ def arguments(problem: Problem, parameters: Sequence[int] = (), offsets: Sequenc
     words = [0] * _corner_words(problem)
     for group, code in enumerate(problem.stencils):
         words[group // 16] |= (code & 3) << group % 16 * 2
-    packed = struct.pack(
-        f"={POINTER_BYTES}x 12q 4i 2i 8i 4q 2i {len(words)}I",
-        *problem.first_strides,
-        *problem.second_strides,
-        *problem.output_strides,
-        *(batch, height, width, len(problem.stencils)),
-        *problem.kernel_size,
-        *parameters,
-        *[0] * (8 - len(parameters)),
-        *offsets,
-        *[0] * (4 - len(offsets)),
-        problem.last_column,
-        problem.unit_diagonal,
-        *words,
+    fields = Arguments(
+        strides=(*problem.first_strides, *problem.second_strides, *problem.output_strides),
+        sizes=(batch, height, width, len(problem.stencils)),
+        kernel_size=problem.kernel_size,
+        parameters=tuple(parameters),
+        offsets=tuple(offsets),
+        last_column=problem.last_column,
+        unit_diagonal=problem.unit_diagonal,
     )
+    packed = bytes(fields) + bytes((ctypes.c_uint32 * len(words))(*words))
     return packed + b"\0" * (-len(packed) % 8)
