@@ -1,6 +1,7 @@
 """The tables of a GPU, with floors and targets.
 
-Times are medians in two modes: "eager", calls queued back to back, and "graph", calls captured into one CUDA graph.
+Times are medians in modes: "eager", calls queued back to back; "graph", calls captured into one CUDA graph, what they
+read in the L2 cache where it fits; and "cold", the same with nothing in that cache.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from floors import Speeds, floors, measure_speeds
 from targets import BASELINES, ERROR, HOST, describe, judge_row
 from workloads import Case, Workload
 
-MODES = ("eager", "graph")
+MODES = ("eager", "graph", "cold")
 NAMES = {
     "inverse": "inverse",
     "forward": "forward",
@@ -38,7 +39,8 @@ def sections(workload: Workload, seconds: float, device: str, device_name: str) 
     )
     yield "speeds", asdict(speeds)
     for name, cases in workload.tables.items():
-        yield name, _table(name, cases, seconds, device, device_name, speeds)
+        for rows in _table(name, cases, seconds, device, device_name, speeds):
+            yield name, rows
     first = next(iter(workload.tables.values()))[0]
     yield "host", _host(first, seconds, device, workload.tiny)
     yield "accuracy", _accuracy([case for cases in workload.tables.values() for case in cases], device, workload.tiny)
@@ -59,16 +61,17 @@ def print_summary(results: dict) -> None:
     missed = [entry for entry in judged if entry[2]["verdict"] == "missed"]
     print(f"\ntargets: {len(judged) - len(missed)} of {len(judged)} met")
     for section, row, record in missed:
+        names = ("library", "variant", "images", "batch", "shape", "corners")
+        of = ", ".join(f"{name} {row[name]}" for name in names if name in row)
         print(
-            f"  missed: {section}, batch {row['batch']}, {tuple(row['shape'])}, {len(row['corners'])} corners,"
-            f" {record['mode']} {record['quantity']}: {record['value']:.3g} {record['unit']}, {describe(record)}"
+            f"  missed: {section}, {of}, {record['mode']} {record['quantity']}: {record['value']:.3g} {record['unit']},"
+            f" {describe(record)}"
         )
 
 
 def _times(compared: contestants.Contestants, seconds: float) -> dict[str, dict[str, float]]:
     """Times by mode and contestant; the modes share the seconds."""
-    clocks = {"eager": timing.eager, "graph": timing.graph}
-    return {mode: clocks[mode](compared, seconds / len(MODES)) for mode in MODES}
+    return {mode: getattr(timing, mode)(compared, seconds / len(MODES)) for mode in MODES}
 
 
 def _largest(floor: dict[str, float]) -> str:
@@ -76,13 +79,16 @@ def _largest(floor: dict[str, float]) -> str:
     return f"{floor[name]:.2f} us ({name})"
 
 
-def _table(name: str, cases: list[Case], seconds: float, device: str, device_name: str, speeds: Speeds) -> list[dict]:
+def _table(
+    name: str, cases: list[Case], seconds: float, device: str, device_name: str, speeds: Speeds
+) -> Iterator[list[dict]]:
+    """The rows so far, after each."""
     print(f"\n{name}, k = 3, float32; F.conv2d has its backward where the layer has\n")
     print(
         "batch  (C, H, W)        corners  mode   measured                    time      F.conv2d    ratio"
         "  floor                 target"
     )
-    rows = []
+    rows: list[dict] = []
     for case in cases:
         times, floor = _times(contestants.for_table(case, device), seconds), floors(case, speeds)
         records = judge_row(case, times, device_name)
@@ -98,7 +104,7 @@ def _table(name: str, cases: list[Case], seconds: float, device: str, device_nam
                     flush=True,
                 )
         rows.append({**case._asdict(), "microseconds": times, "floors": floor, "targets": records})
-    return rows
+        yield rows
 
 
 def _host(case: Case, seconds: float, device: str, tiny: bool) -> list[dict]:

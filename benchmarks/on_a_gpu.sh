@@ -1,39 +1,55 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can tell: the tests that need one, the properties on CUDA tensors, and the benchmarks.
+# What only a GPU can tell, for whoever has one for a quarter of an hour: two halves of at most six minutes each.
 #
-#     benchmarks/on_a_gpu.sh FOLDER [STAGE ...]     writes a log and the results of each stage to FOLDER
+#     benchmarks/on_a_gpu.sh right        Does it compute the right numbers?
+#     benchmarks/on_a_gpu.sh fast         How fast is it?
+#     benchmarks/on_a_gpu.sh PART ...     parts alone; LIMIT is the seconds that each may take
 #
-# Stages: tests properties layer sampling; all by default. A stage that fails does not stop the others. LIMIT is the
-# seconds a stage may take, SECONDS_A_ROW those of measurement for each row of a table.
+# Parts run in the order of their worth, each until its time limit; one that fails stops no other. Logs, and results as
+# they come, go to the folder OUT (else on-a-gpu). The summary comes last; benchmarks/summary.py prints it again.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-folder=$(mkdir -p "$1" && cd "$1" && pwd)
-shift
+out=$(mkdir -p "${OUT:=on-a-gpu}" && cd "$OUT" && pwd)
+device=${DEVICE:-cuda}
 python=${PYTHON:-python3}
-workers=${WORKERS:-8}
+options=(--device "$device" --seconds "${SECONDS_A_ROW:-0.4}")
+[ "$device" = cuda ] || options+=(--tiny)
+pytest=("$python" -m pytest -v --tb=short --numprocesses "${WORKERS:-auto}" --failed-first -o "cache_dir=$out/pytest")
+smoke=("$python" benchmarks/smoke.py "${options[@]}")
 export PYTHONUNBUFFERED=1
 
-stage() {
-    local name=$1 started=$SECONDS status=0
-    shift
-    timeout --signal INT --kill-after 20 "${LIMIT:-600}" "$@" >"$folder/$name.log" 2>&1 || status=$?
-    printf '%s: exit %d after %d s: %s\n' "$name" "$status" $((SECONDS - started)) "$(tail -n 1 "$folder/$name.log")"
+# part NAME SECONDS COMMAND ...
+part() {
+    local name=$1 limit=${LIMIT:-$2} started=$SECONDS status=0
+    shift 2
+    timeout --signal INT --kill-after 10 "$limit" "$@" >"$out/$name.log" 2>&1 || status=$?
+    printf '%s: exit %d after %d s: %s\n' "$name" "$status" $((SECONDS - started)) "$(tail -n 1 "$out/$name.log")" |
+        tee -a "$out/parts.txt"
 }
 
-[ $# -gt 0 ] || set -- tests properties layer sampling
-nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
-"$python" -m nflows_kconv
-for name; do
+run() {
+    local each name=$1 output=(--output "$out/$1.json")
     case $name in
-        tests) stage "$name" "$python" -m pytest -v --tb=short -m gpu --numprocesses "$workers" -p no:cacheprovider ;;
-        properties)
-            stage "$name" "$python" -m pytest -v --tb=short --device cuda --numprocesses "$workers" -p no:cacheprovider \
-                tests/test_{primitive,derivatives,layer,bounded,compile,flop_counter,step}.py
+        right) for each in smoke gpu_tests properties memcheck racecheck calibration; do run "$each"; done ;;
+        fast) for each in targets sampling; do run "$each"; done ;;
+        smoke) part "$name" 35 "${smoke[@]}" "${output[@]}" ;;
+        gpu_tests) part "$name" 70 "${pytest[@]}" -m gpu ;;
+        properties) # as many as there is time for
+            part "$name" 75 "${pytest[@]}" --device "$device" \
+                tests/test_{primitive,derivatives,layer,bounded,compile,flop_counter,steps}.py
             ;;
-        layer | sampling)
-            stage "$name" "$python" "benchmarks/$name.py" --device cuda --seconds "${SECONDS_A_ROW:-2}" \
-                --output "$folder/$name.json"
+        memcheck | racecheck) # each allocation by itself, so that what lies beyond it is seen
+            part "$name" 45 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+                compute-sanitizer --tool "$name" --error-exitcode 1 "${smoke[@]}"
             ;;
-        *) echo "$name is no stage" >&2 && exit 2 ;;
+        calibration) part "$name" 30 "$python" benchmarks/calibration.py "${options[@]}" "${output[@]}" ;;
+        targets) part "$name" 180 "$python" benchmarks/layer.py "${options[@]}" "${output[@]}" ;;
+        sampling) part "$name" 150 "$python" benchmarks/sampling.py "${options[@]}" "${output[@]}" ;;
+        *) echo "$name is no part" >&2 && exit 2 ;;
     esac
-done
+}
+
+[ $# -gt 0 ] || set -- right fast
+rm -f "$out/parts.txt"
+for name; do run "$name"; done
+"$python" benchmarks/summary.py "$out" | tee "$out/summary.txt"

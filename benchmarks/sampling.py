@@ -167,11 +167,11 @@ def draw(flow: nn.Module, number: int) -> None:
         flow.sample(number)  # type: ignore[operator]
 
 
-def sampling_table(size: Size, device: str, seconds: float, device_name: str) -> list[dict]:
-    """Both libraries, a batch and a single image, the flow's own sample and the sampler."""
+def sampling_table(size: Size, device: str, seconds: float, device_name: str) -> Iterator[list[dict]]:
+    """Both libraries, a batch and an image, the flow's own sample and the sampler; the rows so far, after each."""
     print("\nsampling\n")
     print("library    images  model                           flow       sampler")
-    rows = []
+    rows: list[dict] = []
     for library in LIBRARIES:
         flows = {model: build(library, model, size, device).eval() for model in MODELS}
         for number in (size.batch, 1):
@@ -186,7 +186,7 @@ def sampling_table(size: Size, device: str, seconds: float, device_name: str) ->
             records = judge_sampling(times, number, size, device_name)
             print_records(records)
             rows.append({"library": library, "images": number, "microseconds": times, "targets": records})
-    return rows
+            yield rows
 
 
 def judge_sampling(times: dict[str, float], number: int, size: Size, device_name: str) -> list[dict]:
@@ -233,11 +233,11 @@ def values_lost(flow: Any, batch: Tensor) -> float:
     return (flow.forward_and_log_det(latents)[0] != batch).double().mean().item()
 
 
-def training_table(size: Size, device: str, seconds: float) -> list[dict]:
-    """Negative log-likelihood and gradients of a batch."""
+def training_table(size: Size, device: str, seconds: float) -> Iterator[list[dict]]:
+    """Negative log-likelihood and gradients of a batch; the rows so far, after each."""
     print("\ntraining step, in normflows\n")
     print("variant                                  FInC           Glow     ratio  target")
-    rows = []
+    rows: list[dict] = []
     batch = images(size, device)
     for name, variant in VARIANTS.items():
         flows = {model: prepared(model, variant, size, device) for model in COMPARED}
@@ -252,7 +252,7 @@ def training_table(size: Size, device: str, seconds: float) -> list[dict]:
             flush=True,
         )
         rows.append({"variant": name, "images": size.batch, "microseconds": times, "targets": records})
-    return rows
+        yield rows
 
 
 def train(flow: Any, batch: Tensor, variant: Variant, device: str) -> None:
@@ -280,9 +280,11 @@ def sections(size: Size, device: str, seconds: float, device_name: str) -> Itera
     }
     print("parameters: " + ", ".join(f"{model} {number}" for model, number in parameters.items()))
     yield "model", {**size._asdict(), "parameters": parameters}
-    yield "sampling", sampling_table(size, device, seconds, device_name)
+    for rows in sampling_table(size, device, seconds, device_name):
+        yield "sampling", rows
+    for rows in training_table(size, device, seconds):
+        yield "training", rows
     yield "variants", variants_table(size, device, seconds)
-    yield "training", training_table(size, device, seconds)
 
 
 def main() -> None:

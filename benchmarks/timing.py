@@ -52,6 +52,15 @@ def graph(contestants: Contestants, seconds: float) -> dict[str, float]:
     return take_turns({name: partial(_time_between_events, replay) for name, replay in replays.items()}, seconds)
 
 
+def cold(contestants: Contestants, seconds: float) -> dict[str, float]:
+    """As `graph`, but nothing that a call reads is in the L2 cache: a call follows a read of more than that holds."""
+    read = _read_of_the_cache()
+
+    times = graph({"": read, **{name: partial(_each, read, run) for name, run in contestants.items()}}, seconds)
+    alone = times.pop("")
+    return {name: time - alone for name, time in times.items()}
+
+
 def host(contestants: Contestants, seconds: float) -> dict[str, float]:
     """On the host alone: until calls have returned, whether or not the GPU has done what they ask for."""
     for run in contestants.values():
@@ -62,6 +71,11 @@ def host(contestants: Contestants, seconds: float) -> dict[str, float]:
         return _wall_time(run, HOST_CALLS)
 
     return take_turns({name: partial(sample, run) for name, run in contestants.items()}, seconds)
+
+
+def _read_of_the_cache() -> Callable[[], object]:
+    size = torch.cuda.get_device_properties("cuda").L2_cache_size
+    return torch.ones(2 * size // 4, device="cuda").sum
 
 
 def _wall_time(run: Callable[[], object], calls: int) -> float:
@@ -82,6 +96,11 @@ def _time_between_events(run: Callable[[], object]) -> float:
 
 def _repeat(run: Callable[[], object]) -> None:
     for _ in range(CALLS):
+        run()
+
+
+def _each(*runs: Callable[[], object]) -> None:
+    for run in runs:
         run()
 
 

@@ -4,18 +4,24 @@ No test measures time. Where there is no GPU, its tables run on the CPU with sta
 """
 
 import contextlib
+import ctypes
 import json
+import os
+import re
+import struct
 import subprocess
 import sys
 import types
 from pathlib import Path
 
+import cuda_emulator
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import accuracy
+import calibration
 import contestants
 import cuda_tables
 import dense
@@ -23,12 +29,16 @@ import first_use
 import floors
 import layer
 import plots
+import smoke
 import targets
 import timing
 import workloads
 from workloads import FOUR, ONE, Case
 
-from nflows_kconv import InvertibleConv2d, functional
+from nflows_kconv import InvertibleConv2d, functional, stencil
+from nflows_kconv.backends import registry
+from nflows_kconv.backends.cuda import compiler, planning
+from nflows_kconv.backends.cuda.plan import Kernel
 
 BENCHMARKS = Path(layer.__file__).parent
 H100 = "NVIDIA H100 80GB HBM3"
@@ -117,6 +127,12 @@ def test_clocks_of_the_gpu_give_the_time_of_one_call(clock, fake_cuda):
     assert times == pytest.approx({"short": 1, "long": 7})
 
 
+def test_what_empties_the_cache_is_not_counted(fake_cuda, monkeypatch):
+    monkeypatch.setattr(timing, "_read_of_the_cache", lambda: fake_cuda.contestant(40))
+    times = timing.cold({"short": fake_cuda.contestant(1), "long": fake_cuda.contestant(7)}, 0)
+    assert times == pytest.approx({"short": 1, "long": 7})
+
+
 def test_the_clock_of_the_host_takes_no_notice_of_the_gpu(fake_cuda):
     calls = []
     times = timing.host({"counted": lambda: calls.append(fake_cuda.now)}, 0)
@@ -194,7 +210,7 @@ def test_verdict_without_an_aim(value, verdict):
 def made_up_times(**changed: float) -> dict[str, dict[str, float]]:
     """Times of a row in both modes, no measurements: all baselines take 100, all others 10."""
     times = {name: 100.0 if "conv2d" in name else 10.0 for name in TABLE}
-    return {"eager": dict(times), "graph": times | changed}
+    return {"eager": dict(times), "graph": times | changed, "cold": dict(times)}
 
 
 def test_microseconds_are_judged_on_an_h100_alone():
@@ -303,6 +319,12 @@ def test_tables_of_the_gpu_with_stand_ins(fake_machine, tmp_path, capsys):
     assert "nan" not in printed
 
 
+def test_each_row_is_there_when_it_is_measured(fake_machine):
+    speeds = floors.Speeds(1e12, 1e13, 1e-7)
+    tables = cuda_tables._table("four groups", [Case(2, (4, 3, 3))] * 2, 0, "cpu", H100, speeds)
+    assert [len(rows) for rows in tables] == [1, 2]
+
+
 def test_a_matrix_too_large_is_not_measured_and_said_so(fake_machine, monkeypatch, capsys):
     monkeypatch.setattr(dense, "MOST_BYTES", 0)
     speeds = floors.Speeds(1e12, 1e13, 1e-7)
@@ -337,7 +359,8 @@ def test_summary_names_what_was_missed(capsys):
     first, missed = capsys.readouterr().out.strip().splitlines()
     assert first == "targets: 4 of 5 met"
     assert missed.strip() == (
-        "missed: four groups, batch 100, (12, 16, 16), 4 corners, graph inverse: 11 us, <= 10 us: missed (aim 5 us)"
+        "missed: four groups, batch 100, shape (12, 16, 16), corners ('TL', 'TR', 'BL', 'BR'), graph inverse: 11 us,"
+        " <= 10 us: missed (aim 5 us)"
     )
 
 
@@ -442,6 +465,107 @@ def test_command_without_a_gpu(monkeypatch, capsys):
         printed.err
     )
     assert printed.out == ""
+
+
+# What a GPU is asked in a quarter of an hour
+
+
+@pytest.mark.parametrize("kernel", smoke.CASES)
+def test_small_problems_reach_every_family_of_kernels(kernel):
+    for case in smoke.CASES[kernel]:
+        images = torch.empty(case.batch, *case.shape, device="meta")
+        weight = torch.empty(case.shape[0], case.shape[0] // len(case.corners), 3, 3, device="meta")
+        problem = registry.Problem("solve", images, weight, stencil.parse(case.corners), kernel_size=(3, 3))
+        launches = planning.plan(cuda_emulator.planned(problem), cuda_emulator.H100).launches
+        assert kernel in {launch.kernel.name for launch in launches}
+
+
+@pytest.mark.parametrize("error", [1e-3, float("nan")])
+def test_wrong_numbers_are_a_failure(error, monkeypatch, capsys):
+    errors = {"forward": {"cpu": 1e-7, "device": 2e-7}, "inverse": {"cpu": 1e-7, "device": error}}
+    monkeypatch.setattr(accuracy, "errors", lambda case, device: errors if case.shape[0] == 70 else {})
+    monkeypatch.setattr(smoke, "CASES", {"products": smoke.CASES["products"][:1]})
+    monkeypatch.setattr(sys, "argv", ["smoke.py"])
+    with torch.random.fork_rng(), pytest.raises(SystemExit) as stopped:
+        smoke.main()
+    assert stopped.value.code == 1
+    assert "inverse  WRONG\n\n0 of 1 problems are right" in capsys.readouterr().out
+
+
+def test_latencies_are_slopes(monkeypatch):
+    def launch(index, function, grid, block, shared, arguments, stream):
+        """Takes a thousand cycles, and five of half a nanosecond for each instruction."""
+        assert (function, grid, block, stream) == ("barrier", (1, 1, 1), 256, "stream")
+        result, _, count, _ = struct.unpack("=QQif", arguments)
+        cycles = 1000 + 5 * count
+        ctypes.memmove(result, (ctypes.c_int64 * 3)(cycles, cycles // 2, 0), 24)
+
+    double = types.SimpleNamespace(launch=launch, current_stream=lambda index: "stream")
+    monkeypatch.setattr(calibration, "driver", double)
+    assert calibration.latency("barrier", calibration.LATENCIES["BAR, 256 threads"], "cpu") == (5, 2)
+
+
+def test_a_node_of_a_graph_is_a_slope(fake_cuda, monkeypatch):
+    nothing = fake_cuda.contestant(3)
+    monkeypatch.setattr(calibration, "launcher", lambda function, threads, arguments: nothing)
+    assert calibration.node_microseconds("nothing", 0) == pytest.approx(3)
+
+
+def test_addresses_go_round():
+    ring = calibration.ring(1024, "cpu")
+    address, seen = ring.data_ptr(), []
+    for _ in range(8):
+        seen.append(address - ring.data_ptr())
+        address = ctypes.c_int64.from_address(address).value
+    assert seen == list(range(0, 1024, calibration.STRIDE))
+    assert address == ring.data_ptr()
+
+
+def test_chains_stay_chains():
+    pytest.importorskip("cuda.bindings.nvrtc")
+    kernel = Kernel(str(calibration.SOURCE), "nothing", ())
+    code = compiler.compile(kernel, (99, 0)).decode()  # text for a GPU that no compiler knows yet
+    for instruction in ("fma.rn", "shfl.sync", "bar.sync", "ld.shared", "ld.global.ca", "ld.global.cg"):
+        assert code.count(instruction) == 128
+
+
+def on_a_gpu(*parts, folder, **environment):
+    """Runs the script of a quarter of an hour on the CPU, with what stands for the sanitizer."""
+    sanitizer = folder / "bin" / "compute-sanitizer"
+    if not sanitizer.exists():
+        sanitizer.parent.mkdir()
+        sanitizer.write_text("#!/bin/sh\necho '========= Invalid __global__ read of size 4 bytes'\nexit 1\n")
+        sanitizer.chmod(0o755)
+    path = os.pathsep.join([str(sanitizer.parent), os.environ["PATH"]])
+    environment = (
+        os.environ | {"OUT": str(folder / "out"), "DEVICE": "cpu", "PYTHON": sys.executable, "PATH": path} | environment
+    )
+    command = ["bash", str(BENCHMARKS / "on_a_gpu.sh"), *parts]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+
+
+def test_parts_that_fail_stop_no_other(tmp_path):
+    done = on_a_gpu("memcheck", "smoke", folder=tmp_path, SECONDS_A_ROW="0")
+    assert done.returncode == 0, done.stderr
+    first, second, *rest = done.stdout.splitlines()
+    assert re.match(r"memcheck: exit 1 after \d+ s: ========= Invalid __global__ read", first)
+    assert re.match(r"smoke: exit 0 after \d+ s: 12 of 12 problems are right", second)
+    summary = "\n".join(rest)
+    assert "summary\n\nmemcheck: exit 1" in summary
+    assert "memcheck: 1 failures\n  ========= Invalid __global__ read of size 4 bytes" in summary
+    assert (tmp_path / "out" / "summary.txt").read_text() == summary + "\n"
+    assert len(json.loads((tmp_path / "out" / "smoke.json").read_text())["cases"]) == 12
+
+
+def test_a_part_ends_at_its_limit(tmp_path):
+    done = on_a_gpu("targets", folder=tmp_path, LIMIT="0.1")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("targets: exit 124 after ")
+
+
+def test_an_unknown_part_is_an_error(tmp_path):
+    done = on_a_gpu("nonsense", folder=tmp_path)
+    assert (done.returncode, done.stderr) == (2, "nonsense is no part\n")
 
 
 @pytest.mark.gpu

@@ -1,0 +1,82 @@
+"""Does it compute the right numbers at all? Small problems through every family of kernels, against float64 on a CPU.
+
+    python benchmarks/smoke.py --device cuda                            a minute at most
+    compute-sanitizer --tool memcheck python benchmarks/smoke.py ...    what they read and write; also racecheck
+    --output FILE.json                                                  writes properties of the GPU, and errors
+
+Each problem is the forward, the inverse and their gradients; see accuracy.py. The exit status is 1 where one is wrong.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import accuracy
+import command_line
+import layer
+import torch
+from workloads import ONE, Case
+
+# Errors that many times those of a CPU are no longer those of another order of summation.
+MOST = 16
+# By the kernel that solves them. The convolution of more than 64 channels a group is `products`, too, and all but those
+# of sides have a weight gradient.
+CASES = {
+    "solve_rows": [
+        Case(3, (12, 7, 6)),
+        Case(7, (6, 5, 9), ("BR", "TL")),
+        Case(1, (8, 70, 5)),  # in bands of rows
+        Case(2, (6, 6, 11), ("T", "B")),
+    ],
+    "solve_channels": [
+        Case(2, (24, 6, 5), ONE),
+        Case(3, (96, 4, 4)),
+        Case(1, (34, 40, 6), ("TR", "BL")),
+        Case(2, (48, 3, 8), ("BR",)),
+    ],
+    "products": [
+        Case(2, (70, 6, 5), ONE),
+        Case(5, (140, 5, 7), ("BL", "TR")),
+        Case(1, (96, 9, 9), ONE),
+        Case(3, (80, 3, 4), ("BR",)),
+    ],
+}
+
+
+def sections(device: str) -> Iterator[tuple[str, Any]]:
+    """Runs the problems and prints; the name of each section and what there is to store of it."""
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties("cuda")
+        yield "properties", {name: str(getattr(properties, name)) for name in dir(properties) if name[0] != "_"}
+    print("\nkernel          batch  (C, H, W)        corners                largest error, times that of a CPU")
+    rows: list[dict[str, Any]] = []
+    for kernel, cases in CASES.items():
+        for case in cases:
+            ratios = {name: accuracy.ratio(error) for name, error in accuracy.errors(case, device).items()}
+            worst = max(ratios, key=lambda name: (not ratios[name] <= MOST, ratios[name]))  # NaN is the worst
+            right = ratios[worst] <= MOST
+            rows.append({"kernel": kernel, **case._asdict(), "ratios": ratios, "right": right})
+            print(
+                f"{kernel:15s} {case.batch:5d}  {case.shape!s:15s}  {'/'.join(case.corners):20s}  {ratios[worst]:7.2f}"
+                f" {worst}{'' if right else '  WRONG'}",
+                flush=True,
+            )
+            yield "cases", rows
+
+
+def main() -> None:
+    """Parses the arguments and runs the problems."""
+    arguments = command_line.parse(__doc__, seconds=0.0)
+    torch.manual_seed(0)
+    machine = layer.gpu_machine() if arguments.device == "cuda" else layer.machine()
+    results: dict[str, Any] = {"machine": machine}
+    layer.run(results, sections(arguments.device), arguments.output)
+    wrong = [row for row in results["cases"] if not row["right"]]
+    print(f"\n{len(results['cases']) - len(wrong)} of {len(results['cases'])} problems are right")
+    sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()

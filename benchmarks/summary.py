@@ -1,0 +1,36 @@
+"""Prints again what the parts of benchmarks/on_a_gpu.sh have found: `python benchmarks/summary.py FOLDER`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+import cuda_tables
+
+_FAILURE = re.compile(
+    r"^(?:.* )?(?:FAILED|ERROR) (?:tests/.*)|.*  WRONG$|^========= (?!COMPUTE|ERROR SUMMARY: 0).*", re.MULTILINE
+)
+_MOST = 30  # failures of a part
+
+
+def main() -> None:
+    """Of each part its last line and what failed, then the targets."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args().folder
+    print("\nsummary\n")
+    print((folder / "parts.txt").read_text().rstrip())
+    for log in sorted(folder.glob("*.log")):
+        failures = dict.fromkeys(match[0].strip() for match in _FAILURE.finditer(log.read_text(errors="replace")))
+        if failures:
+            print(f"\n{log.stem}: {len(failures)} failures", *list(failures)[:_MOST], sep="\n  ")
+    for path in (folder / "targets.json", folder / "sampling.json"):
+        if path.exists():
+            print(f"\n{path.stem}", end="")
+            cuda_tables.print_summary(json.loads(path.read_text()))
+
+
+if __name__ == "__main__":
+    main()
