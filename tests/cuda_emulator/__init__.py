@@ -66,17 +66,7 @@ def call(problem: registry.Problem, *, device: Device = H100, seed: int = INCREA
 
 def planned(problem: registry.Problem) -> Problem:
     """What is planned for a call; tensors on the device "meta" will do."""
-    return Problem(
-        problem.operation,
-        problem.input.dtype,
-        tuple(problem.input.shape),
-        tuple(problem.kernel_size),
-        tuple(problem.stencils),
-        problem.unit_diagonal,
-        problem.transpose,
-        *(tensor.stride() for tensor in (problem.input, problem.other, _output(problem))),
-        problem.bias is not None,
-    )
+    return Problem.of(problem, _output(problem))
 
 
 def _output(problem: registry.Problem) -> Tensor:

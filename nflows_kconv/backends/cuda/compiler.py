@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from nflows_kconv.backends.cuda.plan import Kernel
 
@@ -41,17 +40,16 @@ def why_not(capability: tuple[int, int], supported: tuple[int, int]) -> str | No
         capability: Its compute capability.
         supported: The version of CUDA that its driver supports.
     """
-    nvrtc = version()
-    try:
-        _, virtual = _architecture(capability)
-    except RuntimeError as error:
-        return str(error)
-    # Drivers load machine code of all of their major version, but assemble that of earlier compilers alone.
-    needed = nvrtc if virtual else (nvrtc[0], 0)
-    if supported >= needed:
-        return None
-    what = "the driver must support CUDA {}.{} at least for compute capability {}.{} and NVRTC {}.{}, it supports {}.{}"
-    return what.format(*needed, *capability, *nvrtc, *supported)
+    nvrtc, least = version(), divmod(min(_architectures()), 10)
+    if capability < least:
+        what = "the GPU must have compute capability {}.{} at least for NVRTC {}.{}, it has {}.{}"
+        return what.format(*least, *nvrtc, *capability)
+    # A driver loads machine code of its whole major version, but assembles what earlier compilers wrote alone.
+    needed = nvrtc if _architecture(capability)[1] else (nvrtc[0], 0)
+    if supported < needed:
+        what = "the driver must support CUDA {}.{} at least for NVRTC {}.{} and a GPU of {}.{}, it supports {}.{}"
+        return what.format(*needed, *nvrtc, *capability, *supported)
+    return None
 
 
 def digest(kernel: Kernel, capability: tuple[int, int]) -> str:
@@ -59,7 +57,7 @@ def digest(kernel: Kernel, capability: tuple[int, int]) -> str:
 
     Raises:
         ImportError: If `cuda.bindings` is not installed.
-        RuntimeError: If NVRTC does not load, or only compiles for newer GPUs.
+        RuntimeError: If NVRTC does not load.
     """
     program = _program(kernel, capability)
     parts = [
@@ -77,12 +75,11 @@ def compile(kernel: Kernel, capability: tuple[int, int]) -> bytes:
 
     Args:
         kernel: What to compile.
-        capability: Compute capability of the GPU, (9, 0) for an H100.
+        capability: Compute capability of the GPU, (9, 0) for an H100; one that `why_not` lets through.
 
     Raises:
         ImportError: If `cuda.bindings` is not installed.
-        RuntimeError: If the kernel does not compile, with the compiler's log; if NVRTC does not load, or only compiles
-            for newer GPUs.
+        RuntimeError: If the kernel does not compile, with the compiler's log; if NVRTC does not load.
     """
     nvrtc = _nvrtc()
     program = _program(kernel, capability)
@@ -106,8 +103,7 @@ def compile(kernel: Kernel, capability: tuple[int, int]) -> bytes:
         nvrtc.nvrtcDestroyProgram(handle)
 
 
-@dataclass(frozen=True)
-class _Program:
+class _Program(NamedTuple):
     """What NVRTC is given: a source, all that it may include by name, and options; for a virtual architecture?"""
 
     source: bytes
@@ -128,15 +124,13 @@ def _program(kernel: Kernel, capability: tuple[int, int]) -> _Program:
 
 def _architecture(capability: tuple[int, int]) -> tuple[int, bool]:
     """The architecture to compile for, and whether it is a virtual one, which the driver assembles for a newer GPU."""
-    (known,) = _call(_nvrtc().nvrtcGetSupportedArchs)
-    wanted = 10 * capability[0] + capability[1]
-    if wanted < min(known):
-        raise RuntimeError(
-            "the GPU must have compute capability {}.{} at least for NVRTC {}.{}, it has {}.{}".format(
-                *divmod(min(known), 10), *version(), *capability
-            )
-        )
+    known, wanted = _architectures(), 10 * capability[0] + capability[1]
     return max(architecture for architecture in known if architecture <= wanted), wanted not in known
+
+
+def _architectures() -> list[int]:
+    (known,) = _call(_nvrtc().nvrtcGetSupportedArchs)
+    return known
 
 
 def _nvrtc() -> Any:

@@ -8,10 +8,13 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from nflows_kconv import stencil
+from nflows_kconv.backends import registry
 
 Strides = tuple[int, int, int, int]
 
@@ -81,6 +84,14 @@ class Problem:
     second_strides: Strides
     output_strides: Strides
     bias: bool = False
+
+    @classmethod
+    def of(cls, call: registry.Problem, output: Tensor) -> Problem:
+        """The problem of a call, of two dimensions and without dilation, that writes this output."""
+        sizes = map(tuple, (call.input.shape, call.kernel_size, call.stencils))
+        strides = (tensor.stride() for tensor in (call.input, call.other, output))
+        fields: Any = [*sizes, call.unit_diagonal, call.transpose, *strides, call.bias is not None]
+        return cls(call.operation, call.input.dtype, *fields)
 
     @property
     def typical(self) -> Problem:

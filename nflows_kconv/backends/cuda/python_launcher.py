@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -41,20 +40,7 @@ class PythonLauncher:
             return output
         bias, log_diagonal = (None if t is None else t.contiguous() for t in (problem.bias, problem.log_diagonal))
         device = first.get_device()
-        planned = plan.Problem(
-            operation=problem.operation,
-            dtype=first.dtype,
-            shape=_four(first.shape),
-            kernel_size=(kernel_size[0], kernel_size[1]),
-            stencils=tuple(problem.stencils),
-            unit_diagonal=problem.unit_diagonal,
-            transpose=problem.transpose,
-            first_strides=_four(first.stride()),
-            second_strides=_four(second.stride()),
-            output_strides=_four(output.stride()),
-            bias=bias is not None,
-        )
-        loaded = self._load(planned, device)
+        loaded = self._load(plan.Problem.of(problem, output), device)
         stream = self._driver.current_stream(device)
         scratch = first.new_empty(loaded.plan.scratch, dtype=torch.uint8)
         if loaded.plan.zeroed:
@@ -65,8 +51,3 @@ class PythonLauncher:
             arguments = pointers + launch.arguments[len(pointers) :]
             self._driver.launch(device, function, launch.grid, launch.block, launch.shared, arguments, stream)
         return output
-
-
-def _four(values: Sequence[int]) -> tuple[int, int, int, int]:
-    first, second, third, fourth = values
-    return first, second, third, fourth

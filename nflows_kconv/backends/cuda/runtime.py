@@ -9,8 +9,8 @@ import threading
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,14 +18,8 @@ from nflows_kconv.backends.cuda import cache, compiler, driver, planning
 from nflows_kconv.backends.cuda.plan import Kernel, Plan, Problem
 
 
-@dataclass(frozen=True)
-class LoadedPlan:
-    """A plan and what the driver knows its kernels by.
-
-    Attributes:
-        plan: The launches.
-        functions: The loaded function of each launch.
-    """
+class LoadedPlan(NamedTuple):
+    """A plan, and the loaded function of each launch as the driver knows it."""
 
     plan: Plan
     functions: tuple[int, ...]
