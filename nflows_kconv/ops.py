@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from nflows_kconv import backends, stencil
+from nflows_kconv import stencil
+from nflows_kconv.backends import registry
 from nflows_kconv.backends.registry import Problem
 from nflows_kconv.torch_internals import (
     SingleLevelFunction,
@@ -349,7 +350,7 @@ def call(
         return operator(input, weight, bias, log_diagonal, stencils, dilation, unit_diagonal, False)
     name = "conv" if operator is conv else "solve"
     kernel_size = weight.shape[2:]
-    return backends.run(
+    return registry.run(
         Problem(name, input, weight, stencils, bias, log_diagonal, unit_diagonal, False, kernel_size, dilation)
     )
 
@@ -385,7 +386,7 @@ def _is_direct(*tensors: Tensor | None) -> bool:
 def _evaluated(name: str, operator: Callable[..., Tensor], *args: Any) -> Tensor:
     tensors = [each for each in args if isinstance(each, Tensor)]
     if _is_direct(*tensors) and not is_differentiating_forward():
-        return backends.run(_problem(name, *args))
+        return registry.run(_problem(name, *args))
     # A function's forward runs with both modes of differentiation off, which would hide this call from the outer levels
     # of nested torch.func transforms.
     with torch.enable_grad(), forward_mode(True), below_autograd():
@@ -472,7 +473,7 @@ for _name, _operator, _function, _tensors, _vmap, _flops in (
     ("solve", solve, _Solve, 4, _batched_operator(solve), _operator_flops),
     ("weight_gradient", weight_gradient, _WeightGradient, 2, _batched_weight_gradient, _weight_gradient_flops),
 ):
-    _library.impl(_name, _checked(_name, backends.run), "CompositeExplicitAutograd")
+    _library.impl(_name, _checked(_name, registry.run), "CompositeExplicitAutograd")
     _library.impl(_name, _differentiable(_operator, _function, _tensors), "Autograd")
     torch.library.register_fake(_operator.name(), _checked(_name, _fake), lib=_library)
     torch.library.register_vmap(_operator.name(), _vmap, lib=_library)

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 
 from nflows_kconv.backends import cpu, cuda, reference
-from nflows_kconv.backends.registry import Implementation, Status, register, registered, run, use_backend
+from nflows_kconv.backends.registry import Implementation, Status, register, registered, use_backend
 
-__all__ = ["Backend", "available_backends", "run", "selected_backends", "use_backend"]
+__all__ = ["Backend", "available_backends", "selected_backends", "use_backend"]
 
 
 @dataclass(frozen=True)
