@@ -21,8 +21,7 @@ from workloads import ONE, Case
 
 # Errors that many times those of a CPU are no longer those of another order of summation.
 MOST = 16
-# By the kernel that solves them. The convolution of more than 64 channels a group is `products`, too, and all but those
-# of sides have a weight gradient.
+# By what solves them: kernels, or `backends/products.py`. All but those of sides have a weight gradient.
 CASES = {
     "solve_rows": [
         Case(3, (12, 7, 6)),

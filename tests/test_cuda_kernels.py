@@ -53,7 +53,7 @@ TABLE = (
     # Many channels
     (Case((TL,), per_group=48, batch=2, size=(6, 5), biased=True), H100),
     (Case((TR, BL), per_group=18, batch=2, size=(19, 22), dtype=torch.float64), SMALL),
-    (Case((BR, TL), per_group=24, kernel_size=(5, 7), batch=2, size=(5, 6), dtype=torch.float64), H100),
+    (Case((BR, TL), per_group=12, kernel_size=(5, 7), batch=2, size=(5, 6), dtype=torch.float64), H100),
     (
         Case((BL,), per_group=68, kernel_size=(2, 1), batch=2, size=(3, 5), dtype=torch.bfloat16, biased=True),
         H100,
@@ -218,7 +218,6 @@ BRANCHES = {
     "solve_channels": ("BANDED", "CHUNKED", "REPLICAS", "BIAS"),
     "convolution": ("IMAGES", "SPLITS", "PIXELS", "OUTPUTS", "BIAS", "TAU"),
     "weight_gradient_parts": ("PARTS", "SPLITS", "WIDTH_REMAINDER"),
-    "products": ("BLOCK_M", "BLOCK_N"),
 }
 PARTS = {
     "convolution": ("IMAGES", "ROWS", "COLUMNS", "TAPS_H", "TAPS_W", "CHUNK", "TILE_OUTPUTS"),

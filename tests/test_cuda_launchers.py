@@ -18,7 +18,7 @@ from cuda_double import CONTEXT, STREAM, DriverDouble
 from oracles import assert_close
 
 from nflows_kconv.backends import cuda, native, reference
-from nflows_kconv.backends.cuda import native_launcher, plan, planning, runtime
+from nflows_kconv.backends.cuda import driver, native_launcher, plan, planning, runtime
 from nflows_kconv.backends.cuda.native_launcher import NativeLauncher
 from nflows_kconv.backends.cuda.plan import POINTER_BYTES, Launch, Plan, arguments, kernel
 from nflows_kconv.backends.cuda.python_launcher import PythonLauncher
@@ -88,11 +88,15 @@ def test_results_are_those_of_the_reference(launcher: SimpleNamespace, case: Cas
         Case(("L", "R"), kernel_size=(3, 2), layout="cropped", biased=True),
         Case(("R",), per_group=3, kernel_size=(5, 3), layout="channels_last", dtype=torch.float64),
         Case(("NTL", "FBR"), kernel_size=(2, 2, 3), size=(3, 4, 5), biased=True),
+        Case(("B",), per_group=17, kernel_size=(2, 3), size=(3, 4), biased=True),
+        Case((TR,), per_group=65, batch=1, size=(3, 2), biased=True),
     ],
     ids=str,
 )
-def test_exchanged_axes_and_three_dimensions(launcher: SimpleNamespace, case: Case, monkeypatch: pytest.MonkeyPatch):
+def test_what_kernels_do_a_part_of(launcher: SimpleNamespace, case: Case, monkeypatch: pytest.MonkeyPatch):
+    """Exchanged axes, three dimensions, and solutions of many channels."""
     monkeypatch.setattr(native, "available", launcher.name == "native")
+    monkeypatch.setattr(driver, "describe", launcher.driver.describe)
     monkeypatch.setattr(cuda, "_python_launcher", launcher)
     for operation in ("conv", "solve"):
         for changes in (dict(unit_diagonal=True, bias=case.bias()), dict(transpose=True, log_diagonal=case.bias() / 8)):

@@ -1,29 +1,26 @@
-// Weights in the order in which the solvers read them: canonical, masked, in the type of the sums, output channels
-// contiguous and padded with zeros to a multiple of 4. With P the pivot and V(a, b) = P^-1 W(a, b):
+// Weights as solve_channels.cu reads them: canonical, masked, in the type of the sums, output channels contiguous and
+// padded with zeros to a multiple of 4. With P the pivot and V(a, b) = P^-1 W(a, b):
 //
 //   premultiply   P^-1 at lag (0, 0) and -V elsewhere      [group][lag][CHANNELS][PADDED]
-//   pack          W                                        [group][lag][PADDED][PADDED]
-//   invert        P^-1, from what pack wrote               [group][PADDED][PADDED]
 //
 // A column of P^-1 M is a forward substitution, which one warp does: lane l holds outputs l, l + 32, ... At each of the
 // CHANNELS steps the finished output goes from its lane to all, and each lane takes it off its own.
 //
-// Constants beside those of arguments.cuh: PADDED, and THREADS in a block. Arguments: offsets[0] = where to write,
-// offsets[1] = what pack wrote.
+// Constants beside those of arguments.cuh: PADDED, and THREADS in a block. Arguments: offsets[0] = where to write.
 #include "arguments.cuh"
 
 constexpr int kWarps = THREADS / 32;
 constexpr int kTaps = KERNEL_H * KERNEL_W;
 constexpr int kSlots = ceil_div(CHANNELS, 32);
 
-// Solves P x = values; P(out, k) lies at pivot[k * stride + out].
-__device__ inline void substitute(Accumulator (&values)[kSlots], const Accumulator* pivot, int stride) {
+// Solves P x = values; P(out, k) lies at pivot[k * CHANNELS + out].
+__device__ inline void substitute(Accumulator (&values)[kSlots], const Accumulator* pivot) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int slot = 0; slot < kSlots; ++slot) {
 #pragma unroll 1
     for (int k = slot * 32; k < min(slot * 32 + 32, CHANNELS); ++k) {
-      const Accumulator* column = pivot + k * stride;
+      const Accumulator* column = pivot + k * CHANNELS;
       const Accumulator solved = __shfl_sync(0xffffffffu, values[slot], k % 32) / column[k];
 #pragma unroll
       for (int i = slot; i < kSlots; ++i) {
@@ -59,48 +56,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) premultiply(const __grid_c
     const int out = i * 32 + lane;
     values[i] = out >= CHANNELS ? 0 : lag == 0 ? out == in : -load(from + out * weight.out);
   }
-  substitute(values, pivot, CHANNELS);
+  substitute(values, pivot);
   Accumulator* to = reinterpret_cast<Accumulator*>(arguments.scratch + arguments.offsets[0]) +
                     ((long long)group * columns + column) * PADDED;
 #pragma unroll
   for (int i = 0; i < kSlots; ++i) {
     const int out = i * 32 + lane;
     if (out < PADDED) to[out] = values[i];
-  }
-}
-
-extern "C" __global__ void __launch_bounds__(THREADS) pack(const __grid_constant__ Arguments arguments) {
-  const long long count = (long long)arguments.groups * kTaps * PADDED * PADDED;
-  Accumulator* packed = reinterpret_cast<Accumulator*>(arguments.scratch + arguments.offsets[0]);
-  for (long long i = (long long)blockIdx.x * THREADS + threadIdx.x; i < count; i += (long long)gridDim.x * THREADS) {
-    const int out = i % PADDED, in = i / PADDED % PADDED, lag = i / (PADDED * PADDED) % kTaps;
-    const int group = i / ((long long)PADDED * PADDED * kTaps);
-    const auto weight =
-        weight_view(static_cast<const SCALAR*>(arguments.second), arguments.second_strides, arguments, group);
-    const bool counts = out < CHANNELS && in < CHANNELS && (lag > 0 || in <= out);
-    const SCALAR* from =
-        weight.data + out * weight.out + in * weight.in + lag / KERNEL_W * weight.row + lag % KERNEL_W * weight.column;
-    packed[i] = !counts ? 0 : lag == 0 ? load_pivot(weight, arguments, group, out, in) : load(from);
-  }
-}
-
-extern "C" __global__ void __launch_bounds__(THREADS) invert(const __grid_constant__ Arguments arguments) {
-  constexpr int blocks = ceil_div(PADDED, kWarps);
-  const int group = blockIdx.x / blocks, lane = threadIdx.x % 32;
-  const int in = blockIdx.x % blocks * kWarps + threadIdx.x / 32;
-  if (in >= PADDED) return;
-  Accumulator values[kSlots];
-#pragma unroll
-  for (int i = 0; i < kSlots; ++i) values[i] = i * 32 + lane == in;
-  if (in < CHANNELS) {
-    const Accumulator* packed = reinterpret_cast<const Accumulator*>(arguments.scratch + arguments.offsets[1]);
-    substitute(values, packed + (long long)group * kTaps * PADDED * PADDED, PADDED);
-  }
-  Accumulator* to = reinterpret_cast<Accumulator*>(arguments.scratch + arguments.offsets[0]) +
-                    ((long long)group * PADDED + in) * PADDED;
-#pragma unroll
-  for (int i = 0; i < kSlots; ++i) {
-    const int out = i * 32 + lane;
-    if (out < PADDED) to[out] = in < CHANNELS && out < CHANNELS ? values[i] : 0;
   }
 }

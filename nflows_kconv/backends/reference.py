@@ -6,8 +6,8 @@ Nagar, Varma 2023, arXiv 2301.09266, section 3):
     y[o, p] = sum_{i, l} W[o, i, l] x[i, p - l]        l: the lags of the taps, see `stencil`
 
 `conv` computes y from x, `solve` x from y. The pixels with equal tau . p depend on those with smaller ones alone, so
-that `solve` takes one step for each value of tau . p: H + W - 1 for a corner. The transposed operator has the same
-lags, c_in and c_out exchanged, in the opposite stencil.
+that `solve` takes one step for each value of tau . p: H + W - 1 for a corner (see `products`). The transposed operator
+has the same lags, c_in and c_out exchanged, in the opposite stencil.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import grad as convolution_gradients
 
 from nflows_kconv import stencil
-from nflows_kconv.backends import polyphase
+from nflows_kconv.backends import polyphase, products
 from nflows_kconv.backends.registry import Problem
 
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -84,7 +84,9 @@ def _solve(problem: Problem) -> Tensor:
     rhs = input.to(weight.dtype)
     if problem.bias is not None:
         rhs = rhs - problem.bias.to(weight.dtype).view(-1, *[1] * dimensions)
-    images, kernels = list(rhs.chunk(len(stencils), 1)), weight.chunk(len(stencils))
+    output = torch.empty_like(input)
+    images, outputs, kernels = rhs.chunk(len(stencils), 1), output.chunk(len(stencils), 1), weight.chunk(len(stencils))
+    substitute = products.substitute if dimensions == 2 else _substitute
     frames = [stencil.opposite(code, dimensions) if problem.transpose else code for code in stencils]
     for family in {stencil.family(code) for code in stencils}:
         members = [group for group, code in enumerate(stencils) if stencil.family(code) == family]
@@ -92,14 +94,14 @@ def _solve(problem: Problem) -> Tensor:
         taps = torch.stack([stencil.canonical(kernels[g], stencils[g], dimensions) for g in members])
         lags = stencil.lags(family, weight.shape[2:])
         with in_own_precision(input.device):
-            x = _substitute(y, taps.flatten(3)[..., : len(lags)], lags, problem.transpose)
+            x = substitute(y, taps.flatten(3)[..., : len(lags)], lags, problem.transpose)
         for index, g in enumerate(members):
-            images[g] = stencil.from_canonical(x[:, index], frames[g], dimensions)
-    return torch.empty_like(input).copy_(torch.cat(images, 1))
+            outputs[g].copy_(stencil.from_canonical(x[:, index], frames[g], dimensions))
+    return output
 
 
 def _substitute(y: Tensor, taps: Tensor, lags: Sequence[Sequence[int]], transpose: bool) -> Tensor:
-    """Back-substitution in the canonical frame: y [B, G, C/G, ...], taps [G, C/G, C/G, lags], the pivot last."""
+    """`products.substitute` for any dimension: y [B, G, C/G, ...], taps [G, C/G, C/G, lags], the pivot last."""
     if transpose:
         taps = taps.transpose(1, 2)
     pivot, others = taps[..., -1], taps[..., :-1]

@@ -9,11 +9,14 @@ native_launcher, python_launcher   from a call of an operator to launches
 
 from __future__ import annotations
 
+from functools import lru_cache
+
+import torch
 from torch import Tensor
 
 from nflows_kconv import stencil
 from nflows_kconv.backends import native, planes, polyphase, reference
-from nflows_kconv.backends.cuda import compiler, driver, native_launcher, planning, runtime
+from nflows_kconv.backends.cuda import compiler, driver, native_launcher, plan, planning, runtime
 from nflows_kconv.backends.cuda.python_launcher import PythonLauncher
 from nflows_kconv.backends.registry import Problem, Status
 
@@ -38,14 +41,11 @@ def status() -> Status:
 
 def why_not(problem: Problem) -> str | None:
     """None where kernels can run here, and there is one for the stencils."""
-    stencils, input = problem.stencils, problem.input
-    return runtime.told_why_not(input.get_device()) or planning.why_not(
-        problem.operation, stencils, input.shape[1] // len(stencils), problem.kernel_size, input.dtype
-    )
+    return runtime.told_why_not(problem.input.get_device()) or planning.why_not(problem.operation, problem.stencils)
 
 
 def run(problem: Problem) -> Tensor:
-    """Runs a problem; in three dimensions what torch's own convolutions do, they do."""
+    """Runs a problem; torch's own kernels do solutions of many channels, and convolutions in three dimensions."""
     if problem.dilated:
         return polyphase.run(problem, run)
     if problem.dimensions == 3:
@@ -58,4 +58,21 @@ def run(problem: Problem) -> Tensor:
             kernel_size=problem.kernel_size[::-1],
         )
         return run(upright).mT
+    if problem.operation == "solve" and not _has_solver(
+        problem.input.shape, problem.other.shape, problem.stencils[0], problem.input.dtype, problem.input.get_device()
+    ):
+        return reference.run(problem)
     return native_launcher.run(problem) if native.available else _python_launcher.run(problem)
+
+
+@lru_cache(4096)
+def _has_solver(shape: torch.Size, weight_shape: torch.Size, code: int, dtype: torch.dtype, device: int) -> bool:
+    """Whether a kernel solves this, with all stencils of this one's family."""
+    if 0 in shape:
+        return True
+    groups = weight_shape[0] // weight_shape[1]
+    none = (0, 0, 0, 0)  # strides do not matter
+    problem = plan.Problem(
+        "solve", dtype, (*shape,), (*weight_shape[2:],), (code,) * groups, False, False, none, none, none
+    )
+    return planning.plan_solution(problem, driver.describe(device)) is not None

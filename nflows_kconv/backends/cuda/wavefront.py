@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-
-import torch
 
 from nflows_kconv.backends.cuda.plan import Device, Launch, Plan, Problem, aligned, arguments, ceil_div, kernel
 
@@ -15,7 +11,6 @@ from nflows_kconv.backends.cuda.plan import Device, Launch, Plan, Problem, align
 _ROW_WEIGHTS = 112
 _CHANNEL_WEIGHTS = 144
 _ROW_CHANNELS = 16
-_SMALL_KERNEL = 7  # rows and columns of one whose bands fit the shared memory of every device
 _OTHER_REGISTERS = 36  # and 20 words of the type of the sums
 _REGISTERS = 65536
 
@@ -28,17 +23,6 @@ _NARROW_BAND = 32
 
 _PLACE_BYTES = 80  # sizeof(Place) in band.cuh
 _RESERVED_SHARED_MEMORY = 1024  # that a thread block takes beside its own
-
-
-def why_not_rows(channels: int, kernel_size: Sequence[int], dtype: torch.dtype) -> str | None:
-    """Why `plan_rows` may make no plan on some device; None where it makes one on all."""
-    most = _ROW_WEIGHTS * 4 // (8 if dtype == torch.float64 else 4)
-    if channels <= _ROW_CHANNELS and max(kernel_size) <= _SMALL_KERNEL and math.prod(kernel_size) * channels <= most:
-        return None
-    return (
-        f"with sides its solver is for {_ROW_CHANNELS} channels a group, kernels of {_SMALL_KERNEL} x {_SMALL_KERNEL} "
-        f"and {most} {dtype} weights of each output channel at most"
-    )
 
 
 def plan_rows(problem: Problem, device: Device) -> Plan | None:
