@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 from nflows_kconv.backends.cuda.plan import Device, Launch, Plan, Problem, arguments, ceil_div, kernel
 from nflows_kconv.backends.cuda.tiling import MAX_THREADS, SHARED_MEMORY, evenly
@@ -12,20 +11,55 @@ from nflows_kconv.backends.cuda.tiling import MAX_THREADS, SHARED_MEMORY, evenly
 _MAX_COLUMNS = 32
 _MAX_TAPS = 8  # kernel rows, or columns, of a stage
 
-# Rough costs in cycles, to compare plans with each other; estimates, not measured.
-_STAGE = 800  # a trip to memory and a barrier
-_STEP = 15  # the latency of shared memory that one input channel and kernel column leave open
-_COPY = 15  # instructions to copy one value to shared memory
+# Sums of a thread, channels and pixels, and how many such threads a multiprocessor should have: where there are fewer,
+# the latency of a thread's work counts, and less of it for each is better.
+_SUMS = ((8, 4, 256), (4, 4, 256), (4, 2, 64), (2, 1, 0))
+_SUM_BYTES = 128
+# Threads that share input channels, so that a multiprocessor has so many; each should have some.
+_SPLIT_THREADS = 384
+_MAX_SPLITS = 4
+_SPLIT_CHANNELS = 3
+_PIXEL_THREADS = 128  # of a block at most, and at least 8: x is copied once for all output channels of a block
 
 
 def plan_convolution(problem: Problem, device: Device) -> Plan:
-    """The launch for y = A x or y = A^T x: of the ways to cut it that fit, the one that should take least time."""
-    return Plan((replace(_best(problem.typical, device), problem=problem).launch(),))
+    """The launch for y = A x or y = A^T x."""
+    return Plan((replace(_choose(problem.typical, device), problem=problem).launch(),))
 
 
-@lru_cache(1024)
-def _best(problem: Problem, device: Device) -> _Tiles:
-    return min(_candidates(problem), key=lambda tiles: tiles.cycles(device))
+def _choose(problem: Problem, device: Device) -> _Tiles:
+    """The larger the tile of a thread, the fewer loads; the more threads, the better latencies are hidden.
+
+    The numbers above are predictions of a model of a multiprocessor, not measured.
+    """
+    channels, (batch, _, height, width) = problem.channels, problem.shape
+    columns = evenly(width, _MAX_COLUMNS)
+    across = ceil_div(width, columns) * columns
+    splits = min(_MAX_SPLITS, 1 << max(1, channels // _SPLIT_CHANNELS).bit_length() - 1)
+    for most_outputs, most_pixels, needed in _SUMS:
+        outputs, pixels = evenly(channels, most_outputs), min(most_pixels, height)
+        threads = batch * len(problem.stencils) * ceil_div(channels, outputs) * ceil_div(height, pixels) * across
+        fits = most_outputs * most_pixels * problem.accumulator_bytes <= _SUM_BYTES
+        if fits and threads * splits >= needed * device.multiprocessors:
+            break
+    while splits > 1 and threads * splits // 2 >= _SPLIT_THREADS * device.multiprocessors:
+        splits //= 2
+    block = MAX_THREADS
+    while block > 32 and block * device.multiprocessors > threads * splits:
+        block //= 2
+    while not (tiles := _cut(problem, outputs, pixels, splits, block)).chunk:
+        block //= 2
+    return tiles
+
+
+def _cut(problem: Problem, outputs: int, pixels: int, splits: int, threads: int) -> _Tiles:
+    """Blocks of about so many threads: first all output channels, then a part of an image, or whole ones."""
+    columns, lines = evenly(problem.shape[3], _MAX_COLUMNS), ceil_div(problem.shape[2], pixels)
+    slots = evenly(ceil_div(problem.channels, outputs), max(1, threads // (splits * max(8, columns))))
+    pixel_threads = min(_PIXEL_THREADS, threads // (splits * slots))
+    row_slots = evenly(lines, max(1, pixel_threads // columns))
+    images = min(problem.shape[0], max(1, pixel_threads // (columns * row_slots))) if row_slots == lines else 1
+    return _Tiles(problem, outputs, pixels, slots, splits, images, row_slots, columns)
 
 
 @dataclass(frozen=True)
@@ -135,29 +169,6 @@ class _Tiles:
     def _split_values(self) -> int:
         return self.threads * self.outputs * self.pixels if self.splits > 1 else 0
 
-    @property
-    def fits(self) -> bool:
-        """Whether a block has the shared memory that it needs."""
-        return self.chunk > 0 and self._split_values * self.problem.accumulator_bytes <= SHARED_MEMORY
-
-    def cycles(self, device: Device) -> float:
-        """The estimated time: of a block alone on a multiprocessor, and of all that a multiprocessor must do.
-
-        A multiprocessor issues four instructions a cycle, of which one may go to shared memory; each is 32 lanes wide
-        for float32, half as wide for float64.
-        """
-        words = self.problem.accumulator_bytes // 4
-        steps = self.stages * ceil_div(self.chunk, self.splits) * self.taps[1]  # of one thread
-        products = steps * self.taps[0] * self.outputs * self.pixels
-        weight_loads = self.taps[0] * ceil_div(self.slot_weights, self.vector)
-        loads = steps * (self.pixels + self.taps[0] - 1 + weight_loads)
-        copies = self.stages * self.chunk * self._channel_values(self._least_pitch)
-        block = ceil_div(self.threads, 32) * max(products * words / 4, loads * words) + copies * _COPY / 128
-        alone = self.stages * _STAGE + copies * _COPY / self.threads + steps * _STEP + (products + loads) * words
-        if self.splits > 1:
-            alone += _STAGE / 2 + 2 * self.outputs * self.pixels * words
-        return alone + ceil_div(self.blocks, device.multiprocessors) * block
-
     def launch(self) -> Launch:
         """The launch that cuts the problem so."""
         constants = {
@@ -183,27 +194,3 @@ class _Tiles:
             self.shared,
             arguments(self.problem),
         )
-
-
-def _candidates(problem: Problem) -> Iterator[_Tiles]:
-    batch, _, height, width = problem.shape
-    columns = evenly(width, _MAX_COLUMNS)
-    registers = 128 // problem.accumulator_bytes
-    for pixels in (1, 2, 4):
-        lines = ceil_div(height, pixels)
-        for pixel_threads in (8, 16, 32, 64, 128, 256):
-            row_slots = evenly(lines, max(1, pixel_threads // columns))
-            # A block has a part of an image, or whole ones.
-            images = min(batch, max(1, pixel_threads // (columns * row_slots))) if row_slots == lines else 1
-            for outputs in (1, 2, 3, 4, 6, 8, 12, 16):
-                if outputs > problem.channels or outputs * pixels > registers:
-                    break
-                for output_slots in (1, 2, 3, 4, 6, 8, 12, 16):
-                    if (output_slots - 1) * outputs >= problem.channels:
-                        break
-                    for splits in (1, 2, 4, 8):
-                        tiles = _Tiles(problem, outputs, pixels, output_slots, splits, images, row_slots, columns)
-                        if splits > problem.channels or tiles.threads > MAX_THREADS:
-                            break
-                        if tiles.fits:
-                            yield tiles

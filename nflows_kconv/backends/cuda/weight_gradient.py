@@ -2,42 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 from nflows_kconv.backends.cuda.plan import Device, Launch, Plan, Problem, arguments, ceil_div, kernel
 from nflows_kconv.backends.cuda.tiling import MAX_THREADS, SHARED_MEMORY, evenly
 
 _SCRATCH = 32 * 2**20
 _PIXELS = 4  # that a thread takes at a time
+_MAX_SEGMENTS = 8  # of so many, in a row of a tile
 _SUMS = 75  # of a thread, in 32-bit registers: with their operands, 512 threads share a multiprocessor
 _CHANNELS = 64  # of x, and of g, in a block: that leaves room for pixels in shared memory
 _UNITS = 128  # threads of a block that share no sum
 _REDUCTION_THREADS = 256
 
-# Rough costs in cycles, to compare plans with each other; estimates, not measured.
-_TRIP = 800  # to memory
-_BARRIER = 50
-_COPY = 15  # instructions to copy one value to shared memory
-_SCRATCH_BYTES = 1000  # written or read
+# Blocks of a multiprocessor, where each of them then has tiles enough to copy one while it sums another.
+_MOST_BLOCKS = 4
+_TILES_OF_A_CHUNK = 1.5
 
 
 def plan_weight_gradient(problem: Problem, device: Device) -> Plan:
-    """The launches for the weight gradient: sums over chunks of the pixels, then over the chunks.
-
-    Each thread has as many sums as its registers hold. Of the ways to share the pixels among threads, blocks and tiles
-    that fit, it is the one that should take least time.
-    """
-    chosen = _best(problem.typical, device)
+    """The launches for the weight gradient: sums over chunks of the pixels, then over the chunks."""
+    chosen = _choose(problem.typical, device)
     tiles = replace(chosen, sums=_Sums(problem))
     tiles = replace(tiles, chunks=min(chosen.chunks, tiles.count))  # none empty
     return Plan(tiles.launches(parts=8 if chosen.chunks >= 16 else 1), tiles.chunks * tiles.sums.bytes)
 
 
-@lru_cache(1024)
-def _best(problem: Problem, device: Device) -> _Tiles:
-    return min(_candidates(_Sums(problem), device), key=lambda tiles: tiles.cycles(device))
+def _choose(problem: Problem, device: Device) -> _Tiles:
+    """A thread has as many sums as it has registers for, a tile as many pixels as fit, all multiprocessors tiles.
+
+    The numbers above are predictions of a model of a multiprocessor, not measured.
+    """
+    sums = _Sums(problem)
+    batch, _, height, width = problem.shape
+    columns = _PIXELS * evenly(ceil_div(width, _PIXELS), _MAX_SEGMENTS)
+
+    def too_large(tiles: _Tiles) -> bool:
+        return tiles.shared > SHARED_MEMORY or tiles.count * sums.blocks < device.multiprocessors
+
+    tiles = _Tiles(sums, splits=1, images=2 ** (batch.bit_length() - 1), rows=height, columns=columns, chunks=1)
+    while tiles.images > 1 and too_large(tiles):
+        tiles = replace(tiles, images=tiles.images // 2)
+    while tiles.rows > 1 and too_large(tiles):
+        tiles = replace(tiles, rows=ceil_div(tiles.rows, 2))
+    while tiles.shared > SHARED_MEMORY:
+        tiles = replace(tiles, columns=_PIXELS * ceil_div(tiles.columns // _PIXELS, 2))
+
+    blocks = _MOST_BLOCKS
+    while blocks > 1 and blocks * device.multiprocessors * _TILES_OF_A_CHUNK > tiles.count * sums.blocks:
+        blocks //= 2
+    chunks = min(blocks * device.multiprocessors // sums.blocks, _SCRATCH // sums.bytes, tiles.count)
+    threads = min(MAX_THREADS, 2 * MAX_THREADS // blocks)
+    segments = tiles.images * tiles.rows * tiles.columns // _PIXELS
+    splits = 2 ** (min(max(1, threads // sums.units), segments).bit_length() - 1)
+    tiles = replace(tiles, chunks=max(1, chunks), splits=splits)
+    while not tiles.round_outputs:
+        tiles = replace(tiles, splits=tiles.splits // 2)
+    return tiles
 
 
 @dataclass(frozen=True)
@@ -158,21 +180,6 @@ class _Tiles:
     def _round_bytes(self) -> int:
         return self.threads * self.sums.terms * self.sums.problem.accumulator_bytes
 
-    def cycles(self, device: Device) -> float:
-        """The estimated time: of a block alone on a multiprocessor, and of all that a multiprocessor must do.
-
-        A multiprocessor issues four instructions a cycle, each 32 lanes wide for float32, half as wide for float64.
-        """
-        sums = self.sums.outputs * self.sums.terms * self.sums.problem.accumulator_bytes // 4
-        segments = ceil_div(self.images * self.rows * self.columns // _PIXELS, self.splits)
-        tile = segments * sums * _PIXELS + self.values * _COPY / self.threads + _BARRIER
-        thread = ceil_div(self.count, self.chunks) * tile + sums
-        if self.splits > 1:
-            thread += max(sums, self.splits) + 2 * _BARRIER * ceil_div(self.sums.outputs, self.round_outputs)
-        blocks = ceil_div(self.sums.blocks * self.chunks, device.multiprocessors)
-        scratch = 2 * self.chunks * self.sums.bytes / _SCRATCH_BYTES
-        return _TRIP + thread + blocks * ceil_div(self.threads, 32) / 4 * thread + scratch
-
     def launches(self, parts: int) -> tuple[Launch, ...]:
         """The sums over each chunk, and over the chunks, where so many threads share an entry."""
         problem, sums = self.sums.problem, self.sums
@@ -213,30 +220,3 @@ class _Tiles:
                 packed,
             ),
         )
-
-
-def _candidates(sums: _Sums, device: Device) -> Iterator[_Tiles]:
-    # As many blocks as the device has multiprocessors, once or several times, or not enough.
-    waves = (0, 1 / 4, 1 / 2, 1, 2, 3, 4, 6, 8, 12, 16)
-    most = max(1, _SCRATCH // sums.bytes)
-    all_chunks = sorted({max(1, min(int(wave * device.multiprocessors / sums.blocks), most)) for wave in waves})
-    for splits in (1, 2, 4, 8, 16, 32, 64, 128, 256):
-        if splits > 1 and splits * sums.units > MAX_THREADS:
-            break
-        for images, rows, columns in _pixel_tiles(sums.problem):
-            for chunks in all_chunks:
-                tiles = _Tiles(sums, splits, images, rows, columns, chunks)
-                if chunks > tiles.count or tiles.shared > SHARED_MEMORY or not tiles.round_outputs:
-                    break
-                yield tiles
-
-
-def _pixel_tiles(problem: Problem) -> set[tuple[int, int, int]]:
-    """Images, rows and columns of tiles: a part of one image, or whole ones."""
-    batch, _, height, width = problem.shape
-    sizes = (1, 2, 4, 8, 16, 32)
-    all_columns = {_PIXELS * evenly(ceil_div(width, _PIXELS), size) for size in sizes[:4]}
-    lines = {(1, evenly(height, size)) for size in sizes}
-    if height <= sizes[-1]:
-        lines |= {(min(batch, size), height) for size in sizes}
-    return {(images, rows, columns) for images, rows in lines for columns in all_columns}
