@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from workloads import Case, InverseCase
 
-from nflows_kconv import InvertibleConv1d, InvertibleConv2d, InvertibleConv3d, functional
+from nflows_kconv import InvertibleConv1d, InvertibleConv2d, InvertibleConv3d, functional, use_backend
 
 Contestants = dict[str, Callable[[], object]]
 
@@ -24,6 +24,17 @@ def pad_conv_cat(x: Tensor, weight: Tensor, corners: Sequence[str]) -> Tensor:
         return F.conv2d(F.pad(x, PADDING[corners[0]]), weight)
     groups = zip(x.chunk(len(corners), 1), weight.chunk(len(corners)), corners, strict=True)
     return torch.cat([F.conv2d(F.pad(group, PADDING[corner]), w) for group, w, corner in groups], 1)
+
+
+def mirrored_conv2d(x: Tensor, weight: Tensor, corners: Sequence[str]) -> Tensor:
+    """The same with all groups mirrored to the corner TL, and one grouped F.conv2d."""
+    flips = [[dim for dim, letter in ((-2, "B"), (-1, "R")) if letter in corner] for corner in corners]
+
+    def mirrored(tensor: Tensor, dim: int) -> Tensor:
+        return torch.cat([t.flip(f) for t, f in zip(tensor.chunk(len(corners), dim), flips, strict=True)], dim)
+
+    padded = F.pad(mirrored(x, 1), PADDING["TL"])
+    return mirrored(F.conv2d(padded, mirrored(weight, 0), groups=len(corners)), 1)
 
 
 def for_curve(case: Case, device: str) -> tuple[Contestants, Tensor, Tensor]:
@@ -53,6 +64,22 @@ def for_table(case: Case, device: str) -> Contestants:
         "conv2d_backward": with_backward(pad_conv_cat),
         "inverse_backward": with_backward(functional.conv2d_inverse),
         "forward_backward": with_backward(functional.conv2d),
+    }
+
+
+def for_race(case: Case, device: str) -> Contestants:
+    """What could take the place of kernels on a GPU: one grouped F.conv2d, and the reference's matrix products."""
+    contestants, x, weight = for_curve(case, device)
+    leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
+
+    def reference() -> object:
+        with use_backend("reference"):
+            return contestants["inverse"]()
+
+    return {
+        "grouped_conv2d": lambda: mirrored_conv2d(x, weight, case.corners),
+        "grouped_conv2d_backward": lambda: torch.autograd.grad(mirrored_conv2d(*leaves, case.corners), leaves, x),
+        "reference_inverse": reference,
     }
 
 

@@ -27,6 +27,9 @@ NAMES = {
     "forward": "forward",
     "inverse_backward": "inverse + backward",
     "forward_backward": "forward + backward",
+    "grouped_conv2d": "grouped conv2d",
+    "grouped_conv2d_backward": "grouped + backward",
+    "reference_inverse": "reference inverse",
 }
 
 
@@ -90,7 +93,8 @@ def _table(
     )
     rows: list[dict] = []
     for case in cases:
-        times, floor = _times(contestants.for_table(case, device), seconds), floors(case, speeds)
+        compared = contestants.for_table(case, device) | contestants.for_race(case, device)
+        times, floor = _times(compared, seconds), floors(case, speeds)
         records = judge_row(case, times, device_name)
         described = {(record["quantity"], record["mode"]): describe(record) for record in records}
         for mode in MODES:

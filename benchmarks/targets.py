@@ -15,6 +15,9 @@ BASELINES = {
     "forward": "conv2d",
     "inverse_backward": "conv2d_backward",
     "forward_backward": "conv2d_backward",
+    "grouped_conv2d": "conv2d",
+    "grouped_conv2d_backward": "conv2d_backward",
+    "reference_inverse": "conv2d",
 }
 
 
