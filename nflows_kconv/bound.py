@@ -6,7 +6,8 @@ C/G x C/G matrices, so that
 
     ||A^-1||_2 <= ||D^-1||_2 / (1 - r)    for r < 1
 
-whatever height and width the images have; docs/numerics.md has the proof. The spectral norms are bounded by Gram
+whatever height and width the images have, and whether their borders are zero or circular; docs/numerics.md has the
+proof. The spectral norms are bounded by Gram
 iteration (Delattre, Barthelemy, Araujo, Allauzen 2023, arXiv 2305.16173): matrix products alone, which are
 differentiable and fit into a CUDA graph.
 """
@@ -26,7 +27,8 @@ def off_diagonal_norm(relative: Tensor, groups: int) -> Tensor:
     """The bound r on ||N||_2 in each group, [G], in float32 at least.
 
     Args:
-        relative: The weight of N, [C, C/G, ...], zero where it is masked and on the pivot's diagonal.
+        relative: The weight of N, [C, C/G, ...]: zero where it is masked and, but for circular borders, on the pivot's
+            diagonal.
         groups: G.
     """
     dtype = torch.promote_types(relative.dtype, torch.float32)

@@ -154,7 +154,7 @@ def log_abs_det(weight: Tensor, *, corners: str | Sequence[str], size: Sequence[
     if dimensions not in stencil.AXES:
         raise ValueError(f"weight must have 3, 4 or 5 dimensions, [C, C/G, ...], got shape {tuple(weight.shape)}")
     stencils = stencil.parse(corners, dimensions)
-    _check_weight(weight, stencils, dimensions)
+    _check_weight(weight, len(stencils), dimensions)
     if not isinstance(size, Sequence) or isinstance(size, str) or len(size) != dimensions:
         axes = ", ".join(stencil.AXES[dimensions])
         raise ValueError(f"size must have the {dimensions} numbers {axes} for this weight, got {size!r}")
@@ -194,7 +194,7 @@ def run(
         dilation: One number for each axis.
     """
     dimensions = len(dilation)
-    _check_arguments(input, weight, bias, log_diagonal, stencils, dimensions)
+    check_arguments(input, weight, bias, log_diagonal, len(stencils), dimensions)
     if dimensions == 1:  # a row of an image
         input, weight, dilation = input[:, :, None], weight[:, :, None], (1, *dilation)
     output = ops.call(operator, input, weight, bias, log_diagonal, stencils, dilation, unit_diagonal)
@@ -227,17 +227,18 @@ def _from_tensors(
 
 
 # These run at every call, so that a tensor's shape, which costs as much as the rest of a check, is asked for once.
-def _check_arguments(
+def check_arguments(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     log_diagonal: Tensor | None,
-    stencils: Sequence[int],
+    groups: int,
     dimensions: int,
 ) -> None:
+    """Raises what `conv2d` raises for tensors that do not fit."""
     _check_tensor("input", input)
     _check_tensor("weight", weight)
-    _check_weight(weight, stencils, dimensions)
+    _check_weight(weight, groups, dimensions)
     shape, channels = input.shape, weight.size(0)
     if len(shape) != dimensions + 2:
         axes = ", ".join(("B", "C", *stencil.AXES[dimensions]))
@@ -253,13 +254,12 @@ def _check_arguments(
             _check_match(name, vector, input)
 
 
-def _check_weight(weight: Tensor, stencils: Sequence[int], dimensions: int) -> None:
+def _check_weight(weight: Tensor, groups: int, dimensions: int) -> None:
     shape = weight.shape
-    if len(shape) != dimensions + 2 or 0 in shape or shape[0] != shape[1] * len(stencils):
+    if len(shape) != dimensions + 2 or 0 in shape or shape[0] != shape[1] * groups:
         axes = ", ".join(("C", "C/G", *_KERNEL_AXES[dimensions]))
         raise ValueError(
-            f"weight must have shape [{axes}], none of it 0, with G = {len(stencils)} for the corners, "
-            f"got {tuple(shape)}"
+            f"weight must have shape [{axes}], none of it 0, with G = {groups} for the corners, got {tuple(shape)}"
         )
 
 

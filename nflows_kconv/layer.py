@@ -16,8 +16,11 @@ from nflows_kconv.invertible import InvertibleModule
 from nflows_kconv.torch_internals import tree_leaves, without_subclasses
 
 
-class InvertibleConv(InvertibleModule):
-    """What `InvertibleConv1d`, `InvertibleConv2d` and `InvertibleConv3d` share."""
+class KernelLayer(InvertibleModule):
+    """What all layers share whose weight is computed from `raw_weight` and `log_diagonal`: parameters and state_dicts.
+
+    Subclasses define what raises NotImplementedError here, and call `reset_parameters` at the end of their constructor.
+    """
 
     # Of the state_dict; this class loads its own version and older ones.
     _version = 1
@@ -30,30 +33,19 @@ class InvertibleConv(InvertibleModule):
     def __init__(
         self,
         num_channels: int,
-        kernel_size: int | Sequence[int] = 3,
+        kernel_size: int | Sequence[int],
+        groups: int,
         *,
-        corners: str | Sequence[str] | None = None,
-        dilation: int | Sequence[int] = 1,
-        diagonal: Literal["unit", "learned"] = "unit",
-        bias: bool = False,
-        max_inverse_gain: float | None = None,
-        device: torch.device | str | int | None = None,
-        dtype: torch.dtype | None = None,
+        diagonal: Literal["unit", "learned"],
+        bias: bool,
+        max_inverse_gain: float | None,
+        device: torch.device | str | int | None,
+        dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
         self._parameters = _Parameters()
-        corners = stencil.CORNERS[self.dimensions] if corners is None else corners
-        self._stencils = stencil.parse(corners, self.dimensions)
-        self.num_channels = num_channels = checks.positive("num_channels", num_channels)
+        self.num_channels = num_channels
         self.kernel_size = checks.per_axis("kernel_size", kernel_size, self.dimensions)
-        # Files hold plain strings, which `torch.load` takes.
-        self.corners = (str(corners),) if isinstance(corners, str) else tuple(map(str, corners))
-        self.dilation = functional.parse_dilation(dilation, self.dimensions)
-        if num_channels % len(self.corners):
-            raise ValueError(
-                f"num_channels must be a multiple of the number of corners, got {num_channels} channels "
-                f"and the {len(self.corners)} corners {self.corners}"
-            )
         if diagonal not in ("unit", "learned"):
             raise ValueError(f'diagonal must be "unit" or "learned", got {diagonal!r}')
         if dtype is not None and dtype not in ops.DTYPES:
@@ -62,19 +54,15 @@ class InvertibleConv(InvertibleModule):
         self.max_inverse_gain = None if max_inverse_gain is None else _check_gain(max_inverse_gain)
 
         like: dict[str, Any] = {"device": device, "dtype": dtype}
-        per_group = num_channels // len(self.corners)
-        self.raw_weight = nn.Parameter(torch.empty(num_channels, per_group, *self.kernel_size, **like))
+        self.raw_weight = nn.Parameter(torch.empty(num_channels, num_channels // groups, *self.kernel_size, **like))
         self.log_diagonal = nn.Parameter(torch.empty(num_channels, **like)) if diagonal == "learned" else None
         self.bias = nn.Parameter(torch.empty(num_channels, **like)) if bias else None
         self.register_state_dict_post_hook(_record_options)
-        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draws a layer close to the identity: its taps add about 5 % of the signal's standard deviation."""
         fan_in = self.raw_weight[0].numel()
         nn.init.normal_(self.raw_weight, std=0.05 / fan_in**0.5)
-        with torch.no_grad():
-            self.raw_weight.masked_fill_(_ignored(self.raw_weight, self._stencils), 0)
         for parameter in (self.log_diagonal, self.bias):
             if parameter is not None:
                 nn.init.zeros_(parameter)
@@ -89,7 +77,7 @@ class InvertibleConv(InvertibleModule):
             TypeError: See `functional.conv2d`.
             ValueError: See there; and, on the CPU, if exp(log_diagonal) is zero or not finite.
         """
-        return self._run(ops.conv, input)
+        return self._convolve(input)
 
     def solve(self, input: Tensor) -> Tensor:
         """x = A^-1 (y - b) alone, whichever direction the library calls forward. No hooks run.
@@ -101,7 +89,7 @@ class InvertibleConv(InvertibleModule):
             TypeError: See `functional.conv2d_inverse`.
             ValueError: See there.
         """
-        return self._run(ops.solve, input)
+        return self._solve(input)
 
     @property
     def weight(self) -> Tensor:
@@ -130,12 +118,7 @@ class InvertibleConv(InvertibleModule):
             raise TypeError(f"weight must be a tensor of floating-point numbers, got {kind}")
         value = value.detach()
         parameters = self._to_parameters(value)
-        masked = value[stencil.masked_entries(value.shape, self._stencils, value.device)]
-        if masked.any():
-            raise ValueError(
-                "weight must be zero where it is masked, above the pivot's diagonal and at a side's taps after the "
-                f"pivot, got {int(masked.count_nonzero())} entries other than zero there"
-            )
+        self._check_masked(value)
         for name in parameters:
             if not isinstance(self._parameters.get(name), nn.Parameter):
                 raise RuntimeError(f"{name} must be a parameter for weight to be assigned, but something computes it")
@@ -151,29 +134,6 @@ class InvertibleConv(InvertibleModule):
             raise TypeError(_NO_PARAMETER.format(name))
         else:
             super().register_parameter(name, param)
-
-    def _weight(self) -> Tensor:
-        log_diagonal = self.log_diagonal
-        return stencil.effective(self._bounded_raw_weight(), self._stencils, log_diagonal, log_diagonal is None)
-
-    def _bounded_raw_weight(self) -> Tensor:
-        """The raw weight, scaled down where `max_inverse_gain` asks for it."""
-        raw_weight: Tensor = self.raw_weight
-        log_diagonal = self.log_diagonal
-        if self.max_inverse_gain is None:
-            return raw_weight
-        dtype = torch.promote_types(raw_weight.dtype, torch.float32)  # so that half precision rounds once
-        relative = raw_weight.to(dtype).masked_fill(_ignored(raw_weight, self._stencils), 0)
-        if log_diagonal is not None:
-            relative = relative * _on_weight(log_diagonal.to(dtype).neg().exp(), relative)
-        scale = bound.scale(relative, len(self._stencils), self.max_inverse_gain)
-        return (raw_weight * scale).to(raw_weight.dtype)
-
-    def _run(self, operator: Any, input: Tensor) -> Tensor:
-        weight, log_diagonal, stencils = self._bounded_raw_weight(), self.log_diagonal, self._stencils
-        return functional.run(
-            operator, input, weight, self.bias, log_diagonal, stencils, log_diagonal is None, self.dilation
-        )
 
     def forward(self, input: Tensor, context: Any = None, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
         """Convolves, or solves.
@@ -198,14 +158,55 @@ class InvertibleConv(InvertibleModule):
     def _run_inverse(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
         return self.solve(input), self._log_abs_det(input, -1)
 
+    def _convolve(self, input: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _solve(self, input: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _weight(self) -> Tensor:
+        raise NotImplementedError
+
     def _log_abs_det(self, input: Tensor, sign: int = 1) -> Tensor:
-        # Of as few operators as can be, in memory of its own: users add to it in place.
-        shape = input.shape
-        if self.log_diagonal is None:
-            dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-            return torch.zeros(shape[0], dtype=dtype, device=input.device)
-        dtype = torch.promote_types(self.log_diagonal.dtype, torch.float32)
-        return self.log_diagonal.sum(dtype=dtype).expand(shape[0]) * (sign * math.prod(shape[2:]))
+        """log |det dy/dx| times the sign, [B], in memory of its own: users add to it in place."""
+        raise NotImplementedError
+
+    def _structure(self) -> dict[str, tuple[Any, ...]]:
+        """What a state_dict's metadata must have for its parameters to mean the same."""
+        raise NotImplementedError
+
+    def _to_parameters(self, weight: Tensor) -> dict[str, Tensor]:
+        """The parameters that make this weight, masked entries included.
+
+        Raises:
+            ValueError: If there are none.
+        """
+        raise NotImplementedError
+
+    def _check_masked(self, weight: Tensor) -> None:
+        """Raises a ValueError for a weight that is not zero where the layer masks it."""
+
+    def _check_shape(self, weight: Tensor) -> None:
+        if weight.shape != self.raw_weight.shape:
+            raise ValueError(f"weight must have shape {tuple(self.raw_weight.shape)}, got {tuple(weight.shape)}")
+
+    def _check_pivot(self, diagonal: Tensor, required: str, right: Tensor) -> None:
+        if not right.all():
+            raise ValueError(
+                f"the pivot's diagonal must be {required} for diagonal={self.diagonal!r}, "
+                f"got {diagonal[~right][0].item():g}"
+            )
+
+    def _check_bound(self, relative: Tensor) -> None:
+        """Raises a ValueError unless `max_inverse_gain` leaves this weight of N as it is, see `bound`."""
+        if self.max_inverse_gain is None:
+            return
+        scale = bound.scale(relative, len(relative) // relative.shape[1], self.max_inverse_gain).min().item()
+        if scale < 1 - 1e-5:
+            raise ValueError(
+                f"the weight must keep max_inverse_gain={self.max_inverse_gain:g}, got one whose entries off the "
+                f"diagonal are larger than that allows by a factor of {1 / scale:.3g}"
+            )
 
     def _load_from_state_dict(
         self,
@@ -219,9 +220,7 @@ class InvertibleConv(InvertibleModule):
     ) -> None:
         try:
             self._check_metadata(local_metadata)
-            self._check_shapes(state_dict, prefix)
-            if "corners" not in local_metadata:
-                self._check_zeros(state_dict, prefix)
+            self._check_saved(state_dict, prefix, local_metadata)
             self._convert_weight(state_dict, prefix)
         except ValueError as error:
             error_msgs.append(f"{prefix.rstrip('.') or 'state_dict'}: {error}")
@@ -238,13 +237,8 @@ class InvertibleConv(InvertibleModule):
             raise ValueError(
                 f"the version must be at most {self._version}, got {version} from a later release of nflows-kconv"
             )
-        # Before there was dilation, the corners alone were recorded.
-        undilated = (1,) * self.dimensions if "corners" in metadata else self.dilation
-        for name, own, default in (
-            ("corners", self.corners, self.corners),
-            ("dilation", self.dilation, undilated),
-        ):
-            saved = tuple(metadata.get(name, default))
+        for name, own in self._structure().items():
+            saved = tuple(metadata.get(name, own))
             if saved != own:
                 raise ValueError(f"the {name} must be the layer's {own}, got {saved}")
 
@@ -257,44 +251,167 @@ class InvertibleConv(InvertibleModule):
             for name, tensor in self._to_parameters(state_dict.pop(prefix + "weight")).items():
                 state_dict[prefix + name] = tensor
 
-    def _to_parameters(self, weight: Tensor) -> dict[str, Tensor]:
-        """The parameters that make this weight, masked entries included.
-
-        Raises:
-            ValueError: If there are none.
-        """
-        if weight.shape != self.raw_weight.shape:
-            raise ValueError(f"weight must have shape {tuple(self.raw_weight.shape)}, got {tuple(weight.shape)}")
-        diagonal = stencil.pivot_diagonal(weight, self._stencils)
-        right = diagonal > 0 if self.diagonal == "learned" else diagonal == 1
-        if not right.all():
-            required = "positive" if self.diagonal == "learned" else "1"
-            raise ValueError(
-                f"the pivot's diagonal must be {required} for diagonal={self.diagonal!r}, "
-                f"got {diagonal[~right][0].item():g}"
-            )
-        free = weight.masked_fill(stencil.diagonal_entries(weight.shape, self._stencils, weight.device), 0)
-        if self.max_inverse_gain is not None:
-            masked = stencil.masked_entries(weight.shape, self._stencils, weight.device)
-            relative = free.masked_fill(masked, 0) / _on_weight(diagonal, weight)
-            scale = bound.scale(relative, len(self._stencils), self.max_inverse_gain).min().item()
-            if scale < 1 - 1e-5:
-                raise ValueError(
-                    f"the weight must keep max_inverse_gain={self.max_inverse_gain:g}, got one whose entries off the "
-                    f"diagonal are larger than that allows by a factor of {1 / scale:.3g}"
-                )
-        parameters = {"raw_weight": free}
-        if self.diagonal == "learned":
-            parameters["log_diagonal"] = diagonal.log()
-        return parameters
-
-    def _check_shapes(self, state_dict: dict[str, Any], prefix: str) -> None:
+    def _check_saved(self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
         own = {name: tensor for name, tensor in self._parameters.items() if tensor is not None}
         saved = {name: state_dict[prefix + name] for name in own if prefix + name in state_dict}
         found, expected = _shapes(saved), _shapes({name: own[name] for name in saved})
         if found != expected:
             layer = f"{self._get_name()}({self.extra_repr()})"
             raise ValueError(f"shapes must be {expected} for {layer}, got {found}")
+
+    def _warn_of_differences(self, prefix: str, metadata: dict[str, Any]) -> None:
+        gain = metadata.get("max_inverse_gain", self.max_inverse_gain)
+        if gain != self.max_inverse_gain:
+            warnings.warn(
+                f"{prefix}raw_weight was saved with max_inverse_gain={gain} and is loaded with "
+                f"{self.max_inverse_gain}: where the bound is active, it makes another weight",
+                stacklevel=2,
+            )
+
+    def extra_repr(self) -> str:
+        """The constructor's arguments."""
+        gain = "" if self.max_inverse_gain is None else f", max_inverse_gain={self.max_inverse_gain}"
+        return (
+            f"{self.num_channels}, kernel_size={self.kernel_size}, {self._structure_repr()}, "
+            f"diagonal={self.diagonal!r}, bias={self.bias is not None}{gain}"
+        )
+
+    def _structure_repr(self) -> str:
+        raise NotImplementedError
+
+
+class InvertibleConv(KernelLayer):
+    """What `InvertibleConv1d`, `InvertibleConv2d` and `InvertibleConv3d` share."""
+
+    def __init__(
+        self,
+        num_channels: int,
+        kernel_size: int | Sequence[int] = 3,
+        *,
+        corners: str | Sequence[str] | None = None,
+        dilation: int | Sequence[int] = 1,
+        diagonal: Literal["unit", "learned"] = "unit",
+        bias: bool = False,
+        max_inverse_gain: float | None = None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        corners = stencil.CORNERS[self.dimensions] if corners is None else corners
+        stencils = stencil.parse(corners, self.dimensions)
+        dilation = functional.parse_dilation(dilation, self.dimensions)
+        num_channels = checks.positive("num_channels", num_channels)
+        # Files hold plain strings, which `torch.load` takes.
+        names = (str(corners),) if isinstance(corners, str) else tuple(map(str, corners))
+        if num_channels % len(names):
+            raise ValueError(
+                f"num_channels must be a multiple of the number of corners, got {num_channels} channels "
+                f"and the {len(names)} corners {names}"
+            )
+        super().__init__(
+            num_channels,
+            kernel_size,
+            len(names),
+            diagonal=diagonal,
+            bias=bias,
+            max_inverse_gain=max_inverse_gain,
+            device=device,
+            dtype=dtype,
+        )
+        self.corners, self._stencils, self.dilation = names, stencils, dilation
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws a layer close to the identity: its taps add about 5 % of the signal's standard deviation."""
+        super().reset_parameters()
+        with torch.no_grad():
+            self.raw_weight.masked_fill_(_ignored(self.raw_weight, self._stencils), 0)
+
+    def _weight(self) -> Tensor:
+        log_diagonal = self.log_diagonal
+        return stencil.effective(self._bounded_raw_weight(), self._stencils, log_diagonal, log_diagonal is None)
+
+    def _bounded_raw_weight(self) -> Tensor:
+        """The raw weight, scaled down where `max_inverse_gain` asks for it."""
+        raw_weight: Tensor = self.raw_weight
+        log_diagonal = self.log_diagonal
+        if self.max_inverse_gain is None:
+            return raw_weight
+        dtype = torch.promote_types(raw_weight.dtype, torch.float32)  # so that half precision rounds once
+        relative = raw_weight.to(dtype).masked_fill(_ignored(raw_weight, self._stencils), 0)
+        if log_diagonal is not None:
+            relative = relative * on_weight(log_diagonal.to(dtype).neg().exp(), relative)
+        scale = bound.scale(relative, len(self._stencils), self.max_inverse_gain)
+        return (raw_weight * scale).to(raw_weight.dtype)
+
+    def _convolve(self, input: Tensor) -> Tensor:
+        return self._run(ops.conv, input)
+
+    def _solve(self, input: Tensor) -> Tensor:
+        return self._run(ops.solve, input)
+
+    def _run(self, operator: Any, input: Tensor) -> Tensor:
+        weight, log_diagonal, stencils = self._bounded_raw_weight(), self.log_diagonal, self._stencils
+        return functional.run(
+            operator, input, weight, self.bias, log_diagonal, stencils, log_diagonal is None, self.dilation
+        )
+
+    def _log_abs_det(self, input: Tensor, sign: int = 1) -> Tensor:
+        # Of as few operators as can be, in memory of its own: users add to it in place.
+        shape = input.shape
+        if self.log_diagonal is None:
+            dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+            return torch.zeros(shape[0], dtype=dtype, device=input.device)
+        dtype = torch.promote_types(self.log_diagonal.dtype, torch.float32)
+        return self.log_diagonal.sum(dtype=dtype).expand(shape[0]) * (sign * math.prod(shape[2:]))
+
+    def _structure(self) -> dict[str, tuple[Any, ...]]:
+        return {"corners": self.corners, "dilation": self.dilation}
+
+    def _structure_repr(self) -> str:
+        dilation = "" if set(self.dilation) == {1} else f", dilation={self.dilation}"
+        return f"corners={self.corners}{dilation}"
+
+    def _to_parameters(self, weight: Tensor) -> dict[str, Tensor]:
+        self._check_shape(weight)
+        diagonal = stencil.pivot_diagonal(weight, self._stencils)
+        if self.diagonal == "learned":
+            self._check_pivot(diagonal, "positive", diagonal > 0)
+        else:
+            self._check_pivot(diagonal, "1", diagonal == 1)
+        free = weight.masked_fill(stencil.diagonal_entries(weight.shape, self._stencils, weight.device), 0)
+        masked = stencil.masked_entries(weight.shape, self._stencils, weight.device)
+        self._check_bound(free.masked_fill(masked, 0) / on_weight(diagonal, weight))
+        return {"raw_weight": free} | ({"log_diagonal": diagonal.log()} if self.diagonal == "learned" else {})
+
+    def _check_masked(self, weight: Tensor) -> None:
+        masked = weight[stencil.masked_entries(weight.shape, self._stencils, weight.device)]
+        if masked.any():
+            raise ValueError(
+                "weight must be zero where it is masked, above the pivot's diagonal and at a side's taps after the "
+                f"pivot, got {int(masked.count_nonzero())} entries other than zero there"
+            )
+
+    def _check_metadata(self, metadata: dict[str, Any]) -> None:
+        # Before there was dilation, the corners alone were recorded.
+        undilated = {"dilation": (1,) * self.dimensions} if "corners" in metadata else {}
+        super()._check_metadata(undilated | metadata)
+
+    def _check_saved(self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
+        super()._check_saved(state_dict, prefix, metadata)
+        if "corners" not in metadata:
+            self._check_zeros(state_dict, prefix)
+
+    def _warn_of_differences(self, prefix: str, metadata: dict[str, Any]) -> None:
+        super()._warn_of_differences(prefix, metadata)
+        if self.raw_weight.is_meta:
+            return
+        ignored = int(self.raw_weight[_ignored(self.raw_weight, self._stencils)].count_nonzero())
+        if ignored:
+            warnings.warn(
+                f"{prefix}raw_weight has {ignored} entries other than zero where the layer ignores them: on and above "
+                "the pivot's diagonal, and at masked taps",
+                stacklevel=2,
+            )
 
     def _check_zeros(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Knows a layer of other corners by its zeros: what lies on and above its pivot's diagonal is never trained."""
@@ -315,33 +432,6 @@ class InvertibleConv(InvertibleModule):
                 f"the corners must be the layer's {self.corners}, got a raw_weight whose zeros are those of "
                 f"{tuple(found)}"
             )
-
-    def _warn_of_differences(self, prefix: str, metadata: dict[str, Any]) -> None:
-        gain = metadata.get("max_inverse_gain", self.max_inverse_gain)
-        if gain != self.max_inverse_gain:
-            warnings.warn(
-                f"{prefix}raw_weight was saved with max_inverse_gain={gain} and is loaded with "
-                f"{self.max_inverse_gain}: where the bound is active, it makes another weight",
-                stacklevel=2,
-            )
-        if self.raw_weight.is_meta:
-            return
-        ignored = int(self.raw_weight[_ignored(self.raw_weight, self._stencils)].count_nonzero())
-        if ignored:
-            warnings.warn(
-                f"{prefix}raw_weight has {ignored} entries other than zero where the layer ignores them: on and above "
-                "the pivot's diagonal, and at masked taps",
-                stacklevel=2,
-            )
-
-    def extra_repr(self) -> str:
-        """The constructor's arguments."""
-        dilation = "" if set(self.dilation) == {1} else f"dilation={self.dilation}, "
-        gain = "" if self.max_inverse_gain is None else f", max_inverse_gain={self.max_inverse_gain}"
-        return (
-            f"{self.num_channels}, kernel_size={self.kernel_size}, corners={self.corners}, {dilation}"
-            f"diagonal={self.diagonal!r}, bias={self.bias is not None}{gain}"
-        )
 
 
 class InvertibleConv2d(InvertibleConv):
@@ -466,7 +556,8 @@ def _ignored(weight: Tensor, stencils: Sequence[int]) -> Tensor:
     return stencil.masked_entries(weight.shape, stencils, weight.device, diagonal=True)
 
 
-def _on_weight(diagonal: Tensor, weight: Tensor) -> Tensor:
+def on_weight(diagonal: Tensor, weight: Tensor) -> Tensor:
+    """A number for each output channel, [C], in a shape that broadcasts to the weight's."""
     return diagonal.view(-1, *[1] * (weight.dim() - 1))
 
 
@@ -474,9 +565,10 @@ def _share_memory(one: Tensor, other: Tensor) -> bool:
     return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
-def _record_options(layer: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
-    options = {"corners": layer.corners, "dilation": layer.dilation, "max_inverse_gain": layer.max_inverse_gain}
-    local_metadata.update(options)
+def _record_options(
+    layer: KernelLayer, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]
+) -> None:
+    local_metadata.update(layer._structure(), max_inverse_gain=layer.max_inverse_gain)
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

@@ -135,6 +135,23 @@ def matrices(weight: Tensor, corners: Sequence[str], size: Sequence[int], dilati
     return result
 
 
+def circular_matrices(weight: Tensor, size: Sequence[int]) -> list[Tensor]:
+    """The dense float64 matrix of each group under circular borders: in the order of memory, channels outside.
+
+    The tap (k - 1) // 2 along each axis reads the pixel itself, and what leaves an image on one side enters it again on
+    the other: y[o, p] = sum_{i, t} W[o, i, t] x[i, (p + t - (k - 1) // 2) mod size].
+    """
+    result = []
+    for group in weight.detach().to("cpu", torch.float64).split(weight.shape[1]):
+        matrix = 0
+        for tap in itertools.product(*map(range, weight.shape[2:])):
+            axes = zip(size, tap, weight.shape[2:], strict=True)
+            reads = [torch.eye(n, dtype=torch.float64).roll(t - (k - 1) // 2, 1) for n, t, k in axes]
+            matrix = matrix + torch.kron(group[(..., *tap)], reduce(torch.kron, reads))
+        result.append(matrix)
+    return result
+
+
 def solve(
     input: Tensor, weight: Tensor, corners: Sequence[str], dilation: Dilation = 1, *, transpose: bool = False
 ) -> Tensor:

@@ -1,0 +1,228 @@
+"""Convolutions with circular borders, on rings and tori: inverse and log-determinant by FFT.
+
+A circular convolution A is block diagonal in Fourier space: with W(f) the C/G x C/G matrix of a group at frequency f,
+
+    A = F^-1 diag_f(W(f)) F        log |det A| = sum_f log |det W(f)|
+
+Any kernel would do, if no W(f) were singular. Here W = D (I + c N), see `bound`: shifts on a torus are unitary, so
+||c N|| <= 1 - 1/g, and none is, at any image size; docs/numerics.md has the proof.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nflows_kconv import bound, checks, functional, ops, stencil
+from nflows_kconv.backends.reference import in_own_precision
+from nflows_kconv.layer import KernelLayer, on_weight
+
+
+class PeriodicConv(KernelLayer):
+    """What `PeriodicConv1d`, `PeriodicConv2d` and `PeriodicConv3d` share."""
+
+    max_inverse_gain: float
+
+    def __init__(
+        self,
+        num_channels: int,
+        kernel_size: int | Sequence[int] = 3,
+        *,
+        groups: int = 1,
+        diagonal: Literal["unit", "learned"] = "unit",
+        bias: bool = False,
+        max_inverse_gain: float = 10,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        num_channels, groups = checks.positive("num_channels", num_channels), checks.positive("groups", groups)
+        if num_channels % groups:
+            raise ValueError(f"num_channels must be a multiple of groups, got {num_channels} and {groups}")
+        if max_inverse_gain is None:
+            raise TypeError("max_inverse_gain must be a number, got None: without a bound there may be no inverse")
+        super().__init__(
+            num_channels,
+            kernel_size,
+            groups,
+            diagonal=diagonal,
+            bias=bias,
+            max_inverse_gain=max_inverse_gain,
+            device=device,
+            dtype=dtype,
+        )
+        self.groups = groups
+        self.reset_parameters()
+
+    @property
+    def _pivot(self) -> tuple[Any, ...]:
+        """The index of the tap that reads the pixel itself, where torch's padding="same" has it."""
+        return ..., *((size - 1) // 2 for size in self.kernel_size)
+
+    def _convolve(self, input: Tensor) -> Tensor:
+        weight, bias, dtype = self._prepare(input)
+        padding = [count for size in reversed(self.kernel_size) for count in ((size - 1) // 2, size // 2)]
+        with in_own_precision(input.device):
+            padded = F.pad(input.to(weight.dtype), padding, mode="circular")
+            convolution = getattr(F, f"conv{self.dimensions}d")
+            return convolution(padded, weight, bias, groups=self.groups).to(dtype)
+
+    def _solve(self, input: Tensor) -> Tensor:
+        weight, bias, dtype = self._prepare(input)
+        if input.shape[0] == 0:  # which MKL's FFT refuses
+            return self._convolve(input)
+        values = input.to(weight.dtype)
+        if bias is not None:
+            values = values - on_weight(bias, weight)[:, 0]
+        sizes, axes = input.shape[2:], tuple(range(2, input.dim()))
+        with in_own_precision(input.device):
+            y = torch.fft.rfftn(values, dim=axes).unflatten(1, (self.groups, -1)).movedim((0, 1, 2), (-1, -3, -2))
+            # Not `solve`, which on a GPU waits for the device to see whether a matrix was singular.
+            x, _ = torch.linalg.solve_ex(self._at_frequencies(weight, sizes), y)
+            return torch.fft.irfftn(x.movedim((-1, -3, -2), (0, 1, 2)).flatten(1, 2), s=sizes, dim=axes).to(dtype)
+
+    def _log_abs_det(self, input: Tensor, sign: int = 1) -> Tensor:
+        self._check_size(input)
+        sizes = input.shape[2:]
+        with in_own_precision(input.device):
+            matrices = self._at_frequencies(self._effective(), sizes)
+            values = torch.linalg.slogdet(matrices).logabsdet
+        # A frequency and its negative are conjugate. Of the last axis one of both is there, and counts twice, but for 0
+        # and, for even sizes, the middle, which are their own negatives.
+        once = values[..., 0, :].sum() + (values[..., -1, :].sum() if sizes[-1] % 2 == 0 else 0)
+        return (sign * (2 * values.sum() - once)).repeat(input.shape[0])
+
+    def _at_frequencies(self, weight: Tensor, sizes: Sequence[int]) -> Tensor:
+        """W(f) of images of these sizes, [*F, G, C/G, C/G]: the last axis has the frequencies from 0 to the middle."""
+        axes = tuple(range(2, weight.dim()))
+        padding = [count for k, size in zip(self.kernel_size, sizes, strict=True) for count in (size - k, 0)]
+        kernel = F.pad(weight, padding[::-1]).roll([-place for place in self._pivot[1:]], axes)
+        # A pixel p reads p + t, so that W(f) = sum_t W_t exp(2 pi i f t), the conjugate of the transform of real taps.
+        matrices = torch.fft.rfftn(kernel, dim=axes).conj()
+        return matrices.unflatten(0, (self.groups, -1)).movedim((0, 1, 2), (-3, -2, -1))
+
+    def _prepare(self, input: Tensor) -> tuple[Tensor, Tensor | None, torch.dtype]:
+        """The weight and the bias to compute with, and the dtype of the result.
+
+        Raises:
+            TypeError: If a tensor has the wrong type.
+            ValueError: If a tensor has the wrong shape, or exp(log_diagonal) is zero or not finite.
+        """
+        log_diagonal = self.log_diagonal
+        functional.check_arguments(input, self.raw_weight, self.bias, log_diagonal, self.groups, self.dimensions)
+        self._check_size(input)
+        dtype = torch.promote_types(input.dtype, torch.float32)
+        if log_diagonal is not None and checks.values_are_at_hand(log_diagonal):
+            stencil.check_diagonal(log_diagonal.to(dtype).exp())
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return self._effective().to(dtype), bias, dtype if ops.autocast_is_on(input) else input.dtype
+
+    def _check_size(self, input: Tensor) -> None:
+        if any(size < kernel for size, kernel in zip(input.shape[2:], self.kernel_size, strict=True)):
+            raise ValueError(
+                f"images must be at least as large as the kernel {self.kernel_size} along every axis, got shape "
+                f"{tuple(input.shape)}"
+            )
+
+    def _effective(self) -> Tensor:
+        """The weight in float32 at least."""
+        dtype = torch.promote_types(self.raw_weight.dtype, torch.float32)
+        raw_weight = self.raw_weight.to(dtype)
+        weight = raw_weight * bound.scale(raw_weight, self.groups, self.max_inverse_gain) + self._identity(raw_weight)
+        return weight if self.log_diagonal is None else weight * on_weight(self.log_diagonal.to(dtype).exp(), weight)
+
+    def _identity(self, weight: Tensor) -> Tensor:
+        """The weight of the identity."""
+        identity = torch.zeros_like(weight)
+        identity[self._pivot] = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device).repeat(
+            self.groups, 1
+        )
+        return identity
+
+    def _weight(self) -> Tensor:
+        return self._effective().to(self.raw_weight.dtype)
+
+    def _structure(self) -> dict[str, tuple[Any, ...]]:
+        return {"corners": ("periodic",) * self.groups}  # another weight than that of any corner
+
+    def _structure_repr(self) -> str:
+        return f"groups={self.groups}"
+
+    def _to_parameters(self, weight: Tensor) -> dict[str, Tensor]:
+        self._check_shape(weight)
+        if self.diagonal == "unit":
+            relative = weight - self._identity(weight)
+            self._check_bound(relative)
+            return {"raw_weight": relative}
+        diagonal = weight[self._pivot].unflatten(0, (self.groups, -1)).diagonal(dim1=1, dim2=2).flatten()
+        self._check_pivot(diagonal, "positive", diagonal > 0)
+        relative = weight / on_weight(diagonal, weight) - self._identity(weight)
+        self._check_bound(relative)
+        return {"raw_weight": relative, "log_diagonal": diagonal.log()}
+
+
+class PeriodicConv2d(PeriodicConv):
+    """An invertible k x k convolution with circular borders, of images on a torus.
+
+    It computes what `torch.nn.Conv2d(..., padding="same", padding_mode="circular")` computes, for kernels that have an
+    inverse: those close enough to a diagonal D,
+
+        y = A x + b,   A = D (I + c N),   c = min(1, (1 - 1/g) / r),   r >= ||N||
+
+    N is the circular convolution with `raw_weight`, all of whose entries are free, D is 1 or exp(log_diagonal), and r
+    the sum of its taps' spectral norms. At every image size ||A^-1|| <= g / min D and ||A|| <= (2 - 1/g) max D; see
+    docs/numerics.md. Unlike `InvertibleConv2d` it treats all pixels alike: a shift of the input, around the borders,
+    shifts the output. The inverse and log |det A| come by FFT from a C/G x C/G matrix for each frequency, as those of
+    the periodic convolutions of Hoogeboom, van den Berg, Welling 2019 (arXiv 1901.11137), which may have no inverse.
+
+    Half precision is computed in float32 and rounded once; under autocast the layer stays in float32. A state_dict has
+    the parameters alone; the plain `weight` of torch's circular `Conv2d` loads, too, if it keeps the bound.
+
+    Args:
+        num_channels: C, a multiple of `groups`.
+        kernel_size: k, or (kh, kw); no larger than the images.
+        groups: G, of channels that do not read each other, as torch's `Conv2d` has it.
+        diagonal: "unit" fixes D to 1; "learned" makes it exp(log_diagonal), one factor for each channel.
+        bias: Whether to add a learned constant to each channel.
+        max_inverse_gain: g > 1.
+        device: Of the parameters.
+        dtype: Of the parameters.
+
+    Attributes:
+        raw_weight: Parameter, [C, C/G, kh, kw].
+        log_diagonal: Parameter, [C], or None.
+        bias: Parameter, [C], or None.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument has a wrong value, or the channels do not divide into the groups.
+
+    Examples:
+        >>> import torch
+        >>> from nflows_kconv import PeriodicConv2d
+        >>> layer = PeriodicConv2d(4)
+        >>> fields = torch.randn(10, 4, 8, 8)
+        >>> output, log_abs_det = layer(fields)
+        >>> torch.allclose(layer.solve(output), fields, atol=1e-5)
+        True
+        >>> shifted = layer.convolve(fields.roll((3, 5), (2, 3)))
+        >>> torch.allclose(shifted, output.roll((3, 5), (2, 3)), atol=1e-5)
+        True
+    """
+
+    dimensions = 2
+
+
+class PeriodicConv1d(PeriodicConv):
+    """`PeriodicConv2d` in one dimension, of sequences [B, C, L] on a ring; `raw_weight` is [C, C/G, k]."""
+
+    dimensions = 1
+
+
+class PeriodicConv3d(PeriodicConv):
+    """`PeriodicConv2d` in three dimensions, of volumes [B, C, D, H, W]; `raw_weight` is [C, C/G, kd, kh, kw]."""
+
+    dimensions = 3

@@ -1,0 +1,297 @@
+"""Convolutions with circular borders against dense matrices."""
+
+import copy
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import oracles
+import pytest
+import torch
+from cases import DTYPES
+from hypothesis import example, given
+from hypothesis import strategies as st
+from oracles import assert_close
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+from nflows_kconv import InvertibleConv2d, PeriodicConv1d, PeriodicConv2d, PeriodicConv3d
+from nflows_kconv.periodic import PeriodicConv
+from nflows_kconv.testing import check_transform
+
+LAYERS = {1: PeriodicConv1d, 2: PeriodicConv2d, 3: PeriodicConv3d}
+TORCHS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer, and images for it."""
+
+    size: tuple[int, ...]  # of an image
+    kernel_size: tuple[int, ...]
+    per_group: int = 2
+    groups: int = 1
+    diagonal: str = "unit"
+    bias: bool = False
+    gain: float = 10
+    scale: float = 0.3  # of the weight
+    constant: bool = False  # whether all of it is the scale
+    batch: int = 2
+    dtype: torch.dtype = torch.float64
+
+    def layer(self) -> PeriodicConv:
+        layer = LAYERS[len(self.size)](
+            self.groups * self.per_group,
+            self.kernel_size,
+            groups=self.groups,
+            diagonal=self.diagonal,
+            bias=self.bias,
+            max_inverse_gain=self.gain,
+        )
+        scattered(layer, self.scale)
+        if self.constant:
+            nn.init.constant_(layer.raw_weight, self.scale)
+        return layer.to(self.dtype)
+
+    def input(self) -> Tensor:
+        shape = self.batch, self.groups * self.per_group, *self.size
+        return torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(self.dtype)
+
+
+CASES = (
+    Case((4,), (3,), bias=True),
+    Case((5,), (4,), groups=3, per_group=1),
+    Case((3, 4), (2, 3), groups=2, diagonal="learned", bias=True),
+    Case((4, 5), (4, 5), scale=100),
+    Case((5, 6), (1, 2), diagonal="learned", scale=0.01),
+    Case((2, 1, 4), (2, 1, 3), per_group=1, diagonal="learned", bias=True),
+    Case((3, 2, 3), (2, 2, 2), groups=2),
+    Case((3, 3), (3, 3), diagonal="learned", bias=True, batch=0, dtype=torch.float32),
+    *(Case((5, 4), (3, 2), diagonal="learned", bias=True, dtype=dtype) for dtype in oracles.HALF_PRECISION),
+    # Where the bound is tight
+    Case((4,), (3,), per_group=1, scale=-1000, constant=True),
+    Case((3, 3), (3, 3), per_group=1, gain=1.01, scale=1000, constant=True),
+)
+over_whole_precision = pytest.mark.parametrize(
+    "case", [case for case in CASES if case.dtype == torch.float64], ids=lambda case: "x".join(map(str, case.size))
+)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    dimensions = draw(st.sampled_from((2, 2, 1, 3)))
+    size = draw(st.tuples(*[st.integers(1, {1: 12, 2: 6, 3: 3}[dimensions])] * dimensions))
+    return Case(
+        size=size,
+        kernel_size=tuple(draw(st.integers(1, min(length, 4))) for length in size),
+        per_group=draw(st.integers(1, 3)),
+        groups=draw(st.integers(1, 3)),
+        diagonal=draw(st.sampled_from(("unit", "learned"))),
+        bias=draw(st.booleans()),
+        gain=draw(st.sampled_from((1.01, 2, 10, 100))),
+        scale=draw(st.sampled_from((-1, 1))) * 10.0 ** draw(st.integers(-3, 3)),
+        constant=draw(st.booleans()),
+        batch=draw(st.integers(0, 3)),
+        dtype=draw(st.sampled_from(DTYPES)),
+    )
+
+
+def over_cases(test: Callable[..., None]) -> Callable[..., None]:
+    """Runs a property over the table and over drawn cases."""
+    for case in CASES:
+        test = example(case=case)(test)
+    return given(case=cases())(test)
+
+
+def scattered(layer: PeriodicConv, size: float = 0.3, seed: int = 0) -> PeriodicConv:
+    """The layer with parameters of a size."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.copy_((0.3 if name == "log_diagonal" else size) * noise)
+    return layer
+
+
+@over_cases
+def test_layers_are_dense_matrices(case: Case, device: str):
+    """Both directions and log-determinants; the singular values stay in bounds; and it is torch's convolution."""
+    layer, input, size = case.layer().to(device), case.input().to(device), case.size
+    exact = copy.deepcopy(layer).to("cpu", torch.float64)
+    weight, x = exact.weight.detach(), input.cpu().double()
+    bias = 0 if exact.bias is None else exact.bias.detach().view(-1, *[1] * len(size))
+    matrices = oracles.circular_matrices(weight, size)
+
+    def dense(function: Callable[[Tensor, Tensor], Tensor], images: Tensor) -> Tensor:
+        groups = zip(matrices, images.chunk(layer.groups, 1), strict=True)
+        return torch.cat([function(matrix, group.flatten(1).mT).mT.reshape(group.shape) for matrix, group in groups], 1)
+
+    values = torch.cat([torch.linalg.svdvals(matrix) for matrix in matrices])
+    diagonal = torch.ones(1).double() if exact.log_diagonal is None else exact.log_diagonal.exp()
+    assert 1 / values.min() <= (1 + 1e-9) * case.gain / diagonal.min()
+    assert values.max() <= (1 + 1e-9) * (2 - 1 / case.gain) * diagonal.max()
+
+    condition = (values.max() / values.min()).item()
+    output, log_det = layer(input)
+    solution, inverse_log_det = layer.inverse(input)
+    assert_close(output, dense(torch.matmul, x) + bias)
+    assert_close(solution, dense(torch.linalg.solve, x - bias), factor=condition)
+    expected = sum(torch.linalg.slogdet(matrix).logabsdet for matrix in matrices).expand(case.batch)
+    assert_close(log_det, expected, factor=condition)
+    assert torch.equal(inverse_log_det, -log_det)
+    assert log_det.dtype == torch.promote_types(case.dtype, torch.float32)
+    log_det += 1  # users add to it
+    if case.batch:
+        options = dict(groups=layer.groups, bias=False, padding="same", padding_mode="circular")
+        of_torch = TORCHS[len(size)](*[layer.num_channels] * 2, layer.kernel_size, **options).double()
+        of_torch.weight.data = weight
+        assert_close(output, of_torch(x) + bias)
+
+
+def test_the_bound_is_reached():
+    """A multiple of the identity: the singular values are 1 - r, and there is no smaller bound."""
+    layer = PeriodicConv1d(1, 1, max_inverse_gain=4).double()
+    nn.init.constant_(layer.raw_weight, -1000.0)
+    assert layer.solve(torch.ones(1, 1, 5, dtype=torch.float64)).flatten().tolist() == [pytest.approx(4)] * 5
+
+
+@over_cases
+def test_shifts_of_the_input_shift_the_output(case: Case):
+    layer, input = case.layer().double(), case.input().double()
+    for axis, function in product(range(2, input.dim()), (layer, layer.inverse)):
+        output, log_det = function(input)
+        shifted, same = function(input.roll(1, axis))
+        assert_close(shifted, output.roll(1, axis), factor=case.gain)
+        assert torch.equal(same, log_det)
+
+
+@over_whole_precision
+@pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
+def test_derivatives(case: Case, inverse: bool):
+    layer, input = case.layer(), case.input().requires_grad_()
+    parameters = dict(layer.named_parameters())
+
+    def function(input: Tensor, *values: Tensor) -> tuple[Tensor, Tensor]:
+        return functional_call(layer, dict(zip(parameters, values, strict=True)), input, {"inverse": inverse})
+
+    arguments = input, *parameters.values()
+    assert torch.autograd.gradcheck(function, arguments, fast_mode=True, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(function, arguments, fast_mode=True)
+    stacked = tuple(torch.stack([argument, 2 * argument]).detach() for argument in arguments)
+    for batched, *singles in zip(
+        vmap(function)(*stacked), *(function(*(s[i] for s in stacked)) for i in (0, 1)), strict=True
+    ):
+        assert_close(batched, torch.stack(singles), factor=10)
+
+
+@pytest.mark.parametrize("case", [CASES[1], CASES[2], CASES[5]], ids=lambda case: f"{len(case.size)}D")
+def test_compiled_layers(case: Case):
+    layer, input = case.layer(), case.input()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    for options in ({}, {"inverse": True}):
+        for actual, expected in zip(compiled(input, **options), layer(input, **options), strict=True):
+            assert_close(actual, expected)
+
+
+def test_autocast_does_not_reach_it():
+    layer, input = scattered(PeriodicConv2d(4, groups=2, bias=True)), torch.randn(2, 4, 5, 6).bfloat16()
+    expected = [*layer(input.float()), *layer.inverse(input.float())]
+    with torch.autocast("cpu", torch.bfloat16):
+        results = [*layer(input), *layer.inverse(input)]
+    assert all(map(torch.equal, results, expected))
+
+
+def test_layers_are_sound_transforms():
+    check_transform(scattered(PeriodicConv2d(4, groups=2, diagonal="learned")), torch.randn(2, 4, 3, 4))
+
+
+@pytest.mark.parametrize("options", [{}, dict(groups=4, diagonal="learned", bias=True), dict(kernel_size=7)], ids=str)
+def test_starts_close_to_the_identity(options: dict):
+    torch.manual_seed(0)
+    layer, input = PeriodicConv2d(48, **options), torch.randn(2, 48, 8, 8)
+    output, log_det = layer(input)
+    assert 0.01 < (output - input).std() < 0.1
+    assert log_det.abs().max() < 0.01 * input[0].numel()
+    limit = copy.deepcopy(layer)
+    limit.max_inverse_gain = 1e9
+    assert torch.equal(layer.weight, limit.weight)  # without need of its bound
+
+
+# Files
+
+
+def test_the_weight_can_be_assigned_and_loaded():
+    """As torch's circular convolution saves it; and no file of another layer is taken for one of this."""
+    for options in ({}, dict(diagonal="learned", bias=True)):
+        layer, other, loaded = (scattered(PeriodicConv2d(4, (3, 2), **options), 0.02, seed) for seed in range(3))
+        state_dict = {name: value for name, value in layer.state_dict().items() if name == "bias"}
+        other.weight = layer.weight
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            loaded.load_state_dict(state_dict | {"weight": layer.weight.detach()})
+        for each in (other, loaded):
+            torch.testing.assert_close(each.weight, layer.weight)
+        with pytest.raises(ValueError, match=r"must keep max_inverse_gain=10, got one .* by a factor of"):
+            other.weight = 1000 * torch.ones(4, 4, 3, 2).cumsum(0)
+    with pytest.raises(ValueError, match="the pivot's diagonal must be positive for diagonal='learned', got -1"):
+        other.weight = -torch.ones(4, 4, 3, 2)
+    with pytest.raises(RuntimeError, match="weight must not be changed in place"):
+        other.weight.zero_()
+    grouped, corner = PeriodicConv2d(4, groups=2), InvertibleConv2d(4, corners=("TL", "BR"))
+    with pytest.raises(RuntimeError, match=r"corners must be the layer's \('periodic', 'periodic'\), got \('TL', 'BR'"):
+        grouped.load_state_dict(corner.state_dict())
+    with pytest.raises(RuntimeError, match=r"corners must be the layer's \('TL', 'BR'\), got \('periodic', 'periodic'"):
+        corner.load_state_dict(grouped.state_dict())
+
+
+# Errors
+
+WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "channels": (dict(num_channels=0), ValueError, "num_channels must be at least 1, got 0"),
+    "groups": (dict(groups=3), ValueError, "num_channels must be a multiple of groups, got 4 and 3"),
+    "no groups": (dict(groups=0), ValueError, "groups must be at least 1, got 0"),
+    "kernel": (dict(kernel_size=(3, 0)), ValueError, "kernel_size must be at least 1, got 0"),
+    "diagonal": (dict(diagonal="free"), ValueError, 'diagonal must be "unit" or "learned", got \'free\''),
+    "no bound": (dict(max_inverse_gain=None), TypeError, "max_inverse_gain must be a number, got None"),
+    "bound": (dict(max_inverse_gain=1), ValueError, "max_inverse_gain must be finite and greater than 1, got 1"),
+}
+WRONG_CALLS: dict[str, tuple[Any, type[Exception], str]] = {
+    "small": (
+        torch.zeros(2, 4, 2, 9),
+        ValueError,
+        r"as large as the kernel \(3, 3\) along every axis, got shape \(2, 4",
+    ),
+    "no pixels": (torch.zeros(2, 4, 0, 9), ValueError, "at least as large as the kernel"),
+    "rank": (
+        torch.zeros(4, 5, 5),
+        ValueError,
+        r"input must have the 4 dimensions \[B, C, H, W\], got shape \(4, 5, 5\)",
+    ),
+    "channels": (torch.zeros(2, 6, 5, 5), ValueError, "input must have the weight's 4 channels, got 6"),
+    "dtype": (torch.zeros(2, 4, 5, 5).double(), TypeError, "input and weight must have one dtype, got torch.float64"),
+    "list": ([0.0], TypeError, "input must be a tensor, got list"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "error", "match"), WRONG.values(), ids=WRONG.keys())
+def test_constructor_errors(arguments: dict, error: type[Exception], match: str):
+    with pytest.raises(error, match=f"^{match}"):
+        PeriodicConv2d(**{"num_channels": 4} | arguments)
+
+
+@pytest.mark.parametrize(("input", "error", "match"), WRONG_CALLS.values(), ids=WRONG_CALLS.keys())
+def test_errors_of_calls(input: Any, error: type[Exception], match: str):
+    layer = PeriodicConv2d(4)
+    for function in (layer, layer.inverse, layer.convolve, layer.solve):
+        with pytest.raises(error, match=match):
+            function(input)
+
+
+def test_a_diagonal_without_reciprocal():
+    layer = PeriodicConv2d(4, diagonal="learned")
+    nn.init.constant_(layer.log_diagonal, -math.inf)
+    with pytest.raises(ValueError, match="the pivot's diagonal must be finite and not zero"):
+        layer.solve(torch.zeros(1, 4, 3, 3))
