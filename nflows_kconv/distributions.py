@@ -10,17 +10,24 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.distributions import ComposeTransform, Transform, constraints
 
-from nflows_kconv import bijection, layer
+from nflows_kconv import bijection, layer, periodic
 from nflows_kconv.batch import flatten_batch
 
-__all__ = ["InvertibleConv1d", "InvertibleConv2d", "InvertibleConv3d"]
+__all__ = [
+    "InvertibleConv1d",
+    "InvertibleConv2d",
+    "InvertibleConv3d",
+    "PeriodicConv1d",
+    "PeriodicConv2d",
+    "PeriodicConv3d",
+]
 
 
-class _Transform(layer.InvertibleConv, Transform):
-    """The layer with the interface of torch.distributions."""
+class _Transform(layer.KernelLayer, Transform):
+    """A layer with the interface of torch.distributions."""
 
     bijective = True
-    sign = 1  # the Jacobian is triangular, its diagonal positive
+    sign = 1  # the Jacobian is triangular, its diagonal positive; or periodic, on a path of invertible ones to such
 
     __hash__ = object.__hash__  # which Transform takes away, and modules need
 
@@ -32,7 +39,7 @@ class _Transform(layer.InvertibleConv, Transform):
         cache_size: Literal[0, 1] = 0,
         **options: Any,
     ) -> None:
-        layer.InvertibleConv.__init__(self, num_channels, kernel_size, **options)
+        super().__init__(num_channels, kernel_size, **options)
         Transform.__init__(self, cache_size)
         self._cached_state: list[tuple[int, int]] = []
 
@@ -132,6 +139,24 @@ class InvertibleConv1d(_Transform, layer.InvertibleConv1d):
 
 class InvertibleConv3d(_Transform, layer.InvertibleConv3d):
     """`nflows_kconv.InvertibleConv3d` as a `torch.distributions.Transform`; see `InvertibleConv2d`."""
+
+    domain = codomain = constraints.independent(constraints.real, 4)
+
+
+class PeriodicConv2d(_Transform, periodic.PeriodicConv2d):
+    """`nflows_kconv.PeriodicConv2d` as a `torch.distributions.Transform`; see `InvertibleConv2d`."""
+
+    domain = codomain = constraints.independent(constraints.real, 3)
+
+
+class PeriodicConv1d(_Transform, periodic.PeriodicConv1d):
+    """`nflows_kconv.PeriodicConv1d` as a `torch.distributions.Transform`; see `InvertibleConv2d`."""
+
+    domain = codomain = constraints.independent(constraints.real, 2)
+
+
+class PeriodicConv3d(_Transform, periodic.PeriodicConv3d):
+    """`nflows_kconv.PeriodicConv3d` as a `torch.distributions.Transform`; see `InvertibleConv2d`."""
 
     domain = codomain = constraints.independent(constraints.real, 4)
 

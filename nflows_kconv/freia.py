@@ -8,18 +8,25 @@ from typing import Any
 
 from torch import Tensor
 
-from nflows_kconv import bijection, layer, stencil
+from nflows_kconv import bijection, layer, periodic, stencil
 
 try:
     from FrEIA.modules import InvertibleModule
 except ImportError as error:
     raise ImportError('nflows_kconv.freia needs FrEIA, which comes with pip install "nflows-kconv[freia]"') from error
 
-__all__ = ["InvertibleConv1d", "InvertibleConv2d", "InvertibleConv3d"]
+__all__ = [
+    "InvertibleConv1d",
+    "InvertibleConv2d",
+    "InvertibleConv3d",
+    "PeriodicConv1d",
+    "PeriodicConv2d",
+    "PeriodicConv3d",
+]
 
 
-class _Module(InvertibleModule, layer.InvertibleConv):
-    """The layer with the interface of FrEIA."""
+class _Module(InvertibleModule, layer.KernelLayer):
+    """A layer with the interface of FrEIA."""
 
     def __init__(
         self,
@@ -30,8 +37,8 @@ class _Module(InvertibleModule, layer.InvertibleConv):
         if [len(shape) for shape in dims_in] != [self.dimensions + 1]:
             axes = ", ".join(("C", *stencil.AXES[self.dimensions]))
             raise ValueError(f"dims_in must be one shape, [({axes})], got {dims_in}")
-        layer.InvertibleConv.__init__(self, dims_in[0][0], **options)
-        # As the constructor of InvertibleModule does, which would call that of the layer without its arguments.
+        # Past the constructor of InvertibleModule, which would call that of the layer without its arguments.
+        super(InvertibleModule, self).__init__(dims_in[0][0], **options)
         self.dims_in, self.dims_c = list(dims_in), list(dims_c or ())
 
     def forward(  # type: ignore[override]
@@ -53,7 +60,7 @@ class _Module(InvertibleModule, layer.InvertibleConv):
             ValueError: See `nflows_kconv.functional.conv2d`.
         """
         (input,) = x_or_z
-        output, log_abs_det = layer.InvertibleConv.forward(self, input, inverse=rev)
+        output, log_abs_det = super(InvertibleModule, self).forward(input, inverse=rev)
         return (output,), log_abs_det
 
     def inverse(self, x_or_z: Sequence[Tensor], c: Any = None) -> tuple[tuple[Tensor], Tensor]:  # type: ignore[override]
@@ -96,6 +103,18 @@ class InvertibleConv1d(_Module, layer.InvertibleConv1d):
 
 class InvertibleConv3d(_Module, layer.InvertibleConv3d):
     """`nflows_kconv.InvertibleConv3d` as a `FrEIA.modules.InvertibleModule`; see `InvertibleConv2d`."""
+
+
+class PeriodicConv2d(_Module, periodic.PeriodicConv2d):
+    """`nflows_kconv.PeriodicConv2d` as a `FrEIA.modules.InvertibleModule`, in `InvertibleConv2d`'s directions."""
+
+
+class PeriodicConv1d(_Module, periodic.PeriodicConv1d):
+    """`nflows_kconv.PeriodicConv1d` as a `FrEIA.modules.InvertibleModule`; see `PeriodicConv2d`."""
+
+
+class PeriodicConv3d(_Module, periodic.PeriodicConv3d):
+    """`nflows_kconv.PeriodicConv3d` as a `FrEIA.modules.InvertibleModule`; see `PeriodicConv2d`."""
 
 
 def _run(module: InvertibleModule, value: bijection.Value, context: Any, rev: bool) -> tuple[bijection.Value, Tensor]:

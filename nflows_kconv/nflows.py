@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nflows_kconv import bijection, checks, layer
+from nflows_kconv import bijection, checks, layer, periodic
 from nflows_kconv.flows import image_flow, state, steps
 from nflows_kconv.flows.reversible import cascade
 from nflows_kconv.invertible import InvertibleModule
@@ -31,6 +31,9 @@ __all__ = [
     "InvertibleConv1d",
     "InvertibleConv2d",
     "InvertibleConv3d",
+    "PeriodicConv1d",
+    "PeriodicConv2d",
+    "PeriodicConv3d",
     "ReversibleCompositeTransform",
     "Step",
     "finc_flow",
@@ -60,6 +63,18 @@ class InvertibleConv1d(layer.InvertibleConv1d, Transform):
 
 class InvertibleConv3d(layer.InvertibleConv3d, Transform):
     """`nflows_kconv.InvertibleConv3d` as an `nflows.transforms.Transform`; see `InvertibleConv2d`."""
+
+
+class PeriodicConv2d(periodic.PeriodicConv2d, Transform):
+    """`nflows_kconv.PeriodicConv2d` as an `nflows.transforms.Transform`, in `InvertibleConv2d`'s directions."""
+
+
+class PeriodicConv1d(periodic.PeriodicConv1d, Transform):
+    """`nflows_kconv.PeriodicConv1d` as an `nflows.transforms.Transform`; see `PeriodicConv2d`."""
+
+
+class PeriodicConv3d(periodic.PeriodicConv3d, Transform):
+    """`nflows_kconv.PeriodicConv3d` as an `nflows.transforms.Transform`; see `PeriodicConv2d`."""
 
 
 class Step(InvertibleModule, Transform):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nflows_kconv import bijection, checks, layer
+from nflows_kconv import bijection, checks, layer, periodic
 from nflows_kconv.flows import image_flow, state, steps
 from nflows_kconv.flows.reversible import cascade
 from nflows_kconv.invertible import InvertibleModule
@@ -32,14 +32,17 @@ __all__ = [
     "InvertibleConv1d",
     "InvertibleConv2d",
     "InvertibleConv3d",
+    "PeriodicConv1d",
+    "PeriodicConv2d",
+    "PeriodicConv3d",
     "ReversibleComposite",
     "Step",
     "finc_flow",
 ]
 
 
-class _FromLatent(layer.InvertibleConv, flows.Flow):
-    """The layer with the directions of normflows."""
+class _FromLatent(layer.KernelLayer, flows.Flow):
+    """A layer with the directions of normflows."""
 
     def _run_forward(self, input: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         return super()._run_inverse(input, context)
@@ -71,6 +74,18 @@ class InvertibleConv1d(_FromLatent, layer.InvertibleConv1d):
 
 class InvertibleConv3d(_FromLatent, layer.InvertibleConv3d):
     """`nflows_kconv.InvertibleConv3d` as a `normflows.flows.Flow`; see `InvertibleConv2d`."""
+
+
+class PeriodicConv2d(_FromLatent, periodic.PeriodicConv2d):
+    """`nflows_kconv.PeriodicConv2d` as a `normflows.flows.Flow`, in `InvertibleConv2d`'s directions."""
+
+
+class PeriodicConv1d(_FromLatent, periodic.PeriodicConv1d):
+    """`nflows_kconv.PeriodicConv1d` as a `normflows.flows.Flow`; see `PeriodicConv2d`."""
+
+
+class PeriodicConv3d(_FromLatent, periodic.PeriodicConv3d):
+    """`nflows_kconv.PeriodicConv3d` as a `normflows.flows.Flow`; see `PeriodicConv2d`."""
 
 
 class GlowBlock(flows.GlowBlock):

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nflows_kconv import bijection, layer, stencil
+from nflows_kconv import bijection, layer, periodic, stencil
 from nflows_kconv.batch import flatten_batch
 
 try:
@@ -19,11 +19,18 @@ except ImportError as error:
         'nflows_kconv.torchflows needs torchflows, which comes with pip install "nflows-kconv[torchflows]"'
     ) from error
 
-__all__ = ["InvertibleConv1d", "InvertibleConv2d", "InvertibleConv3d"]
+__all__ = [
+    "InvertibleConv1d",
+    "InvertibleConv2d",
+    "InvertibleConv3d",
+    "PeriodicConv1d",
+    "PeriodicConv2d",
+    "PeriodicConv3d",
+]
 
 
-class _Bijection(Bijection, layer.InvertibleConv):
-    """The layer with the interface of torchflows."""
+class _Bijection(Bijection, layer.KernelLayer):
+    """A layer with the interface of torchflows."""
 
     def __init__(
         self,
@@ -34,8 +41,8 @@ class _Bijection(Bijection, layer.InvertibleConv):
         if len(event_shape) != self.dimensions + 1:
             axes = ", ".join(("C", *stencil.AXES[self.dimensions]))
             raise ValueError(f"event_shape must be ({axes}), got {tuple(event_shape)}")
-        layer.InvertibleConv.__init__(self, event_shape[0], **options)
-        # As the constructor of Bijection does, which would call that of the layer without its arguments.
+        # Past the constructor of Bijection, which would call that of the layer without its arguments.
+        super(Bijection, self).__init__(event_shape[0], **options)
         self.event_shape, self.context_shape = tuple(event_shape), context_shape
         self.n_dim = math.prod(event_shape)
 
@@ -54,14 +61,14 @@ class _Bijection(Bijection, layer.InvertibleConv):
             TypeError: See `nflows_kconv.functional.conv2d`.
             ValueError: See `nflows_kconv.functional.conv2d`.
         """
-        output, log_abs_det = layer.InvertibleConv.forward(self, flatten_batch(x, self.dimensions), inverse=inverse)
+        output, log_abs_det = super(Bijection, self).forward(flatten_batch(x, self.dimensions), inverse=inverse)
         return output.reshape(x.shape), log_abs_det.reshape(x.shape[: -1 - self.dimensions])
 
     def inverse(self, z: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
         """Undoes `forward`."""
         if "forward" in vars(self):  # torchflows' `invert` has exchanged the two methods of this instance
             return type(self).forward(self, z, context, inverse=True)
-        return layer.InvertibleConv.inverse(self, z, context)
+        return super(Bijection, self).inverse(z, context)
 
 
 class InvertibleConv2d(_Bijection, layer.InvertibleConv2d):
@@ -97,6 +104,18 @@ class InvertibleConv1d(_Bijection, layer.InvertibleConv1d):
 
 class InvertibleConv3d(_Bijection, layer.InvertibleConv3d):
     """`nflows_kconv.InvertibleConv3d` as a torchflows `Bijection`; see `InvertibleConv2d`."""
+
+
+class PeriodicConv2d(_Bijection, periodic.PeriodicConv2d):
+    """`nflows_kconv.PeriodicConv2d` as a torchflows `Bijection`, in `InvertibleConv2d`'s directions."""
+
+
+class PeriodicConv1d(_Bijection, periodic.PeriodicConv1d):
+    """`nflows_kconv.PeriodicConv1d` as a torchflows `Bijection`; see `PeriodicConv2d`."""
+
+
+class PeriodicConv3d(_Bijection, periodic.PeriodicConv3d):
+    """`nflows_kconv.PeriodicConv3d` as a torchflows `Bijection`; see `PeriodicConv2d`."""
 
 
 def _sample(flow: Flow, num_samples: int, context: Any) -> Tensor:

@@ -1,10 +1,11 @@
-"""Convolutions with circular borders against dense matrices."""
+"""Convolutions with circular borders against dense matrices, and in every library."""
 
 import copy
 import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -18,6 +19,11 @@ from oracles import assert_close
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+import nflows_kconv.distributions
+import nflows_kconv.freia
+import nflows_kconv.nflows
+import nflows_kconv.normflows
+import nflows_kconv.torchflows
 from nflows_kconv import InvertibleConv2d, PeriodicConv1d, PeriodicConv2d, PeriodicConv3d
 from nflows_kconv.periodic import PeriodicConv
 from nflows_kconv.testing import check_transform
@@ -295,3 +301,50 @@ def test_a_diagonal_without_reciprocal():
     nn.init.constant_(layer.log_diagonal, -math.inf)
     with pytest.raises(ValueError, match="the pivot's diagonal must be finite and not zero"):
         layer.solve(torch.zeros(1, 4, 3, 3))
+
+
+# Libraries
+
+
+def _freia(module: nn.Module, input: Tensor, rev: bool) -> tuple[Tensor, Tensor]:
+    (output,), log_det = module([input], rev=rev)
+    return output, log_det
+
+
+def _distributions(module: Any, input: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    if inverse:
+        output = module.inv(input)
+        return output, module.inv.log_abs_det_jacobian(input, output)
+    output = module(input)
+    return output, module.log_abs_det_jacobian(input, output)
+
+
+def _as_called(module: Any, input: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    return module.inverse(input) if inverse else module(input)
+
+
+# How a library builds the layer for a shape, and how it convolves or solves.
+LIBRARIES: dict[Any, tuple[Callable[[Any, tuple[int, ...]], nn.Module], Callable[..., tuple[Tensor, Tensor]]]] = {
+    nflows_kconv.nflows: (lambda cls, shape: cls(shape[0], bias=True), _as_called),
+    nflows_kconv.normflows: (
+        lambda cls, shape: cls(shape[0], bias=True),
+        lambda module, input, inverse: _as_called(module, input, not inverse),
+    ),
+    nflows_kconv.freia: (lambda cls, shape: cls([shape], bias=True), _freia),
+    nflows_kconv.torchflows: (lambda cls, shape: cls(shape, bias=True), _as_called),
+    nflows_kconv.distributions: (lambda cls, shape: cls(shape[0], bias=True, cache_size=1), _distributions),
+}
+
+
+@pytest.mark.parametrize("dimensions", LAYERS)
+@pytest.mark.parametrize("library", LIBRARIES, ids=lambda library: library.__name__)
+def test_every_library_has_the_layer(library: Any, dimensions: int):
+    build, run = LIBRARIES[library]
+    core = scattered(LAYERS[dimensions](4, bias=True))
+    input = torch.randn(2, 4, *(5, 4, 3)[:dimensions])
+    module = build(getattr(library, LAYERS[dimensions].__name__), tuple(input.shape[1:]))
+    module.load_state_dict(core.state_dict())
+    for inverse, function in ((False, core), (True, core.inverse)):
+        for actual, expected in zip(partial(run, module)(input, inverse), function(input), strict=True):
+            assert torch.equal(actual, expected)
+    assert torch.equal(module.convolve(input), core.convolve(input))
