@@ -76,6 +76,7 @@ def test_both_libraries_have_the_same_density(shape):
         {"kernel_size": None},
         {"kernel_size": (2, 3, 1)[: len(shape) - 1], "corners": ((first,), (last,)), "diagonal": "learned"},
         {"direction": "inverse", "dilation": 2},
+        {"padding_mode": "circular", "levels": 1, "kernel_size": 2, "diagonal": "learned", "max_inverse_gain": 3},
         {"levels": 1, "corners": last},
     ):
         of_nflows, of_normflows = (log_prob(build(library, shape, **arguments), images) for library in LIBRARIES)
@@ -129,6 +130,21 @@ def test_data_come_back_from_the_latent_variable(library, shape, direction):
         restored, back = flow.forward_and_log_det(latents)
     assert torch.equal(restored, images)
     torch.testing.assert_close(there, -back)
+
+
+@in_both
+@in_any_dimension
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+def test_circular_flows_know_no_borders(library, shape, direction):
+    """Shifts by 2^levels pixels leave the density as it is, that of other flows not."""
+    fields, axes = random_images(3, shape) / 64 - 2, tuple(range(2, len(shape) + 1))
+    for levels, kernel_size in ((1, 2), (2, None)):
+        shifted = fields.roll([2**levels] * len(axes), axes)
+        for padding_mode, same in (("circular", True), ("zeros", False)):
+            options = dict(padding_mode=padding_mode, kernel_size=kernel_size, direction=direction, preprocessing=None)
+            flow = build(library, shape, levels, **options)
+            assert torch.allclose(flow.log_prob(fields), flow.log_prob(shifted)) == same
+            torch.testing.assert_close(flow.decode(flow.encode(fields)[0]), fields)
 
 
 @in_both
@@ -636,6 +652,16 @@ def replica(module: nn.Module) -> nn.Module:
         ({"corners": ()}, "corners must name"),
         ({"kernel_size": 0}, "kernel_size must be at least 1"),
         ({"diagonal": "none"}, "diagonal must be"),
+        ({"padding_mode": "reflect"}, 'padding_mode must be "zeros" or "circular", got \'reflect\''),
+        (
+            {"padding_mode": "circular", "corners": "TL"},
+            "corners must be left out with padding_mode=\"circular\", got 'TL'",
+        ),
+        ({"padding_mode": "circular", "dilation": 2}, 'dilation must be 1 with padding_mode="circular", got 2'),
+        (
+            {"padding_mode": "circular", "kernel_size": (3, 2)},
+            'at most the size of the last level with padding_mode="circular", 2 x 3, got 3 x 2',
+        ),
         ({"num_levels": 1}, "num_levels must be between 2 and 65536, got 1"),
         ({"num_levels": 32, "preprocessing": None}, 'num_levels needs preprocessing="images", got 32'),
         ({"preprocessing": "logit"}, "preprocessing must be \"images\" or None, got 'logit'"),

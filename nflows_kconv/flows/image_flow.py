@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nflows_kconv import checks, stencil
+from nflows_kconv import checks, functional, stencil
 from nflows_kconv.flows import images, steps
 from nflows_kconv.flows.images.dequantization import check_levels
 from nflows_kconv.flows.reversible import Chain
 from nflows_kconv.layer import InvertibleConv1d, InvertibleConv2d, InvertibleConv3d
+from nflows_kconv.periodic import PeriodicConv1d, PeriodicConv2d, PeriodicConv3d
 
 Corners = str | Sequence[str] | Sequence[Sequence[str]]
 Shape = tuple[int, ...]
@@ -25,6 +26,7 @@ Arguments = ParamSpec("Arguments")
 Flow = TypeVar("Flow")
 
 _LAYERS: dict[int, Any] = {1: InvertibleConv1d, 2: InvertibleConv2d, 3: InvertibleConv3d}
+_PERIODIC_LAYERS: dict[int, Any] = {1: PeriodicConv1d, 2: PeriodicConv2d, 3: PeriodicConv3d}
 _SIZES = {dimensions: ", ".join(axes) for dimensions, axes in stencil.AXES.items()}
 
 
@@ -50,6 +52,9 @@ class Architecture:
         dilation: See `InvertibleConv2d`.
         diagonal: See `InvertibleConv2d`.
         max_inverse_gain: See `InvertibleConv2d`.
+        padding_mode: "zeros"; or "circular" for data on a ring or a torus. The convolutions are then `PeriodicConv2d`,
+            without corners and dilation and with its `max_inverse_gain` unless another one is given, and the couplings'
+            networks have circular borders. Shifting data by multiples of 2^levels shifts their latent.
         direction: "forward" convolves from data to latent, and solves to sample; "inverse" the other way round, as in
             Inverse-Flow (Nagar, Varma 2025, arXiv 2410.14634).
         num_levels: Data hold whole numbers 0..num_levels - 1; 32 for images of 5 bits.
@@ -79,6 +84,7 @@ class Architecture:
     dilation: int | Sequence[int] = 1
     diagonal: Literal["unit", "learned"] = "unit"
     max_inverse_gain: float | None = None
+    padding_mode: Literal["zeros", "circular"] = "zeros"
     direction: Literal["forward", "inverse"] = "forward"
     num_levels: int = 256
     preprocessing: Literal["images"] | None = "images"
@@ -99,6 +105,10 @@ class Architecture:
             raise TypeError(f"reversible must be True or False, got {self.reversible!r}")
         if self.direction not in ("forward", "inverse"):
             raise ValueError(f'direction must be "forward" or "inverse", got {self.direction!r}')
+        if self.padding_mode not in ("zeros", "circular"):
+            raise ValueError(f'padding_mode must be "zeros" or "circular", got {self.padding_mode!r}')
+        if self.padding_mode == "circular" and self.kernel_size is not None:
+            self._check_circular(self.kernel_size)
         if self.preprocessing not in ("images", None):
             raise ValueError(f'preprocessing must be "images" or None, got {self.preprocessing!r}')
         if check_levels("num_levels", self.num_levels) != 256 and self.preprocessing is None:
@@ -110,6 +120,18 @@ class Architecture:
         if self.context_shape is not None:
             n = self.dimensions
             _check_shape("context_shape", self.context_shape, {1: "(E,)", n + 1: f"(E, {_SIZES[n]})"})
+
+    def _check_circular(self, kernel_size: int | Sequence[int]) -> None:
+        if self.corners is not None:
+            raise ValueError(f'corners must be left out with padding_mode="circular", got {self.corners!r}')
+        if set(functional.parse_dilation(self.dilation, self.dimensions)) != {1}:
+            raise ValueError(f'dilation must be 1 with padding_mode="circular", got {self.dilation!r}')
+        kernel, smallest = checks.per_axis("kernel_size", kernel_size, self.dimensions), self.level_shapes[-1][1:]
+        if any(length > size for length, size in zip(kernel, smallest, strict=True)):
+            raise ValueError(
+                'kernel_size must be at most the size of the last level with padding_mode="circular", '
+                f"{' x '.join(map(str, smallest))}, got {' x '.join(map(str, kernel))}"
+            )
 
     @property
     def dimensions(self) -> int:
@@ -145,20 +167,26 @@ class Architecture:
         for level, (channels, *_) in enumerate(self.level_shapes, start=1):
             modules: list[nn.Module] = [self._step(channels, context_channels) for _ in range(self.steps)]
             if level < self.levels:
-                modules.append(steps.learned_prior(channels, context_channels, self.dimensions))
+                modules.append(steps.learned_prior(channels, context_channels, self.dimensions, self.padding_mode))
             built.append(kind(modules))
         return built
 
     def _step(self, channels: int, context_channels: int) -> nn.Module:
-        layers: list[nn.Module] = []
-        if self.kernel_size is not None:
-            options = {name: getattr(self, name) for name in ("dilation", "diagonal", "max_inverse_gain")}
-            layers = convolutions(_LAYERS[self.dimensions], channels, self.kernel_size, self.corners, **options)
+        layers = [] if self.kernel_size is None else self._convolutions(channels, self.kernel_size)
         if self.direction == "inverse":
             layers = [steps.Inverse(layer) for layer in layers]
         rest = [steps.ActNorm(channels), steps.InvertibleConv1x1(channels)]
-        network = steps.coupling_network(channels, self.hidden_channels, context_channels, self.dimensions)
+        network = steps.coupling_network(
+            channels, self.hidden_channels, context_channels, self.dimensions, self.padding_mode
+        )
         return steps.Sequence([*layers, *rest, steps.AffineCoupling(network, context_channels)])
+
+    def _convolutions(self, channels: int, kernel_size: int | Sequence[int]) -> list[nn.Module]:
+        if self.padding_mode == "circular":
+            bound = {} if self.max_inverse_gain is None else {"max_inverse_gain": self.max_inverse_gain}
+            return [_PERIODIC_LAYERS[self.dimensions](channels, kernel_size, diagonal=self.diagonal, **bound)]
+        options = {name: getattr(self, name) for name in ("dilation", "diagonal", "max_inverse_gain")}
+        return convolutions(_LAYERS[self.dimensions], channels, kernel_size, self.corners, **options)
 
 
 Architecture.__init__.__qualname__ = "finc_flow"  # by which Python's errors call what takes an unknown argument

@@ -325,22 +325,25 @@ def _at_size_of(kept: Tensor, context: Tensor) -> Tensor:
 
 
 def coupling_network(
-    channels: int, hidden_channels: int, context_channels: int = 0, dimensions: int = 2
+    channels: int, hidden_channels: int, context_channels: int = 0, dimensions: int = 2, padding_mode: str = "zeros"
 ) -> nn.Sequential:
     """3x3 -> ReLU -> 1x1 -> ReLU -> 3x3 that starts at zero: the paper's network for a coupling of C channels."""
-    convolution = CONVOLUTIONS[dimensions]
+    convolution, borders = CONVOLUTIONS[dimensions], dict(padding=1, padding_mode=padding_mode)
     return nn.Sequential(
-        convolution(channels // 2 + context_channels, hidden_channels, 3, padding=1),
+        convolution(channels // 2 + context_channels, hidden_channels, 3, **borders),
         nn.ReLU(),
         convolution(hidden_channels, hidden_channels, 1),
         nn.ReLU(),
-        _zero(convolution(hidden_channels, channels, 3, padding=1)),
+        _zero(convolution(hidden_channels, channels, 3, **borders)),
     )
 
 
-def learned_prior(channels: int, context_channels: int = 0, dimensions: int = 2) -> AffineCoupling:
+def learned_prior(
+    channels: int, context_channels: int = 0, dimensions: int = 2, padding_mode: str = "zeros"
+) -> AffineCoupling:
     """The learned prior of a split: the last step before the first half of the C channels leaves as standard normal."""
-    network = _zero(CONVOLUTIONS[dimensions](channels // 2 + context_channels, channels, 3, padding=1))
+    seen = channels // 2 + context_channels
+    network = _zero(CONVOLUTIONS[dimensions](seen, channels, 3, padding=1, padding_mode=padding_mode))
     return AffineCoupling(network, context_channels)
 
 
