@@ -93,6 +93,15 @@ def test_bounded_inverse(run_here):
     assert "nothing is lost" in rows[4]
 
 
+@pytest.mark.usefixtures("one_thread")
+def test_lattice_field(run_here):
+    heading, *rows = run_here("lattice_field.py", "--steps", "3", "--seeds", "0").splitlines()
+    assert heading.endswith("effective sample size  mean of phi^2  seconds")
+    sizes = [float(row.split()[-3]) for row in rows]
+    assert len(sizes) == 2
+    assert all(0 < size <= 1 for size in sizes)
+
+
 def test_image_flow(run_here, tmp_path: Path):
     output = run_here("image_flow.py", "--steps", "3", "--output", str(tmp_path / "new" / "samples.png"))
     assert 1 < float(re.search(r"other photograph: (\S+) bits", output)[1]) < 16

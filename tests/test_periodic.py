@@ -164,6 +164,13 @@ def test_the_bound_is_reached():
     assert layer.solve(torch.ones(1, 1, 5, dtype=torch.float64)).flatten().tolist() == [pytest.approx(4)] * 5
 
 
+def test_groups_are_layers_of_their_own():
+    layer, alone = scattered(PeriodicConv2d(6, groups=3), 1.0), PeriodicConv2d(2)
+    for raw_weight, weight in zip(layer.raw_weight.chunk(3), layer.weight.chunk(3), strict=True):
+        alone.raw_weight.data = raw_weight.detach()
+        assert_close(alone.weight, weight)
+
+
 @over_cases
 def test_shifts_of_the_input_shift_the_output(case: Case):
     layer, input = case.layer().double(), case.input().double()
@@ -348,3 +355,9 @@ def test_every_library_has_the_layer(library: Any, dimensions: int):
         for actual, expected in zip(partial(run, module)(input, inverse), function(input), strict=True):
             assert torch.equal(actual, expected)
     assert torch.equal(module.convolve(input), core.convolve(input))
+
+
+def test_the_size_is_checked_where_the_shape_alone_counts():
+    small = torch.zeros(1, 4, 2, 5)
+    with pytest.raises(ValueError, match="at least as large as the kernel"):
+        nflows_kconv.distributions.PeriodicConv2d(4).log_abs_det_jacobian(small, small)
