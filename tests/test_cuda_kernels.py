@@ -151,12 +151,12 @@ def test_operators(case: Case, device: Device, operation: str, transpose: bool, 
         oracles.set_diagonal(broken, case.corners, torch.full((case.channels,), float("nan")))
         is_unit = diagonal == "unit"
         asked = asked._replace(unit_diagonal=is_unit, log_diagonal=None if is_unit else log_diagonal)
-    output = emulator.call(asked, device=device)
+    # With entries that do not count showing where they are read, and in any order of the threads.
+    output = emulator.call(asked._replace(other=broken), device=device, seed=order)
     assert_close(output, expected(operation, case, weight, transpose))
-    # In another order of the threads, and with entries that do not count showing where they are read.
-    again = emulator.call(asked._replace(other=broken), device=device, seed=order)
-    assert torch.equal(again, output)
-    assert again.stride() == torch.empty_like(asked.input).stride()
+    assert output.stride() == torch.empty_like(asked.input).stride()
+    if diagonal == "own":  # as it is in the first example
+        assert torch.equal(emulator.call(asked, device=device), output)
 
 
 @over_table
