@@ -16,8 +16,9 @@ help:
 demo: .venv/installed
 	$(BIN)/python examples/train_digits.py
 
+# A process gets neighbouring tests, which share what is set up; when it has none left, it takes some from another.
 test: .venv/installed
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 lint: .venv/installed
 	$(BIN)/ruff check
