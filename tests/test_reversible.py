@@ -246,12 +246,12 @@ def test_gradients_stay_right_where_inverses_explode(monkeypatch):
 def test_the_memory_is_independent_of_the_number_of_steps(library, direction):
     inputs = images(dtype=torch.float32)
     ordinary, peaks = {}, {}
-    for count in (16, 48):
+    for count in (16, 32):
         ordinary[count], peaks[count] = (
             peak_bytes(module, inputs, direction) for module in twins(library, count, torch.float32)
         )
-    assert ordinary[48] > 2.5 * ordinary[16]
-    assert peaks[48] < 1.1 * peaks[16] < 0.55 * ordinary[16]
+    assert ordinary[32] > 1.7 * ordinary[16]
+    assert peaks[32] < 1.1 * peaks[16] < 0.55 * ordinary[16]
 
 
 @pytest.mark.parametrize("library", ["nflows", "normflows"])
