@@ -214,7 +214,7 @@ def test_non_finite_values_stay_in_their_weights(case: Case, device: Device, whi
 
 # Constants that decide between branches of a kernel, and sizes that do not always divide others.
 BRANCHES = {
-    "solve_rows": ("BANDED", "CHUNKED", "PARTS", "TRANSPOSE", "BIAS", "TAU"),
+    "solve_rows": ("BANDED", "CHUNKED", "TRANSPOSE", "BIAS", "TAU"),
     "solve_channels": ("BANDED", "CHUNKED", "REPLICAS", "BIAS"),
     "convolution": ("IMAGES", "SPLITS", "PIXELS", "OUTPUTS", "BIAS", "TAU"),
     "weight_gradient_parts": ("PARTS", "SPLITS", "WIDTH_REMAINDER"),

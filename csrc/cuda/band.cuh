@@ -1,24 +1,26 @@
 // A band of rows on its way through shared memory: what the two wavefront solvers have in common.
 //
-// A thread block solves one band: ROWS rows of one image and group, one wavefront a step. Shared memory is indexed by
-// *time*: pixel (row, s) of the band is solved at time kLead + TAU row + s, so that what a step touches lies in one
-// column of
+// A thread block solves one band: ROWS rows of one image and group, one wavefront a step. Pixel (row, column) is solved
+// at time kLead + TAU row + column, and pixel (row, time) lies at row kRowSize + time kPitch of
 //
-//     solved[kHalo + ROWS][kTimes][kPitch]     x; the kHalo rows are the last ones of the band above, zero without one
-//     given[kGivenBuffers][ROWS][kTimes][kPitch]   y
+//     solved   x; the kHalo rows before the first are the last ones of the band above, zero without one
+//     given    y
 //
-// which hold STEPS times; the last kHistory times of x stay when the next STEPS come (chunk by chunk, y being copied
-// one chunk ahead). Nothing is proportional to the image. Channels are contiguous and padded to an odd number of
-// 16-byte vectors, and kTimes is odd: 16-byte reads of neighbouring rows at one time then fall into different banks.
+// Without chunks these are whole lines of kLine pixels, kLine = kRowSize / kPitch + TAU, with kGap columns of zeros
+// between them: a time is a column for each row. With chunks a line has kHistory + STEPS times; the last kHistory times
+// of x stay when the next STEPS come, y being copied one chunk ahead, and nothing is proportional to the image.
+// Channels are contiguous and padded to an odd number of 16-byte vectors, and kRowSize / kPitch is odd: 16-byte reads
+// of neighbouring rows at one time then fall into different banks.
 //
 // Bands of one image run concurrently, each a little behind the one above: a band publishes how many columns of its
 // last rows it has written to the scratch, and the band below waits for that. Blocks take their bands by ticket, so
 // that a block only ever waits for one that already runs.
 //
 // Constants beside those of arguments.cuh:
+//   GROUPS        of the image
 //   ROWS, STEPS   of a band and of a chunk; with several chunks STEPS >= kHistory
 //   CHUNKED       1 if there may be several chunks
-//   BANDED        1 if there are several bands; then ROWS >= kHalo
+//   BANDED        1 if there are several bands; then ROWS >= kHalo, and CHUNKED
 //   THREADS       in a block
 //   BIAS          1 if there is one to take off y
 // Arguments: offsets[0] = int counters: the ticket, then one of each band;
@@ -28,33 +30,35 @@
 #include "arguments.cuh"
 
 constexpr int kHalo = KERNEL_H - 1;
-constexpr int kHistory = TAU * kHalo + KERNEL_W - 1 - kRight;
+constexpr int kLeft = KERNEL_W - 1 - kRight;
+constexpr int kHistory = TAU * kHalo + kLeft;
 // Steps before the first row's first pixel, in which it meets what this pixel reads to the right in the band above.
 constexpr int kLead = BANDED ? kRight : 0;
-constexpr int kTimes = (kHistory + STEPS) | 1;
 constexpr int kVector = 16 / int(sizeof(Accumulator));
 constexpr int kVectors = ceil_div(CHANNELS, kVector);
 constexpr int kPitch = (kVectors | 1) * kVector;
+constexpr int kStretch = CHUNKED ? 4 : 8;  // so many steps at once may be solved, some of them after the last pixel
 constexpr int kGivenBuffers = CHUNKED ? 2 : 1;
-constexpr int kRowSize = kTimes * kPitch;
-constexpr int kSolvedSize = (kHalo + ROWS) * kRowSize;
-constexpr int kGivenSize = ROWS * kRowSize;
-// From a pixel of x to the same pixel of y, in the first buffer.
-constexpr int kGivenFromSolved = kSolvedSize - kHalo * kRowSize - kHistory * kPitch;
+constexpr int kWidth = STEPS - TAU * (ROWS - 1);  // of the image, without chunks
+constexpr int kLine =
+    CHUNKED ? (kHistory + STEPS) | 1 : TAU + ((kWidth + (kLeft > kRight ? kLeft : kRight + 1) - TAU) | 1);
+constexpr int kGap = CHUNKED ? 0 : kLine - kWidth;
+constexpr int kRowSize = (CHUNKED ? kLine : kLine - TAU) * kPitch;
+constexpr int kBefore = CHUNKED ? kHistory : kGap + TAU * kHalo;  // pixels of a line of x before time 0
+constexpr int kSolvedSize = ((kHalo + ROWS) * kLine + kGap) * kPitch;
+constexpr int kGivenLine = CHUNKED ? STEPS | 1 : kLine;
+constexpr int kGivenRowSize = (CHUNKED ? kGivenLine : kGivenLine - TAU) * kPitch;
+constexpr int kGivenSize = (ROWS * kGivenLine + kStretch) * kPitch;
+
+// Which band it is.
+struct Place {
+  int work;   // its number among all
+  int index;  // among those of its image
+  int image, group;
+};
+constexpr int kBandBytes = int(sizeof(Place)) + (kSolvedSize + kGivenBuffers * kGivenSize) * int(sizeof(Accumulator));
 
 using PixelVector = Vector<kVector>;
-
-// Which band it is. In shared memory: the registers are for the weights.
-struct Place {
-  ImageView<const SCALAR> input;
-  ImageView<SCALAR> output;
-  int work;       // number of the band among all
-  int index;      // among those of its image
-  int first_row;  // in the image
-  int group;
-};
-
-constexpr int kBandBytes = sizeof(Place) + (kSolvedSize + kGivenBuffers * kGivenSize) * int(sizeof(Accumulator));
 
 __device__ inline void synchronize() {
   if (THREADS == 32) {
@@ -66,120 +70,93 @@ __device__ inline void synchronize() {
 
 struct Band {
   const Arguments& arguments;
-  const Place& place;
   Accumulator* solved;
   Accumulator* given;
+  const Place* taken;
   int rows;  // that lie in the image
 
-  // Takes kBandBytes of shared memory. x is zero left of the image and above it, and so are padded channels.
-  __device__ Band(const Arguments& arguments, char* shared)
-      : arguments(arguments), place(*reinterpret_cast<const Place*>(shared)) {
+  // Takes kBandBytes of shared memory. x is zero outside the image, and, for who reads them, so are the padded channels
+  // and y.
+  __device__ Band(const Arguments& arguments, char* shared, bool reads_padding) : arguments(arguments) {
+    if (BANDED && threadIdx.x == 0) *reinterpret_cast<Place*>(shared) = place_of(atomicAdd(counters(), 1));
+    taken = reinterpret_cast<const Place*>(shared);
     solved = reinterpret_cast<Accumulator*>(shared + sizeof(Place));
     given = solved + kSolvedSize;
-    if (threadIdx.x == 0) {
-      Place& own = *reinterpret_cast<Place*>(shared);
-      own.work = BANDED ? atomicAdd(counters(), 1) : blockIdx.x;
-      const int problems = arguments.batch * arguments.groups;
-      const int problem = own.work % problems, image = problem / arguments.groups;
-      own.index = own.work / problems;
-      own.first_row = own.index * ROWS;
-      own.group = problem % arguments.groups;
-      own.input =
-          image_view(static_cast<const SCALAR*>(arguments.first), arguments.first_strides, arguments, image, own.group);
-      own.output =
-          image_view(static_cast<SCALAR*>(arguments.output), arguments.output_strides, arguments, image, own.group);
-    }
-    const PixelVector zero = {};
-    PixelVector* vectors = reinterpret_cast<PixelVector*>(solved);
-    for (int i = threadIdx.x; i < (kSolvedSize + kGivenBuffers * kGivenSize) / kVector; i += THREADS) vectors[i] = zero;
-    __syncthreads();
-    rows = min(ROWS, arguments.height - place.first_row);
+    const int zeros = (kSolvedSize + (reads_padding ? kGivenBuffers * kGivenSize : 0)) / kVector;
+    for (int i = threadIdx.x; i < zeros; i += THREADS) reinterpret_cast<PixelVector*>(solved)[i] = {};
+    if (BANDED || reads_padding) __syncthreads();
+    rows = BANDED ? min(ROWS, arguments.height - place().index * ROWS) : ROWS;
   }
 
-  // Where pixel (row, time) lies; row counts from -kHalo, time from -kHistory within the chunk.
+  // With bands from shared memory each time: what follows from it would take registers, which are for the weights.
+  __device__ Place place() const { return BANDED ? *taken : place_of(blockIdx.x); }
+
+  // Where pixel (row, time) lies; row counts from -kHalo, time from -kHistory and within the chunk.
   __device__ Accumulator* solved_at(int row, int time) const {
-    return solved + (row + kHalo) * kRowSize + (time + kHistory) * kPitch;
+    return solved + (row + kHalo) * kRowSize + (time + kBefore) * kPitch;
   }
   __device__ Accumulator* given_at(int chunk, int row, int time) const {
-    return given + (kGivenBuffers == 2 ? chunk % 2 : 0) * kGivenSize + row * kRowSize + time * kPitch;
+    return given + chunk % kGivenBuffers * kGivenSize + row * kGivenRowSize + time * kPitch;
   }
 
   // Starts to copy a chunk of y.
   __device__ void fetch(int chunk) const {
-    const ImageView<const SCALAR> input = place.input;
-    for_each_pixel(chunk, [&](int row, int time, int column, int first_channel) {
-      Accumulator* to = given_at(chunk, row, time);
-      const SCALAR* from = input.data + (place.first_row + row) * input.row + column * input.column;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int channel = first_channel + i;
-        if (channel < CHANNELS) copy(to + channel, from + channel * input.channel);
-      }
-    });
+    for_each_value<kGivenLine>(given_at(chunk, 0, 0), input(), chunk,
+                               [](Accumulator* to, const SCALAR* from, int) { copy_to_shared(to, from); });
   }
 
   // Takes the bias off a chunk of y that has arrived. A thread takes it off what it has copied itself, so that no
   // barrier is needed.
   __device__ void subtract_bias(int chunk) const {
-    for_each_pixel(chunk, [&](int row, int time, int, int first_channel) {
-      Accumulator* values = given_at(chunk, row, time);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int channel = first_channel + i;
-        if (channel < CHANNELS) values[channel] -= bias_of(arguments, place.group, channel);
-      }
-    });
+    for_each_value<kGivenLine>(
+        given_at(chunk, 0, 0), input(), chunk,
+        [&](Accumulator* value, const SCALAR*, int channel) { *value -= bias_of(arguments, place().group, channel); });
   }
 
   // Waits for the band above, then copies what this chunk reads of its last rows.
   __device__ void fetch_halo(int chunk) const {
-    if (place.index == 0) return;
-    const int above = place.work - arguments.batch * arguments.groups;
+    if (place().index == 0) return;
+    const int above = place().work - arguments.batch * GROUPS;
     constexpr int before = TAU * kHalo - kLead;  // times from column 0 of the first row to time 0
     const int needed = min(arguments.width, (chunk + 1) * STEPS + before);
     if (threadIdx.x == 0) {
-      while (load_acquire(counters() + 1 + above) < needed) {
+      const int* columns = counters() + 1 + above;
+      while (load_relaxed(columns) < needed) {
       }
+      load_acquire(columns);
     }
     __syncthreads();
-    constexpr int times = STEPS + before;
-    for (int i = threadIdx.x; i < kHalo * CHANNELS * times; i += THREADS) {
-      const int time = i % times - before, channel = i / times % CHANNELS, row = i / (times * CHANNELS) - kHalo;
-      const int column = chunk * STEPS + time - TAU * row - kLead;
-      if (column < 0 || (!kRight && column >= arguments.width) || (chunk > 0 && time < 0)) continue;
-      const bool inside = !kRight || column < arguments.width;
-      solved_at(row, time)[channel] = inside ? *last_rows(above, row + kHalo, channel, column) : 0;
-    }
+    for_each_of_last_rows<before>(above, -kHalo, chunk, [](Accumulator* to, const Accumulator* from, bool inside) {
+      if (inside || kRight) *to = inside ? *from : 0;
+    });
   }
 
-  // Writes a chunk of x, and publishes it for the band below.
+  // Publishes a chunk of the last rows for the band below.
+  __device__ void publish(int chunk) const {
+    for_each_of_last_rows<0>(place().work, ROWS - kHalo, chunk,
+                             [](const Accumulator* from, Accumulator* to, bool inside) {
+                               if (inside) *to = *from;
+                             });
+    __syncthreads();
+    const int columns = min(arguments.width, (chunk + 1) * STEPS - TAU * (ROWS - 1) - kLead);
+    if (threadIdx.x < 32)
+      store_release(counters() + 1 + place().work, columns);  // a whole warp, which need not diverge
+  }
+
+  // Writes a chunk of x.
   __device__ void write(int chunk) const {
-    const ImageView<SCALAR> output = place.output;
-    for_each_pixel(chunk, [&](int row, int time, int column, int first_channel) {
-      const Accumulator* from = solved_at(row, time);
-      SCALAR* to = output.data + (place.first_row + row) * output.row + column * output.column;
-      const int halo_row = row - (ROWS - kHalo);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int channel = first_channel + i;
-        if (channel >= CHANNELS) continue;
-        store(to + channel * output.channel, from[channel]);
-        if (BANDED && halo_row >= 0) *last_rows(place.work, halo_row, channel, column) = from[channel];
-      }
-    });
-    if (BANDED) {
-      __threadfence();
-      __syncthreads();
-      const int columns = min(arguments.width, (chunk + 1) * STEPS - TAU * (ROWS - 1) - kLead);
-      if (threadIdx.x == 0) store_release(counters() + 1 + place.work, columns);
-    }
+    for_each_value<kLine>(solved_at(0, 0), output(), chunk,
+                          [](const Accumulator* from, SCALAR* to, int) { store(to, *from); });
   }
 
   // Moves the last times of x to where the next chunk looks for them.
   __device__ void keep_history() const {
-    for (int i = threadIdx.x; i < (kHalo + ROWS) * kPitch; i += THREADS) {
-      Accumulator* values = solved + i / kPitch * kRowSize + i % kPitch;
-      for (int time = 0; time < kHistory; ++time) values[time * kPitch] = values[(STEPS + time) * kPitch];
+    for (int i = threadIdx.x; i < (kHalo + ROWS) * kVectors; i += THREADS) {
+      PixelVector* line = reinterpret_cast<PixelVector*>(solved + i / kVectors * kRowSize) + i % kVectors;
+#pragma unroll
+      for (int time = 0; time < kHistory; ++time) {
+        line[time * kPitch / kVector] = line[(STEPS + time) * kPitch / kVector];
+      }
     }
   }
 
@@ -187,9 +164,9 @@ struct Band {
   // chunk of y must have been fetched.
   template <typename Solve>
   __device__ void run(Solve&& solve) const {
-    const int times = kLead + TAU * (rows - 1) + arguments.width;
+    const int times = CHUNKED ? kLead + TAU * (rows - 1) + arguments.width : STEPS;
     for (int chunk = 0; chunk * STEPS < times; ++chunk) {
-      const bool last = !CHUNKED || (chunk + 1) * STEPS >= times;
+      const bool last = (chunk + 1) * STEPS >= times;
       wait_for_copies();
       if (BIAS) subtract_bias(chunk);
       synchronize();
@@ -199,40 +176,81 @@ struct Band {
       }
       if (!last) fetch(chunk + 1);
       solve(chunk, min(STEPS, times - chunk * STEPS));
+      if (BANDED) publish(chunk);
       write(chunk);
       if (!last) keep_history();
     }
   }
 
  private:
-  // Calls move(row, time, column, first channel) for every pixel of a chunk, four channels at a time, with neighbouring
-  // columns on neighbouring threads.
-  template <typename Move>
-  __device__ void for_each_pixel(int chunk, Move&& move) const {
-    // Without chunks the width is known here, and no thread meets a time outside the image.
-    constexpr int span = CHUNKED ? STEPS : STEPS - TAU * (ROWS - 1) - kLead;
-    constexpr int lines_at_once = THREADS >= span ? THREADS / span : 1;
-    const int first_line = THREADS >= span ? threadIdx.x / span : 0;
-    const int first = THREADS >= span ? threadIdx.x % span : threadIdx.x;
-    if (first_line >= lines_at_once) return;
-    for (int line = first_line; line < (CHANNELS + 3) / 4 * ROWS; line += lines_at_once) {
-      const int row = line % ROWS, first_channel = line / ROWS * 4;
-      if (row >= rows) continue;
-      for (int at = first; at < span; at += THREADS) {
-        const int from = kLead + TAU * row;  // the time of its first pixel
-        const int time = CHUNKED ? at : at + from, column = CHUNKED ? chunk * STEPS + at - from : at;
-        if (column >= 0 && column < arguments.width) move(row, time, column, first_channel);
+  __device__ Place place_of(int work) const {
+    const int problems = arguments.batch * GROUPS, problem = BANDED ? work % problems : work;
+    return {work, BANDED ? work / problems : 0, problem / GROUPS, problem % GROUPS};
+  }
+
+  // Calls move(value in shared memory, value in the image, channel) for every value of a chunk: a thread
+  // walks down the band at one time, or one column without chunks, and neighbouring threads have neighbouring ones.
+  template <int LINE, typename T, typename Move>
+  __device__ void for_each_value(Accumulator* pixels, const ImageView<T>& view, int chunk, Move&& move) const {
+    constexpr int span = CHUNKED ? STEPS : kWidth, slope = CHUNKED ? TAU : 0;
+    // As many threads share the channels of a pixel as leave none idle.
+    constexpr int shares = THREADS >= span * kVectors ? kVectors : 1, each = ceil_div(CHANNELS, shares);
+    constexpr int rows_at_once = THREADS >= span * shares ? THREADS / (span * shares) : 1;
+    const int share = threadIdx.x / span % shares, own_row = threadIdx.x / (span * shares);
+    const int first_channel = share * each;
+    if (own_row >= rows_at_once) return;
+    // Rows with a pixel of the chunk in the image.
+    const int first = CHUNKED ? max(0, (chunk * STEPS - kLead - arguments.width + TAU) / TAU) : 0;
+    const int last = CHUNKED ? min(rows - 1, ((chunk + 1) * STEPS - 1 - kLead) / TAU) : ROWS - 1;
+    const long long down = rows_at_once * (view.row - slope * view.column);
+#pragma unroll 1
+    for (int at = threadIdx.x % span; at < span; at += THREADS) {
+      int row = first + own_row;
+      int column = CHUNKED ? chunk * STEPS + at - kLead - slope * row : at;
+      Accumulator* pixel = pixels + (row * LINE + at) * kPitch + first_channel;
+      T* value =
+          view.data + (place().index * ROWS + row) * view.row + column * view.column + first_channel * view.channel;
+#pragma unroll 1
+      for (; row <= last; row += rows_at_once) {
+        if (!CHUNKED || (unsigned)column < (unsigned)arguments.width) {
+          T* next = value;
+#pragma unroll
+          for (int i = 0; i < each; ++i) {
+            if (shares * each == CHANNELS || first_channel + i < CHANNELS) {
+              move(pixel + i, next, first_channel + i);
+            }
+            next += view.channel;
+          }
+        }
+        pixel += rows_at_once * LINE * kPitch;
+        value += down;
+        column -= rows_at_once * slope;
       }
     }
   }
-  __device__ static void copy(Accumulator* to, const Accumulator* from) { copy_async(to, from); }
-  template <typename T>
-  __device__ static void copy(Accumulator* to, const T* from) {
-    *to = load(from);
+
+  __device__ ImageView<const SCALAR> input() const {
+    return image_view(static_cast<const SCALAR*>(arguments.first), arguments.first_strides, arguments, place().image,
+                      place().group);
+  }
+  __device__ ImageView<SCALAR> output() const {
+    return image_view(static_cast<SCALAR*>(arguments.output), arguments.output_strides, arguments, place().image,
+                      place().group);
   }
   __device__ int* counters() const { return reinterpret_cast<int*>(arguments.scratch + arguments.offsets[0]); }
-  __device__ Accumulator* last_rows(int band, int row, int channel, int column) const {
-    Accumulator* rows_of_bands = reinterpret_cast<Accumulator*>(arguments.scratch + arguments.offsets[1]);
-    return rows_of_bands + (((long long)band * kHalo + row) * CHANNELS + channel) * arguments.width + column;
+
+  // Calls move(value in shared memory, value in the scratch, whether it is in the image) for the kHalo rows of a chunk
+  // from `first` on, the last ones of a band, and before the first chunk for BEFORE times.
+  template <int BEFORE, typename Move>
+  __device__ void for_each_of_last_rows(int band, int first, int chunk, Move&& move) const {
+    Accumulator* last_rows = reinterpret_cast<Accumulator*>(arguments.scratch + arguments.offsets[1]);
+    constexpr int times = STEPS + BEFORE;
+    for (int i = threadIdx.x; i < kHalo * CHANNELS * times; i += THREADS) {
+      const int time = i % times - BEFORE, line = i / times, channel = line % CHANNELS, row = line / CHANNELS;
+      const int column = chunk * STEPS + time - TAU * (first + row) - kLead;
+      Accumulator* value = last_rows + ((long long)band * kHalo * CHANNELS + line) * arguments.width + column;
+      if (column >= 0 && (chunk == 0 || time >= 0))
+        move(solved_at(first + row, time) + channel, value, column < arguments.width);
+    }
   }
 };

@@ -39,7 +39,14 @@ __device__ inline void wait_for_copies() {
 #endif
 }
 
-// A counter in global memory that orders what one thread block wrote before what another reads.
+// A counter in global memory by which thread blocks wait for each other.
+__device__ inline int load_relaxed(const int* address) {
+  int value;
+  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+  return value;
+}
+
+// These order what one block wrote before what another reads; a load empties the L1 cache.
 __device__ inline int load_acquire(const int* address) {
   int value;
   asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");

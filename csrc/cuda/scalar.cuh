@@ -36,4 +36,24 @@ struct alignas(COUNT * sizeof(Accumulator)) Vector {
   Accumulator values[COUNT];
 };
 
+// Loads consecutive values; COUNT is a multiple of WIDTH, to whose size the address is aligned.
+template <int WIDTH, int COUNT>
+__device__ inline void load_vectors(Accumulator (&values)[COUNT], const Accumulator* shared) {
+  static_assert(COUNT % WIDTH == 0, "whole vectors only");
+#pragma unroll
+  for (int first = 0; first < COUNT; first += WIDTH) {
+    const Vector<WIDTH> vector = *reinterpret_cast<const Vector<WIDTH>*>(shared + first);
+#pragma unroll
+    for (int j = 0; j < WIDTH; ++j) values[first + j] = vector.values[j];
+  }
+}
+
+// In the background where no conversion is needed: wait_for_copies() and a barrier before anyone reads it.
+template <typename T>
+__device__ inline void copy_to_shared(T* shared, const T* global) {
+  copy_async(shared, global);
+}
+__device__ inline void copy_to_shared(float* shared, const Half* global) { *shared = load(global); }
+__device__ inline void copy_to_shared(float* shared, const BFloat16* global) { *shared = load(global); }
+
 __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }

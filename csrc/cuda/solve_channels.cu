@@ -28,22 +28,21 @@ constexpr unsigned kWarp = 0xffffffffu;
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     solve_channels(const __grid_constant__ Arguments arguments) {
   extern __shared__ __align__(16) char shared_memory[];
-  const Band band(arguments, shared_memory);
+  const Band band(arguments, shared_memory, CHANNELS % kVector != 0);
   band.fetch(0);
 
   const int replica = threadIdx.x / (THREADS / REPLICAS);
   const int in_replica = threadIdx.x % (THREADS / REPLICAS);
   const int slice = in_replica % SLICES, first_output = in_replica / SLICES * 4;
   Accumulator weights[VECTORS_EACH][kVector][4];
-  int offsets[VECTORS_EACH];  // of what is read, from the pixel to solve, in bytes
+  int offsets[VECTORS_EACH];  // of what is read, from the pixel to solve or its y, in bytes
   const Accumulator* premultiplied = reinterpret_cast<const Accumulator*>(arguments.scratch + arguments.offsets[2]) +
-                                     (long long)band.place.group * kTaps * CHANNELS * PADDED;
+                                     (long long)band.place().group * kTaps * CHANNELS * PADDED;
 #pragma unroll
   for (int i = 0; i < VECTORS_EACH; ++i) {
     const int read = i * SLICES + slice, lag = read / kVectors, first_input = read % kVectors * kVector;
     const int a = lag / KERNEL_W, b = lag % KERNEL_W;
-    offsets[i] =
-        (first_input + (lag == 0 ? kGivenFromSolved : -a * kRowSize - (a + b) * kPitch)) * int(sizeof(Accumulator));
+    offsets[i] = (first_input - a * kRowSize - (a + b) * kPitch) * int(sizeof(Accumulator));
 #pragma unroll
     for (int j = 0; j < kVector; ++j) {
       const Accumulator* from = premultiplied + (lag * CHANNELS + first_input + j) * PADDED + first_output;
@@ -59,19 +58,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   const bool writes = slice % (SLICES / 4) == 0 && output < CHANNELS;
 
   band.run([&](int chunk, int steps) {
-    const int given_buffer = kGivenBuffers == 2 ? chunk % 2 * kGivenSize * int(sizeof(Accumulator)) : 0;
     for (int time = 0; time < steps; ++time) {
       const int diagonal = chunk * STEPS + time;
       const int last_row = min(band.rows - 1, diagonal);
       for (int row = max(0, diagonal - arguments.width + 1) + replica; row <= last_row; row += REPLICAS) {
         Accumulator* pixel = band.solved_at(row, time);
+        const Accumulator* given_pixel = band.given_at(chunk, row, time);
         Accumulator sums[4] = {};
 #pragma unroll
         for (int i = 0; i < VECTORS_EACH; ++i) {
           const int read = i * SLICES + slice;
           if ((i + 1) * SLICES > kReads && read >= kReads) continue;
           const bool given = i * SLICES < kVectors && read < kVectors;
-          const char* from = reinterpret_cast<const char*>(pixel) + offsets[i] + (given ? given_buffer : 0);
+          const char* from = reinterpret_cast<const char*>(given ? given_pixel : pixel) + offsets[i];
           const PixelVector vector = *reinterpret_cast<const PixelVector*>(from);
 #pragma unroll
           for (int j = 0; j < kVector; ++j) {

@@ -7,26 +7,6 @@ __device__ constexpr int clamp(int value, int least, int most) {
   return value < least ? least : value > most ? most : value;
 }
 
-// Loads consecutive values; COUNT is a multiple of WIDTH, to whose size the address is aligned.
-template <int WIDTH, int COUNT>
-__device__ inline void load_vectors(Accumulator (&values)[COUNT], const Accumulator* shared) {
-  static_assert(COUNT % WIDTH == 0, "whole vectors only");
-#pragma unroll
-  for (int first = 0; first < COUNT; first += WIDTH) {
-    const Vector<WIDTH> vector = *reinterpret_cast<const Vector<WIDTH>*>(shared + first);
-#pragma unroll
-    for (int j = 0; j < WIDTH; ++j) values[first + j] = vector.values[j];
-  }
-}
-
-// In the background where no conversion is needed: wait_for_copies() and a barrier before anyone reads it.
-template <typename T>
-__device__ inline void copy_to_shared(T* shared, const T* global) {
-  copy_async(shared, global);
-}
-__device__ inline void copy_to_shared(float* shared, const Half* global) { *shared = load(global); }
-__device__ inline void copy_to_shared(float* shared, const BFloat16* global) { *shared = load(global); }
-
 // Copies channels x images x rows x columns of one group, starting anywhere, into tile[channel * CHANNEL_PITCH +
 // (image * ROW_COUNT + row) * ROW_PITCH + column]. A thread keeps its pixel and walks the channels, so that an address
 // is computed once a pixel; neighbouring threads take neighbouring columns.

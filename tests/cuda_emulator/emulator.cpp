@@ -457,7 +457,7 @@ void poll() {
 
 void progress() { run->block->idle_rounds = 0; }
 
-int acquire(const int* address) {
+int acquire(const int* address, bool learns) {
   poll();
   const std::vector<Release>& releases = run->releases[address];
   if (releases.empty()) return *address;
@@ -465,7 +465,7 @@ int acquire(const int* address) {
   size_t& seen = run->block->seen[address];
   const Release& release = releases[seen];
   if (seen + 1 < releases.size()) seen++;
-  learn(run->fiber->knowledge, release.knowledge);
+  if (learns) learn(run->fiber->knowledge, release.knowledge);
   return release.value;
 }
 

@@ -43,8 +43,8 @@ int wait(Barrier barrier, bool predicate, int line);
 void poll();
 // Tells that memory which others may wait for has changed.
 void progress();
-// Of counters by which blocks wait for each other.
-int acquire(const int* address);
+// Of counters by which blocks wait for each other; `learns` what was known where the value comes from.
+int acquire(const int* address, bool learns = true);
 void release(int* address, int value);
 // Copies now or at complete_copies, as the hardware may.
 void copy_later(void* target, const void* source, int size);

@@ -35,6 +35,8 @@ inline void copy_async(T* shared, const T* global) {
 
 inline void wait_for_copies() { emulator::complete_copies(); }
 
+inline int load_relaxed(const int* address) { return emulator::acquire(address, false); }
+
 inline int load_acquire(const int* address) { return emulator::acquire(address); }
 
 inline void store_release(int* address, int value) { emulator::release(address, value); }

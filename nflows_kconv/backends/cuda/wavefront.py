@@ -12,39 +12,39 @@ _ROW_WEIGHTS = 112
 _CHANNEL_WEIGHTS = 144
 _ROW_CHANNELS = 16
 _OTHER_REGISTERS = 36  # and 20 words of the type of the sums
+_BANDED_REGISTERS = 40  # more where an image has several bands of rows, whose addresses are no constants of the block
 _REGISTERS = 65536
 
-# Steps whose y is copied into shared memory at a time, the best first: all, or chunks that leave room for other blocks.
-_WHOLE = 32
-_CHUNKS = (16, 8)
+# Steps whose y is copied into shared memory at a time where an image does not fit, the best first; multiples of 4.
+_CHUNKS = (32, 16, 12, 8)
 
-# Rows of a band where several bands of an image should run at once, because the device has room for them.
-_NARROW_BAND = 32
+# Rows of a band in each kernel where several bands should run at once, because the device has room for them. With few
+# channels a step takes as long for more rows, and waiting for the band above longer.
+_ROW_BAND, _CHANNEL_BAND = 128, 32
 
-_PLACE_BYTES = 80  # sizeof(Place) in band.cuh
+_PLACE_BYTES = 16  # sizeof(Place) of band.cuh
 _RESERVED_SHARED_MEMORY = 1024  # that a thread block takes beside its own
 
 
 def plan_rows(problem: Problem, device: Device) -> Plan | None:
-    """solve_rows.cu: one thread a row and block of output channels. None where its weights do not fit registers."""
+    """solve_rows.cu: one thread a row and output channel. None where its weights do not fit registers."""
     words = problem.accumulator_bytes // 4
     column = problem.taps[0] * problem.taps[1] * problem.channels * words  # registers an output
     if column > _ROW_WEIGHTS or problem.channels > _ROW_CHANNELS:
         return None
-    # As many parts as registers ask for, and more where lanes of a warp would be idle.
-    parts = max(ceil_div(problem.channels, _ROW_WEIGHTS // column), 32 // problem.shape[2])
-    parts = min(parts, problem.channels)
-    outputs = ceil_div(problem.channels, parts)
-    parts = ceil_div(problem.channels, outputs)
-    most_threads = _most_threads(column * outputs, problem)
-    rows = _narrowed(min(problem.shape[2], most_threads // parts), problem.typical, device)
-    band = _fitted_band(problem.typical, device, rows, _premultiplied_bytes(problem))
+    most_threads = _most_threads(column, problem)
+    rows = problem.shape[2]
+    if rows > most_threads // problem.channels:
+        rows = _most_threads(column + _BANDED_REGISTERS, problem) // problem.channels
+    rows = _narrowed(rows, _ROW_BAND, problem.typical, device)
+    most_blocks = max(1, most_threads // _row_threads(problem, rows))
+    band = _fitted_band(problem.typical, device, rows, _premultiplied_bytes(problem), most_blocks)
     if band is None:
         return None
-    threads = 32 * ceil_div(band.rows * parts, 32)
+    threads = _row_threads(problem, band.rows)
     blocks = max(1, min(ceil_div(band.count, device.multiprocessors), most_threads // threads))
     band = replace(band, problem=problem)
-    constants = band.constants | {"THREADS": threads, "OUTPUTS": outputs, "PARTS": parts, "BLOCKS": blocks}
+    constants = band.constants | {"THREADS": threads, "BLOCKS": blocks}
     launch = Launch(
         kernel(problem, "solve_rows.cu", "solve_rows", **constants),
         (band.count, 1, 1),
@@ -72,7 +72,9 @@ def plan_channels(problem: Problem, device: Device) -> Plan | None:
     if best is None:
         return None
     _, slices, each, threads = best
-    band = _fitted_band(problem.typical, device, _narrowed(problem.shape[2], problem.typical, device), 0)
+    most_blocks = _most_threads(16 * each, problem) // threads
+    rows = _narrowed(problem.shape[2], _CHANNEL_BAND, problem.typical, device)
+    band = _fitted_band(problem.typical, device, rows, 0, most_blocks)
     if band is None or problem.channels**2 * problem.accumulator_bytes > device.shared_memory:
         return None
     # Replicas in blocks of their own do as much, and leave no multiprocessor waiting for the last blocks.
@@ -131,8 +133,9 @@ class _Band:
 
     @property
     def constants(self) -> dict[str, int | str]:
-        chunked = self.steps < _times(self.problem, self.rows)
+        chunked = self._bands > 1 or self.steps < _times(self.problem)
         return {
+            "GROUPS": len(self.problem.stencils),
             "ROWS": self.rows,
             "STEPS": self.steps,
             "CHUNKED": int(chunked),
@@ -167,23 +170,31 @@ class _Band:
         return ceil_div(self.problem.shape[2], self.rows)
 
 
-def _fitted_band(problem: Problem, device: Device, rows: int, more_shared: int) -> _Band | None:
-    """The band of at most `rows` rows that fits shared memory beside `more_shared` bytes; None where none does."""
-    halo, height = problem.taps[0] - 1, problem.shape[2]
-    history = problem.tau * halo + problem.taps[1] - 1 - problem.right
+def _fitted_band(problem: Problem, device: Device, rows: int, more_shared: int, most_blocks: int) -> _Band | None:
+    """The band of at most `rows` rows that fits shared memory beside `more_shared` bytes; None where none does.
+
+    If possible so that as many blocks as there are, `most_blocks` at most, share a multiprocessor.
+    """
+    halo, height, width = problem.taps[0] - 1, *problem.shape[2:]
+    left, right, tau = problem.taps[1] - 1 - problem.right, problem.right, problem.tau
+    history = tau * halo + left
+    chunks = [4 * ceil_div(max(steps, history), 4) for steps in _CHUNKS]
     if rows > 0:
         rows = ceil_div(height, ceil_div(height, rows))  # of equal height
     while rows > 0 and (rows == height or rows >= halo):
-        all_steps = _times(problem, rows)
-        chunks = [chunk for chunk in (max(chunk, history) for chunk in _CHUNKS) if chunk < all_steps]
+        # Pixels in shared memory, see band.cuh, by steps.
+        pixels = {steps: (halo + rows) * (history + steps | 1) + 2 * (rows * (steps | 1) + 4) for steps in chunks}
+        if rows == height:
+            line = tau + (width + (left if left > right else right + 1) - tau | 1)
+            whole = {_times(problem): (halo + 2 * rows) * line + line - width + 8}
+            pixels = whole | {steps: count for steps, count in pixels.items() if steps < _times(problem)}
         fitting = None
-        for steps in [all_steps, *chunks] if all_steps <= _WHOLE or not chunks else chunks:
-            buffers = 1 if steps == all_steps else 2
-            shared = (halo + rows + buffers * rows) * ((history + steps) | 1) * _pixel_bytes(problem) + _PLACE_BYTES
-            if shared + more_shared > device.shared_memory:
+        for steps, count in pixels.items():
+            shared = count * _pixel_bytes(problem) + _PLACE_BYTES + more_shared
+            if shared > device.shared_memory:
                 continue
-            fitting = _Band(problem, rows, steps, shared + more_shared)
-            if fitting.most_resident(device) * device.multiprocessors >= fitting.count:
+            fitting = _Band(problem, rows, steps, shared)
+            if fitting.most_resident(device) >= min(ceil_div(fitting.count, device.multiprocessors), most_blocks):
                 break  # all at once: a second round for the last few would take as long as the first
         if fitting is not None:
             return fitting
@@ -191,17 +202,16 @@ def _fitted_band(problem: Problem, device: Device, rows: int, more_shared: int) 
     return None
 
 
-def _times(problem: Problem, rows: int) -> int:
-    """Steps of a band, with kLead of band.cuh."""
-    lead = problem.right if rows < problem.shape[2] else 0
-    return lead + problem.tau * (rows - 1) + problem.shape[3]
+def _times(problem: Problem) -> int:
+    """Steps of a whole image."""
+    return problem.tau * (problem.shape[2] - 1) + problem.shape[3]
 
 
-def _narrowed(rows: int, problem: Problem, device: Device) -> int:
-    """Rows of a band, fewer where the device would otherwise have multiprocessors without one."""
+def _narrowed(rows: int, least: int, problem: Problem, device: Device) -> int:
+    """Rows of a band, fewer but `least` where the device would otherwise have multiprocessors without one."""
     problems = problem.shape[0] * len(problem.stencils)
-    while rows > _NARROW_BAND and problems * ceil_div(problem.shape[2], rows) < device.multiprocessors:
-        rows = max(_NARROW_BAND, ceil_div(rows, 2))
+    while rows > least and problems * ceil_div(problem.shape[2], rows) < device.multiprocessors:
+        rows = max(least, ceil_div(rows, 2))
     return rows
 
 
@@ -209,6 +219,10 @@ def _most_threads(weight_registers: int, problem: Problem) -> int:
     """Threads a block may have with this many registers of weights each, a multiple of 128 as registers are given."""
     registers = weight_registers + _OTHER_REGISTERS + 20 * problem.accumulator_bytes // 4
     return min(1024, _REGISTERS // registers // 128 * 128)
+
+
+def _row_threads(problem: Problem, rows: int) -> int:
+    return 32 * ceil_div(rows * problem.channels, 32)
 
 
 def _premultiplied_bytes(problem: Problem) -> int:
