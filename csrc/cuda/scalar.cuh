@@ -30,6 +30,15 @@ __device__ inline void store(double* address, double value) { *address = value; 
 __device__ inline void store(Half* address, float value) { address->bits = float_to_half(value); }
 __device__ inline void store(BFloat16* address, float value) { address->bits = float_to_bfloat16(value); }
 
+// Copies an element in the background where no conversion is needed: wait_for_copies() and a barrier before anyone
+// reads it.
+template <typename T>
+__device__ inline void copy_to_shared(T* shared, const T* global) {
+  copy_async(shared, global);
+}
+__device__ inline void copy_to_shared(float* shared, const Half* global) { *shared = load(global); }
+__device__ inline void copy_to_shared(float* shared, const BFloat16* global) { *shared = load(global); }
+
 // Several consecutive values that are read and written at once.
 template <int COUNT>
 struct alignas(COUNT * sizeof(Accumulator)) Vector {
