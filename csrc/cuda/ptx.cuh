@@ -56,3 +56,12 @@ __device__ inline int load_acquire(const int* address) {
 __device__ inline void store_release(int* address, int value) {
   asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
 }
+
+// The same address, which the compiler keeps in a register: it takes that of shared memory from a special register at
+// each use otherwise.
+template <typename T>
+__device__ inline T* kept(T* shared) {
+  unsigned address = (unsigned)__cvta_generic_to_shared(shared);
+  asm("" : "+r"(address));
+  return static_cast<T*>(__cvta_shared_to_generic(address));
+}

@@ -57,12 +57,4 @@ __device__ inline void load_vectors(Accumulator (&values)[COUNT], const Accumula
   }
 }
 
-// In the background where no conversion is needed: wait_for_copies() and a barrier before anyone reads it.
-template <typename T>
-__device__ inline void copy_to_shared(T* shared, const T* global) {
-  copy_async(shared, global);
-}
-__device__ inline void copy_to_shared(float* shared, const Half* global) { *shared = load(global); }
-__device__ inline void copy_to_shared(float* shared, const BFloat16* global) { *shared = load(global); }
-
 __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }

@@ -7,11 +7,12 @@
 //
 // Thread (replica, block of 4 outputs, slice) holds 4 rows of that product's matrix for every SLICES-th 16-byte vector
 // of input channels, reads these vectors of a pixel, and the SLICES lanes add up their sums by shuffles. Replicas take
-// different pixels of the anti-diagonal.
+// different rows of the anti-diagonal, two at a time where they have several.
 //
-// What bounds it: the multiply-adds, at 16 for every 16-byte read of shared memory, on one SM an image. For
-// (100, 48, 8, 8) in one group 64 * 48 * 432 / 128 = 10 400 cycles, 6 us at 1.7 GHz; the reads, the shuffles and
-// replicas without a pixel at the ends of the diagonals should about double it: a prediction, not a measurement.
+// What bounds it: instructions, 60 to 80 % of them multiply-adds, on one SM an image; where diagonals are short the
+// 450 cycles of a step. Predicted by a model of an H100 for batch 100 in one group, premultiply included, in a graph:
+// 24 channels at 8 x 8 11.3 us, 48 at 4 x 4 10.3, 24 at 16 x 16 25.7, 48 at 8 x 8 19.6; before a replica took two rows
+// and weights were read as vectors 18.5, 21.3, 37.0 and 33.1.
 //
 // Constants beside those of band.cuh:
 //   SLICES, VECTORS_EACH   SLICES * VECTORS_EACH >= the vectors of the product, SLICES a power of 2 from 4 to 32
@@ -25,70 +26,96 @@ constexpr int kTaps = KERNEL_H * KERNEL_W;
 constexpr int kReads = kTaps * kVectors;
 constexpr unsigned kWarp = 0xffffffffu;
 
+using Weights = Accumulator[VECTORS_EACH][kVector][4];
+
+// Solves a pixel, and with PIXELS = 2 that of the replica's next row too. What is read lies at offsets from the pixel, or
+// from its y.
+template <int PIXELS>
+__device__ inline void solve(const Weights& weights, const int (&offsets)[VECTORS_EACH], Accumulator* pixel,
+                             const Accumulator* given_pixel, int slice, int first_output) {
+  Accumulator sums[PIXELS * 4] = {};
+#pragma unroll
+  for (int i = 0; i < VECTORS_EACH; ++i) {
+    const bool given = i * SLICES < kVectors && min(i * SLICES + slice, kReads - 1) < kVectors;
+    const char* from = reinterpret_cast<const char*>(given ? given_pixel : pixel) + offsets[i];
+    const int row = (given ? kGivenRowSize : kRowSize) / kVector;
+#pragma unroll
+    for (int p = 0; p < PIXELS; ++p) {
+      const PixelVector vector = reinterpret_cast<const PixelVector*>(from)[p * REPLICAS * row];
+#pragma unroll
+      for (int j = 0; j < kVector; ++j) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) sums[4 * p + k] += weights[i][j][k] * vector.values[j];
+      }
+    }
+  }
+  // At each exchange a lane hands on half of its sums, as long as it has several, and adds up the other half.
+  int held = PIXELS * 4, sum = 0;
+#pragma unroll
+  for (int lanes = SLICES / 2; lanes > 0; lanes /= 2) {
+    const bool upper = slice & lanes;
+    const int half = held / 2;
+    held = max(1, half);
+#pragma unroll
+    for (int k = 0; k < held; ++k) {
+      const Accumulator other = __shfl_xor_sync(kWarp, upper ? sums[k] : sums[half + k], lanes);
+      sums[k] = (upper ? sums[half + k] : sums[k]) + other;
+    }
+    if (upper) sum += half;
+  }
+#pragma unroll
+  for (int k = 0; k < held; ++k) {
+    const int output = first_output + sum % 4 + k;
+    const bool writes = slice % max(1, SLICES / (PIXELS * 4)) == 0 && output < CHANNELS;
+    if (writes) pixel[sum / 4 * REPLICAS * kRowSize + output] = sums[k];
+  }
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     solve_channels(const __grid_constant__ Arguments arguments) {
   extern __shared__ __align__(16) char shared_memory[];
-  const Band band(arguments, shared_memory, CHANNELS % kVector != 0);
+  Band band(arguments, shared_memory, CHANNELS % kVector != 0);
+  band.solved = kept(band.solved);
   band.fetch(0);
 
   const int replica = threadIdx.x / (THREADS / REPLICAS);
   const int in_replica = threadIdx.x % (THREADS / REPLICAS);
   const int slice = in_replica % SLICES, first_output = in_replica / SLICES * 4;
-  Accumulator weights[VECTORS_EACH][kVector][4];
+  Weights weights;
   int offsets[VECTORS_EACH];  // of what is read, from the pixel to solve or its y, in bytes
   const Accumulator* premultiplied = reinterpret_cast<const Accumulator*>(arguments.scratch + arguments.offsets[2]) +
-                                     (long long)band.place().group * kTaps * CHANNELS * PADDED;
+                                     ((long long)band.place().group * kVector * PADDED + first_output) * kReads;
 #pragma unroll
   for (int i = 0; i < VECTORS_EACH; ++i) {
-    const int read = i * SLICES + slice, lag = read / kVectors, first_input = read % kVectors * kVector;
-    const int a = lag / KERNEL_W, b = lag % KERNEL_W;
-    offsets[i] = (first_input - a * kRowSize - (a + b) * kPitch) * int(sizeof(Accumulator));
+    // Beyond the product the weights are zero, and what they meet is finite if the sum is.
+    const int read = min(i * SLICES + slice, kReads - 1), lag = read / kVectors, a = lag / KERNEL_W, b = lag % KERNEL_W;
+    offsets[i] = (read % kVectors * kVector - a * kRowSize - (a + b) * kPitch) * int(sizeof(Accumulator));
+    const bool counts = i * SLICES + slice < kReads && first_output < PADDED;
 #pragma unroll
     for (int j = 0; j < kVector; ++j) {
-      const Accumulator* from = premultiplied + (lag * CHANNELS + first_input + j) * PADDED + first_output;
-      const bool counts = read < kReads && first_input + j < CHANNELS && first_output < CHANNELS;
+      const Vector<4>* from = reinterpret_cast<const Vector<4>*>(premultiplied + j * PADDED * kReads) + read;
+      const Vector<4> outputs = counts ? *from : Vector<4>{};
 #pragma unroll
-      for (int k = 0; k < 4; ++k) weights[i][j][k] = counts ? from[k] : 0;
+      for (int k = 0; k < 4; ++k) weights[i][j][k] = outputs.values[k];
     }
   }
 
-  // After the exchanges with the lanes SLICES / 2 and SLICES / 4 away, a lane adds up one output alone.
-  const bool upper_pair = slice & SLICES / 2, upper_output = slice & SLICES / 4;
-  const int output = first_output + 2 * upper_pair + upper_output;
-  const bool writes = slice % (SLICES / 4) == 0 && output < CHANNELS;
-
+  int first_row = replica, next_at = arguments.width + replica;  // the first row to solve, and the diagonal beyond it
   band.run([&](int chunk, int steps) {
     for (int time = 0; time < steps; ++time) {
-      const int diagonal = chunk * STEPS + time;
-      const int last_row = min(band.rows - 1, diagonal);
-      for (int row = max(0, diagonal - arguments.width + 1) + replica; row <= last_row; row += REPLICAS) {
+      const int diagonal = chunk * STEPS + time, last_row = min(band.rows - 1, diagonal);
+      if (diagonal == next_at) {
+        first_row += REPLICAS;
+        next_at += REPLICAS;
+      }
+      for (int row = first_row; row <= last_row; row += 2 * REPLICAS) {
         Accumulator* pixel = band.solved_at(row, time);
         const Accumulator* given_pixel = band.given_at(chunk, row, time);
-        Accumulator sums[4] = {};
-#pragma unroll
-        for (int i = 0; i < VECTORS_EACH; ++i) {
-          const int read = i * SLICES + slice;
-          if ((i + 1) * SLICES > kReads && read >= kReads) continue;
-          const bool given = i * SLICES < kVectors && read < kVectors;
-          const char* from = reinterpret_cast<const char*>(given ? given_pixel : pixel) + offsets[i];
-          const PixelVector vector = *reinterpret_cast<const PixelVector*>(from);
-#pragma unroll
-          for (int j = 0; j < kVector; ++j) {
-#pragma unroll
-            for (int k = 0; k < 4; ++k) sums[k] += weights[i][j][k] * vector.values[j];
-          }
+        if (row + REPLICAS <= last_row) {
+          solve<2>(weights, offsets, pixel, given_pixel, slice, first_output);
+        } else {
+          solve<1>(weights, offsets, pixel, given_pixel, slice, first_output);
         }
-        Accumulator pair[2];
-#pragma unroll
-        for (int k = 0; k < 2; ++k) {
-          pair[k] = upper_pair ? sums[2 + k] : sums[k];
-          pair[k] += __shfl_xor_sync(kWarp, upper_pair ? sums[k] : sums[2 + k], SLICES / 2);
-        }
-        Accumulator sum = upper_output ? pair[1] : pair[0];
-        sum += __shfl_xor_sync(kWarp, upper_output ? pair[0] : pair[1], SLICES / 4);
-#pragma unroll
-        for (int lanes = SLICES / 8; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(kWarp, sum, lanes);
-        if (writes) pixel[output] = sum;
       }
       synchronize();
     }

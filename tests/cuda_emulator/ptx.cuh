@@ -37,6 +37,11 @@ inline void wait_for_copies() { emulator::complete_copies(); }
 
 inline int load_relaxed(const int* address) { return emulator::acquire(address, false); }
 
+template <typename T>
+inline T* kept(T* shared) {
+  return shared;
+}
+
 inline int load_acquire(const int* address) { return emulator::acquire(address); }
 
 inline void store_release(int* address, int value) { emulator::release(address, value); }

@@ -60,30 +60,37 @@ def plan_channels(problem: Problem, device: Device) -> Plan | None:
     vector = 16 // problem.accumulator_bytes
     reads = problem.taps[0] * problem.taps[1] * ceil_div(problem.channels, vector)
     padded = 4 * ceil_div(problem.channels, 4)
-    best: tuple[int, int, int, int] | None = None
+    fitting = []
     for slices in (4, 8, 16, 32):
-        each = ceil_div(reads, slices)
-        threads = 32 * ceil_div(slices * padded // 4, 32)
-        if 16 * each > _CHANNEL_WEIGHTS or threads > _most_threads(16 * each, problem):
-            continue
-        # Instructions of a replica for one pixel: multiply-adds, reads, shuffles with their additions, the rest.
-        cost = threads * (16 * each + each + 2 * slices.bit_length() + 10)
-        best = min(best or (cost, slices, each, threads), (cost, slices, each, threads))
-    if best is None:
+        each = ceil_div(reads, slices)  # vectors of a thread
+        threads = 32 * ceil_div(slices * padded // 4, 32)  # of a replica
+        if 16 * each <= _CHANNEL_WEIGHTS and threads <= _most_threads(16 * each, problem):
+            # Work for a pixel: adding up the lanes' sums takes as long as a vector.
+            fitting.append((threads * (each + 1), slices, each, threads))
+    if not fitting:
         return None
-    _, slices, each, threads = best
+    _, slices, each, threads = min(fitting)
     most_blocks = _most_threads(16 * each, problem) // threads
     rows = _narrowed(problem.shape[2], _CHANNEL_BAND, problem.typical, device)
     band = _fitted_band(problem.typical, device, rows, 0, most_blocks)
-    if band is None or problem.channels**2 * problem.accumulator_bytes > device.shared_memory:
+    if band is None:
         return None
     # Replicas in blocks of their own do as much, and leave no multiprocessor waiting for the last blocks.
     replicas = min(_most_threads(16 * each, problem) // threads, band.rows)
     blocks = min(ceil_div(band.count, device.multiprocessors), band.most_resident(device), replicas)
-    replicas //= blocks
+    # A replica takes two rows at a time; more of them than this take as many rounds.
+    replicas = ceil_div(band.rows, 2 * ceil_div(band.rows, 2 * (replicas // blocks)))
     band = replace(band, problem=problem)
     offset = aligned(band.scratch)
-    preparation, size = plan_premultiply(problem, offset)
+    preparation = Launch(
+        kernel(problem, "prepare.cu", "premultiply", PADDED=padded, THREADS=256),
+        (len(problem.stencils) * ceil_div(reads * vector, 256 // 32), 1, 1),
+        256,
+        (problem.channels | 1) * problem.channels * problem.accumulator_bytes,
+        arguments(problem, offsets=(offset,)),
+    )
+    if preparation.shared > device.shared_memory:
+        return None
     constants = band.constants | {
         "THREADS": threads * replicas,
         "SLICES": slices,
@@ -99,22 +106,8 @@ def plan_channels(problem: Problem, device: Device) -> Plan | None:
         band.shared,
         arguments(problem, offsets=(*band.offsets, offset)),
     )
-    return Plan((preparation, launch), offset + size, band.counters)
-
-
-def plan_premultiply(problem: Problem, offset: int) -> tuple[Launch, int]:
-    """The launch that writes the premultiplied weights at this offset of the scratch, and their size in bytes."""
-    threads = 256
-    padded = 4 * ceil_div(problem.channels, 4)
-    columns = problem.taps[0] * problem.taps[1] * problem.channels
-    launch = Launch(
-        kernel(problem, "prepare.cu", "premultiply", PADDED=padded, THREADS=threads),
-        (len(problem.stencils) * ceil_div(columns, threads // 32), 1, 1),
-        threads,
-        problem.channels**2 * problem.accumulator_bytes,
-        arguments(problem, offsets=(offset,)),
-    )
-    return launch, len(problem.stencils) * columns * padded * problem.accumulator_bytes
+    premultiplied = len(problem.stencils) * reads * vector * padded * problem.accumulator_bytes
+    return Plan((preparation, launch), offset + premultiplied, band.counters)
 
 
 @dataclass(frozen=True)
