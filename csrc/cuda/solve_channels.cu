@@ -80,7 +80,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 
   const int replica = threadIdx.x / (THREADS / REPLICAS);
   const int in_replica = threadIdx.x % (THREADS / REPLICAS);
-  const int slice = in_replica % SLICES, first_output = in_replica / SLICES * 4;
+  const int slice = threadIdx.x % SLICES, first_output = in_replica / SLICES * 4;
   Weights weights;
   int offsets[VECTORS_EACH];  // of what is read, from the pixel to solve or its y, in bytes
   const Accumulator* premultiplied = reinterpret_cast<const Accumulator*>(arguments.scratch + arguments.offsets[2]) +
@@ -100,14 +100,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     }
   }
 
-  int first_row = replica, next_at = arguments.width + replica;  // the first row to solve, and the diagonal beyond it
+  int first_row = replica;  // of those to solve
   band.run([&](int chunk, int steps) {
     for (int time = 0; time < steps; ++time) {
       const int diagonal = chunk * STEPS + time, last_row = min(band.rows - 1, diagonal);
-      if (diagonal == next_at) {
-        first_row += REPLICAS;
-        next_at += REPLICAS;
-      }
+      if (diagonal - first_row == arguments.width) first_row += REPLICAS;
       for (int row = first_row; row <= last_row; row += 2 * REPLICAS) {
         Accumulator* pixel = band.solved_at(row, time);
         const Accumulator* given_pixel = band.given_at(chunk, row, time);
