@@ -28,8 +28,8 @@ constexpr unsigned kWarp = 0xffffffffu;
 
 using Weights = Accumulator[VECTORS_EACH][kVector][4];
 
-// Solves a pixel, and with PIXELS = 2 that of the replica's next row too. What is read lies at offsets from the pixel, or
-// from its y.
+// Solves a pixel, and with PIXELS = 2 that of the replica's next row too. What is read lies at offsets from the pixel,
+// or from its y.
 template <int PIXELS>
 __device__ inline void solve(const Weights& weights, const int (&offsets)[VECTORS_EACH], Accumulator* pixel,
                              const Accumulator* given_pixel, int slice, int first_output) {
