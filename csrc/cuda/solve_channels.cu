@@ -88,8 +88,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #pragma unroll
   for (int i = 0; i < VECTORS_EACH; ++i) {
     // Beyond the product the weights are zero, and what they meet is finite if the sum is.
-    const int read = min(i * SLICES + slice, kReads - 1), lag = read / kVectors, a = lag / KERNEL_W, b = lag % KERNEL_W;
-    offsets[i] = (read % kVectors * kVector - a * kRowSize - (a + b) * kPitch) * int(sizeof(Accumulator));
+    const int read = min(i * SLICES + slice, kReads - 1), lag = read / kVectors, a = lag / KERNEL_W;
+    // That is -(a kRowSize + (a + b) kPitch) for b = lag % KERNEL_W.
+    offsets[i] = (read % kVectors * kVector - lag * kPitch - a * (kRowSize + kPitch - KERNEL_W * kPitch)) *
+                 int(sizeof(Accumulator));
     const bool counts = i * SLICES + slice < kReads && first_output < PADDED;
 #pragma unroll
     for (int j = 0; j < kVector; ++j) {
