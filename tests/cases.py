@@ -247,6 +247,11 @@ CASES = (
     Case((BR,), per_group=1024, batch=2, size=(1, 1), kernel_size=(2, 2)),
     Case(("T",), per_group=200, batch=2, kernel_size=(2, 5), size=(2, 3)),
     Case((TL, BR) * 64, per_group=1, batch=3),
+    # Groups that repeat, as images with weights of their own do: lanes are images, rows or channels
+    Case((TL, "B") * 20, per_group=3, batch=1),
+    Case((TR,) * 17, per_group=7, batch=1, kernel_size=(2, 2), dtype=torch.float64),
+    Case(("L",) * 9, per_group=12, batch=1, size=(16, 5)),
+    Case((BR, TL) * 2, per_group=33, batch=1, kernel_size=(2, 2), size=(3, 3)),
     # Long images
     Case((TL, BR), per_group=2, kernel_size=(3, 3), **_wide),
     Case((TR, BL), per_group=2, kernel_size=(3, 2), **_tall),

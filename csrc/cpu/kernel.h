@@ -76,18 +76,25 @@ inline void transpose(Vector<T>* rows) {
 // the pixels and the lanes that 100 images leave empty cost a fifth.
 
 // Computes O output channels of one position for V vectors of lanes, in place. `offsets` name the `count` inputs that
-// are known, `weights` holds O for each of them and then the O x O triangle of the pivot.
-template <bool kSolve, int O, int V, typename T>
+// are known, `weights` holds O for each of them and then the O x O triangle of the pivot; where lanes differ, a vector
+// of each.
+template <bool kSolve, bool kLanesDiffer, int O, int V, typename T>
 void compute_tile(T* position, T* outputs, int64_t channel_pitch, const int64_t* offsets, int64_t count,
                   const T* weights) {
   constexpr int n = kLanes<T>;
+  const auto weight = [&weights](int64_t index) {
+    if constexpr (kLanesDiffer)
+      return load(weights + index * n);
+    else
+      return weights[index];
+  };
   Vector<T> sums[O][V];
 #pragma GCC unroll 8
   for (int o = 0; o < O; ++o)
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) sums[o][v] = kSolve ? load(outputs + o * channel_pitch + v * n) : Vector<T>{};
 
-  for (int64_t k = 0; k < count; ++k, weights += O) {
+  for (int64_t k = 0; k < count; ++k, weights += kLanesDiffer ? O * n : O) {
     const T* input = position + offsets[k];
     Vector<T> x[V];
 #pragma GCC unroll 8
@@ -95,7 +102,7 @@ void compute_tile(T* position, T* outputs, int64_t channel_pitch, const int64_t*
 #pragma GCC unroll 8
     for (int o = 0; o < O; ++o)
 #pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) sums[o][v] = kSolve ? sums[o][v] - weights[o] * x[v] : sums[o][v] + weights[o] * x[v];
+      for (int v = 0; v < V; ++v) sums[o][v] = kSolve ? sums[o][v] - weight(o) * x[v] : sums[o][v] + weight(o) * x[v];
   }
 
   if constexpr (kSolve) {  // forward substitution; the packed diagonal is inverted
@@ -103,10 +110,10 @@ void compute_tile(T* position, T* outputs, int64_t channel_pitch, const int64_t*
     for (int i = 0; i < O; ++i)
 #pragma GCC unroll 8
       for (int v = 0; v < V; ++v) {
-        sums[i][v] = sums[i][v] * weights[i * O + i];
+        sums[i][v] = sums[i][v] * weight(i * O + i);
         store(outputs + i * channel_pitch + v * n, sums[i][v]);
 #pragma GCC unroll 8
-        for (int o = i + 1; o < O; ++o) sums[o][v] = sums[o][v] - weights[o * O + i] * sums[i][v];
+        for (int o = i + 1; o < O; ++o) sums[o][v] = sums[o][v] - weight(o * O + i) * sums[i][v];
       }
   } else {  // all inputs are read before an output takes their place
 #pragma GCC unroll 8
@@ -115,7 +122,7 @@ void compute_tile(T* position, T* outputs, int64_t channel_pitch, const int64_t*
       for (int v = 0; v < V; ++v) {
         const Vector<T> x = load(outputs + i * channel_pitch + v * n);
 #pragma GCC unroll 8
-        for (int o = i; o < O; ++o) sums[o][v] = sums[o][v] + weights[o * O + i] * x;
+        for (int o = i; o < O; ++o) sums[o][v] = sums[o][v] + weight(o * O + i) * x;
       }
 #pragma GCC unroll 8
     for (int o = 0; o < O; ++o)
@@ -128,16 +135,19 @@ template <typename T>
 using TileKernel = void (*)(T*, T*, int64_t, const int64_t*, int64_t, const T*);
 
 template <bool kSolve, typename T>
-TileKernel<T> tile_kernel(int64_t size, int64_t vectors) {
-#define KCONV_ROW(O)                                                                             \
-  {                                                                                              \
-    compute_tile<kSolve, O, 1, T>, compute_tile<kSolve, O, 2, T>, compute_tile<kSolve, O, 3, T>, \
-        compute_tile<kSolve, O, 4, T>                                                            \
+TileKernel<T> tile_kernel(int64_t size, int64_t vectors, bool lanes_differ) {
+#define KCONV_ROW(O)                                                                                                  \
+  {                                                                                                                   \
+    compute_tile<kSolve, false, O, 1, T>, compute_tile<kSolve, false, O, 2, T>, compute_tile<kSolve, false, O, 3, T>, \
+        compute_tile<kSolve, false, O, 4, T>                                                                          \
   }
   static constexpr TileKernel<T> kernels[kMaxTile][kMaxVectors] = {KCONV_ROW(1), KCONV_ROW(2), KCONV_ROW(3),
                                                                    KCONV_ROW(4), KCONV_ROW(5), KCONV_ROW(6)};
 #undef KCONV_ROW
-  return kernels[size - 1][vectors - 1];
+  static constexpr TileKernel<T> differing[kMaxTile] = {
+      compute_tile<kSolve, true, 1, 1, T>, compute_tile<kSolve, true, 2, 1, T>, compute_tile<kSolve, true, 3, 1, T>,
+      compute_tile<kSolve, true, 4, 1, T>, compute_tile<kSolve, true, 5, 1, T>, compute_tile<kSolve, true, 6, 1, T>};
+  return lanes_differ ? differing[size - 1] : kernels[size - 1][vectors - 1];
 }
 
 // Lane `index` of a vector in all lanes.
@@ -243,29 +253,79 @@ void pack_columns(const Problem<T>& problem, const Plan& plan, int64_t stencil, 
   }
 }
 
+// The weights of a group: of canonical output o and input i at a tap,
+// origin[o * output_stride + i * input_stride + problem.tap(stencil, lag)]; and the diagonal.
 template <typename T>
-void pack_weights(const Problem<T>& problem, const Plan& plan, int64_t group, int64_t index, T* packed) {
-  const int64_t channels = plan.channels, kernel_taps = problem.kernel_taps();
-  const int64_t stencil = problem.stencils[group];
+struct GroupWeights {
+  const Problem<T>& problem;
+  int64_t channels, stencil, first_channel, output_stride, input_stride;
+  const T* origin;
+
+  GroupWeights(const Problem<T>& problem, int64_t group, int64_t image)
+      : problem(problem), channels(problem.group_channels()), stencil(problem.stencils[group]) {
+    const int64_t taps = problem.kernel_taps(), sign = problem.transpose ? -1 : 1;
+    first_channel = image * problem.channels + group * channels;
+    output_stride = sign * (problem.transpose ? 1 : channels) * taps;
+    input_stride = sign * (problem.transpose ? channels : 1) * taps;
+    origin = problem.weight + first_channel * channels * taps;
+    if (problem.transpose) origin += (channels * channels - 1) * taps;
+  }
+
+  const T* outputs(int64_t first, Lag lag) const { return origin + first * output_stride + problem.tap(stencil, lag); }
+
+  T diagonal(int64_t output) const {
+    const int64_t channel = first_channel + (problem.transpose ? channels - 1 - output : output);
+    return problem.diagonal(channel, outputs(output, {0, 0, 0})[output * input_stride]);
+  }
+};
+
+// Where each lane has weights of its own: packs a vector of each, those of the images of a block.
+template <typename T>
+void pack_lanes(const Problem<T>& problem, const Plan& plan, int64_t group, int64_t block, const Tile& tile, T* to) {
+  constexpr int n = kLanes<T>;
+  const GroupWeights<T> first(problem, group, block * n);
+  const int64_t channels = plan.channels, size = tile.size,
+                image_weights = problem.channels * channels * problem.kernel_taps();
+  int64_t images[n];  // lanes without one have the weights of the last
+  for (int64_t lane = 0; lane < n; ++lane) images[lane] = smaller(lane, problem.batch - 1 - block * n);
+  const auto put = [&](int64_t place, const T* weight) {
+    Vector<T> lanes;
+    for (int lane = 0; lane < n; ++lane) lanes[lane] = weight[images[lane] * image_weights];
+    store(to + place * n, lanes);
+  };
+  const int64_t pivot = plan.tap_count - 1, triangle = (pivot * channels + tile.first) * size;
+  for (int64_t o = 0; o < size; ++o) {  // in the order of memory
+    for (int64_t tap = 0; tap < plan.tap_count; ++tap) {
+      const T* inputs = first.outputs(tile.first + o, plan.taps[tap]);
+      for (int64_t i = 0; i < (tap == pivot ? tile.first : channels); ++i)
+        put((tap * channels + i) * size + o, inputs + i * first.input_stride);
+      for (int64_t i = 0; tap == pivot && i < o; ++i)
+        put(triangle + o * size + i, inputs + (tile.first + i) * first.input_stride);
+    }
+    for (int64_t lane = 0; lane < n; ++lane) {
+      const T diagonal = GroupWeights<T>(problem, group, block * n + images[lane]).diagonal(tile.first + o);
+      to[(triangle + o * size + o) * n + lane] = problem.solve ? 1 / diagonal : diagonal;
+    }
+  }
+}
+
+template <typename T>
+void pack_weights(const Problem<T>& problem, const Plan& plan, int64_t group, int64_t block, int64_t index, T* packed) {
+  if (plan.weight_lanes > 1) {
+    const Tile& tile = plan.tiles[index];
+    return pack_lanes(problem, plan, group, block, tile, packed + tile.weights * plan.weight_lanes);
+  }
+  const GroupWeights<T> weights(problem, group, problem.images_differ ? block : 0);
+  const int64_t channels = plan.channels, kernel_taps = problem.kernel_taps(), stencil = weights.stencil;
+  const int64_t output_stride = weights.output_stride, input_stride = weights.input_stride;
   const bool transpose = problem.transpose;
 
-  // The weight of canonical output o and input i at a tap is
-  // origin[o * output_stride + i * input_stride + problem.tap(stencil, lag)].
-  const int64_t output_stride = transpose ? -kernel_taps : channels * kernel_taps,
-                input_stride = transpose ? -channels * kernel_taps : kernel_taps;
-  const T* origin = problem.weight + group * channels * channels * kernel_taps;
-  origin += transpose ? (channels * channels - 1) * kernel_taps : 0;
-
   const Tile& tile = plan.tiles[index];
-  const T* outputs = origin + tile.first * output_stride;
+  const T* outputs = weights.origin + tile.first * output_stride;
   const int64_t own = smaller(tile.size, channels - tile.first);  // the last may be filled up, where lanes are channels
   const bool filled = plan.lanes == Lanes::channels, scaled = filled && problem.solve;
-  const T* const pivot = outputs + problem.tap(stencil, {0, 0, 0});
-  const auto diagonal = [&](int64_t o) {
-    const int64_t canonical = tile.first + o;
-    return problem.diagonal(group * channels + (transpose ? channels - 1 - canonical : canonical),
-                            pivot[o * output_stride + canonical * input_stride]);
-  };
+  const T* const pivot = weights.outputs(tile.first, {0, 0, 0});
+  const auto diagonal = [&](int64_t o) { return weights.diagonal(tile.first + o); };
   T* to = packed + tile.weights;
   const T* const scales = to;
   for (int64_t o = 0; filled && o < tile.size; ++o) *to++ = scaled && o < own ? 1 / diagonal(o) : T(1);
@@ -353,7 +413,8 @@ struct Strip {
     const bool contiguous = stride == 1 && (line_stride == length || lines == 1);
 
     const int64_t sign = problem.transpose ? -1 : 1;
-    const Axis image_axis{images, strides.batch, 0}, channel_axis{plan.channels, sign * strides.channel, sign};
+    const Axis image_axis{images, strides.batch, problem.images_differ ? problem.channels : 0};
+    const Axis channel_axis{plan.channels, sign * strides.channel, sign};
     const bool channels = plan.lanes == Lanes::channels;
     const Axis &each = channels ? image_axis : channel_axis, &lane = channels ? channel_axis : image_axis;
     const int64_t pitch = channels ? plan.image_pitch : plan.channel_pitch;
@@ -445,7 +506,7 @@ void compute_position(T* position, const Plan& plan, const T* packed, const Tile
   for (int64_t t = 0; t < plan.tile_count; ++t) {
     const Tile& tile = plan.tiles[kSolve ? t : plan.tile_count - 1 - t];
     kernels[tile.size - 1](position, position + tile.first * plan.channel_pitch, plan.channel_pitch, plan.offsets,
-                           inputs + tile.first, packed + tile.weights);
+                           inputs + tile.first, packed + tile.weights * plan.weight_lanes);
   }
 }
 
@@ -545,7 +606,9 @@ void run_task(const Problem<T>& problem, const Plan& plan, const T* packed, int6
       problem.input + first_image * problem.input_strides.batch + first_channel * problem.input_strides.channel;
   T* output =
       problem.output + first_image * problem.output_strides.batch + first_channel * problem.output_strides.channel;
-  const T* bias = problem.bias ? problem.bias + first_channel : nullptr;
+  const T* bias = problem.bias
+                      ? problem.bias + (problem.images_differ ? first_image * problem.channels : 0) + first_channel
+                      : nullptr;
   const Strip<T> strip{problem,
                        plan,
                        (stencil & kMirrorsPlanes) != 0,
@@ -559,7 +622,8 @@ void run_task(const Problem<T>& problem, const Plan& plan, const T* packed, int6
 
   const int64_t vectors = divide_up(images, plan.lanes_per_vector);
   TileKernel<T> kernels[kMaxTile];
-  for (int64_t size = 1; size <= kMaxTile; ++size) kernels[size - 1] = tile_kernel<kSolve, T>(size, vectors);
+  for (int64_t size = 1; size <= kMaxTile; ++size)
+    kernels[size - 1] = tile_kernel<kSolve, T>(size, vectors, plan.weight_lanes > 1);
 
   const int64_t strips = divide_up(problem.height, plan.strip_rows);
   for (int64_t s = 0; s < strips; ++s) {

@@ -9,6 +9,7 @@ namespace {
 constexpr int64_t kBufferBytes = 512 * 1024;
 // Bytes of weights that stay there while they are used, though there may be more.
 constexpr int64_t kInputBytes = 256 * 1024;
+constexpr int64_t kFirstLevelBytes = 32 * 1024;
 
 // Tiles of whole units of channels, as equal as possible, so that none runs with few accumulators. A tile has weights
 // for each channel at each tap, those before it at the pivot, and itself; and `more`, for each of its channels.
@@ -66,7 +67,10 @@ OwnedPlan make_plan(const Problem<T>& problem, int64_t family, int64_t groups, c
   const int64_t input_bytes = problem.kernel_taps() * plan.channels * int64_t(sizeof(T));
   const int64_t position_lanes = lanes * std::min<int64_t>(image_vectors, target.max_vectors);
   const int64_t above_bytes = plan.rows_above * width * plan.channels * position_lanes * int64_t(sizeof(T));
-  const bool spilled = input_bytes * position_lanes > 4 * kBufferBytes || above_bytes > 8 * kBufferBytes;
+  // All weights, where each lane has its own.
+  const int64_t weight_bytes = problem.images_differ ? input_bytes * plan.channels * lanes : 0;
+  const bool spilled = input_bytes * position_lanes > 4 * kBufferBytes || above_bytes > 8 * kBufferBytes ||
+                       weight_bytes > kFirstLevelBytes;
 
   // Vectors of outputs: many images fill lanes, few large ones fill them with rows, few small ones with channels, where
   // a vector costs more, since no weight serves several.
@@ -82,16 +86,18 @@ OwnedPlan make_plan(const Problem<T>& problem, int64_t family, int64_t groups, c
   plan.blocks = problem.batch;
   plan.vectors = 1;
   if (plan.lanes == Lanes::images) {
-    plan.blocks = image_blocks(image_vectors, groups, threads, target.max_vectors);
+    plan.blocks = image_blocks(image_vectors, groups, threads, problem.images_differ ? 1 : target.max_vectors);
     plan.vectors = divide_up(image_vectors, plan.blocks);
     plan.block_images = plan.vectors * lanes;
   } else if (plan.lanes == Lanes::rows) {
     plan.block_images = 1;
     plan.halo_lanes = plan.rows_above;
   } else {
-    plan.block_images = divide_up(problem.batch, std::max<int64_t>(1, threads / groups));
+    plan.block_images = problem.images_differ ? 1 : divide_up(problem.batch, std::max<int64_t>(1, threads / groups));
     plan.blocks = divide_up(problem.batch, plan.block_images);
   }
+  plan.weight_blocks = problem.images_differ ? plan.blocks : 1;
+  plan.weight_lanes = problem.images_differ && plan.lanes == Lanes::images ? lanes : 1;
   if (plan.lanes == Lanes::channels) {
     plan.channel_pitch = 1;
     plan.position_pitch = channel_vectors * lanes;

@@ -67,7 +67,9 @@ struct Plan {
   int64_t blocks;          // tasks of each group
   int64_t buffer_size;     // elements
   int64_t operations;      // vector operations of a task
-  int64_t group_weights;   // packed elements of a group
+  int64_t group_weights;   // packed elements of a group, for each of
+  int64_t weight_lanes;    // lanes with weights of their own, in
+  int64_t weight_blocks;   // blocks
   int64_t tile_count;
   const Tile* tiles;
   int64_t tap_count;

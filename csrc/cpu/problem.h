@@ -22,6 +22,7 @@ struct Problem {
   const T* input;           // [batch, channels, depth, height, width]
   T* output;                // the same shape, not overlapping the input
   const T* weight;          // [channels, channels / groups, kernel_depth, kernel_height, kernel_width], contiguous
+                            // this, bias and log_diagonal once more for each image where images_differ
   const T* bias;            // [channels], contiguous; null stands for zero
   const T* log_diagonal;    // [channels], contiguous: the diagonal is its exponential; null: unit_diagonal tells
   const int64_t* stencils;  // one a group
@@ -32,9 +33,26 @@ struct Problem {
   bool unit_diagonal;  // whether the diagonal is 1 or the weight's own
   bool transpose, solve;
   bool exchanged;  // whether rows and columns are, see `in_frame_of`; the kernels then lie in memory as they did before
+  bool images_differ;  // whether each has a weight of its own
 
   int64_t group_channels() const { return channels / groups; }
   int64_t kernel_taps() const { return kernel_depth * kernel_height * kernel_width; }
+
+  // One image whose groups repeat their stencils, as many images with weights of their own.
+  Problem with_images_of_groups() const {
+    int64_t period = 1;
+    for (int64_t group = 1; group < groups; ++group)
+      if (stencils[group] != stencils[group % period]) period = group + 1;
+    if (batch != 1 || period == groups || groups % period) return *this;
+    Problem split = *this;
+    split.batch = groups / period;
+    split.groups = period;
+    split.channels = channels / split.batch;
+    for (Strides* strides : {&split.input_strides, &split.output_strides})
+      strides->batch = strides->channel * split.channels;
+    split.images_differ = true;
+    return split;
+  }
 
   bool stores_columns() const { return output_strides.row < output_strides.column; }
 

@@ -85,8 +85,9 @@ thread_local Scratch scratch;
 template <typename T>
 bool has_reciprocals(const Problem<T>& problem) {
   const int64_t channels = problem.group_channels(), taps = problem.kernel_taps();
-  for (int64_t channel = 0; channel < problem.channels; ++channel) {
-    const int64_t stencil = problem.stencils[channel / channels];
+  const int64_t count = problem.channels * (problem.images_differ ? problem.batch : 1);
+  for (int64_t channel = 0; channel < count; ++channel) {
+    const int64_t stencil = problem.stencils[channel / channels % problem.groups];
     const int64_t pivot = problem.in_frame_of(family(stencil)).tap(stencil, {0, 0, 0});
     const T own = problem.weight[(channel * channels + channel % channels) * taps + pivot];
     const T value = problem.diagonal(channel, own);
@@ -103,15 +104,21 @@ struct Run {
   const int64_t* groups;
   T* packed;
   std::atomic<bool> out_of_memory{false};
+
+  // The packed weights of a task, or of all those of a group, which share them.
+  T* weights(int64_t group, int64_t block) const {
+    const int64_t index = plan.weight_blocks == 1 ? group : group * plan.weight_blocks + block;
+    return packed + index * plan.group_weights * plan.weight_lanes;
+  }
 };
 
 template <typename T>
 void pack_tiles(int64_t begin, int64_t end, void* context) {
   const Run<T>& run = *static_cast<const Run<T>*>(context);
   for (int64_t i = begin; i < end; ++i) {
-    const int64_t group = i / run.plan.tile_count, tile = i % run.plan.tile_count;
-    run.kernels.pack_weights(run.problem, run.plan, run.groups[group], tile,
-                             run.packed + group * run.plan.group_weights);
+    const int64_t tile = i % run.plan.tile_count, block = i / run.plan.tile_count % run.plan.weight_blocks;
+    const int64_t group = i / run.plan.tile_count / run.plan.weight_blocks;
+    run.kernels.pack_weights(run.problem, run.plan, run.groups[group], block, tile, run.weights(group, block));
   }
 }
 
@@ -130,7 +137,7 @@ void run_tasks(int64_t begin, int64_t end, void* context) {
   }
   for (int64_t task = begin; task < end; ++task) {
     const int64_t group = task / plan.blocks, block = task % plan.blocks;
-    run.kernels.run_task(run.problem, plan, run.packed + group * plan.group_weights, run.groups[group], block,
+    run.kernels.run_task(run.problem, plan, run.weights(group, block), run.groups[group], block,
                          reinterpret_cast<T*>(memory), reinterpret_cast<int64_t*>(memory + buffer_bytes));
   }
   scratch.give_back();
@@ -143,12 +150,13 @@ void run_family(const Problem<T>& problem, int64_t family, const std::vector<int
   const Kernels<T>& kernels = current().kernels(T());
   const int64_t count = int64_t(groups.size());
   const OwnedPlan plan = make_plan(problem, family, count, kernels.target, threads);
-  const Memory packed = allocate(count * plan.group_weights * sizeof(T));
+  const int64_t packings = count * plan.weight_blocks, packing = plan.group_weights * plan.weight_lanes;
+  const Memory packed = allocate(packings * packing * sizeof(T));
   Run<T> run{problem, plan, kernels, groups.data(), static_cast<T*>(packed.get())};
 
   // Work that is worth waking a thread for, in weights packed and in vector operations.
   constexpr int64_t kGrain = 16384;
-  parallel_for(count * plan.tile_count, kGrain * plan.tile_count / plan.group_weights + 1, pack_tiles<T>, &run);
+  parallel_for(packings * plan.tile_count, kGrain * plan.tile_count / packing + 1, pack_tiles<T>, &run);
   parallel_for(count * plan.blocks, kGrain / plan.operations + 1, run_tasks<T>, &run);
   if (run.out_of_memory) throw std::bad_alloc();
 }
@@ -156,7 +164,8 @@ void run_family(const Problem<T>& problem, int64_t family, const std::vector<int
 }  // namespace
 
 template <typename T>
-Outcome run(const Problem<T>& problem, int64_t threads, ParallelFor parallel_for) try {
+Outcome run(const Problem<T>& given, int64_t threads, ParallelFor parallel_for) try {
+  const Problem<T> problem = given.with_images_of_groups();
   if ((problem.solve || problem.log_diagonal) && !has_reciprocals(problem)) return Outcome::bad_diagonal;
   for (const int64_t one : kFamilies) {
     std::vector<int64_t> groups;
