@@ -66,13 +66,20 @@ def _conv(problem: Problem) -> Tensor:
         axes = list(range(-dimensions, 0))
         weight = weight.unflatten(0, (count, -1)).transpose(1, 2).flip(axes).flatten(0, 1)
         stencils = [stencil.opposite(code, dimensions) for code in stencils]
-    biases = [None] * count if problem.bias is None else problem.bias.to(weight.dtype).chunk(count)
-    groups = zip(input.to(weight.dtype).chunk(count, 1), weight.chunk(count), biases, stencils, strict=True)
-    with in_own_precision(input.device):
-        outputs = [
-            _CONVOLUTIONS[dimensions](F.pad(x, stencil.padding(code, w.shape[2:])), w, b) for x, w, b, code in groups
-        ]
-    return output.copy_(torch.cat(outputs, 1))
+    shape = count, input.shape[1] // count
+    images, kernels, results = (
+        input.to(weight.dtype).unflatten(1, shape),
+        weight.unflatten(0, shape),
+        output.unflatten(1, shape),
+    )
+    biases = None if problem.bias is None else problem.bias.to(weight.dtype).unflatten(0, shape)
+    for code, groups in _by_stencil(stencils).items():
+        x, w = F.pad(images[:, groups], stencil.padding(code, weight.shape[2:])), kernels[groups]
+        b = None if biases is None else biases[groups].flatten()
+        with in_own_precision(input.device):
+            y = _CONVOLUTIONS[dimensions](x.flatten(1, 2), w.flatten(0, 1), b, groups=len(w))
+        results[:, groups] = y.unflatten(1, (-1, shape[1])).to(output.dtype)
+    return output
 
 
 def _solve(problem: Problem) -> Tensor:
@@ -134,16 +141,27 @@ def _weight_gradient(problem: Problem) -> Tensor:
     if input.numel() == 0:
         return input.new_zeros(channels, per_group, *kernel_size)
     dtype = torch.promote_types(input.dtype, torch.float32)
-    groups = zip(input.to(dtype).chunk(count, 1), grad.to(dtype).chunk(count, 1), stencils, strict=True)
-    of_group = _WEIGHT_GRADIENTS[problem.dimensions]
-    with in_own_precision(input.device):
-        gradients = [
-            of_group(F.pad(x, stencil.padding(code, kernel_size)), (per_group, per_group, *kernel_size), g)
-            for x, g, code in groups
-        ]
-    gradient = torch.cat(gradients)
+    shape = count, per_group
+    images, grads = input.to(dtype).unflatten(1, shape), grad.to(dtype).unflatten(1, shape)
+    gradient = input.new_empty(channels, per_group, *kernel_size, dtype=dtype)
+    for code, groups in _by_stencil(stencils).items():
+        x, g = F.pad(images[:, groups], stencil.padding(code, kernel_size)), grads[:, groups]
+        size = g.shape[1] * per_group, per_group, *kernel_size
+        with in_own_precision(input.device):
+            w = _WEIGHT_GRADIENTS[problem.dimensions](x.flatten(1, 2), size, g.flatten(1, 2), groups=g.shape[1])
+        gradient.unflatten(0, shape)[groups] = w.unflatten(0, (-1, per_group))
     masked = _mask(gradient.shape, tuple(stencils), input.device, problem.unit_diagonal)
     return gradient.masked_fill_(masked, 0).to(input.dtype, memory_format=torch.contiguous_format)
+
+
+def _by_stencil(stencils: Sequence[int]) -> dict[int, slice | list[int]]:
+    """The groups of each stencil, which one grouped convolution computes; a slice makes views of them."""
+    found: dict[int, slice | list[int]] = {}
+    for code in set(stencils):
+        groups = [group for group, own in enumerate(stencils) if own == code]
+        spaced = range(groups[0], groups[-1] + 1, groups[1] - groups[0] if len(groups) > 1 else 1)
+        found[code] = slice(spaced.start, spaced.stop, spaced.step) if list(spaced) == groups else groups
+    return found
 
 
 def _mask(shape: torch.Size, stencils: tuple[int, ...], device: torch.device, diagonal: bool) -> Tensor:
