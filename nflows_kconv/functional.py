@@ -201,6 +201,25 @@ def run(
     return output[:, :, 0] if dimensions == 1 else output
 
 
+def run_each(
+    operator: Callable[..., Tensor],
+    input: Tensor,
+    weights: Tensor,
+    log_diagonals: Tensor | None,
+    stencils: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    """`run` with a weight, [B, C, C/G, ...], and a log-diagonal, [B, C], or ones, for each image."""
+    batch = input.shape[0]
+    if batch == 0:
+        return input.clone()
+    # The images become groups of channels of one image, so that one call computes them all.
+    images, log_diagonal = input.flatten(0, 1)[None], None if log_diagonals is None else log_diagonals.flatten()
+    groups = list(stencils) * batch
+    output = run(operator, images, weights.flatten(0, 1), None, log_diagonal, groups, log_diagonal is None, dilation)
+    return output.reshape(input.shape)
+
+
 def parse_dilation(dilation: int | Sequence[int], dimensions: int) -> tuple[int, ...]:
     """One number for each axis.
 
@@ -224,6 +243,21 @@ def _from_tensors(
 ) -> Tensor:
     stencils, steps = stencil.parse(corners, dimensions), parse_dilation(dilation, dimensions)
     return run(operator, input, weight, bias, None, stencils, False, steps)
+
+
+def check_context(context: Tensor, like: Tensor, count: int | None, features: int) -> None:
+    """Raises a TypeError or a ValueError unless it is [count, features], of the dtype and device of `like`."""
+    check_rows("context", context, count, features)
+    _check_match("context", context, like)
+
+
+def check_rows(name: str, tensor: Tensor, count: int | None, length: int) -> None:
+    """Raises a TypeError or a ValueError unless it is a tensor of so many rows, or any number, of this length."""
+    _check_tensor(name, tensor)
+    shape = tensor.shape
+    if len(shape) != 2 or shape[1] != length or count not in (None, shape[0]):
+        rows = "B" if count is None else count
+        raise ValueError(f"{name} must have shape [{rows}, {length}], a row for each image, got {tuple(shape)}")
 
 
 # These run at every call, so that a tensor's shape, which costs as much as the rest of a check, is asked for once.

@@ -67,11 +67,12 @@ class KernelLayer(InvertibleModule):
             if parameter is not None:
                 nn.init.zeros_(parameter)
 
-    def convolve(self, input: Tensor) -> Tensor:
+    def convolve(self, input: Tensor, context: Any = None) -> Tensor:
         """y = A x + b alone, whichever direction the library calls forward. No hooks run.
 
         Args:
             input: x, [B, C, ...], in the dtype of the parameters.
+            context: Ignored.
 
         Raises:
             TypeError: See `functional.conv2d`.
@@ -79,11 +80,12 @@ class KernelLayer(InvertibleModule):
         """
         return self._convolve(input)
 
-    def solve(self, input: Tensor) -> Tensor:
+    def solve(self, input: Tensor, context: Any = None) -> Tensor:
         """x = A^-1 (y - b) alone, whichever direction the library calls forward. No hooks run.
 
         Args:
             input: y, [B, C, ...], in the dtype of the parameters.
+            context: Ignored.
 
         Raises:
             TypeError: See `functional.conv2d_inverse`.
@@ -328,19 +330,18 @@ class InvertibleConv(KernelLayer):
 
     def _weight(self) -> Tensor:
         log_diagonal = self.log_diagonal
-        return stencil.effective(self._bounded_raw_weight(), self._stencils, log_diagonal, log_diagonal is None)
+        raw_weight = self._bounded(self.raw_weight, log_diagonal, self._stencils)
+        return stencil.effective(raw_weight, self._stencils, log_diagonal, log_diagonal is None)
 
-    def _bounded_raw_weight(self) -> Tensor:
+    def _bounded(self, raw_weight: Tensor, log_diagonal: Tensor | None, stencils: Sequence[int]) -> Tensor:
         """The raw weight, scaled down where `max_inverse_gain` asks for it."""
-        raw_weight: Tensor = self.raw_weight
-        log_diagonal = self.log_diagonal
         if self.max_inverse_gain is None:
             return raw_weight
         dtype = torch.promote_types(raw_weight.dtype, torch.float32)  # so that half precision rounds once
-        relative = raw_weight.to(dtype).masked_fill(_ignored(raw_weight, self._stencils), 0)
+        relative = raw_weight.to(dtype).masked_fill(_ignored(raw_weight, stencils), 0)
         if log_diagonal is not None:
             relative = relative * on_weight(log_diagonal.to(dtype).neg().exp(), relative)
-        scale = bound.scale(relative, len(self._stencils), self.max_inverse_gain)
+        scale = bound.scale(relative, len(stencils), self.max_inverse_gain)
         return (raw_weight * scale).to(raw_weight.dtype)
 
     def _convolve(self, input: Tensor) -> Tensor:
@@ -350,19 +351,14 @@ class InvertibleConv(KernelLayer):
         return self._run(ops.solve, input)
 
     def _run(self, operator: Any, input: Tensor) -> Tensor:
-        weight, log_diagonal, stencils = self._bounded_raw_weight(), self.log_diagonal, self._stencils
+        log_diagonal, stencils = self.log_diagonal, self._stencils
+        weight = self._bounded(self.raw_weight, log_diagonal, stencils)
         return functional.run(
             operator, input, weight, self.bias, log_diagonal, stencils, log_diagonal is None, self.dilation
         )
 
     def _log_abs_det(self, input: Tensor, sign: int = 1) -> Tensor:
-        # Of as few operators as can be, in memory of its own: users add to it in place.
-        shape = input.shape
-        if self.log_diagonal is None:
-            dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-            return torch.zeros(shape[0], dtype=dtype, device=input.device)
-        dtype = torch.promote_types(self.log_diagonal.dtype, torch.float32)
-        return self.log_diagonal.sum(dtype=dtype).expand(shape[0]) * (sign * math.prod(shape[2:]))
+        return log_abs_det(input, self.log_diagonal, sign)
 
     def _structure(self) -> dict[str, tuple[Any, ...]]:
         return {"corners": self.corners, "dilation": self.dilation}
@@ -505,6 +501,17 @@ class InvertibleConv3d(InvertibleConv):
     """
 
     dimensions = 3
+
+
+def log_abs_det(input: Tensor, log_diagonal: Tensor | None, sign: int = 1) -> Tensor:
+    """Those of a convolution with this log-diagonal, [C] or one for each image, [B, C]; None for a unit diagonal."""
+    # Of as few operators as can be, in memory of its own: users add to it in place.
+    shape = input.shape
+    if log_diagonal is None:
+        dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+        return torch.zeros(shape[0], dtype=dtype, device=input.device)
+    dtype = torch.promote_types(log_diagonal.dtype, torch.float32)
+    return log_diagonal.sum(-1, dtype=dtype).expand(shape[0]) * (sign * math.prod(shape[2:]))
 
 
 class _ComputedWeight(Tensor):

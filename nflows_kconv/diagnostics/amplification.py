@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nflows_kconv import bound, checks, functional, ops, stencil
+from nflows_kconv.conditional import ConditionalInvertibleConv
 from nflows_kconv.float64 import to_float64
 from nflows_kconv.layer import InvertibleConv
 
@@ -74,7 +75,7 @@ def conditioning(
         >>> max(gains) < 4
         True
     """
-    if not isinstance(layer, InvertibleConv):
+    if not isinstance(layer, InvertibleConv) or isinstance(layer, ConditionalInvertibleConv):
         raise TypeError(f"layer must be an InvertibleConv1d, 2d or 3d, got {type(layer).__name__}")
     if not isinstance(image_size, Sequence) or len(image_size) != layer.dimensions:
         raise ValueError(f"image_size must have the layer's {layer.dimensions} dimensions, got {image_size!r}")

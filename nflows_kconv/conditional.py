@@ -1,0 +1,234 @@
+"""The layer with a weight of its own for each image, which a network makes of the image's context."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from nflows_kconv import checks, functional, layer, ops, stencil
+
+
+class ConditionalInvertibleConv(layer.InvertibleConv):
+    """What `ConditionalInvertibleConv1d`, `2d` and `3d` share."""
+
+    def __init__(
+        self,
+        num_channels: int,
+        kernel_size: int | Sequence[int] = 3,
+        *,
+        context_features: int,
+        weight_network: nn.Module | None = None,
+        corners: str | Sequence[str] | None = None,
+        dilation: int | Sequence[int] = 1,
+        diagonal: Literal["unit", "learned"] = "unit",
+        max_inverse_gain: float | None = None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        like: dict[str, Any] = {"device": device, "dtype": dtype}
+        super().__init__(
+            num_channels,
+            kernel_size,
+            corners=corners,
+            dilation=dilation,
+            diagonal=diagonal,
+            max_inverse_gain=max_inverse_gain,
+            **like,
+        )
+        self.context_features = checks.positive("context_features", context_features)
+        count = self.raw_weight.numel() + (0 if self.log_diagonal is None else num_channels)
+        if weight_network is None:
+            self.weight_network: nn.Module = _Linear(self.context_features, count, bias=False, **like)
+        elif isinstance(weight_network, nn.Module):
+            self.weight_network = _FromZero(weight_network, count, **like)
+        else:
+            raise TypeError(f"weight_network must be a torch.nn.Module or None, got {type(weight_network).__name__}")
+
+    def convolve(self, input: Tensor, context: Any = None) -> Tensor:
+        """y = A x alone, whichever direction the library calls forward. No hooks of the layer run.
+
+        Args:
+            input: x, [B, C, ...], in the dtype of the parameters.
+            context: [B, E], in the same dtype.
+
+        Raises:
+            TypeError: See `forward`.
+            ValueError: See `forward`.
+        """
+        return self._run_each(ops.conv, input, context)[0]
+
+    def solve(self, input: Tensor, context: Any = None) -> Tensor:
+        """x = A^-1 y alone, whichever direction the library calls forward. No hooks of the layer run.
+
+        Args:
+            input: y, [B, C, ...], in the dtype of the parameters.
+            context: [B, E], in the same dtype.
+
+        Raises:
+            TypeError: See `forward`.
+            ValueError: See `forward`.
+        """
+        return self._run_each(ops.solve, input, context)[0]
+
+    def weights(self, context: Tensor) -> Tensor:
+        """The weight of each image, [B, C, C/G, ...], as `torch.nn.functional.conv2d` takes it for each group.
+
+        Args:
+            context: [B, E], in the dtype of the parameters.
+
+        Raises:
+            TypeError: If the context is no tensor of that dtype.
+            ValueError: If it has another shape.
+        """
+        functional.check_context(context, self.raw_weight, None, self.context_features)
+        raw_weights, log_diagonals = self._parameters_of_each(context)
+        if len(context) == 0:
+            return raw_weights
+        stencils = self._stencils * len(context)
+        log_diagonal = None if log_diagonals is None else log_diagonals.flatten()
+        weight = stencil.effective(raw_weights.flatten(0, 1), stencils, log_diagonal, log_diagonal is None)
+        return weight.view(raw_weights.shape)
+
+    def forward(self, input: Tensor, context: Any = None, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
+        """Convolves, or solves, each image with its own weight.
+
+        Args:
+            input: x, or y if `inverse`, [B, C, ...], in the dtype of the parameters.
+            context: [B, E], in the same dtype.
+            inverse: Whether to solve for x.
+
+        Returns:
+            y and log |det dy/dx|, or x and log |det dx/dy|: [B, C, ...] and [B], in float32 at least.
+
+        Raises:
+            TypeError: If the context is no tensor of the input's dtype; see also `functional.conv2d`.
+            ValueError: If the context, or what `weight_network` makes of it, has another shape or is elsewhere; see
+                also `functional.conv2d`.
+        """
+        return super().forward(input, context, inverse=inverse)
+
+    def _run_forward(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
+        output, log_diagonals = self._run_each(ops.conv, input, context)
+        return output, layer.log_abs_det(input, log_diagonals)
+
+    def _run_inverse(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
+        output, log_diagonals = self._run_each(ops.solve, input, context)
+        return output, layer.log_abs_det(input, log_diagonals, -1)
+
+    def _run_each(self, operator: Any, input: Tensor, context: Any) -> tuple[Tensor, Tensor | None]:
+        """The output, and the log-diagonal of each image."""
+        functional.check_arguments(
+            input, self.raw_weight, None, self.log_diagonal, len(self._stencils), self.dimensions
+        )
+        functional.check_context(context, input, len(input), self.context_features)
+        weights, log_diagonals = self._parameters_of_each(context)
+        output = functional.run_each(operator, input, weights, log_diagonals, self._stencils, self.dilation)
+        return output, log_diagonals
+
+    def _parameters_of_each(self, context: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What takes the place of the raw weight and the log-diagonal: [B, C, C/G, ...] and [B, C]."""
+        batch, shape = context.shape[0], self.raw_weight.shape
+        more = self.weight_network(context)
+        weights = self.raw_weight + more[:, : shape.numel()].view(batch, *shape)
+        log_diagonals = None
+        if self.log_diagonal is not None:
+            log_diagonals = self.log_diagonal + 2 * torch.tanh(more[:, shape.numel() :] / 2)
+        if self.max_inverse_gain is not None and batch:
+            log_diagonal = None if log_diagonals is None else log_diagonals.flatten()
+            weights = self._bounded(weights.flatten(0, 1), log_diagonal, self._stencils * batch).view(weights.shape)
+        return weights, log_diagonals
+
+    def extra_repr(self) -> str:
+        """The constructor's arguments."""
+        return f"{super().extra_repr()}, context_features={self.context_features}"
+
+
+class ConditionalInvertibleConv2d(ConditionalInvertibleConv):
+    """`InvertibleConv2d` with a weight for each image, made of its context.
+
+    A network maps the contexts, [B, E], to what is added to `raw_weight` for each image, and with a learned diagonal to
+    h, [B, C], which makes the image's diagonal exp(log_diagonal + 2 tanh(h / 2)): between e^-2 and e^2 times the
+    layer's own. So no context can make a layer singular, which 1 x 1 convolutions with weights from a network cannot
+    promise. One call of the operator computes the whole batch, and the log-determinant is each image's own.
+
+    At the start the network says zero, whatever the context: the layer is an `InvertibleConv2d` with the same
+    `raw_weight`. Its `weight`, readable and assignable, is what the contexts add to; `weights(context)` are those of
+    the images.
+
+    Large weights make an inverse that amplifies rounding errors, and a context that was not seen in training may bring
+    them: `max_inverse_gain` bounds the weight of each image.
+
+    Args:
+        num_channels: See `InvertibleConv2d`.
+        kernel_size: See `InvertibleConv2d`.
+        context_features: E.
+        weight_network: Maps [B, E] to [B, n], with n = `raw_weight.numel()`, and C more with a learned diagonal.
+            What it says is multiplied by a parameter [n] that starts at zero. None is a linear map, which starts at
+            zero.
+        corners: See `InvertibleConv2d`.
+        dilation: See `InvertibleConv2d`.
+        diagonal: See `InvertibleConv2d`.
+        max_inverse_gain: See `InvertibleConv2d`; holds for each image.
+        device: Of the parameters.
+        dtype: Of the parameters.
+
+    Attributes:
+        raw_weight: Parameter, [C, C/G, kh, kw].
+        log_diagonal: Parameter, [C], or None.
+        weight_network: The module that maps contexts.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument has a wrong value, or the channels do not divide into the groups.
+
+    Examples:
+        >>> import torch
+        >>> from nflows_kconv import ConditionalInvertibleConv2d
+        >>> layer = ConditionalInvertibleConv2d(12, context_features=5, diagonal="learned")
+        >>> x, context = torch.randn(10, 12, 8, 8), torch.randn(10, 5)
+        >>> y, log_abs_det = layer(x, context)
+        >>> torch.allclose(layer.inverse(y, context)[0], x, atol=1e-5)
+        True
+    """
+
+    dimensions = 2
+
+
+class ConditionalInvertibleConv1d(ConditionalInvertibleConv):
+    """`ConditionalInvertibleConv2d` in one dimension, of sequences [B, C, L]; see `InvertibleConv1d`."""
+
+    dimensions = 1
+
+
+class ConditionalInvertibleConv3d(ConditionalInvertibleConv):
+    """`ConditionalInvertibleConv2d` in three dimensions, of volumes [B, C, D, H, W]; see `InvertibleConv3d`."""
+
+    dimensions = 3
+
+
+class _Linear(nn.Linear):
+    """A linear map that starts at zero."""
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+
+
+class _FromZero(nn.Module):
+    """A user's network, whose outputs are scaled by numbers that start at zero."""
+
+    def __init__(self, network: nn.Module, count: int, **like: Any) -> None:
+        super().__init__()
+        self.network = network
+        self.scale = nn.Parameter(torch.empty(count, **like))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.scale)
+
+    def forward(self, context: Tensor) -> Tensor:
+        numbers = self.network(context)
+        functional.check_rows("the output of weight_network", numbers, len(context), len(self.scale))
+        return numbers * self.scale

@@ -1,0 +1,269 @@
+"""Weights from a context: each image is treated as a layer with its weight alone would treat it."""
+
+import copy
+import math
+
+import oracles
+import pytest
+import torch
+from cases import Case, over_cases
+from oracles import assert_close
+from torch import Tensor, nn
+from torch.autograd import gradcheck, gradgradcheck
+from torch.func import functional_call, grad, vmap
+
+from nflows_kconv import conditional, functional, layer, ops
+from nflows_kconv.diagnostics import conditioning
+from nflows_kconv.testing import check_transform
+
+FEATURES = 3
+OPTIONS = {
+    "unit": {},
+    "learned": dict(diagonal="learned"),
+    "bounded": dict(diagonal="learned", corners="BR", max_inverse_gain=2),
+    "network": dict(
+        weight_network=nn.Sequential(nn.Linear(FEATURES, 5), nn.Tanh(), nn.Linear(5, 152)), diagonal="learned"
+    ),
+    "sides, dilated": dict(corners=("T", "R"), kernel_size=(2, 3), dilation=(1, 2)),
+    "sequences": dict(dimensions=1, diagonal="learned", dilation=2),
+    "volumes": dict(dimensions=3, corners=("NTR", "FBL"), kernel_size=2, max_inverse_gain=3),
+}
+every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+every_direction = pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
+
+
+def build(dimensions: int = 2, **options) -> conditional.ConditionalInvertibleConv:
+    options = {"num_channels": 8, "context_features": FEATURES, **options}
+    return getattr(conditional, f"ConditionalInvertibleConv{dimensions}d")(**copy.deepcopy(options))
+
+
+def trained(layer: nn.Module, seed: int = 0) -> nn.Module:
+    """The layer in float64 with parameters, masked entries included, for which contexts matter."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in layer.double().parameters():
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    return layer
+
+
+def data(layer: nn.Module, batch: int = 3) -> tuple[Tensor, Tensor]:
+    """Images and contexts."""
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(batch, layer.num_channels, *(3, 4, 2)[: layer.dimensions], generator=generator)
+    return images.to(layer.raw_weight), torch.randn(batch, FEATURES, generator=generator).to(layer.raw_weight)
+
+
+def alone(module: nn.Module, context: Tensor) -> layer.InvertibleConv:
+    """The unconditional layer with the parameters that one context stands for."""
+    twin = getattr(layer, f"InvertibleConv{module.dimensions}d")(
+        module.num_channels,
+        module.kernel_size,
+        corners=module.corners,
+        dilation=module.dilation,
+        diagonal=module.diagonal,
+        max_inverse_gain=module.max_inverse_gain,
+    ).to(module.raw_weight)
+    network = module.weight_network
+    if isinstance(network, nn.Linear):
+        numbers = network.weight @ context
+    else:
+        numbers = network.scale * network.network(context)
+    weight, diagonal = numbers.split([twin.raw_weight.numel(), len(numbers) - twin.raw_weight.numel()])
+    with torch.no_grad():
+        twin.raw_weight.copy_(module.raw_weight + weight.view_as(twin.raw_weight))
+        if twin.log_diagonal is not None:
+            twin.log_diagonal.copy_(module.log_diagonal + 2 * torch.tanh(diagonal / 2))
+    return twin
+
+
+@every_option
+def test_each_image_has_its_own_layer(options: dict, backend: str, device: str):
+    layer = trained(build(**options)).to(device)
+    images, contexts = data(layer)
+    twins = [alone(layer, context) for context in contexts]
+    assert_close(layer.weights(contexts), torch.stack([twin.weight.detach() for twin in twins]))
+    for function, expected in (
+        (layer, [twin(image[None]) for twin, image in zip(twins, images, strict=True)]),
+        (layer.inverse, [twin.inverse(image[None]) for twin, image in zip(twins, images, strict=True)]),
+    ):
+        for actual, parts in zip(function(images, contexts), zip(*expected, strict=True), strict=True):
+            assert_close(actual, torch.cat(parts))
+    assert torch.equal(layer.convolve(images, contexts), layer(images, contexts)[0])
+    assert torch.equal(layer.solve(images, contexts), layer.inverse(images, contexts)[0])
+
+
+@over_cases(Case(("TL", "B"), per_group=3, batch=20), Case(("L",), per_group=16, batch=9))
+def test_any_weights_any_images(case: Case, backend: str, device: str):
+    """The operator against the oracle, image by image."""
+    if not 0 < case.batch <= 20 or case.dtype in oracles.HALF_PRECISION:
+        return
+    weight, images = case.weight(device), case.input(device)
+    scales = torch.linspace(0.5, 1.5, case.batch, dtype=case.dtype, device=device)
+    weights = weight * scales.view(-1, *[1] * weight.dim())
+    log_diagonals = (scales[:, None] * torch.linspace(-1, 1, case.channels, device=device)).to(case.dtype)
+    outputs, solutions = (
+        functional.run_each(operator, images, weights, log_diagonals, case.stencils, case.steps)
+        for operator in (ops.conv, ops.solve)
+    )
+    for index in range(case.batch):
+        own = oracles.effective(weights[index], case.corners)
+        oracles.set_diagonal(own, case.corners, log_diagonals[index].cpu().double().exp())
+        for actual, source in ((outputs[index], images[index]), (images[index], solutions[index])):
+            assert_close(actual, oracles.conv(source[None], own, case.corners, case.dilation)[0], factor=10)
+
+
+@every_option
+def test_layers_are_sound_transforms(options: dict, device: str):
+    """Log-determinants of dense Jacobians, gradients, memory layouts, hooks, state_dicts, batches."""
+    layer = trained(build(**{**options, "num_channels": 8})).to(device)
+    check_transform(layer, *data(layer, batch=2))
+
+
+@every_direction
+@pytest.mark.parametrize("name", ["unit", "learned", "bounded"])
+def test_derivatives(name: str, inverse: bool, device: str):
+    layer = trained(build(num_channels=4, **OPTIONS[name])).to(device)
+    names, parameters = zip(*layer.named_parameters(), strict=True)
+    images, contexts = data(layer, batch=2)
+
+    def function(images: Tensor, contexts: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+        named = dict(zip(names, parameters, strict=True))
+        return functional_call(layer, named, (images[..., :2, :2], contexts), {"inverse": inverse})
+
+    leaves = [tensor.detach().requires_grad_() for tensor in (images, contexts, *parameters)]
+    assert gradcheck(function, leaves, check_forward_ad=True, check_batched_grad=True, fast_mode=True)
+    assert gradgradcheck(function, leaves, fast_mode=True)
+
+
+@every_direction
+def test_gradients_of_each_sample(inverse: bool, device: str):
+    layer = trained(build(diagonal="learned")).to(device)
+    parameters = {name: parameter.detach() for name, parameter in layer.named_parameters()}
+
+    def loss(parameters: dict[str, Tensor], image: Tensor, context: Tensor) -> Tensor:
+        arguments = image[None], context[None]
+        output, log_det = functional_call(layer, parameters, arguments, {"inverse": inverse})
+        return (output.square().sum() - log_det).sum()
+
+    images, contexts = data(layer)
+    each = vmap(grad(loss, (0, 2)), (None, 0, 0))(parameters, images, contexts)
+    for index in range(len(images)):
+        of_parameters, of_context = grad(loss, (0, 2))(parameters, images[index], contexts[index])
+        assert_close(each[1][index], of_context)
+        for name, expected in of_parameters.items():
+            assert_close(each[0][name][index], expected)
+
+
+@every_option
+def test_contexts_have_no_effect_at_the_start(options: dict, device: str):
+    layer = build(**options).to(device)
+    for _ in range(2):
+        images, contexts = data(layer)
+        twin = alone(layer, contexts[0])
+        assert torch.equal(layer.raw_weight, twin.raw_weight)
+        assert_close(layer(images, contexts)[0], twin(images)[0])
+        assert_close(layer.weights(contexts), layer.weight.detach().expand(3, *layer.weight.shape))
+        trained(layer).float()
+        for module in layer.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+    assert layer.weights(contexts[:0]).shape == (0, *layer.raw_weight.shape)
+    output, log_det = layer(images[:0], contexts[:0])
+    assert (output.shape, log_det.shape) == ((0, *images.shape[1:]), (0,))
+
+
+def test_no_context_makes_a_layer_singular():
+    layer = trained(build(diagonal="learned", corners="TL", max_inverse_gain=4))
+    images, contexts = data(layer)
+    contexts *= 1e6
+    diagonals = torch.stack([oracles.diagonal(weight, layer.corners) for weight in layer.weights(contexts).detach()])
+    changes = diagonals.log() - layer.log_diagonal
+    assert changes.abs().amax() <= 2
+    assert (changes.abs() > 1.99).any()
+    for weight, diagonal in zip(layer.weights(contexts).detach(), diagonals, strict=True):
+        (matrix,) = oracles.matrices(weight, layer.corners, images.shape[2:])
+        assert 1 / torch.linalg.svdvals(matrix).min() <= 4 / diagonal.min() * (1 + 1e-9)
+    assert_close(layer.inverse(*(layer(images, contexts)[0], contexts))[0], images, factor=10)
+
+
+@pytest.mark.parametrize("dtype", oracles.HALF_PRECISION, ids=str)
+def test_half_precision_and_autocast(dtype: torch.dtype):
+    layer = trained(build(diagonal="learned")).float()
+    images, contexts = data(layer)
+    expected = layer(images, contexts)
+    with torch.autocast("cpu", dtype):  # which the network alone sees
+        output, log_det = layer(images, contexts.to(dtype))
+        assert_close(layer.inverse(output, contexts)[0], images, factor=4)
+    assert output.dtype == log_det.dtype == torch.float32
+    torch.testing.assert_close((output, log_det), expected, atol=0.1, rtol=0.1)
+    output, log_det = layer.to(dtype)(images.to(dtype), contexts.to(dtype))
+    assert (output.dtype, log_det.dtype) == (dtype, torch.float32)
+    torch.testing.assert_close((output.float(), log_det), expected, atol=0.1, rtol=0.1)
+
+
+def test_compiled_layers():
+    layer = trained(build(diagonal="learned"))
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    for batch in (3, 5):
+        images, contexts = data(layer, batch)
+        assert_close(compiled(images, contexts)[0], layer(images, contexts)[0])
+
+
+def test_weights_of_an_unconditional_layer_load():
+    trained_layer = trained(layer.InvertibleConv2d(8, diagonal="learned"))
+    for module in (build(diagonal="learned").double(), build(diagonal="learned").double()):
+        module.load_state_dict(trained_layer.state_dict(), strict=False)
+        images, contexts = data(module)
+        assert_close(module(images, contexts)[0], trained_layer(images)[0])
+    module = build(diagonal="learned").double()
+    module.weight = trained_layer.weight
+    assert_close(module(images, contexts)[0], trained_layer(images)[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        (lambda x, c: (x, None), TypeError, "context must be a tensor, got NoneType"),
+        (lambda x, c: (x, c.tolist()), TypeError, "context must be a tensor, got list"),
+        (lambda x, c: (x, c.long()), TypeError, "context must have one of the dtypes .*, got torch.int64"),
+        (lambda x, c: (x, c.double()), TypeError, "input and context must have one dtype, got .*32 and .*64"),
+        (lambda x, c: (x, c.to("meta")), ValueError, "input and context must be on one device, got cpu and meta"),
+        (lambda x, c: (x, c[:, 1:]), ValueError, r"context must have shape \[3, 3\], a row .*, got \(3, 2\)"),
+        (lambda x, c: (x, c[:2]), ValueError, r"context must have shape \[3, 3\], a row .*, got \(2, 3\)"),
+        (lambda x, c: (x, c[0]), ValueError, r"context must have shape \[3, 3\], a row .*, got \(3,\)"),
+        (lambda x, c: (x[:, 1:], c), ValueError, "input must have the weight's 8 channels, got 7"),
+        (lambda x, c: (x[0], c), ValueError, r"input must have the 4 dimensions \[B, C, H, W\], got shape \(8, 3, 4\)"),
+    ],
+)
+def test_errors_come_before_any_work(change, error: type[Exception], match: str):
+    calls = []
+    module = build()
+    module.weight_network.register_forward_hook(lambda *_: calls.append(1))
+    for function in (module, module.inverse, module.convolve, module.solve):
+        with pytest.raises(error, match=match):
+            function(*change(*data(module)))
+    assert not calls
+
+
+def test_errors_of_arguments_and_networks():
+    for outputs in (143, 1):
+        layer = build(weight_network=nn.Linear(FEATURES, outputs))
+        with pytest.raises(
+            ValueError, match=rf"output of weight_network must have shape \[3, 144\], .* \(3, {outputs}\)"
+        ):
+            layer(*data(layer))
+    with pytest.raises(TypeError, match=r"weight_network must be a torch.nn.Module or None, got function"):
+        build(weight_network=lambda context: context)
+    with pytest.raises(ValueError, match="context_features must be at least 1, got 0"):
+        build(context_features=0)
+    with pytest.raises(TypeError, match=r"context must be a tensor, got list"):
+        build().weights([1.0])
+    with pytest.raises(
+        TypeError, match=r"layer must be an InvertibleConv1d, 2d or 3d, got ConditionalInvertibleConv2d"
+    ):
+        conditioning(build(), (4, 4))
+
+
+def test_it_is_shown():
+    assert repr(build()).splitlines()[1].endswith("bias=False, context_features=3")
+    assert math.prod(build().weight.shape) == build().weight_network.out_features
