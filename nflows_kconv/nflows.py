@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nflows_kconv import bijection, checks, layer, periodic
+from nflows_kconv import bijection, checks, conditional, layer, periodic
 from nflows_kconv.flows import image_flow, state, steps
 from nflows_kconv.flows.reversible import cascade
 from nflows_kconv.invertible import InvertibleModule
@@ -27,6 +27,9 @@ except ImportError as error:
     ) from error
 
 __all__ = [
+    "ConditionalInvertibleConv1d",
+    "ConditionalInvertibleConv2d",
+    "ConditionalInvertibleConv3d",
     "ImageFlow",
     "InvertibleConv1d",
     "InvertibleConv2d",
@@ -75,6 +78,28 @@ class PeriodicConv1d(periodic.PeriodicConv1d, Transform):
 
 class PeriodicConv3d(periodic.PeriodicConv3d, Transform):
     """`nflows_kconv.PeriodicConv3d` as an `nflows.transforms.Transform`; see `PeriodicConv2d`."""
+
+
+class ConditionalInvertibleConv2d(conditional.ConditionalInvertibleConv2d, Transform):
+    """`nflows_kconv.ConditionalInvertibleConv2d` as an `nflows.transforms.Transform`; its context is that of each call.
+
+    Examples:
+        >>> import torch
+        >>> from nflows.distributions import StandardNormal
+        >>> from nflows.flows import Flow
+        >>> from nflows_kconv.nflows import ConditionalInvertibleConv2d
+        >>> flow = Flow(ConditionalInvertibleConv2d(4, context_features=3), StandardNormal((4, 8, 8)))
+        >>> flow.log_prob(torch.randn(10, 4, 8, 8), torch.randn(10, 3)).shape
+        torch.Size([10])
+    """
+
+
+class ConditionalInvertibleConv1d(conditional.ConditionalInvertibleConv1d, Transform):
+    """`nflows_kconv.ConditionalInvertibleConv1d` as an `nflows.transforms.Transform`."""
+
+
+class ConditionalInvertibleConv3d(conditional.ConditionalInvertibleConv3d, Transform):
+    """`nflows_kconv.ConditionalInvertibleConv3d` as an `nflows.transforms.Transform`."""
 
 
 class Step(InvertibleModule, Transform):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nflows_kconv import bijection, checks, layer, periodic
+from nflows_kconv import bijection, checks, conditional, layer, periodic
 from nflows_kconv.flows import image_flow, state, steps
 from nflows_kconv.flows.reversible import cascade
 from nflows_kconv.invertible import InvertibleModule
@@ -27,6 +27,9 @@ except ImportError as error:
     ) from error
 
 __all__ = [
+    "ConditionalInvertibleConv1d",
+    "ConditionalInvertibleConv2d",
+    "ConditionalInvertibleConv3d",
     "GlowBlock",
     "ImageFlow",
     "InvertibleConv1d",
@@ -86,6 +89,27 @@ class PeriodicConv1d(_FromLatent, periodic.PeriodicConv1d):
 
 class PeriodicConv3d(_FromLatent, periodic.PeriodicConv3d):
     """`nflows_kconv.PeriodicConv3d` as a `normflows.flows.Flow`; see `PeriodicConv2d`."""
+
+
+class ConditionalInvertibleConv2d(_FromLatent, conditional.ConditionalInvertibleConv2d):
+    """`nflows_kconv.ConditionalInvertibleConv2d` as a `normflows.flows.Flow`, whose directions have the opposite names.
+
+    Its context is that of `normflows.ConditionalNormalizingFlow`.
+
+    Examples:
+        >>> import torch
+        >>> from nflows_kconv.normflows import ConditionalInvertibleConv2d
+        >>> layer = ConditionalInvertibleConv2d(4, context_features=3)
+        >>> data, log_abs_det = layer(torch.randn(10, 4, 8, 8), context=torch.randn(10, 3))
+    """
+
+
+class ConditionalInvertibleConv1d(_FromLatent, conditional.ConditionalInvertibleConv1d):
+    """`nflows_kconv.ConditionalInvertibleConv1d` as a `normflows.flows.Flow`; see `ConditionalInvertibleConv2d`."""
+
+
+class ConditionalInvertibleConv3d(_FromLatent, conditional.ConditionalInvertibleConv3d):
+    """`nflows_kconv.ConditionalInvertibleConv3d` as a `normflows.flows.Flow`; see `ConditionalInvertibleConv2d`."""
 
 
 class GlowBlock(flows.GlowBlock):

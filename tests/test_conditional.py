@@ -3,6 +3,10 @@
 import copy
 import math
 
+import nflows.distributions
+import nflows.flows
+import nflows.transforms
+import normflows as nf
 import oracles
 import pytest
 import torch
@@ -12,6 +16,8 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call, grad, vmap
 
+import nflows_kconv.nflows
+import nflows_kconv.normflows
 from nflows_kconv import conditional, functional, layer, ops
 from nflows_kconv.diagnostics import conditioning
 from nflows_kconv.testing import check_transform
@@ -209,6 +215,7 @@ def test_compiled_layers():
         assert_close(compiled(images, contexts)[0], layer(images, contexts)[0])
 
 
+@pytest.mark.filterwarnings("ignore:raw_weight has .* entries other than zero")
 def test_weights_of_an_unconditional_layer_load():
     trained_layer = trained(layer.InvertibleConv2d(8, diagonal="learned"))
     for module in (build(diagonal="learned").double(), build(diagonal="learned").double()):
@@ -262,6 +269,40 @@ def test_errors_of_arguments_and_networks():
         TypeError, match=r"layer must be an InvertibleConv1d, 2d or 3d, got ConditionalInvertibleConv2d"
     ):
         conditioning(build(), (4, 4))
+
+
+class Zeros(nn.Module):
+    """Of normflows' conditional base: mean and log-scale of a standard normal."""
+
+    def forward(self, context: Tensor) -> Tensor:
+        return context.new_zeros(len(context), 4, 4, 4)
+
+
+@pytest.mark.filterwarnings("ignore:raw_weight has .* entries other than zero")
+def test_adapters_take_the_context_of_their_library():
+    layers = {}
+    for library in (nflows_kconv.nflows, nflows_kconv.normflows):
+        for dimensions in (1, 2, 3):
+            adapter = getattr(library, f"ConditionalInvertibleConv{dimensions}d")
+            layers[library] = trained(adapter(8, context_features=FEATURES, diagonal="learned"))
+            check_transform(layers[library], *data(layers[library]))
+    forward, backward = layers.values()
+    volumes, contexts = data(forward)
+    assert all(map(torch.equal, forward(volumes, contexts), backward.inverse(volumes, contexts)))
+
+    options = dict(context_features=FEATURES, corners=("TL", "B"), diagonal="learned")
+    transform = trained(nflows_kconv.nflows.ConditionalInvertibleConv2d(4, **options)).float()
+    other = nflows_kconv.normflows.ConditionalInvertibleConv2d(4, **options)
+    other.load_state_dict(transform.state_dict())
+    composite = nflows.transforms.CompositeTransform([transform])
+    flow = nflows.flows.Flow(composite, nflows.distributions.StandardNormal((4, 4, 2)))
+    model = nf.ConditionalNormalizingFlow(nf.distributions.base.ConditionalDiagGaussian((4, 4, 2), Zeros()), [other])
+    images, contexts = torch.randn(3, 4, 4, 2), torch.randn(3, FEATURES)
+    assert_close(model.log_prob(images, contexts), flow.log_prob(images, contexts))
+    drawn, log_prob = flow.sample_and_log_prob(1, contexts)
+    assert_close(flow.log_prob(drawn[:, 0], contexts), log_prob[:, 0])
+    drawn, log_prob = model.sample(3, contexts)
+    assert_close(model.log_prob(drawn, contexts), log_prob)
 
 
 def test_it_is_shown():
