@@ -256,14 +256,16 @@ def test_the_memory_is_independent_of_the_number_of_steps(library, direction):
 
 @pytest.mark.parametrize("library", ["nflows", "normflows"])
 @pytest.mark.parametrize("direction", ["forward", "inverse"])
-def test_image_flows_train_reversibly(library, direction):
+@pytest.mark.parametrize("context_shape", [(2, 3, 3), (2,)], ids=["image", "vector, for kernels too"])
+def test_image_flows_train_reversibly(library, direction, context_shape):
     finc_flow = {"nflows": nflows_kconv.nflows, "normflows": nflows_kconv.normflows}[library].finc_flow
     inputs = torch.randint(256, (4, 1, 8, 8)).double()
-    context = torch.tensor([1, 0, 0, 2]), torch.randn(4, 2, 3, 3, dtype=torch.float64, requires_grad=True)
+    context = torch.tensor([1, 0, 0, 2]), torch.randn(4, *context_shape, dtype=torch.float64, requires_grad=True)
     found, keys = [], []
     for is_reversible in (False, True):
         torch.manual_seed(1)
-        options = dict(hidden_channels=4, direction=direction, num_classes=3, context_shape=(2, 3, 3))
+        options = dict(hidden_channels=4, direction=direction, num_classes=3, context_shape=context_shape)
+        options["conditional_kernels"] = len(context_shape) == 1
         flow = finc_flow((1, 8, 8), 2, 17, reversible=is_reversible, **options).double()
         with torch.no_grad():
             for parameter in flow.parameters():

@@ -243,8 +243,9 @@ def test_classes_are_given_to_the_library_as_it_expects(library: str, place: tor
 
 
 @pytest.mark.parametrize("library", [nflows_kconv.nflows, nflows_kconv.normflows], ids=["nflows", "normflows"])
-def test_classes_with_a_context(library: Any, place: torch.device):
-    flow = image_flow(library, num_classes=3, context_shape=(2,)).to(place)
+@pytest.mark.parametrize("conditional_kernels", [False, True])
+def test_classes_with_a_context(library: Any, conditional_kernels: bool, place: torch.device):
+    flow = image_flow(library, num_classes=3, context_shape=(2,), conditional_kernels=conditional_kernels).to(place)
     sampler = GraphSampler(flow, 2)
     labels = torch.tensor([2, 0, 2]), torch.tensor([[0.0, 1], [2, 3], [4, 5]])
     images = sampler(labels=labels, temperature=0)

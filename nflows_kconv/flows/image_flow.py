@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nflows_kconv import checks, functional, stencil
+from nflows_kconv import checks, conditional, functional, stencil
 from nflows_kconv.flows import images, steps
 from nflows_kconv.flows.images.dequantization import check_levels
 from nflows_kconv.flows.reversible import Chain
@@ -27,6 +27,11 @@ Flow = TypeVar("Flow")
 
 _LAYERS: dict[int, Any] = {1: InvertibleConv1d, 2: InvertibleConv2d, 3: InvertibleConv3d}
 _PERIODIC_LAYERS: dict[int, Any] = {1: PeriodicConv1d, 2: PeriodicConv2d, 3: PeriodicConv3d}
+_CONDITIONAL_LAYERS: dict[int, Any] = {
+    1: conditional.ConditionalInvertibleConv1d,
+    2: conditional.ConditionalInvertibleConv2d,
+    3: conditional.ConditionalInvertibleConv3d,
+}
 _SIZES = {dimensions: ", ".join(axes) for dimensions, axes in stencil.AXES.items()}
 
 
@@ -66,6 +71,8 @@ class Architecture:
             prior also sees a tensor [B, *context_shape], the condition of each call: vectors at every pixel, others
             average-pooled to the level's size. At the start it has no effect. With classes as well, the condition is
             (classes, tensor).
+        conditional_kernels: Whether the convolutions' weights come from the context, too, see
+            `ConditionalInvertibleConv2d`; it must be a vector, `context_shape=(E,)`.
         reversible: Whether to train in memory independent of K, for some more time, see
             `nflows_kconv.flows.reversible`. The state_dict is the same.
 
@@ -90,6 +97,7 @@ class Architecture:
     preprocessing: Literal["images"] | None = "images"
     num_classes: int | None = None
     context_shape: Sequence[int] | None = None
+    conditional_kernels: bool = False
     reversible: bool = False
 
     def __post_init__(self) -> None:  # noqa: D105
@@ -101,8 +109,9 @@ class Architecture:
                 f"sizes in data_shape must be multiples of 2^levels = {2**self.levels} for {self.levels} levels, "
                 f"got {' x '.join(map(str, self.data_shape[1:]))}"
             )
-        if not isinstance(self.reversible, bool):
-            raise TypeError(f"reversible must be True or False, got {self.reversible!r}")
+        for name in ("conditional_kernels", "reversible"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.direction not in ("forward", "inverse"):
             raise ValueError(f'direction must be "forward" or "inverse", got {self.direction!r}')
         if self.padding_mode not in ("zeros", "circular"):
@@ -120,6 +129,14 @@ class Architecture:
         if self.context_shape is not None:
             n = self.dimensions
             _check_shape("context_shape", self.context_shape, {1: "(E,)", n + 1: f"(E, {_SIZES[n]})"})
+        if self.conditional_kernels and (self.context_shape is None or len(self.context_shape) > 1):
+            raise ValueError(
+                f"conditional_kernels needs vectors as context, context_shape=(E,), got {self.context_shape!r}"
+            )
+        if self.conditional_kernels and self.kernel_size is None:
+            raise ValueError("conditional_kernels needs a kernel_size, got None")
+        if self.conditional_kernels and self.padding_mode == "circular":
+            raise ValueError('conditional_kernels needs padding_mode="zeros", got "circular"')
 
     def _check_circular(self, kernel_size: int | Sequence[int]) -> None:
         if self.corners is not None:
@@ -186,7 +203,10 @@ class Architecture:
             bound = {} if self.max_inverse_gain is None else {"max_inverse_gain": self.max_inverse_gain}
             return [_PERIODIC_LAYERS[self.dimensions](channels, kernel_size, diagonal=self.diagonal, **bound)]
         options = {name: getattr(self, name) for name in ("dilation", "diagonal", "max_inverse_gain")}
-        return convolutions(_LAYERS[self.dimensions], channels, kernel_size, self.corners, **options)
+        classes = _LAYERS
+        if self.conditional_kernels and self.context_shape is not None:
+            classes, options["context_features"] = _CONDITIONAL_LAYERS, self.context_shape[0]
+        return convolutions(classes[self.dimensions], channels, kernel_size, self.corners, **options)
 
 
 Architecture.__init__.__qualname__ = "finc_flow"  # by which Python's errors call what takes an unknown argument

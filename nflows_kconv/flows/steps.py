@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 
 from nflows_kconv import bijection
+from nflows_kconv.conditional import ConditionalInvertibleConv
 from nflows_kconv.invertible import InvertibleModule
 from nflows_kconv.torch_internals import (
     is_functorch_wrapped_tensor,
@@ -389,3 +390,4 @@ def _total(values: Tensor, group: distributed.ProcessGroup | None) -> Tensor:
 
 
 bijection.register(AffineCoupling, networks=("network",))
+bijection.register(ConditionalInvertibleConv, networks=("weight_network",))
