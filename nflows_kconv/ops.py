@@ -368,16 +368,16 @@ def _is_recorded(*tensors: Tensor | None) -> bool:
     return is_differentiating_forward()
 
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
 def _is_direct(*tensors: Tensor | None) -> bool:
     """Whether nothing that the dispatcher serves is between a call and the backends, which read the memory as it is."""
     if torch.compiler.is_compiling() or has_dispatch_mode():
         return False
     for tensor in tensors:
         if tensor is not None and (
-            type(tensor) not in (Tensor, torch.nn.Parameter)
-            or tensor.is_meta
-            or tensor.is_neg()
-            or is_zero_tensor(tensor)
+            type(tensor) not in _PLAIN or tensor.is_meta or tensor.is_neg() or is_zero_tensor(tensor)
         ):
             return False
     return True

@@ -129,6 +129,9 @@ OwnedPlan make_plan(const Problem<T>& problem, int64_t family, int64_t groups, c
   plan.image_pitch = plan.first_plane + depth * plan.plane_pitch;
   plan.buffer_size = plan.image_pitch * (plan.lanes == Lanes::channels ? plan.block_images : 1);
 
+  const size_t most_taps = problem.kernel_taps();
+  plan.owned_taps.reserve(most_taps);
+  plan.owned_offsets.reserve(most_taps * plan.channels);
   for (int64_t plane = before; plane >= 0; --plane)
     for (int64_t row = above; row >= 0; --row)
       for (int64_t column = left; column >= (row ? -right : 0); --column) {
