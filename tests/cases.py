@@ -297,22 +297,15 @@ def cases(draw: st.DrawFn, max_unknowns: int = 400) -> Case:
 Test = TypeVar("Test", bound=Callable[..., None])
 
 
-def over_cases(*more: Case, of_values: bool = False) -> Callable[[Test], Test]:
-    """Runs a property `test(case, ...)` over the table, over more cases, and over drawn ones.
-
-    The reference has no vectors or strips that cases of the table are about. It has the table where the property is
-    `of_values`, a comparison with oracles; drawn cases show the other properties.
-    """
+def over_cases(*more: Case) -> Callable[[Test], Test]:
+    """Runs a property `test(case, ...)` over the table, over more cases, and over drawn ones."""
 
     def decorate(test: Test) -> Test:
         @wraps(test)
         def once(case: Case, **others: Any) -> None:
             # What is the same for all instruction sets one of them shows: strides, half precision, and sequences,
             # which become images before a kernel sees them.
-            backend = others.get("backend")
-            if backend in ("cpu-baseline", "cpu-avx2") and not case.is_plain:
-                return
-            if backend == "reference" and not of_values and case in CASES:
+            if others.get("backend") in ("cpu-baseline", "cpu-avx2") and not case.is_plain:
                 return
             test(case=case, **others)
 

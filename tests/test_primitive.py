@@ -31,14 +31,14 @@ def test_oracles_agree(case: Case):
 # up to all of its value. Gradients, round trips and most other properties have none.
 
 
-@over_cases(of_values=True)
+@over_cases()
 def test_conv_is_torchs(case: Case, backend: str, device: str):
     conv, _ = case.operators(case.weight(device), case.bias(device))
     input, bias = case.input(device), case.of_channels(case.bias().double())
     assert_close(conv(input), oracles.conv(input, case.weight(), case.corners, case.dilation) + bias)
 
 
-@over_cases(of_values=True)
+@over_cases()
 def test_transposed_conv_is_the_dense_product(case: Case, backend: str, device: str):
     conv, _ = case.operators(case.weight(device), case.bias(device))
     input, bias = case.input(device), case.of_channels(case.bias().double())
@@ -47,7 +47,7 @@ def test_transposed_conv_is_the_dense_product(case: Case, backend: str, device: 
         assert_close(conv(input, transpose), expected + bias)
 
 
-@over_cases(of_values=True)
+@over_cases()
 def test_solve_is_the_dense_solution(case: Case, backend: str, device: str):
     _, solve = case.operators(case.weight(device), case.bias(device))
     input, bias = case.input(device), case.of_channels(case.bias().double())
@@ -57,7 +57,7 @@ def test_solve_is_the_dense_solution(case: Case, backend: str, device: str):
         assert_close(solve(input, transpose), expected)
 
 
-@over_cases(of_values=True)
+@over_cases()
 def test_weight_gradient_is_torchs(case: Case, backend: str, device: str):
     input, grad = case.input(device), case.input(device, seed=2)
     if case.dimensions == 1:
@@ -99,7 +99,7 @@ def test_small_integers_are_exact(case: Case, wide: bool, backend: str, device: 
         assert torch.equal(solve(output, transpose), input)
 
 
-@over_cases(of_values=True)
+@over_cases()
 def test_output_has_the_inputs_shape_dtype_and_memory_format(case: Case, backend: str, device: str):
     conv, solve = case.operators(case.weight(device))
     input = case.input(device)
