@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,6 +41,7 @@ __all__ = [
     "ReversibleCompositeTransform",
     "Step",
     "finc_flow",
+    "load_flow",
 ]
 
 
@@ -279,7 +281,10 @@ class ImageFlow(image_flow.Interface, Flow):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """See `torch.nn.Module.load_state_dict`; takes the state_dict of the same flow of normflows, too."""
-        return super().load_state_dict(state.for_nflows(state_dict, self.architecture), strict, assign)
+        return super().load_state_dict(self._renamed(state_dict), strict, assign)
+
+    def _renamed(self, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+        return state.for_nflows(state_dict, self.architecture)
 
     @property
     def _preprocessing(self) -> image_flow.Preprocessing:
@@ -334,6 +339,23 @@ def finc_flow(data_shape: Sequence[int], levels: int, steps: int, **options: Any
         torch.Size([2, 3, 1, 8, 8])
     """
     return ImageFlow(image_flow.Architecture(data_shape, levels, steps, **options))
+
+
+def load_flow(path: str | os.PathLike[str], device: torch.device | str | int = "cpu") -> ImageFlow:
+    """The flow that a file holds which `ImageFlow.save` wrote, here or in the other library.
+
+    Its dtypes are those of the flow that was saved. Like a new flow it is in training mode. Nothing random is drawn.
+
+    Args:
+        path: The file.
+        device: Of the parameters, wherever they were before.
+
+    Raises:
+        ImportError: If safetensors is not installed.
+        OSError: If there is no such file.
+        ValueError: If it is damaged, of a later version of the format, or was not made by `save`.
+    """
+    return image_flow.load(ImageFlow, path).to(device)
 
 
 def _forward(flow: Flow, inputs: Tensor, context: Any) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -41,6 +42,7 @@ __all__ = [
     "ReversibleComposite",
     "Step",
     "finc_flow",
+    "load_flow",
 ]
 
 
@@ -337,7 +339,7 @@ class ImageFlow(image_flow.Interface, MultiscaleFlow):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """See `torch.nn.Module.load_state_dict`; takes the state_dict of the same flow of nflows, too."""
-        return super().load_state_dict(state.for_normflows(state_dict, self.architecture), strict, assign)
+        return super().load_state_dict(self._renamed(state_dict), strict, assign)
 
     @contextmanager
     def _temperature(self, temperature: float | None) -> Iterator[None]:
@@ -374,6 +376,9 @@ class ImageFlow(image_flow.Interface, MultiscaleFlow):
             numbers, log_abs_det = self.transform.inverse(numbers)
         latents, more = self._to_latents(numbers, tensor)
         return latents, log_abs_det + more, classes
+
+    def _renamed(self, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+        return state.for_normflows(state_dict, self.architecture)
 
     @property
     def _preprocessing(self) -> image_flow.Preprocessing:
@@ -448,6 +453,23 @@ def finc_flow(data_shape: Sequence[int], levels: int, steps: int, **options: Any
         >>> samples, log_prob = flow.sample(context=torch.randn(3, 5))  # one for each row
     """
     return ImageFlow(image_flow.Architecture(data_shape, levels, steps, **options))
+
+
+def load_flow(path: str | os.PathLike[str], device: torch.device | str | int = "cpu") -> ImageFlow:
+    """The flow that a file holds which `ImageFlow.save` wrote, here or in the other library.
+
+    Its dtypes are those of the flow that was saved. Like a new flow it is in training mode. Nothing random is drawn.
+
+    Args:
+        path: The file.
+        device: Of the parameters, wherever they were before.
+
+    Raises:
+        ImportError: If safetensors is not installed.
+        OSError: If there is no such file.
+        ValueError: If it is damaged, of a later version of the format, or was not made by `save`.
+    """
+    return image_flow.load(ImageFlow, path).to(device)
 
 
 def _forward(flow: flows.Flow, value: bijection.Value, context: Any) -> tuple[bijection.Value, Tensor]:

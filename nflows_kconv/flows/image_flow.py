@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
 
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nflows_kconv import checks, conditional, functional, stencil
-from nflows_kconv.flows import images, steps
+from nflows_kconv.flows import files, images, steps
 from nflows_kconv.flows.images.dequantization import check_levels
 from nflows_kconv.flows.reversible import Chain
 from nflows_kconv.layer import InvertibleConv1d, InvertibleConv2d, InvertibleConv3d
@@ -373,6 +374,45 @@ class Interface(nn.Module):
             numbers = self._from_latent(latent.to(dtype), condition.tensor)
             return self._preprocessing.inverse(numbers)[0]
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes parameters, buffers and the options of `finc_flow` to a file, which `load_flow` loads.
+
+        The file is in the safetensors format, which runs no code when it is loaded. A file that is there is replaced as
+        a whole, or not at all. Whether the flow trains or evaluates, and the state of an optimizer, are not saved.
+
+        Args:
+            path: The file; its folder must exist.
+
+        Raises:
+            ImportError: If safetensors is not installed.
+            OSError: If the file cannot be written.
+            TypeError: If the flow is not as `finc_flow` makes it: its modules were replaced or wrapped, or its
+                parameters are sharded.
+        """
+        _check_as_built(self)
+        files.write(path, vars(self.architecture), self.state_dict())
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Loads a file that `save` wrote, in either library, into this flow, which keeps its dtype and device.
+
+        Raises:
+            ImportError: If safetensors is not installed.
+            OSError: If there is no such file.
+            ValueError: If it is damaged, of a later version of the format, of other options but `reversible`, or was
+                not made by `save`. The flow is then as it was.
+        """
+        loaded = load(type(self), path)
+        own, other = (vars(flow.architecture) for flow in (self, loaded))
+        own = files.as_read(own)
+        different = [name for name in own if name != "reversible" and own[name] != other[name]]
+        if different:
+            raise ValueError(
+                f"{os.fspath(path)} must be of a flow with the same options, "
+                f"{', '.join(f'{name}={own[name]!r}' for name in different)}, got "
+                f"{', '.join(f'{name}={other[name]!r}' for name in different)}"
+            )
+        self.load_state_dict(loaded.state_dict())
+
     @property
     def _preprocessing(self) -> Preprocessing:
         raise NotImplementedError
@@ -468,6 +508,66 @@ class Interface(nn.Module):
         if self._takes_one_hot:  # normflows makes such of others by their number, which fixes it in torch.export
             return F.one_hot(classes.long(), num_classes).to(self._parameter().dtype)
         return classes.long()
+
+
+def load(flow_class: Callable[[Architecture], Flow], path: str | os.PathLike[str]) -> Flow:
+    """The flow of a file, on the CPU; what `load_flow` of the libraries has in common.
+
+    Raises:
+        ImportError: See `Interface.save`.
+        OSError: See `Interface.load`.
+        ValueError: See `Interface.load`.
+    """
+    options, tensors = files.read(path)
+    try:
+        architecture = Architecture(**options)
+        if architecture.levels * architecture.steps > len(tensors):
+            raise ValueError(f"{architecture.levels} levels of {architecture.steps} steps in {len(tensors)} tensors")
+        with torch.device("meta"):
+            flow: Any = flow_class(architecture)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise files.refusal(path, f"options that finc_flow does not take: {error}") from error
+    renamed = dict(flow._renamed(tensors))
+    expected, found = _tensors(flow.state_dict()), _tensors(renamed)
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise files.refusal(
+                path, f"{found.get(name, 'nothing')} for {name}, which is {expected.get(name, 'unknown')} in its flow"
+            )
+    flow.load_state_dict(renamed, assign=True)
+    return flow
+
+
+def _tensors(state_dict: Mapping[str, Tensor]) -> dict[str, str]:
+    """What a state_dict holds; floating-point numbers may have any of four dtypes."""
+    any_float = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    return {
+        name: f"{'floating-point' if tensor.dtype in any_float else tensor.dtype} {tuple(tensor.shape)}"
+        for name, tensor in state_dict.items()
+        if not name.endswith("_extra_state")
+    }
+
+
+def _check_as_built(flow: Any) -> None:
+    """Raises a TypeError unless the flow is as `finc_flow` makes one of its options."""
+    with torch.device("meta"):
+        built = type(flow)(flow.architecture)
+    expected, found = _parts(built), _parts(flow)
+    for name in [*found, *expected]:
+        if expected.get(name) != found.get(name):
+            raise TypeError(
+                "a flow must be as finc_flow makes it to be saved with its options, got "
+                f"{found.get(name, 'nothing')} in place of {expected.get(name, 'nothing')} for "
+                f"{name or 'the flow'}: save its state_dict() in place of it, gathered if it is sharded"
+            )
+
+
+def _parts(flow: nn.Module) -> dict[str, str]:
+    """The types of all modules, and what the state_dict holds; a sharded tensor by its type."""
+    types = {name: type(module).__name__ for name, module in flow.named_modules(remove_duplicate=False)}
+    tensors = flow.state_dict()
+    special = {name: type(value).__name__ for name, value in tensors.items() if type(value) is not Tensor}
+    return types | _tensors(tensors) | special
 
 
 def _as_context(name: str, tensor: Any, shape: Sequence[int], count: int | None) -> Tensor:

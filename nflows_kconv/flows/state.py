@@ -47,7 +47,7 @@ def for_normflows(state_dict: Mapping[str, Any], architecture: Architecture) -> 
     if renamed is None:
         return state_dict
     shapes = architecture.latent_shapes
-    like = next(iter(renamed.values()))
+    like = next(value for value in renamed.values() if value.is_floating_point())  # files have an order of their own
     weight = renamed.pop(_CLASSES, None)
     if architecture.num_classes is None:
         weight = torch.zeros(1, 2 * sum(map(math.prod, shapes)), dtype=like.dtype, device=like.device)

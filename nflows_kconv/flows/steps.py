@@ -231,6 +231,8 @@ class InvertibleConv1x1(InvertibleModule):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draws a rotation."""
+        if self.lower.is_meta:
+            return
         # On the CPU, as not every device has these factorisations.
         shape, dtype = self.lower.shape, torch.promote_types(self.lower.dtype, torch.float32)
         rotation = torch.linalg.qr(torch.randn(shape, dtype=dtype, device="cpu"))[0]
