@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from nflows_kconv import bound, checks, functional, ops, stencil
 from nflows_kconv.invertible import InvertibleModule
-from nflows_kconv.torch_internals import tree_leaves, without_subclasses
+from nflows_kconv.torch_internals import EXTRA_STATE, tree_leaves, without_subclasses
 
 
 class KernelLayer(InvertibleModule):
@@ -210,6 +211,17 @@ class KernelLayer(InvertibleModule):
                 f"diagonal are larger than that allows by a factor of {1 / scale:.3g}"
             )
 
+    def get_extra_state(self) -> Tensor:
+        """What the metadata record, as JSON in bytes, for file formats that keep tensors alone."""
+        return torch.tensor(list(json.dumps(self._options()).encode()), dtype=torch.uint8, device="cpu")
+
+    def set_extra_state(self, state: Any) -> None:
+        """Does nothing: the state is checked before anything is loaded."""
+
+    def _options(self) -> dict[str, Any]:
+        """What a state_dict records beside the parameters."""
+        return {**self._structure(), "max_inverse_gain": self.max_inverse_gain}
+
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Any],
@@ -220,7 +232,11 @@ class KernelLayer(InvertibleModule):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        # Older files have none.
+        extra = state_dict.setdefault(prefix + EXTRA_STATE, None)
         try:
+            if "corners" not in local_metadata:
+                local_metadata = local_metadata | _recorded(extra)
             self._check_metadata(local_metadata)
             self._check_saved(state_dict, prefix, local_metadata)
             self._convert_weight(state_dict, prefix)
@@ -240,7 +256,8 @@ class KernelLayer(InvertibleModule):
                 f"the version must be at most {self._version}, got {version} from a later release of nflows-kconv"
             )
         for name, own in self._structure().items():
-            saved = tuple(metadata.get(name, own))
+            saved = metadata.get(name, own)
+            saved = tuple(saved) if isinstance(saved, (list, tuple)) else saved
             if saved != own:
                 raise ValueError(f"the {name} must be the layer's {own}, got {saved}")
 
@@ -446,10 +463,11 @@ class InvertibleConv2d(InvertibleConv):
     masked, and the diagonal. Whatever happens to the parameters (weight decay, loading, in-place steps), the mask
     holds. The layer starts close to the identity.
 
-    A state_dict has the parameters alone; its metadata, which `torch.save` keeps, records corners and dilation. Loading
-    takes also a plain `weight` in place of `raw_weight` and `log_diagonal`. What cannot be loaded, such as other
-    corners, other shapes or the version of a later release, leaves the layer as it was; names that are missing or too
-    many are torch's own error, which comes after the others have been loaded.
+    A state_dict has the parameters and, as bytes in `_extra_state`, corners, dilation and `max_inverse_gain`, which any
+    file format keeps; those of earlier versions, without it, load, too. So does a plain `weight` in place of
+    `raw_weight` and `log_diagonal`. What cannot be loaded, such as other corners, other shapes or the version of a
+    later release, leaves the layer as it was; names that are missing or too many are torch's own error, which comes
+    after the others have been loaded.
 
     Args:
         num_channels: C, a multiple of the number of corners.
@@ -575,7 +593,21 @@ def _share_memory(one: Tensor, other: Tensor) -> bool:
 def _record_options(
     layer: KernelLayer, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]
 ) -> None:
-    local_metadata.update(layer._structure(), max_inverse_gain=layer.max_inverse_gain)
+    local_metadata.update(layer._options())
+
+
+def _recorded(extra: Any) -> dict[str, Any]:
+    """The options in an extra state; none where it is missing or has no values.
+
+    Raises:
+        ValueError: If it is damaged.
+    """
+    if extra is None or (isinstance(extra, Tensor) and (extra.is_meta or not checks.is_plain(extra))):
+        return {}
+    try:
+        return dict(json.loads(bytes(extra.tolist())))
+    except (AttributeError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"the extra state must be JSON as bytes, got a damaged one: {error}") from error
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

@@ -178,8 +178,8 @@ class PeriodicConv2d(PeriodicConv):
     shifts the output. The inverse and log |det A| come by FFT from a C/G x C/G matrix for each frequency, as those of
     the periodic convolutions of Hoogeboom, van den Berg, Welling 2019 (arXiv 1901.11137), which may have no inverse.
 
-    Half precision is computed in float32 and rounded once; under autocast the layer stays in float32. A state_dict has
-    the parameters alone; the plain `weight` of torch's circular `Conv2d` loads, too, if it keeps the bound.
+    Half precision is computed in float32 and rounded once; under autocast the layer stays in float32. A state_dict is
+    like that of `InvertibleConv2d`; the plain `weight` of torch's circular `Conv2d` loads, too, if it keeps the bound.
 
     Args:
         num_channels: C, a multiple of `groups`.

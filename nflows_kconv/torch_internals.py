@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 __all__ = [
+    "EXTRA_STATE",
     "SingleLevelFunction",
     "TorchDispatchMode",
     "apply_at_this_level",
@@ -42,6 +43,7 @@ __all__ = [
     "without_subclasses",
 ]
 
+EXTRA_STATE = "_extra_state"  # the name in a state_dict of what `get_extra_state` gives
 assert_async = torch._assert_async
 uncompiled = torch._disable_dynamo  # torch.compiler.disable would import the compiler along with this package
 

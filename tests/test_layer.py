@@ -301,14 +301,15 @@ def test_half_precision_layers(dtype: torch.dtype, backend: str, device: str):
 
 
 @every_option
-def test_state_dict_has_the_parameters_alone(options: dict):
+def test_state_dict_has_the_parameters_and_the_options(options: dict):
     layer = InvertibleConv2d(8, **options)
     expected = [
         "raw_weight",
         *(["log_diagonal"] if "diagonal" in options else []),
         *(["bias"] if "bias" in options else []),
     ]
-    assert list(layer.state_dict()) == [name for name, _ in layer.named_parameters()] == expected
+    assert [name for name, _ in layer.named_parameters()] == expected
+    assert list(layer.state_dict()) == [*expected, "_extra_state"]
 
 
 def test_constructor_arguments_are_kept_and_shown():

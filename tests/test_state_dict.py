@@ -8,11 +8,13 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import oracles
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
@@ -51,6 +53,11 @@ def through_a_file(state_dict: dict[str, Any]) -> dict[str, Any]:
     return torch.load(file, weights_only=True)
 
 
+def tensors_alone(layer: nn.Module) -> dict[str, Any]:
+    """What files of earlier versions had that keep no metadata."""
+    return {name: value for name, value in layer.state_dict().items() if name != "_extra_state"}
+
+
 def refused(module: nn.Module, state_dict: dict[str, Any], match: str, **options: Any) -> None:
     """Asserts that loading raises this one error and leaves the module as it was."""
     before = copy.deepcopy(module.state_dict())
@@ -75,7 +82,8 @@ def test_files_move_between_libraries(saving: type, loading: type, options: dict
     layer, other = trained(saving(4, **options)), loading(4, **options)
     other.load_state_dict(through_a_file(layer.state_dict()))
     assert torch.equal(other.weight, layer.weight)
-    assert list(other.state_dict()) == list(layer.state_dict()) == [name for name, _ in layer.named_parameters()]
+    names = [*dict(layer.named_parameters()), "_extra_state"]
+    assert list(other.state_dict()) == list(layer.state_dict()) == names
 
 
 @pytest.mark.parametrize("library", [nflows_kconv.nflows, nflows_kconv.normflows], ids=["nflows", "normflows"])
@@ -105,10 +113,36 @@ def test_the_metadata_says_what_the_tensors_do_not(options: dict):
 
 @every_layer
 def test_state_dicts_without_metadata(options: dict):
-    """As another file format has them, or a plain dictionary."""
+    """As files of earlier versions in another format have them, or a plain dictionary."""
     layer, other = trained(InvertibleConv2d(4, **options)), InvertibleConv2d(4, **options)
-    other.load_state_dict(dict(layer.state_dict()))
+    other.load_state_dict(tensors_alone(layer))
     assert torch.equal(other.weight, layer.weight)
+
+
+OTHERS = {
+    "corners": (dict(corners="TL"), "the corners must be the layer's ('BR',), got ('TL',)"),
+    "side": (dict(corners="T"), "the corners must be the layer's ('BR',), got ('T',)"),
+    "dilation": (dict(corners="BR", dilation=(1, 2)), "the dilation must be the layer's (1, 1), got (1, 2)"),
+}
+
+
+@pytest.mark.parametrize("saving", CLASSES, ids=lambda each: each.__module__)
+@pytest.mark.parametrize(("options", "message"), OTHERS.values(), ids=OTHERS.keys())
+def test_safetensors_keep_corners_and_dilation(saving: type, options: dict, message: str, tmp_path: Path):
+    save_file(saving(4, 1, **options).state_dict(), tmp_path / "layer")  # whose zeros tell nothing
+    saved = load_file(tmp_path / "layer")
+    InvertibleConv2d(4, 1, **options).load_state_dict(saved)
+    refused(InvertibleConv2d(4, 1, corners="BR"), saved, re.escape(message))
+
+
+NO_JSON = [torch.zeros(3), torch.tensor([255], dtype=torch.uint8), {}, torch.tensor(7)]
+
+
+@pytest.mark.parametrize("extra", NO_JSON, ids=str)
+def test_damaged_extra_states_are_refused(extra: Any):
+    layer = InvertibleConv2d(4)
+    saved = dict(layer.state_dict(), _extra_state=extra)
+    refused(layer, saved, "state_dict: the extra state must be JSON as bytes, got a damaged one")
 
 
 def test_masked_entries_are_ignored_with_a_warning():
@@ -183,7 +217,7 @@ REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     ),
     "channels": (lambda: InvertibleConv2d(8, bias=True).state_dict(), "got {'raw_weight': (8, 2, 3, 3), 'bias': (8,)}"),
     "groups": (
-        lambda: dict(InvertibleConv2d(4, corners="TL", bias=True).state_dict()),
+        lambda: tensors_alone(InvertibleConv2d(4, corners="TL", bias=True)),
         "got {'raw_weight': (4, 4, 3, 3)",
     ),
     "corners": (
@@ -199,7 +233,7 @@ REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
         "the dilation must be the layer's (1, 1), got (1, 2)",
     ),
     "dimensions": (
-        lambda: dict(InvertibleConv3d(4, corners=("NTL",) * 4, bias=True).state_dict()),
+        lambda: tensors_alone(InvertibleConv3d(4, corners=("NTL",) * 4, bias=True)),
         "got {'raw_weight': (4, 1, 3, 3, 3), 'bias': (4,)}",
     ),
     "plain weight": (
@@ -227,10 +261,9 @@ def test_refused(state_dict: Callable[[], dict[str, Any]], message: str):
     ],
 )
 def test_other_corners_are_known_without_metadata(saved, loading, prefix: str):
-    """As from safetensors: what lies at the pivot is zero, and says where the pivot is."""
-    state_dict = {
-        prefix + name: value for name, value in trained(InvertibleConv2d(8, corners=saved)).state_dict().items()
-    }
+    """What lies at the pivot is zero, and says where the pivot is."""
+    saved_tensors = tensors_alone(trained(InvertibleConv2d(8, corners=saved)))
+    state_dict = {prefix + name: value for name, value in saved_tensors.items()}
     layer = InvertibleConv2d(8, corners=loading)
     names = (saved,) if isinstance(saved, str) else saved
     message = re.escape(
@@ -395,7 +428,7 @@ def test_nothing_but_the_state_counts(adapter: str, way: str):
 def test_files_of_earlier_versions():
     """Whose layers had their masks as buffers, which were not saved, and whose ActNorm had a flag of its own."""
     keys = {
-        InvertibleConv2d(4, **OPTIONS): ["raw_weight", "log_diagonal", "bias"],
+        InvertibleConv2d(4, **OPTIONS): ["raw_weight", "log_diagonal", "bias", "_extra_state"],
         steps.ActNorm(4): ["log_scale", "shift", "initialized"],
         steps.InvertibleConv1x1(4): ["lower", "upper", "log_scale", "permutation", "sign"],
     }

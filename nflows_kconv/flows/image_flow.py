@@ -19,6 +19,7 @@ from nflows_kconv.flows.images.dequantization import check_levels
 from nflows_kconv.flows.reversible import Chain
 from nflows_kconv.layer import InvertibleConv1d, InvertibleConv2d, InvertibleConv3d
 from nflows_kconv.periodic import PeriodicConv1d, PeriodicConv2d, PeriodicConv3d
+from nflows_kconv.torch_internals import EXTRA_STATE
 
 Corners = str | Sequence[str] | Sequence[Sequence[str]]
 Shape = tuple[int, ...]
@@ -544,7 +545,7 @@ def _tensors(state_dict: Mapping[str, Tensor]) -> dict[str, str]:
     return {
         name: f"{'floating-point' if tensor.dtype in any_float else tensor.dtype} {tuple(tensor.shape)}"
         for name, tensor in state_dict.items()
-        if not name.endswith("_extra_state")
+        if not name.endswith(EXTRA_STATE)
     }
 
 
