@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
@@ -44,10 +45,12 @@ from nflows_kconv.torch_internals import (
     primal,
 )
 
+_CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {2: F.conv2d, 3: F.conv3d}
+
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 _library = torch.library.Library("nflows_kconv", "DEF")
-for _name in ("conv", "solve"):
+for _name in ("conv", "solve", "exported_conv"):
     _library.define(
         f"{_name}(Tensor input, Tensor weight, Tensor? bias, Tensor? log_diagonal, int[] stencils, int[] dilation, "
         "bool unit_diagonal, bool transpose) -> Tensor"
@@ -59,6 +62,7 @@ _library.define(
 
 conv = torch.ops.nflows_kconv.conv.default
 solve = torch.ops.nflows_kconv.solve.default
+exported_conv = torch.ops.nflows_kconv.exported_conv.default
 weight_gradient = torch.ops.nflows_kconv.weight_gradient.default
 
 
@@ -138,6 +142,33 @@ def _weight_gradient_flops(
     **__: Any,
 ) -> int:
     return 2 * math.prod((*input, input[1] // len(stencils), *kernel_size))
+
+
+def _exported_conv(*args: Any) -> Tensor:
+    """`conv` in programs of torch.export.
+
+    Its kernel is composite, which puts it into torch's default decompositions: where an exported program is decomposed,
+    plain ATen is left of it. Elsewhere it is `conv`, with its kernels.
+    """
+    return _plain_conv(_problem("conv", *args)) if has_dispatch_mode() else conv(*args)
+
+
+def _plain_conv(problem: Problem) -> Tensor:
+    """A x + b by torch's convolutions, a group at a time: one trace for all sizes of images from 1 on."""
+    count, dimensions, dtype = len(problem.stencils), problem.dimensions, problem.input.dtype
+    input, weight, bias, log_diagonal = _widened(problem.input, problem.other, problem.bias, problem.log_diagonal)
+    weight = stencil.effective(weight, problem.stencils, log_diagonal, problem.unit_diagonal)
+    outputs = []
+    for image, kernel, code in zip(input.chunk(count, 1), weight.chunk(count), problem.stencils, strict=True):
+        if problem.transpose:
+            kernel, code = kernel.transpose(0, 1).flip([*range(2, 2 + dimensions)]), stencil.opposite(code, dimensions)
+        # For each axis from the last on, before and after it.
+        steps = [step for step in reversed(problem.dilation) for _ in range(2)]
+        taps = stencil.padding(code, problem.kernel_size)
+        image = F.pad(image, [amount * step for amount, step in zip(taps, steps, strict=True)])
+        outputs.append(_CONVOLUTIONS[dimensions](image, kernel, dilation=list(problem.dilation)))
+    output = torch.cat(outputs, 1)
+    return (output if bias is None else output + _on_pixels(bias, output)).to(dtype)
 
 
 def _seen_by_outer_levels(rule: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -346,6 +377,8 @@ def call(
     if is_any_autocast_on() and input.dtype != torch.float64 and autocast_is_on(input):
         input, weight = input.float(), weight.float()
         bias, log_diagonal = (None if t is None else t.float() for t in (bias, log_diagonal))
+    if operator is conv and torch.compiler.is_exporting():
+        operator = exported_conv
     if _is_recorded(input, weight, bias, log_diagonal) or not _is_direct(input, weight, bias, log_diagonal):
         return operator(input, weight, bias, log_diagonal, stencils, dilation, unit_diagonal, False)
     name = "conv" if operator is conv else "solve"
@@ -479,3 +512,5 @@ for _name, _operator, _function, _tensors, _vmap, _flops in (
     torch.library.register_vmap(_operator.name(), _vmap, lib=_library)
     # Two operations a multiply-add, those with the border included: as F.conv2d counts them.
     register_flop_formula(_operator.overloadpacket)(_flops)
+
+_library.impl("exported_conv", _exported_conv, "CompositeImplicitAutograd")

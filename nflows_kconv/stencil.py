@@ -214,5 +214,5 @@ def _of_group(kernel_size: Sequence[int], code: int, at_pivot: Tensor, after_piv
         place = place * length + index
     taps = at_pivot.new_zeros(*at_pivot.shape, math.prod(size))
     taps[..., place] = at_pivot
-    taps[..., place + 1 :] = after_pivot
+    taps[..., place + 1 :].fill_(after_pivot)  # assigning a number would leave a constant in exported programs
     return from_canonical(taps.unflatten(-1, size), code, len(size))

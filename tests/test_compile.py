@@ -2,8 +2,11 @@
 
 import copy
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -229,23 +232,61 @@ def test_actnorm_compiles_once_more_after_its_first_batch(device: str):
     assert_close(compiled(other)(input)[0], other(input)[0])
 
 
-@pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
-@pytest.mark.parametrize("name", ["learned, bias", "sides, dilated"])
-def test_export(name: str, inverse: bool, device: str):
-    class Module(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = a_layer(LAYERS[name], device)
+class Inverted(nn.Module):
+    def __init__(self, layer: InvertibleConv) -> None:
+        super().__init__()
+        self.layer = layer
 
-        def forward(self, input):
-            return self.layer.inverse(input) if inverse else self.layer(input)
+    def forward(self, input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.layer.inverse(input)
 
-    module, input = Module(), images(device=device)
-    sizes = {0: torch.export.Dim("batch"), 2: torch.export.Dim("height"), 3: torch.export.Dim("width")}
-    program = torch.export.export(module, (input,), dynamic_shapes=(sizes,))
-    larger = images(7, 9, 8, device)
+
+def exported(module: nn.Module, input: torch.Tensor) -> torch.export.ExportedProgram:
+    sizes = {axis: torch.export.Dim(f"size_{axis}") for axis in (0, *range(2, input.dim()))}
+    return torch.export.export(module, (input,), dynamic_shapes=(sizes,))
+
+
+def of_twice_the_size(input: torch.Tensor) -> torch.Tensor:
+    return torch.randn(7, 4, *(2 * size for size in input.shape[2:]), device=input.device)
+
+
+@every_layer
+def test_export_of_the_inverse(build: Callable[[], InvertibleConv], device: str):
+    module = Inverted(a_layer(build, device))
+    input = images_for(module.layer, device)
+    program, larger = exported(module, input), of_twice_the_size(input)
     for actual, expected in zip(program.module()(larger), module(larger), strict=True):
         assert_close(actual, expected)
+
+
+# Takes pairs of files, a program and what it takes and gives.
+WITH_TORCH_ALONE = """
+import sys, torch
+
+for program, tensors in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+    input, expected = torch.load(tensors)
+    for actual, value in zip(torch.export.load(program).module()(input), expected, strict=True):
+        torch.testing.assert_close(actual, value)
+assert "nflows_kconv" not in sys.modules
+"""
+
+
+def test_exported_convolutions_run_where_only_torch_is(device: str, tmp_path: Path):
+    files = []
+    for index, build in enumerate(LAYERS.values()):
+        layer = a_layer(build, device)
+        input = images_for(layer, device)
+        program, larger = exported(layer, input), of_twice_the_size(input)
+        for each in (program, program.run_decompositions()):
+            for actual, expected in zip(each.module()(larger), layer(larger), strict=True):
+                assert_close(actual, expected)
+        files += [tmp_path / f"{index}.pt2", tmp_path / f"{index}.pt"]
+        torch.export.save(each, files[-2])
+        with torch.no_grad():
+            torch.save((larger, layer(larger)), files[-1])
+    command = [sys.executable, "-c", WITH_TORCH_ALONE, *map(str, files)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler")
