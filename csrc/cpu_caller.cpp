@@ -1,4 +1,5 @@
-// The CPU kernel as functions that Python calls with a packed `Problem`, on torch's threads.
+// The CPU kernel as a function of torch's tensors, on torch's threads.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/ops.h>
 
 #include "cpu/problem.h"
@@ -6,19 +7,129 @@
 
 namespace {
 
+using kconv::Outcome;
+
+// What stays the same from call to call. nflows_kconv/backends/native.py has the same members.
+struct Options {
+  const int64_t* stencils;  // one a group
+  int64_t groups, dimensions;
+  kconv::Lag dilation;
+  bool unit_diagonal, transpose, solve;
+};
+
+// Bytes of a group's weights that stay in a second-level cache. Every position reads them all, so that beyond this size
+// torch's own, which holds several positions in registers, is the faster forward.
+constexpr int64_t kCachedWeights = 1 << 20;
+
+constexpr int kMaxDimensions = 5;
+
+// A dense CPU tensor.
+struct View {
+  void* data = nullptr;
+  int32_t dtype = -1;
+  int64_t dimensions = 0;
+  const int64_t *sizes = nullptr, *strides = nullptr;
+
+  int64_t count() const {
+    int64_t count = 1;
+    for (int64_t i = 0; i < dimensions; ++i) count *= sizes[i];
+    return count;
+  }
+
+  bool contiguous() const {
+    for (int64_t i = dimensions, step = 1; i-- > 0; step *= sizes[i])
+      if (sizes[i] != 1 && strides[i] != step) return false;
+    return true;
+  }
+};
+
+// `tensor` is what Python's Tensor._cdata tells; a handle of torch's C interface points at a variable that holds that.
+bool read(void* tensor, View& view) {
+  const auto handle = reinterpret_cast<AtenTensorHandle>(&tensor);
+  int32_t device = -1, layout = -1;
+  int64_t *sizes = nullptr, *strides = nullptr;
+  const bool dense = aoti_torch_get_device_type(handle, &device) == 0 && device == aoti_torch_device_type_cpu() &&
+                     aoti_torch_get_layout(handle, &layout) == 0 && layout == aoti_torch_layout_strided() &&
+                     aoti_torch_get_dim(handle, &view.dimensions) == 0 && view.dimensions <= kMaxDimensions &&
+                     aoti_torch_get_dtype(handle, &view.dtype) == 0 && aoti_torch_get_sizes(handle, &sizes) == 0 &&
+                     aoti_torch_get_strides(handle, &strides) == 0 && aoti_torch_get_data_ptr(handle, &view.data) == 0;
+  view.sizes = sizes;
+  view.strides = strides;
+  return dense;
+}
+
+// Null, or a number for each channel.
+bool read_channels(void* tensor, const View& input, View& view) {
+  return !tensor || (read(tensor, view) && view.dtype == input.dtype && view.dimensions == 1 &&
+                     view.sizes[0] == input.sizes[1] && view.contiguous());
+}
+
+kconv::Strides strides_of(const View& images) {
+  const int64_t axes = images.dimensions - 2, *last = images.strides + images.dimensions - 1;
+  return {axes > 2 ? last[-2] : 0, images.strides[0], images.strides[1], axes > 1 ? last[-1] : 0, last[0]};
+}
+
+bool fits(const Options& options, const View& input, const View& weight) {
+  const int64_t dimensions = options.dimensions + 2;
+  if (input.dimensions != dimensions || weight.dimensions != dimensions || weight.dtype != input.dtype) return false;
+  return input.count() > 0 && weight.count() > 0 && weight.contiguous() && weight.sizes[0] == input.sizes[1] &&
+         weight.sizes[0] == weight.sizes[1] * options.groups;
+}
+
 void parallel_for(int64_t count, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
   torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { body(begin, end, context); });
 }
 
 template <typename T>
-kconv::Outcome run(const kconv::Problem<T>* problem) {
-  return kconv::run(*problem, torch::stable::get_num_threads(), parallel_for);
+Outcome run(const Options& options, const View& input, const View& output, const View& weight, const View& bias,
+            const View& log_diagonal) {
+  if (!options.solve && weight.count() * int64_t(sizeof(T)) > kCachedWeights * options.groups) return Outcome::declined;
+  kconv::Problem<T> problem{};
+  problem.input = static_cast<const T*>(input.data);
+  problem.output = static_cast<T*>(output.data);
+  problem.weight = static_cast<const T*>(weight.data);
+  problem.bias = static_cast<const T*>(bias.data);
+  problem.log_diagonal = static_cast<const T*>(log_diagonal.data);
+  problem.stencils = options.stencils;
+  problem.input_strides = strides_of(input);
+  problem.output_strides = strides_of(output);
+  // An image is a volume of one plane, a sequence one of one row.
+  const auto size = [&](const View& view, int axis) {  // of three
+    const int64_t own = axis - 3 + options.dimensions;
+    return own < 0 ? 1 : view.sizes[2 + own];
+  };
+  problem.depth = size(input, 0);
+  problem.batch = input.sizes[0];
+  problem.channels = input.sizes[1];
+  problem.height = size(input, 1);
+  problem.width = size(input, 2);
+  problem.groups = options.groups;
+  problem.kernel_depth = size(weight, 0);
+  problem.kernel_height = size(weight, 1);
+  problem.kernel_width = size(weight, 2);
+  problem.dilation = options.dilation;
+  problem.unit_diagonal = options.unit_diagonal;
+  problem.transpose = options.transpose;
+  problem.solve = options.solve;
+  return kconv::run(problem, torch::stable::get_num_threads(), parallel_for);
 }
 
 }  // namespace
 
-KCONV_EXPORT kconv::Outcome nflows_kconv_run_float(const kconv::Problem<float>* problem) { return run(problem); }
-KCONV_EXPORT kconv::Outcome nflows_kconv_run_double(const kconv::Problem<double>* problem) { return run(problem); }
+// Runs what the options say of tensors as `functional.conv2d` describes them, or declines and does nothing: what they
+// are is checked here, why they do not fit is told elsewhere.
+KCONV_EXPORT Outcome nflows_kconv_run(const Options* options, void* input, void* output, void* weight, void* bias,
+                                      void* log_diagonal) {
+  View in, out, kernel, shift, diagonal;
+  if (!read(input, in) || !read(output, out) || !read(weight, kernel) || !fits(*options, in, kernel) ||
+      !read_channels(bias, in, shift) || !read_channels(log_diagonal, in, diagonal))
+    return Outcome::declined;
+  if (!in.data || !out.data || !kernel.data || (bias && !shift.data) || (log_diagonal && !diagonal.data))
+    return Outcome::freed;
+  if (in.dtype == aoti_torch_dtype_float32()) return run<float>(*options, in, out, kernel, shift, diagonal);
+  if (in.dtype == aoti_torch_dtype_float64()) return run<double>(*options, in, out, kernel, shift, diagonal);
+  return Outcome::declined;
+}
 
 // Which instruction set is in use, and how tests and benchmarks select one.
 KCONV_EXPORT const char* nflows_kconv_instruction_set() { return kconv::instruction_set(); }

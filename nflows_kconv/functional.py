@@ -177,9 +177,9 @@ def run(
     weight: Tensor,
     bias: Tensor | None,
     log_diagonal: Tensor | None,
-    stencils: Sequence[int],
+    stencils: tuple[int, ...],
     unit_diagonal: bool,
-    dilation: Sequence[int],
+    dilation: tuple[int, ...],
 ) -> Tensor:
     """`ops.conv` or `ops.solve` for images of one to three dimensions, with the checks of `conv2d`.
 
@@ -193,6 +193,9 @@ def run(
         unit_diagonal: Whether the pivot's diagonal is 1.
         dilation: One number for each axis.
     """
+    output = ops.attempt(operator, input, weight, bias, log_diagonal, stencils, dilation, unit_diagonal)
+    if output is not None:
+        return output
     dimensions = len(dilation)
     check_arguments(input, weight, bias, log_diagonal, len(stencils), dimensions)
     if dimensions == 1:  # a row of an image
@@ -206,8 +209,8 @@ def run_each(
     input: Tensor,
     weights: Tensor,
     log_diagonals: Tensor | None,
-    stencils: Sequence[int],
-    dilation: Sequence[int],
+    stencils: tuple[int, ...],
+    dilation: tuple[int, ...],
 ) -> Tensor:
     """`run` with a weight, [B, C, C/G, ...], and a log-diagonal, [B, C], or ones, for each image."""
     batch = input.shape[0]
@@ -215,7 +218,7 @@ def run_each(
         return input.clone()
     # The images become groups of channels of one image, so that one call computes them all.
     images, log_diagonal = input.flatten(0, 1)[None], None if log_diagonals is None else log_diagonals.flatten()
-    groups = list(stencils) * batch
+    groups = stencils * batch
     output = run(operator, images, weights.flatten(0, 1), None, log_diagonal, groups, log_diagonal is None, dilation)
     return output.reshape(input.shape)
 

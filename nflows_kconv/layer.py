@@ -524,11 +524,9 @@ class InvertibleConv3d(InvertibleConv):
 def log_abs_det(input: Tensor, log_diagonal: Tensor | None, sign: int = 1) -> Tensor:
     """Those of a convolution with this log-diagonal, [C] or one for each image, [B, C]; None for a unit diagonal."""
     # Of as few operators as can be, in memory of its own: users add to it in place.
-    shape = input.shape
     if log_diagonal is None:
-        dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-        return torch.zeros(shape[0], dtype=dtype, device=input.device)
-    dtype = torch.promote_types(log_diagonal.dtype, torch.float32)
+        return input.new_zeros(input.size(0), dtype=torch.float64 if input.dtype == torch.float64 else torch.float32)
+    shape, dtype = input.shape, torch.promote_types(log_diagonal.dtype, torch.float32)
     return log_diagonal.sum(-1, dtype=dtype).expand(shape[0]) * (sign * math.prod(shape[2:]))
 
 

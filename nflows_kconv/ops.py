@@ -358,6 +358,33 @@ def _sum(shape: Sequence[int], *terms: Tensor | None) -> Tensor:
     return sum(others, first).expand(shape)
 
 
+def attempt(
+    operator: Callable[..., Tensor],
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    log_diagonal: Tensor | None,
+    stencils: tuple[int, ...],
+    dilation: tuple[int, ...],
+    unit_diagonal: bool,
+) -> Tensor | None:
+    """`call` with arguments that nobody has checked: the result where a backend has seen them to fit, else None."""
+    if torch.compiler.is_compiling() or has_dispatch_mode() or is_differentiating_forward():
+        return None
+    records = torch.is_grad_enabled()
+    tensors = [input, weight]
+    if bias is not None:
+        tensors.append(bias)
+    if log_diagonal is not None:
+        tensors.append(log_diagonal)
+    for tensor in tensors:
+        # What else could be amiss, such as another device, the backends see in the tensor itself.
+        if type(tensor) not in _PLAIN or tensor.is_neg() or tensor.is_nested or (records and tensor.requires_grad):
+            return None
+    name = "conv" if operator is conv else "solve"
+    return registry.attempt(name, input, weight, bias, log_diagonal, stencils, dilation, unit_diagonal)
+
+
 def call(
     operator: Callable[..., Tensor],
     input: Tensor,
@@ -401,7 +428,7 @@ def _is_recorded(*tensors: Tensor | None) -> bool:
     return is_differentiating_forward()
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
 def _is_direct(*tensors: Tensor | None) -> bool:

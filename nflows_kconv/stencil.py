@@ -43,7 +43,7 @@ AXES = {1: ("L",), 2: ("H", "W"), 3: ("D", "H", "W")}
 CORNERS = {n: tuple(name for name, code in codes.items() if code <= _MIRRORS) for n, codes in STENCILS.items()}
 
 
-def parse(corners: str | Sequence[str], dimensions: int = 2) -> list[int]:
+def parse(corners: str | Sequence[str], dimensions: int = 2) -> tuple[int, ...]:
     """Turns names into integers, one a channel group.
 
     Raises:
@@ -51,11 +51,13 @@ def parse(corners: str | Sequence[str], dimensions: int = 2) -> list[int]:
         ValueError: If there is no name, or one that no stencil of so many dimensions has.
     """
     known = STENCILS[dimensions]
+    if type(corners) is str and corners in known:  # at every call of `functional`
+        return (known[corners],)
     names = (corners,) if isinstance(corners, str) else corners
     is_sequence = isinstance(names, (tuple, list, Sequence))
     try:
         if is_sequence and names:
-            return [known[name] for name in names]
+            return tuple([known[name] for name in names])
     except (KeyError, TypeError):
         pass
     if not is_sequence or not all(isinstance(name, str) for name in names):

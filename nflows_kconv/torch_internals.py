@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ __all__ = [
     "EXTRA_STATE",
     "SingleLevelFunction",
     "TorchDispatchMode",
+    "address",
     "apply_at_this_level",
     "assert_async",
     "below_autograd",
@@ -50,6 +52,8 @@ uncompiled = torch._disable_dynamo  # torch.compiler.disable would import the co
 
 below_autograd = torch._C._AutoDispatchBelowAutograd
 is_any_autocast_on = torch._C._is_any_autocast_enabled  # several times as fast as to ask for a device
+# Of the C++ object: a tensor of C++ is a variable that holds it.
+address = attrgetter("_cdata")
 without_subclasses = torch._C.DisableTorchFunctionSubclass
 is_zero_tensor = torch.Tensor._is_zerotensor  # without memory, as tangents may be
 forward_mode = forward_ad._set_fwd_grad_enabled

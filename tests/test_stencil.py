@@ -20,7 +20,7 @@ every_stencil = pytest.mark.parametrize(
 def test_names_are_parsed_in_order(dimensions: int):
     for names in (STENCILS[dimensions], list(reversed(STENCILS[dimensions])), STENCILS[dimensions][:1] * 3):
         codes = stencil.parse(names, dimensions)
-        assert codes == [stencil.STENCILS[dimensions][name] for name in names]
+        assert codes == tuple(stencil.STENCILS[dimensions][name] for name in names)
         assert stencil.parse(names[0], dimensions) == codes[:1]  # one string is one stencil
     assert tuple(stencil.STENCILS[dimensions]) == STENCILS[dimensions]
 

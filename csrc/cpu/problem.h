@@ -16,7 +16,7 @@ inline float exponential(float x) { return __builtin_expf(x); }
 inline double exponential(double x) { return __builtin_exp(x); }
 
 // output = A input + bias, A^T input + bias, A^-1 (input - bias) or A^-T (input - bias), see nflows_kconv/ops.py for A.
-// Images are volumes of one plane. nflows_kconv/backends/cpu.py packs the same members.
+// Images are volumes of one plane.
 template <typename T>
 struct Problem {
   const T* input;           // [batch, channels, depth, height, width]
@@ -94,7 +94,8 @@ struct Problem {
 // Calls body(context, begin, end) for ranges that cover [0, count), on several threads where count > grain.
 using ParallelFor = void (*)(int64_t count, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context);
 
-enum class Outcome : int { done, bad_diagonal, out_of_memory };
+// `run` itself gives the first three; nflows_kconv/backends/native.py has the same.
+enum class Outcome : int { done, bad_diagonal, out_of_memory, freed, declined };
 
 // Solves the problem with the selected instruction set, or does nothing: the diagonal of a solution, and what
 // log_diagonal stands for, must be finite and not zero, its reciprocal too.

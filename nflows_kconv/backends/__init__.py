@@ -83,6 +83,6 @@ def _reference_status() -> Status:
     return Status(True, f"plain PyTorch for {' and '.join(devices)} tensors" if devices else "no device here needs it")
 
 
-register(Implementation("cpu", "cpu", cpu.status, cpu.why_not, cpu.run))
+register(Implementation("cpu", "cpu", cpu.status, cpu.why_not, cpu.run, cpu.attempt))
 register(Implementation("cuda", "cuda", cuda.status, cuda.why_not, cuda.run))
 register(Implementation("reference", "any", _reference_status, reference.why_not, reference.run))

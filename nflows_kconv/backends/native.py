@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import threading
-from collections.abc import Callable
+from enum import IntEnum
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,34 @@ from nflows_kconv.torch_internals import below_autograd
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
 
 called_back = threading.local()  # .error: what Python raised when the library last called it in this thread
+
+
+class Outcome(IntEnum):
+    """How a call of the CPU kernel went: nothing was done but for the first."""
+
+    DONE = 0
+    BAD_DIAGONAL = 1
+    OUT_OF_MEMORY = 2
+    FREED = 3  # tensors without memory
+    DECLINED = 4  # tensors that it cannot read, or that do not fit, or what torch does faster
+
+
+class Options(ctypes.Structure):
+    """What the CPU kernel is to do, as csrc/cpu_caller.cpp has it."""
+
+    _fields_ = (
+        ("stencils", ctypes.POINTER(ctypes.c_int64)),
+        ("groups", ctypes.c_int64),
+        ("dimensions", ctypes.c_int64),
+        ("dilation", ctypes.c_int64 * 3),
+        ("unit_diagonal", ctypes.c_bool),
+        ("transpose", ctypes.c_bool),
+        ("solve", ctypes.c_bool),
+    )
+
+    def __init__(self, *members: Any) -> None:
+        super().__init__(*members)
+        self.address = ctypes.addressof(self)
 
 
 def _load(directory: Path) -> tuple[ctypes.CDLL | None, str]:
@@ -34,8 +62,7 @@ def _load(directory: Path) -> tuple[ctypes.CDLL | None, str]:
         library = ctypes.CDLL(str(path))
         library.nflows_kconv_instruction_set.restype = ctypes.c_char_p
         library.nflows_kconv_select_instruction_set.argtypes = [ctypes.c_char_p]
-        for kernel in (library.nflows_kconv_run_float, library.nflows_kconv_run_double):
-            kernel.argtypes = [ctypes.c_char_p]
+        library.nflows_kconv_run.argtypes = [ctypes.c_void_p] * 6
     except Exception as error:  # Importing must go on without the library, whatever is wrong with it.
         cause = error.__cause__ or error  # torch's own message only names the file.
         return None, f"built with {build['compiler']} and torch {build['torch']}, it failed to load: {cause}"
@@ -44,12 +71,8 @@ def _load(directory: Path) -> tuple[ctypes.CDLL | None, str]:
 
 _library, reason = _load(Path(__file__).parent.parent)
 available = _library is not None
-# The CPU kernel for each dtype: takes a packed problem, see `backends.cpu`, and returns how it went.
-KERNELS: dict[torch.dtype, Callable[[bytes], int]] = (
-    {}
-    if _library is None
-    else {torch.float32: _library.nflows_kconv_run_float, torch.float64: _library.nflows_kconv_run_double}
-)
+# The CPU kernel: takes the address of `Options` and those of tensors, see `torch_internals.address`.
+run_kernel: Any = None if _library is None else _library.nflows_kconv_run
 
 
 def loaded() -> ctypes.CDLL:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -63,6 +63,9 @@ class Implementation(NamedTuple):
         status: Tells whether it can run here, and with what or why not.
         why_not: Tells why it cannot run a problem on a device of its type; None where it can.
         run: Runs a problem.
+        attempt: Given the first arguments of an operator, unchecked but for being plain tensors, with its name before
+            them: the result, or None, whatever the reason. It saves the checks in Python, which cost more than a small
+            problem.
     """
 
     name: str
@@ -70,6 +73,7 @@ class Implementation(NamedTuple):
     status: Callable[[], Status]
     why_not: Callable[[Problem], str | None]
     run: Callable[[Problem], Tensor]
+    attempt: Callable[..., Tensor | None] | None = None
 
 
 _registered: dict[str, Implementation] = {}
@@ -98,10 +102,22 @@ def run(problem: Problem) -> Tensor:
         if reason is not None:
             raise RuntimeError(f'backend "{chosen.name}" must be able to run this {device} problem: {reason}')
         return chosen.run(problem)
-    for _, for_device, _, why_not, run_problem in _registered.values():
+    for _, for_device, _, why_not, run_problem, _ in _registered.values():
         if for_device in (device, "any") and why_not(problem) is None:
             return run_problem(problem)
     raise RuntimeError(f"no backend runs {device} tensors")
+
+
+def attempt(*arguments: Any) -> Tensor | None:
+    """The result of an operator where a backend can tell by itself that the arguments fit, else None.
+
+    Args:
+        arguments: See `Implementation`.
+    """
+    for backend in _registered.values() if _chosen is None else (_chosen,):
+        if backend.attempt is not None:
+            return backend.attempt(*arguments)
+    return None
 
 
 @contextmanager
