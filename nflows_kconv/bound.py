@@ -17,6 +17,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nflows_kconv.backends.reference import without_autocast
+
 # n x n matrices come out too large by a factor of n^(2^-6) at most: 1.06 for n = 48.
 _GRAM_STEPS = 5
 # A norm whose derivatives of second order are still finite in float32.
@@ -32,7 +34,7 @@ def off_diagonal_norm(relative: Tensor, groups: int) -> Tensor:
         groups: G.
     """
     dtype = torch.promote_types(relative.dtype, torch.float32)
-    with torch.autocast(relative.device.type, enabled=False):
+    with without_autocast(relative.device):
         taps = relative.to(dtype).unflatten(0, (groups, -1)).flatten(3).permute(0, 3, 1, 2)
         return _spectral_norm(taps).sum(1)
 

@@ -230,5 +230,5 @@ class _FromZero(nn.Module):
 
     def forward(self, context: Tensor) -> Tensor:
         numbers = self.network(context)
-        functional.check_rows("the output of weight_network", numbers, len(context), len(self.scale))
+        functional.check_rows("the output of weight_network", numbers, len(context), len(self.scale), like=context)
         return numbers * self.scale

@@ -250,17 +250,17 @@ def _from_tensors(
 
 def check_context(context: Tensor, like: Tensor, count: int | None, features: int) -> None:
     """Raises a TypeError or a ValueError unless it is [count, features], of the dtype and device of `like`."""
-    check_rows("context", context, count, features)
-    _check_match("context", context, like)
+    check_rows("context", context, count, features, like=like)
 
 
-def check_rows(name: str, tensor: Tensor, count: int | None, length: int) -> None:
-    """Raises a TypeError or a ValueError unless it is a tensor of so many rows, or any number, of this length."""
+def check_rows(name: str, tensor: Tensor, count: int | None, length: int, like: Tensor) -> None:
+    """Raises a TypeError or a ValueError unless it is a tensor like this one, of so many such rows (None: any)."""
     _check_tensor(name, tensor)
     shape = tensor.shape
     if len(shape) != 2 or shape[1] != length or count not in (None, shape[0]):
         rows = "B" if count is None else count
         raise ValueError(f"{name} must have shape [{rows}, {length}], a row for each image, got {tuple(shape)}")
+    _check_match(name, tensor, like)
 
 
 # These run at every call, so that a tensor's shape, which costs as much as the rest of a check, is asked for once.

@@ -252,6 +252,11 @@ def test_errors_come_before_any_work(change, error: type[Exception], match: str)
     assert not calls
 
 
+class Double(nn.Module):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return input.double()
+
+
 def test_errors_of_arguments_and_networks():
     for outputs in (143, 1):
         layer = build(weight_network=nn.Linear(FEATURES, outputs))
@@ -259,6 +264,9 @@ def test_errors_of_arguments_and_networks():
             ValueError, match=rf"output of weight_network must have shape \[3, 144\], .* \(3, {outputs}\)"
         ):
             layer(*data(layer))
+    layer = build(weight_network=nn.Sequential(nn.Linear(FEATURES, 144), Double()))
+    with pytest.raises(TypeError, match=r"output of weight_network must have one dtype, got .*float32 and .*float64"):
+        layer(*data(layer))
     with pytest.raises(TypeError, match=r"weight_network must be a torch.nn.Module or None, got function"):
         build(weight_network=lambda context: context)
     with pytest.raises(ValueError, match="context_features must be at least 1, got 0"):

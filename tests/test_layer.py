@@ -406,7 +406,7 @@ def test_default_dtype_and_device_are_torchs():
     finally:
         torch.set_default_dtype(torch.float32)
     with torch.device("meta"):
-        layer = InvertibleConv2d(4, diagonal="learned", bias=True)
+        layer = InvertibleConv2d(4, diagonal="learned", bias=True, max_inverse_gain=4)
         output, log_det = layer(torch.empty(3, 4, 5, 6))
     assert layer.weight.device.type == output.device.type == log_det.device.type == "meta"
     assert (output.shape, log_det.shape) == ((3, 4, 5, 6), (3,))

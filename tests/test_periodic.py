@@ -17,6 +17,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from oracles import assert_close
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.func import functional_call, vmap
 
 import nflows_kconv.distributions
@@ -215,6 +216,14 @@ def test_autocast_does_not_reach_it():
     with torch.autocast("cpu", torch.bfloat16):
         results = [*layer(input), *layer.inverse(input)]
     assert all(map(torch.equal, results, expected))
+
+
+def test_tensors_without_values():
+    layer, input = PeriodicConv2d(4, diagonal="learned"), torch.randn(3, 4, 5, 6)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = layer.inverse(mode.from_tensor(input))
+    for output, log_det in (layer.to("meta")(input.to("meta")), fake):
+        assert (output.shape, log_det.shape) == ((3, 4, 5, 6), (3,))
 
 
 def test_layers_are_sound_transforms():

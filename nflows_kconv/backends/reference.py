@@ -13,7 +13,7 @@ has the same lags, c_in and c_out exchanged, in the opposite stencil.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -189,6 +189,12 @@ def _effective(problem: Problem) -> Tensor:
     return stencil.effective(problem.other.to(dtype), problem.stencils, log_diagonal, problem.unit_diagonal)
 
 
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast does not reach what is computed inside; nor does anything happen for devices that have none."""
+    has_autocast = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if has_autocast else nullcontext()
+
+
 @contextmanager
 def in_own_precision(device: torch.device) -> Iterator[None]:
     """Neither autocast nor TF32 reaches what is computed inside."""
@@ -200,8 +206,7 @@ def in_own_precision(device: torch.device) -> Iterator[None]:
     for setting in settings:
         setting.fp32_precision = "ieee"
     try:
-        has_autocast = torch.amp.is_autocast_available(device.type)
-        with torch.autocast(device.type, enabled=False) if has_autocast else nullcontext():
+        with without_autocast(device):
             yield
     finally:
         for setting, precision in zip(settings, before, strict=True):

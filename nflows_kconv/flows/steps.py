@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 
 from nflows_kconv import bijection
+from nflows_kconv.backends.reference import without_autocast
 from nflows_kconv.conditional import ConditionalInvertibleConv
 from nflows_kconv.invertible import InvertibleModule
 from nflows_kconv.torch_internals import (
@@ -244,13 +245,13 @@ class InvertibleConv1x1(InvertibleModule):
         self.log_scale.copy_(upper.diagonal().abs().log())
 
     def _run_forward(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
-        with torch.autocast(input.device.type, enabled=False):
+        with without_autocast(input.device):
             lower, upper = _factors(self.lower, self.upper, self.log_scale, self.sign)
             output = _mixed((lower @ upper)[self.permutation], input)
         return output, _per_image(self.log_scale, input)
 
     def _run_inverse(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
-        with torch.autocast(input.device.type, enabled=False):
+        with without_autocast(input.device):
             output = _mixed(self.inverse_weight(), input)
         return output, -_per_image(self.log_scale, input)
 
