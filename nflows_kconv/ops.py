@@ -404,7 +404,8 @@ def call(
     if is_any_autocast_on() and input.dtype != torch.float64 and autocast_is_on(input):
         input, weight = input.float(), weight.float()
         bias, log_diagonal = (None if t is None else t.float() for t in (bias, log_diagonal))
-    if operator is conv and torch.compiler.is_exporting():
+    # To torch 2.10's Dynamo, whose graphs shall have our kernels, everything is an export.
+    if operator is conv and torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
         operator = exported_conv
     if _is_recorded(input, weight, bias, log_diagonal) or not _is_direct(input, weight, bias, log_diagonal):
         return operator(input, weight, bias, log_diagonal, stencils, dilation, unit_diagonal, False)
