@@ -97,7 +97,9 @@ INPUT_ERRORS = {
     ),
     "input of rank 5": Wrong(dict(input=images()[None]), ValueError, "[B, C, H, W], got shape (1, 2, 8, 4, 5)"),
     "input's channels": Wrong(
-        dict(input=images(6)), ValueError, "input must have the weight's 8 channels, got 6 in shape (2, 6, 4, 5)"
+        dict(input=images(4), bias=torch.zeros(4)),
+        ValueError,
+        "input must have the weight's 8 channels, got 4 in shape (2, 4, 4, 5)",
     ),
     "input an array": Wrong(dict(input=images().numpy()), TypeError, "input must be a tensor, got ndarray"),
     "input a list": Wrong(dict(input=[1.0]), TypeError, "input must be a tensor, got list"),
