@@ -379,7 +379,7 @@ def attempt(
         tensors.append(log_diagonal)
     for tensor in tensors:
         # What else could be amiss, such as another device, the backends see in the tensor itself.
-        if type(tensor) not in _PLAIN or tensor.is_neg() or tensor.is_nested or (records and tensor.requires_grad):
+        if type(tensor) not in _PLAIN or tensor.is_neg() or (records and tensor.requires_grad):
             return None
     name = "conv" if operator is conv else "solve"
     return registry.attempt(name, input, weight, bias, log_diagonal, stencils, dilation, unit_diagonal)

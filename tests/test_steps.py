@@ -166,7 +166,8 @@ def test_actnorm_waits_for_a_batch_with_values():
     together = torch.func.vmap(lambda *state: torch.func.functional_call(norm, state, (x,))[0])(parameters, buffers)
     torch.testing.assert_close(together, norm(x)[0].expand(2, -1, -1, -1, -1))
     with torch.device("meta"):
-        steps.ActNorm(3)(torch.empty(9, 3, 4, 4))
+        for step in (steps.ActNorm(3), steps.InvertibleConv1x1(3)):
+            assert step.inverse(step(torch.empty(9, 3, 4, 4))[0])[0].shape == (9, 3, 4, 4)
     with FakeTensorMode():
         steps.ActNorm(3)(torch.empty(9, 3, 4, 4))
     with torch.inference_mode():

@@ -190,7 +190,7 @@ def _effective(problem: Problem) -> Tensor:
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Autocast does not reach what is computed inside; nor does anything happen for devices that have none."""
+    """Autocast does not reach what is computed inside, on devices that have it."""
     has_autocast = torch.amp.is_autocast_available(device.type)
     return torch.autocast(device.type, enabled=False) if has_autocast else nullcontext()
 
