@@ -114,12 +114,12 @@ def over_cases(test: Callable[..., None]) -> Callable[..., None]:
 
 
 def scattered(layer: PeriodicConv, size: float = 0.3, seed: int = 0) -> PeriodicConv:
-    """The layer with parameters of a size."""
+    """The layer with a weight of a size; biases of that size would carry half precision beyond its range."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in layer.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.copy_((0.3 if name == "log_diagonal" else size) * noise)
+            parameter.copy_((size if name == "raw_weight" else 0.3) * noise)
     return layer
 
 
