@@ -56,8 +56,8 @@ class KernelLayer(InvertibleModule):
 
         like: dict[str, Any] = {"device": device, "dtype": dtype}
         self.raw_weight = nn.Parameter(torch.empty(num_channels, num_channels // groups, *self.kernel_size, **like))
-        self.log_diagonal = nn.Parameter(torch.empty(num_channels, **like)) if diagonal == "learned" else None
-        self.bias = nn.Parameter(torch.empty(num_channels, **like)) if bias else None
+        for name, is_used in (("log_diagonal", diagonal == "learned"), ("bias", bias)):
+            self.register_parameter(name, nn.Parameter(torch.empty(num_channels, **like)) if is_used else None)
         self.register_state_dict_post_hook(_record_options)
 
     def reset_parameters(self) -> None:
@@ -153,13 +153,13 @@ class KernelLayer(InvertibleModule):
             TypeError: See `functional.conv2d` and `functional.conv2d_inverse`.
             ValueError: See there; and, on the CPU, if exp(log_diagonal) is zero or not finite.
         """
-        return super().forward(input, context, inverse=inverse)
+        return self._run_inverse(input, context) if inverse else self._run_forward(input, context)
 
     def _run_forward(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
-        return self.convolve(input), self._log_abs_det(input)
+        return self._convolve(input), self._log_abs_det(input)
 
     def _run_inverse(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
-        return self.solve(input), self._log_abs_det(input, -1)
+        return self._solve(input), self._log_abs_det(input, -1)
 
     def _convolve(self, input: Tensor) -> Tensor:
         raise NotImplementedError
@@ -169,6 +169,14 @@ class KernelLayer(InvertibleModule):
 
     def _weight(self) -> Tensor:
         raise NotImplementedError
+
+    def _tensors(self) -> tuple[Any, Any, Any]:
+        """Raw weight, log-diagonal and bias, faster than torch looks up three attributes."""
+        own = self._parameters
+        try:
+            return own["raw_weight"], own["log_diagonal"], own["bias"]
+        except KeyError:  # something computes one of them
+            return self.raw_weight, self.log_diagonal, self.bias
 
     def _log_abs_det(self, input: Tensor, sign: int = 1) -> Tensor:
         """log |det dy/dx| times the sign, [B], in memory of its own: users add to it in place."""
@@ -368,14 +376,15 @@ class InvertibleConv(KernelLayer):
         return self._run(ops.solve, input)
 
     def _run(self, operator: Any, input: Tensor) -> Tensor:
-        log_diagonal, stencils = self.log_diagonal, self._stencils
-        weight = self._bounded(self.raw_weight, log_diagonal, stencils)
+        (weight, log_diagonal, bias), stencils = self._tensors(), self._stencils
+        if self.max_inverse_gain is not None:
+            weight = self._bounded(weight, log_diagonal, stencils)
         return functional.run(
-            operator, input, weight, self.bias, log_diagonal, stencils, log_diagonal is None, self.dilation
+            operator, input, weight, bias, log_diagonal, stencils, log_diagonal is None, self.dilation
         )
 
     def _log_abs_det(self, input: Tensor, sign: int = 1) -> Tensor:
-        return log_abs_det(input, self.log_diagonal, sign)
+        return log_abs_det(input, None if self.diagonal == "unit" else self.log_diagonal, sign)
 
     def _structure(self) -> dict[str, tuple[Any, ...]]:
         return {"corners": self.corners, "dilation": self.dilation}
@@ -525,7 +534,8 @@ def log_abs_det(input: Tensor, log_diagonal: Tensor | None, sign: int = 1) -> Te
     """Those of a convolution with this log-diagonal, [C] or one for each image, [B, C]; None for a unit diagonal."""
     # Of as few operators as can be, in memory of its own: users add to it in place.
     if log_diagonal is None:
-        return input.new_zeros(input.size(0), dtype=torch.float64 if input.dtype == torch.float64 else torch.float32)
+        zeros = input.new_zeros(input.shape[0])
+        return zeros.float() if zeros.dtype in _HALF_PRECISION else zeros
     shape, dtype = input.shape, torch.promote_types(log_diagonal.dtype, torch.float32)
     return log_diagonal.sum(-1, dtype=dtype).expand(shape[0]) * (sign * math.prod(shape[2:]))
 
@@ -561,6 +571,7 @@ class _ComputedWeight(Tensor):
         return self.as_subclass(Tensor).__reduce_ex__(protocol)
 
 
+_HALF_PRECISION = (torch.float16, torch.bfloat16)
 _NO_PARAMETER = "{} cannot be a parameter: weight is computed, and the parameter is raw_weight"
 
 

@@ -41,6 +41,7 @@ from nflows_kconv.torch_internals import (
     has_dispatch_mode,
     is_any_autocast_on,
     is_differentiating_forward,
+    is_intercepted,
     is_zero_tensor,
     primal,
 )
@@ -369,7 +370,7 @@ def attempt(
     unit_diagonal: bool,
 ) -> Tensor | None:
     """`call` with arguments that nobody has checked: the result where a backend has seen them to fit, else None."""
-    if torch.compiler.is_compiling() or has_dispatch_mode() or is_differentiating_forward():
+    if is_intercepted() or (attempt := registry.attempts()) is None:
         return None
     records = torch.is_grad_enabled()
     tensors = [input, weight]
@@ -382,7 +383,7 @@ def attempt(
         if type(tensor) not in _PLAIN or tensor.is_neg() or (records and tensor.requires_grad):
             return None
     name = "conv" if operator is conv else "solve"
-    return registry.attempt(name, input, weight, bias, log_diagonal, stencils, dilation, unit_diagonal)
+    return attempt(name, input, weight, bias, log_diagonal, stencils, dilation, unit_diagonal)
 
 
 def call(

@@ -32,6 +32,7 @@ __all__ = [
     "is_any_autocast_on",
     "is_differentiating_forward",
     "is_functorch_wrapped_tensor",
+    "is_intercepted",
     "is_sharded",
     "is_under_torch_func",
     "is_zero_tensor",
@@ -62,6 +63,16 @@ forward_mode = forward_ad._set_fwd_grad_enabled
 def has_dispatch_mode() -> bool:
     """Whether a `TorchDispatchMode` looks at each operator."""
     return torch._C._len_torch_dispatch_stack() > 0
+
+
+def is_intercepted() -> bool:
+    """Whether anything of torch takes calls of operators itself: its compiler, a mode, a transformation."""
+    return (
+        torch.compiler.is_compiling()
+        or has_dispatch_mode()
+        or forward_ad._current_level >= 0
+        or peek_interpreter_stack() is not None
+    )
 
 
 def is_differentiating_forward() -> bool:

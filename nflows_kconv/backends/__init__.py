@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nflows_kconv.backends import cpu, cuda, reference
+from nflows_kconv.backends import cpu, cuda, native, reference
 from nflows_kconv.backends.registry import Implementation, Status, register, registered, use_backend
 
 __all__ = ["Backend", "available_backends", "selected_backends", "use_backend"]
@@ -83,6 +83,6 @@ def _reference_status() -> Status:
     return Status(True, f"plain PyTorch for {' and '.join(devices)} tensors" if devices else "no device here needs it")
 
 
-register(Implementation("cpu", "cpu", cpu.status, cpu.why_not, cpu.run, cpu.attempt))
+register(Implementation("cpu", "cpu", cpu.status, cpu.why_not, cpu.run, cpu.attempt if native.available else None))
 register(Implementation("cuda", "cuda", cuda.status, cuda.why_not, cuda.run))
 register(Implementation("reference", "any", _reference_status, reference.why_not, reference.run))

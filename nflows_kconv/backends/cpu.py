@@ -17,7 +17,6 @@ from nflows_kconv.torch_internals import address
 # What csrc/cpu/stencil.h has.
 _STENCILS = frozenset((*stencil.parse(stencil.CORNERS[3], 3), *stencil.parse(("T", "B", "L", "R"))))
 _INSTRUCTION_SET_NAMES = {"baseline": "baseline instructions", "avx2": "AVX2", "avx512": "AVX-512"}
-_DTYPES = (torch.float32, torch.float64)
 
 
 def status() -> Status:
@@ -70,12 +69,10 @@ def attempt(
     unit_diagonal: bool,
 ) -> Tensor | None:
     """Runs a problem with unchecked tensors, see `registry.Implementation`."""
-    is_image = input.is_cpu and input.dtype in _DTYPES and input.layout is torch.strided
-    if not (is_image and native.available and _STENCILS.issuperset(stencils)):
+    if not input.is_cpu or input.layout is not torch.strided:
         return None
-    output = torch.empty_like(input)
-    options = _options(operation, stencils, dilation, unit_diagonal, False)
-    return output if _call(options, input, output, weight, bias, log_diagonal) == Outcome.DONE else None
+    options, output = _options(operation, stencils, dilation, unit_diagonal, False), torch.empty_like(input)
+    return None if _call(options, input, output, weight, bias, log_diagonal) else output
 
 
 def _call(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -77,12 +77,15 @@ class Implementation(NamedTuple):
 
 
 _registered: dict[str, Implementation] = {}
+_attempts: Callable[..., Tensor | None] | None = None  # of the first backend that has it
 _chosen: Implementation | None = None  # for all threads: backward passes have threads of their own
 
 
 def register(implementation: Implementation) -> None:
     """Adds a backend. Of those that can run a problem, the one registered first does."""
     _registered[implementation.name] = implementation
+    global _attempts
+    _attempts = _attempts or implementation.attempt
 
 
 def registered() -> Sequence[Implementation]:
@@ -108,16 +111,9 @@ def run(problem: Problem) -> Tensor:
     raise RuntimeError(f"no backend runs {device} tensors")
 
 
-def attempt(*arguments: Any) -> Tensor | None:
-    """The result of an operator where a backend can tell by itself that the arguments fit, else None.
-
-    Args:
-        arguments: See `Implementation`.
-    """
-    for backend in _registered.values() if _chosen is None else (_chosen,):
-        if backend.attempt is not None:
-            return backend.attempt(*arguments)
-    return None
+def attempts() -> Callable[..., Tensor | None] | None:
+    """What the chosen backend, or the first that has it, attempts, see `Implementation`."""
+    return _attempts if _chosen is None else _chosen.attempt
 
 
 @contextmanager
