@@ -1,17 +1,11 @@
-"""A catalogue of broken transforms, each of which `nflows_kconv.testing` must catch.
-
-`python tests/broken_transforms.py docs/testing.md` checks all of them and writes the table into the page.
-"""
+"""A catalogue of broken transforms, each of which `nflows_kconv.testing` must catch."""
 
 from __future__ import annotations
 
 import math
 import random
-import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import FrEIA.modules
@@ -845,29 +839,3 @@ class OfTheInverse(transforms.ExpTransform):
 class SummedWithoutEvent(transforms.ExpTransform):
     def log_abs_det_jacobian(self, x, y):
         return x.sum(-1)
-
-
-def table() -> str:
-    """The catalogue in Markdown."""
-    rows = [f"| {broken.fault} | `{broken.caught_by}` |" for broken in CATALOGUE]
-    return "\n".join(["| fault | caught by |", "|---|---|", *rows, ""])
-
-
-def summary(caught: int) -> str:
-    """The catch rate in a sentence."""
-    return f"**{caught} of {len(CATALOGUE)}** broken transforms are caught.\n"
-
-
-def write(page: Path, caught: int) -> None:
-    """Puts summary and table between the marks of a page."""
-    text = f"<!-- catalogue -->\n{summary(caught)}\n{table()}<!-- end -->"
-    page.write_text(re.sub(r"<!-- catalogue -->.*<!-- end -->", lambda _: text, page.read_text(), flags=re.DOTALL))
-
-
-if __name__ == "__main__":
-    results = {each.fault: each.is_caught() for each in CATALOGUE}
-    for fault, caught in results.items():
-        print("caught" if caught else "MISSED", fault)
-    print(summary(sum(results.values())), end="")
-    for page in sys.argv[1:]:
-        write(Path(page), sum(results.values()))
