@@ -22,6 +22,6 @@ def test_the_page_runs_as_it_says(capsys: pytest.CaptureFixture, impatient: None
         exec(compile(code, "testing.md", "exec"), names)
         assert rounded(capsys.readouterr().out) == rounded(output)
     tests = [value for name, value in names.items() if name.startswith("test_")]
-    assert len(tests) >= 3
+    assert tests
     for test in tests:
         test()

@@ -25,7 +25,7 @@ _latex = math_core.LatexToMathML(fancy_error=False)
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds the pages that lie in the root of the repository, and all that was measured."""
-    for name in ("CONTRIBUTING", "CHANGELOG"):
+    for name in ("CONTRIBUTING", "CHANGELOG", "SECURITY"):
         text = (ROOT / f"{name}.md").read_text().replace("](docs/", "](")
         files.append(File.generated(config, f"{name.lower()}.md", content=text))
     for path in sorted(RESULTS.rglob("*.*")):
@@ -59,6 +59,11 @@ def _difference(folder: str) -> str:
     return "\n".join(["```diff", *lines, "```"])
 
 
+def _demo() -> str:
+    """The table of the README."""
+    return re.search(r"(?:^\|.*\n)+", (ROOT / "README.md").read_text(), re.MULTILINE)[0]
+
+
 _DIRECTIVES: dict[str, Callable[[str], str]] = {
     "draw": lambda name: DRAWINGS[name](),
     "difference": _difference,
@@ -66,4 +71,5 @@ _DIRECTIVES: dict[str, Callable[[str], str]] = {
     "results": lambda _: results.all_results(),
     "evidence": lambda _: results.evidence(),
     "reports": lambda _: results.reports(),
+    "demo": lambda _: _demo(),
 }
