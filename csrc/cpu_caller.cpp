@@ -17,7 +17,7 @@ struct Options {
   bool unit_diagonal, transpose, solve;
 };
 
-// Bytes of a group's weights that stay in a second-level cache. Every position reads them all, so that beyond this size
+// Bytes of a group's weights that stay in a second-level cache. Every position reads them all, so beyond this size
 // torch's own, which holds several positions in registers, is the faster forward.
 constexpr int64_t kCachedWeights = 1 << 20;
 

@@ -173,7 +173,7 @@ void launch(const Plan& plan, const Operands& operands, const Tensor& output, co
           "cuMemsetD8Async");
   }
   for (const Launch& launch : plan.launches) {
-    thread_local std::vector<char> arguments;  // kept, so that a call allocates nothing
+    thread_local std::vector<char> arguments;  // kept, so a call allocates nothing
     arguments = launch.arguments;
     std::memcpy(arguments.data(), pointers, sizeof pointers);
     void* parameters[] = {arguments.data()};

@@ -1,7 +1,7 @@
 // Launches the kernels of a plan on the current stream: the CUDA implementation without Python on its way.
 //
 // Python plans, compiles and loads, once for each problem, when it is called back; what it hands over is kept here.
-// The driver's functions come from Python as well, so that a library built without CUDA serves every build of torch.
+// The driver's functions come from Python as well, so a library built without CUDA serves every build of torch.
 #pragma once
 
 #include <cstddef>

@@ -11,7 +11,7 @@ _MISSING = object()
 
 @contextmanager
 def replaced(replacements: Iterable[tuple[Any, str, Any]]) -> Iterator[None]:
-    """While it is entered, (object, name, value): the object's attribute has this value.
+    """Replaces attributes, given as (object, name, value), while it is entered.
 
     It hides what the class, or a module's table of submodules, has of that name. Afterwards all is as it was, also
     after an error.

@@ -10,7 +10,7 @@ from nflows_kconv import stencil
 
 
 def flatten_batch(input: Tensor, dimensions: int) -> Tensor:
-    """[..., C, H, W] as [B, C, H, W], for images of so many dimensions.
+    """Views [..., C, H, W] as [B, C, H, W], for images of so many dimensions.
 
     Raises:
         ValueError: If the input has fewer than those and one for channels.

@@ -1,9 +1,9 @@
 """What an invertible transformation is, and the registry that makes one of anybody's module.
 
-`as_bijection(module)` gives a `Bijection`: forward and inverse with log-determinants, a context, a device, samples. The
-tools of this package, `testing`, `diagnostics`, `reversible` and `sampling`, take their modules through it. Modules of
-nflows, normflows, torch.distributions, Pyro, zuko, FrEIA and torchflows are known. So is whatever has
-`forward(x) -> (y, log_abs_det)` and `inverse`. Other modules are known after a call of `register`.
+`as_bijection(module)` gives a `Bijection`: forward and inverse with log-determinants, a context, a device, samples.
+`testing`, `diagnostics`, `reversible` and `sampling` take their modules through it. It knows modules of nflows,
+normflows, torch.distributions, Pyro, zuko, FrEIA and torchflows, and any with `forward(x) -> (y, log_abs_det)` and
+`inverse`. `register` makes other modules known.
 """
 
 from __future__ import annotations
@@ -46,32 +46,32 @@ _registry: dict[type, dict[str, Any]] = {}
 
 
 class NoInverse(NotImplementedError):
-    """The transformation says that it has no inverse, or none that it can compute."""
+    """Raised when a transformation says that it has no inverse, or none that it can compute."""
 
 
 class Bijection:
-    """An invertible transformation. Made by `as_bijection`.
+    """An invertible transformation, made by `as_bijection`.
 
-    It holds the module and nothing else, so it follows every change of it. Errors that the module raises come through
-    as they are, except those that say that there is no inverse.
+    It holds the module and nothing else, so it follows every change of it. Errors that the module raises come through,
+    except those that say that there is no inverse: they become `NoInverse`.
 
     Attributes:
-        module: What it was made of; where torch.compile made that of a module, this module.
+        module: The module it was made of, without the wrapper of torch.compile.
     """
 
     def __init__(self, module: Any) -> None:
         self.module = _unwrapped(module)
 
     def __repr__(self) -> str:
-        """The class of the module."""
+        """Returns the class of the module."""
         return f"Bijection({type(self.module).__name__})"
 
     def forward(self, x: Value, context: Any = None) -> tuple[Value, Tensor]:
-        """y = f(x) and log |det dy/dx|. From data to latent for whole flows, else what the library calls forward.
+        """Computes y = f(x) and log |det dy/dx|: from data to latent for whole flows, else the library's forward.
 
         Args:
             x: [B, ...].
-            context: What the transformation is conditioned on, one row a sample; None leaves it out.
+            context: What the transformation is conditioned on, one row a sample. None leaves it out.
 
         Returns:
             [B, ...], or a list of such tensors where the module gives several; and [B].
@@ -83,7 +83,7 @@ class Bijection:
         return self._checked("forward", x, self._call("forward", x, context))
 
     def inverse(self, y: Value, context: Any = None) -> tuple[Value, Tensor]:
-        """x = f^-1(y) and log |det dx/dy|; it computes, whatever the module has cached.
+        """Computes x = f^-1(y) and log |det dx/dy|, whatever the module has cached.
 
         Args:
             y: What `forward` returns.
@@ -103,12 +103,12 @@ class Bijection:
         return self._checked("inverse", y, result)
 
     def undo(self, y: Value, context: Any = None) -> Value:
-        """What `inverse` returns first, in one call of the module; raises NoInverse as it does."""
+        """Returns the first result of `inverse`, in one call of the module, with its NoInverse."""
         result = self._inverted(y, context)
         return result if isinstance(result, Tensor) else result[0]
 
     def sample(self, num_samples: int, context: Any = None) -> Tensor:
-        """Samples of a whole flow, [num_samples, ...].
+        """Draws samples of a whole flow, [num_samples, ...].
 
         Args:
             num_samples: How many.
@@ -135,7 +135,7 @@ class Bijection:
         return _told(self.module, "why_not_captured", _nothing)(self.module)
 
     def parts(self, context: Any = None) -> list[Bijection]:
-        """The transformations that are this one when applied one after the other; itself if the library tells none.
+        """Returns the transformations that make up this one, in order; itself if the library tells none.
 
         Those that the library tells take no context: they have been made for this one.
         """
@@ -146,7 +146,7 @@ class Bijection:
     def methods(self) -> set[str]:
         """The names of the methods through which other modules run it, in either direction.
 
-        Beside forward and inverse those that were registered; where a function was registered for the inverse, the one
+        These are forward, inverse and those that were registered; for a registered function of the inverse, the one
         method that it calls.
         """
         directions = [_told(self.module, direction, direction) for direction in ("forward", "inverse")]
@@ -223,7 +223,7 @@ def as_bijection(module: Any) -> Bijection:
 
 
 def is_bijection(module: Any) -> bool:
-    """Whether `as_bijection` takes it."""
+    """Returns whether `as_bijection` takes it."""
     if isinstance(module, type):
         return False
     module = _unwrapped(module)
@@ -241,9 +241,9 @@ def register(
     says_no_inverse: Callable[[Exception], bool] | None = None,
     why_not_captured: Callable[[Any], str | None] | None = None,
 ) -> None:
-    """Tells how modules of a class, and of its subclasses, are invertible transformations.
+    """Registers how modules of a class, and of its subclasses, are invertible transformations.
 
-    What is left out is as for its base classes, in the end `forward(x) -> (y, log_abs_det)` and `inverse`.
+    What you leave out is taken from the base classes, in the end `forward(x) -> (y, log_abs_det)` and `inverse`.
 
     Args:
         cls: The class.
@@ -251,7 +251,7 @@ def register(
             log-determinants, [B].
         inverse: The same for the other direction. It may return the result alone.
         sample: For a whole flow: the method, or a function of (module, num_samples, context), that returns that many
-            samples, one for each row of the context. Raises a ValueError for a context that the flow does not take.
+            samples, one for each row of the context. It raises a ValueError for a context that the flow does not take.
         parts: A function of (module, context) that returns the transformations that are the module when applied one
             after the other, without a context, or None.
         networks: For couplings: the names of the attributes that hold their networks, which both directions evaluate,
@@ -261,7 +261,7 @@ def register(
         why_not_captured: A function of the module that returns what a CUDA graph with it would do wrong, or None.
 
     Raises:
-        TypeError: If `cls` is no class.
+        TypeError: If `cls` is not a class.
 
     Examples:
         >>> from torch import nn
@@ -290,7 +290,7 @@ def register(
 
 
 def per_sample(log_abs_det: Any, value: Value) -> Any:
-    """A log-determinant [B] of a library that gives one number where it is the same for all samples."""
+    """Returns a log-determinant [B] of a library that gives one number where it is the same for all samples."""
     if isinstance(log_abs_det, Tensor) and log_abs_det.dim():
         return log_abs_det
     first = value if isinstance(value, Tensor) else value[0]
@@ -299,7 +299,7 @@ def per_sample(log_abs_det: Any, value: Value) -> Any:
 
 
 def _told(module: Any, kind: str, default: Any) -> Any:
-    """What the class of a module tells of a kind, or the default."""
+    """Returns what the class of a module tells of a kind, or the default."""
     return _told_by_class(type(module), kind, default)  # type: ignore[arg-type]
 
 
@@ -313,12 +313,12 @@ def _told_by_class(cls: type, kind: str, default: Any) -> Any:
 
 
 def _unwrapped(module: Any) -> Any:
-    """The module that torch.compile has wrapped, whose class tells what it is."""
+    """Returns the module that torch.compile has wrapped, whose class tells what it is."""
     return getattr(module, "_modules", {}).get("_orig_mod", module)
 
 
 def is_of_a_library(module_name: str) -> bool:
-    """Whether a Python module belongs to torch or to a library that is known here."""
+    """Returns whether a Python module belongs to torch or to a library that is known here."""
     return _adapter(module_name) is not None or f"{module_name}.".startswith("torch.")
 
 

@@ -2,13 +2,12 @@
 
 With D the pivot's diagonal at every pixel, A = D (I + N): N is the convolution with all other entries of the weight,
 each row divided by its diagonal. ||N||_2 is at most r, the sum over the taps of the spectral norms of their
-C/G x C/G matrices, so that
+C/G x C/G matrices. So
 
     ||A^-1||_2 <= ||D^-1||_2 / (1 - r)    for r < 1
 
-whatever height and width the images have, and whether their borders are zero or circular; docs/numerics.md has the
-proof. The spectral norms are bounded by Gram
-iteration (Delattre, Barthelemy, Araujo, Allauzen 2023, arXiv 2305.16173): matrix products alone, which are
+at every image size, with zero or circular borders; docs/numerics.md has the proof. Gram iteration bounds the spectral
+norms (Delattre, Barthelemy, Araujo, Allauzen 2023, arXiv 2305.16173). It takes matrix products alone, which are
 differentiable and fit into a CUDA graph.
 """
 
@@ -26,11 +25,11 @@ _SMALLEST_NORM = 1e-12
 
 
 def off_diagonal_norm(relative: Tensor, groups: int) -> Tensor:
-    """The bound r on ||N||_2 in each group, [G], in float32 at least.
+    """Returns the bound r on ||N||_2 in each group, [G], in float32 at least.
 
     Args:
-        relative: The weight of N, [C, C/G, ...]: zero where it is masked and, but for circular borders, on the pivot's
-            diagonal.
+        relative: The weight of N, [C, C/G, ...]: zero where it is masked and, unless borders are circular, on the
+            pivot's diagonal.
         groups: G.
     """
     dtype = torch.promote_types(relative.dtype, torch.float32)
@@ -40,7 +39,7 @@ def off_diagonal_norm(relative: Tensor, groups: int) -> Tensor:
 
 
 def scale(relative: Tensor, groups: int, max_inverse_gain: float) -> Tensor:
-    """The factor, [C, 1, ...], that N needs to have r <= 1 - 1/max_inverse_gain; 1 where it needs none.
+    """Returns the factor, [C, 1, ...], that N needs to have r <= 1 - 1/max_inverse_gain; 1 where it needs none.
 
     Args:
         relative: See `off_diagonal_norm`.
@@ -54,7 +53,7 @@ def scale(relative: Tensor, groups: int, max_inverse_gain: float) -> Tensor:
 
 
 def _spectral_norm(matrices: Tensor) -> Tensor:
-    """An upper bound on the largest singular value, [..., n, n] -> [...].
+    """Bounds the largest singular value from above, [..., n, n] -> [...].
 
     For M_0 = M, M_(j+1) = M_j M_j^T, it is that of M_j to the power of 2^-j, and at most ||M_j||_F^(2^-j). Against
     overflow M_j is divided by its norm, which goes into the result.

@@ -14,10 +14,10 @@ from nflows_kconv.torch_internals import is_under_torch_func
 
 
 def positive(name: str, value: int) -> int:
-    """The value as an int.
+    """Returns the value as an int.
 
     Raises:
-        TypeError: If it is no integer.
+        TypeError: If it is not an integer.
         ValueError: If it is below 1, or no machine integer.
     """
     if not isinstance(value, Integral) or isinstance(value, bool):
@@ -30,7 +30,7 @@ def positive(name: str, value: int) -> int:
 
 
 def per_axis(name: str, value: int | Sequence[int], dimensions: int) -> tuple[int, ...]:
-    """An int for each axis, of one for all or one for each.
+    """Returns an int for each axis, from one for all or one for each.
 
     Raises:
         TypeError: If it is, or has, no integer.
@@ -44,10 +44,10 @@ def per_axis(name: str, value: int | Sequence[int], dimensions: int) -> tuple[in
 
 
 def temperature(value: float) -> float:
-    """The value as a float.
+    """Returns the value as a float.
 
     Raises:
-        TypeError: If it is no number.
+        TypeError: If it is not a number.
         ValueError: If it is negative or not finite.
     """
     if not isinstance(value, Real) or isinstance(value, bool):
@@ -58,14 +58,14 @@ def temperature(value: float) -> float:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is one of numbers, outside torch.compile and torch.func, and no subclass such as a fake one."""
+    """Returns whether a tensor holds real values: not traced, not under torch.func, not of a fake subclass."""
     return (
         not torch.compiler.is_compiling() and type(tensor) in (Tensor, torch.nn.Parameter) and not is_under_torch_func()
     )
 
 
 def values_are_at_hand(tensor: Tensor) -> bool:
-    """Whether looking at a tensor's values costs nothing and is allowed.
+    """Returns whether looking at a tensor's values costs nothing and is allowed.
 
     That is on the CPU, for tensors that are plain. Elsewhere it would wait for the device, or fail.
     """

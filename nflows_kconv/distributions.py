@@ -44,7 +44,7 @@ class _Transform(layer.KernelLayer, Transform):
         self._cached_state: list[tuple[int, int]] = []
 
     def with_cache(self, cache_size: Literal[0, 1] = 1) -> _Transform:
-        """The transform with another cache, and the same parameters.
+        """Returns the transform with another cache, and the same parameters.
 
         Raises:
             ValueError: If `cache_size` is neither 0 nor 1.
@@ -56,10 +56,10 @@ class _Transform(layer.KernelLayer, Transform):
         return twin
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        """log |det dy/dx|, [...], in float32 at least.
+        """Returns log |det dy/dx|, [...], in float32 at least.
 
         Args:
-            x: [..., C, H, W], of which the shape alone counts.
+            x: [..., C, H, W], only the shape counts.
             y: Ignored.
 
         Raises:
@@ -68,7 +68,7 @@ class _Transform(layer.KernelLayer, Transform):
         return self._log_abs_det(flatten_batch(x, self.dimensions)).reshape(x.shape[: -1 - self.dimensions])
 
     def __call__(self, x: Tensor) -> Tensor:
-        """y = A x, [..., C, H, W]; see `nflows_kconv.functional.conv2d` for what is raised."""
+        """Computes y = A x, [..., C, H, W]. Errors are those of `nflows_kconv.functional.conv2d`."""
         self._forget_if_changed()
         return Transform.__call__(self, x)
 
@@ -89,7 +89,7 @@ class _Transform(layer.KernelLayer, Transform):
         return self.inverse(flatten_batch(y, self.dimensions))[0].reshape(y.shape)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy and a file take: neither the inverse, which belongs to this transform, nor what is cached."""
+        """Returns what copies and files take: neither this transform's own inverse nor what is cached."""
         return {**super().__getstate__(), "_inv": None, "_cached_x_y": (None, None)}
 
 
@@ -162,7 +162,7 @@ class PeriodicConv3d(_Transform, periodic.PeriodicConv3d):
 
 
 def run_transform(transform: Transform, value: Tensor) -> tuple[Tensor, Tensor]:
-    """What a transform makes of values [B, ...], and its log-determinants, [B]: those of a sample's events summed."""
+    """Returns a transform's result for values [B, ...], and log-determinants [B], summed over a sample's events."""
     value = value.view_as(value)  # another tensor than the one whose result is cached
     output = transform(value)
     log_abs_det = transform.log_abs_det_jacobian(value, output)
@@ -182,7 +182,7 @@ def _run(transform: Transform, value: Tensor, context: Any, inverse: bool) -> tu
 
 
 def has_cached_none(error: Exception) -> bool:
-    """Whether it comes of a transform of Pyro whose inverse is what it has cached."""
+    """Returns whether it comes of a transform of Pyro whose inverse is what it has cached."""
     return isinstance(error, KeyError) and "cache" in str(error)
 
 

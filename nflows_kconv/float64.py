@@ -12,7 +12,7 @@ def to_float64(tensor: Tensor) -> Tensor:
 
 
 def to_device_with_float64(tensor: Tensor) -> Tensor:
-    """The tensor, or its copy on the CPU where its device has no float64."""
+    """Returns the tensor, or its copy on the CPU where its device has no float64."""
     try:
         torch.empty(0, dtype=torch.float64, device=tensor.device)
     except (TypeError, RuntimeError):

@@ -64,11 +64,11 @@ class _Module(InvertibleModule, layer.KernelLayer):
         return (output,), log_abs_det
 
     def inverse(self, x_or_z: Sequence[Tensor], c: Any = None) -> tuple[tuple[Tensor], Tensor]:  # type: ignore[override]
-        """`forward` with `rev=True`."""
+        """Undoes `forward`."""
         return self(x_or_z, c, rev=True)
 
     def output_dims(self, input_dims: Sequence[tuple[int, ...]]) -> Sequence[tuple[int, ...]]:
-        """The shapes of the inputs."""
+        """Returns the shapes of the inputs."""
         return input_dims
 
 

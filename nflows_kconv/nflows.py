@@ -160,7 +160,7 @@ class _Latent(Distribution):
             nn.init.zeros_(self._context_encoder.weight)
 
     def scaled(self, noise: Tensor, classes: Tensor | None) -> Tensor:
-        """A draw from standard normal noise."""
+        """Returns a draw from standard normal noise."""
         if self._context_encoder is None:
             return noise
         mean, log_scale = self._context_encoder(classes).chunk(2, 1)
@@ -213,14 +213,14 @@ class ImageFlow(image_flow.Interface, Flow):
         self.architecture = architecture
 
     def forward(self, inputs: Tensor, context: image_flow.Context | None = None) -> Tensor:
-        """The log-density of images, [B]: `log_prob`, for what wraps the flow, as DistributedDataParallel does."""
+        """Returns `log_prob`, for what wraps the flow, as DistributedDataParallel does."""
         numbers = self._to_numbers(inputs)
         classes, tensor = self._condition("context", context, numbers.shape[0])
         latent, log_abs_det = self._transform(numbers, tensor)
         return self._distribution.log_prob(latent, classes) + log_abs_det
 
     def log_prob(self, inputs: Tensor, context: image_flow.Context | None = None) -> Tensor:
-        """The log-density of images, [B].
+        """Returns the log-density of images, [B].
 
         Args:
             inputs: [B, *data_shape], whole numbers 0..num_levels - 1, or with `preprocessing=None` floating-point
@@ -240,7 +240,7 @@ class ImageFlow(image_flow.Interface, Flow):
     def sample(
         self, num_samples: int, context: image_flow.Context | None = None, batch_size: int | None = None
     ) -> Tensor:
-        """Data, [num_samples, *data_shape], or [B, num_samples, *data_shape] for a context of B rows.
+        """Draws data, [num_samples, *data_shape], or [B, num_samples, *data_shape] for a context of B rows.
 
         They carry no graph; where gradients of samples are needed, `decode` noise.
 
@@ -250,7 +250,7 @@ class ImageFlow(image_flow.Interface, Flow):
             batch_size: If given, so many are drawn at a time, for each row of the context.
 
         Raises:
-            TypeError: If a number is no integer; see `log_prob`.
+            TypeError: If a number is not an integer; see `log_prob`.
             ValueError: If a number is not positive; see `log_prob`.
         """
         checks.positive("num_samples", num_samples)
@@ -265,7 +265,7 @@ class ImageFlow(image_flow.Interface, Flow):
 
     @torch.no_grad()
     def sample_and_log_prob(self, num_samples: int, context: image_flow.Context | None = None) -> tuple[Tensor, Tensor]:
-        """What `sample` draws and its log-density, [num_samples] or [B, num_samples]; raises what `sample` raises."""
+        """Draws as `sample` does, and returns the log-density, too: [num_samples] or [B, num_samples]."""
         checks.positive("num_samples", num_samples)
         condition = self._condition("context", context, None)
         latent, classes, tensor = self._draw(num_samples, condition)
@@ -274,13 +274,13 @@ class ImageFlow(image_flow.Interface, Flow):
         return _by_row(images, condition, num_samples), _by_row(log_prob, condition, num_samples)
 
     def transform_to_noise(self, inputs: Tensor, context: image_flow.Context | None = None) -> Tensor:
-        """The latent of images with the noise of dequantisation, [B, D]; takes and raises what `encode` does."""
+        """Returns the latent of images with dequantisation noise, [B, D]; like `encode` otherwise."""
         numbers = self._to_numbers(inputs)
         condition = self._condition("context", context, numbers.shape[0], classes_needed=False)
         return self._transform(numbers, condition.tensor)[0]
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """See `torch.nn.Module.load_state_dict`; takes the state_dict of the same flow of normflows, too."""
+        """Loads a state_dict, also that of the same flow of normflows; see `torch.nn.Module.load_state_dict`."""
         return super().load_state_dict(self._renamed(state_dict), strict, assign)
 
     def _renamed(self, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -297,7 +297,7 @@ class ImageFlow(image_flow.Interface, Flow):
         return self._transform._transforms[1].inverse(latent, context)[0]
 
     def _draw(self, number: int, condition: image_flow.Condition) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Latents, classes and context of so many images for each row of the condition."""
+        """Draws latents, classes and context of so many images for each row of the condition."""
         classes, tensor = (None if part is None else part.repeat_interleave(number, 0) for part in condition)
         like, rows = self._parameter(), number * (1 if condition.rows is None else condition.rows)
         noise = torch.randn(rows, math.prod(self.architecture.data_shape), dtype=like.dtype, device=like.device)
@@ -305,13 +305,13 @@ class ImageFlow(image_flow.Interface, Flow):
 
 
 def _by_row(values: Tensor, condition: image_flow.Condition, number: int) -> Tensor:
-    """[B N, ...] as [B, N, ...] for a condition of B rows."""
+    """Views [B N, ...] as [B, N, ...] for a condition of B rows."""
     return values if condition.rows is None else values.unflatten(0, (condition.rows, number))
 
 
 @image_flow.with_arguments_of(image_flow.Architecture)
 def finc_flow(data_shape: Sequence[int], levels: int, steps: int, **options: Any) -> ImageFlow:
-    """An `nflows.flows.Flow` of images, sequences or volumes, with a `MultiscaleCompositeTransform`.
+    """Builds an `nflows.flows.Flow` of images, sequences or volumes, with a `MultiscaleCompositeTransform`.
 
     Its arguments and the model are those of `nflows_kconv.flows.image_flow.Architecture`. Dequantisation and its
     log-determinant are inside: `log_prob` takes images with values 0..255, and `sample` returns such images. The
@@ -342,13 +342,13 @@ def finc_flow(data_shape: Sequence[int], levels: int, steps: int, **options: Any
 
 
 def load_flow(path: str | os.PathLike[str], device: torch.device | str | int = "cpu") -> ImageFlow:
-    """The flow that a file holds which `ImageFlow.save` wrote, here or in the other library.
+    """Loads the flow from a file that `ImageFlow.save` wrote, here or in the other library.
 
-    Its dtypes are those of the flow that was saved. Like a new flow it is in training mode. Nothing random is drawn.
+    The flow has the dtypes that it was saved with, and is in training mode, like a new one. Nothing random is drawn.
 
     Args:
         path: The file.
-        device: Of the parameters, wherever they were before.
+        device: Where to put the parameters.
 
     Raises:
         ImportError: If safetensors is not installed.

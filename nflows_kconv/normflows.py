@@ -123,7 +123,7 @@ class GlowBlock(flows.GlowBlock):
     Args:
         channels: C, a multiple of the number of corners of a convolution.
         hidden_channels: Width of the coupling's network.
-        scale: Whether the coupling scales beside shifting.
+        scale: Whether the coupling scales as well as shifts.
         scale_map: "sigmoid", "sigmoid_inv" or "exp".
         split_mode: What the coupling splits, see `normflows.flows.Split`.
         leaky: Slope of the network's LeakyReLUs.
@@ -246,18 +246,18 @@ class ImageFlow(image_flow.Interface, MultiscaleFlow):
         self.architecture = architecture
 
     def forward(self, x: Tensor, y: Tensor | None = None, context: image_flow.Context | None = None) -> Tensor:
-        """The negative log-likelihood of each image, [B]: `-log_prob`, with the same arguments and errors."""
+        """Returns the negative log-likelihood of each image, [B]: `-log_prob`, with the same arguments and errors."""
         latents, log_abs_det, classes = self._analyzed(x, y, context)
         arguments = () if classes is None else (classes,)
         log_probs = [base.log_prob(latent, *arguments) for base, latent in zip(self.q0, latents, strict=True)]
         return -sum(log_probs, log_abs_det)
 
     def forward_kld(self, x: Tensor, y: Tensor | None = None, context: image_flow.Context | None = None) -> Tensor:
-        """The mean of `forward` over the images."""
+        """Returns the mean of `forward` over the images."""
         return self(x, y, context).mean()
 
     def log_prob(self, x: Tensor, y: Tensor | None = None, context: image_flow.Context | None = None) -> Tensor:
-        """The log-density of images, [B].
+        """Returns the log-density of images, [B].
 
         Args:
             x: [B, *data_shape], whole numbers 0..num_levels - 1, or with `preprocessing=None` floating-point numbers.
@@ -281,7 +281,7 @@ class ImageFlow(image_flow.Interface, MultiscaleFlow):
         temperature: float | None = None,
         context: image_flow.Context | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Data, [B, *data_shape], and their log-density, [B].
+        """Draws data, [B, *data_shape], and returns their log-density, [B], too.
 
         They carry no graph; where gradients of samples are needed, `decode` noise.
 
@@ -315,7 +315,7 @@ class ImageFlow(image_flow.Interface, MultiscaleFlow):
     def inverse_and_log_det(
         self, x: Tensor, y: Tensor | None = None, context: image_flow.Context | None = None
     ) -> tuple[list[Tensor], Tensor]:
-        """The latents of images with the noise of dequantisation, and the log-determinant, [B].
+        """Returns the latents of images with the noise of dequantisation, and the log-determinant, [B].
 
         Takes and raises what `log_prob` does; classes may be left out. The latents are a list in the order of `q0`, as
         in any MultiscaleFlow; `encode` gives them in one tensor, the first split first, without noise.
@@ -338,12 +338,12 @@ class ImageFlow(image_flow.Interface, MultiscaleFlow):
         return self._from_latents([part.to(dtype) for part in z], condition.tensor)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """See `torch.nn.Module.load_state_dict`; takes the state_dict of the same flow of nflows, too."""
+        """Loads a state_dict, also that of the same flow of nflows; see `torch.nn.Module.load_state_dict`."""
         return super().load_state_dict(self._renamed(state_dict), strict, assign)
 
     @contextmanager
     def _temperature(self, temperature: float | None) -> Iterator[None]:
-        """That of the bases, None afterwards; without one it stays what `set_temperature` has made it."""
+        """Sets the bases' temperature for a while; without one it stays what `set_temperature` has made it."""
         if temperature is None:
             yield
             return
@@ -368,7 +368,7 @@ class ImageFlow(image_flow.Interface, MultiscaleFlow):
     def _analyzed(
         self, x: Tensor, y: Any, context: Any, *, classes_needed: bool = True
     ) -> tuple[list[Tensor], Tensor, Tensor | None]:
-        """The latents of images in the order of `q0`, the log-determinant, and the classes."""
+        """Returns the latents of images in the order of `q0`, the log-determinant, and the classes."""
         numbers = self._to_numbers(x)
         classes, tensor = self._given(y, context, numbers.shape[0], classes_needed=classes_needed)
         log_abs_det = 0
@@ -394,7 +394,7 @@ class ImageFlow(image_flow.Interface, MultiscaleFlow):
         return self._merged(latents[::-1], context)[0]
 
     def _to_latents(self, numbers: Tensor, context: Tensor | None) -> tuple[list[Tensor], Tensor]:
-        """From what the preprocessing gives to latents in the order of `q0`."""
+        """Takes the preprocessing's results to latents in the order of `q0`."""
         latents: list[Tensor] = []
         total: Any = 0
         for level in reversed(range(self.num_levels)):
@@ -427,7 +427,7 @@ class ImageFlow(image_flow.Interface, MultiscaleFlow):
 
 @image_flow.with_arguments_of(image_flow.Architecture)
 def finc_flow(data_shape: Sequence[int], levels: int, steps: int, **options: Any) -> ImageFlow:
-    """A `normflows.MultiscaleFlow` of images, sequences or volumes.
+    """Builds a `normflows.MultiscaleFlow` of images, sequences or volumes.
 
     Its arguments and the model are those of `nflows_kconv.flows.image_flow.Architecture`. Dequantisation and its
     log-determinant are inside: `log_prob` takes images with values 0..255, and `sample` returns such images and their
@@ -456,13 +456,13 @@ def finc_flow(data_shape: Sequence[int], levels: int, steps: int, **options: Any
 
 
 def load_flow(path: str | os.PathLike[str], device: torch.device | str | int = "cpu") -> ImageFlow:
-    """The flow that a file holds which `ImageFlow.save` wrote, here or in the other library.
+    """Loads the flow from a file that `ImageFlow.save` wrote, here or in the other library.
 
-    Its dtypes are those of the flow that was saved. Like a new flow it is in training mode. Nothing random is drawn.
+    The flow has the dtypes that it was saved with, and is in training mode, like a new one. Nothing random is drawn.
 
     Args:
         path: The file.
-        device: Of the parameters, wherever they were before.
+        device: Where to put the parameters.
 
     Raises:
         ImportError: If safetensors is not installed.
@@ -483,7 +483,7 @@ def _inverse(flow: flows.Flow, value: bijection.Value, context: Any) -> tuple[bi
 
 
 def _per_sample(method: Any, log_abs_det: Any, value: bijection.Value) -> Any:
-    """A log-determinant [B] of normflows' own layers, some of which give one number for all samples."""
+    """Returns a log-determinant [B] of normflows' own layers, some of which give one number for all samples."""
     own = method.__module__.partition(".")[0] == flows.__name__.partition(".")[0]
     return bijection.per_sample(log_abs_det, value) if own else log_abs_det
 
@@ -497,7 +497,7 @@ def _decode(flow: NormalizingFlow, z: bijection.Value, context: Any) -> tuple[Te
 
 
 def _context(method: Any, context: Any) -> tuple[Any, ...]:
-    """Labels, which choose the base distribution alone, are not for the transformation."""
+    """Returns the context without labels, which choose the base distribution alone."""
     return (context,) if context is not None and "context" in inspect.signature(method).parameters else ()
 
 

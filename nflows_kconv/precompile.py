@@ -18,15 +18,13 @@ from nflows_kconv.torch_internals import TorchDispatchMode, tree_map_only
 def warmup(module: nn.Module, input_shape: Sequence[int], context: Any = None) -> None:
     """Compiles and loads the CUDA kernels that a module will need for inputs of this shape.
 
-    Kernels are compiled when they are first needed, which takes up to a second each, and cannot be inside the capture
-    of a CUDA graph. Afterwards the convolution, its inverse and their first derivatives need nothing any more, at the
-    shape that each layer in the module is given. Another shape may need more, another batch size rarely
-    does.
+    Kernels are otherwise compiled when first needed. That takes up to a second each, and fails inside the capture of a
+    CUDA graph. After the warm-up, the convolution, its inverse and their first derivatives compile nothing more at the
+    shape that each layer is given. Another shape may need more kernels; another batch size rarely does.
 
-    A copy of the module is called once, in evaluation mode, on an image whose values are all 0.5: from data to latent
-    if it is a flow, as `nflows_kconv.bijection` runs it, or itself if it is no bijection. The module, its gradients and
-    the state of random number generators stay as they are. For layers that are not on a CUDA device there is nothing to
-    compile, and nothing happens.
+    Calls a copy of the module once, in evaluation mode, on images of 0.5: a flow from data to latent, as
+    `nflows_kconv.bijection` runs it. The module, its gradients and random number generators stay as they are. Layers
+    that are not on a CUDA device need no kernels, so nothing happens.
 
     Args:
         module: Anything that contains an `InvertibleConv1d`, `2d` or `3d`, or is one.
@@ -34,7 +32,7 @@ def warmup(module: nn.Module, input_shape: Sequence[int], context: Any = None) -
         context: If given, the second argument of the call.
 
     Raises:
-        TypeError: If `module` is no module.
+        TypeError: If `module` is not a module.
         ValueError: If it contains no layer of this package.
         RuntimeError: If it cannot be called with such an input, or a kernel does not compile.
 
@@ -58,7 +56,7 @@ def warmup(module: nn.Module, input_shape: Sequence[int], context: Any = None) -
 
 
 def problems(module: nn.Module, input_shape: Sequence[int], context: Any = None) -> list[tuple[Any, ...]]:
-    """The arguments of `ops.conv` and `ops.solve` in a call of a module, once for each shape, dtype and device.
+    """Collects the arguments of `ops.conv` and `ops.solve` in a call of a module, once a shape, dtype and device.
 
     Args:
         module: See `warmup`.

@@ -7,7 +7,7 @@ for some an exchange of the two axes, leads to the *canonical* frame. There
     the pivot's matrix counts as lower triangular;
     the taps after the pivot are masked,
 
-so that a pixel reads none that comes after it in raster order, and the Jacobian is triangular. With the last tap as
+so a pixel reads none that comes after it in raster order, and the Jacobian is triangular. With the last tap as
 pivot the stencil is a *corner* (a quarter plane): nothing but the pivot's triangle is masked. With the middle of the
 last row it is a *side* (a half plane): the rows above, and in the pixel's own row what is to the left.
 
@@ -70,42 +70,42 @@ def parse(corners: str | Sequence[str], dimensions: int = 2) -> tuple[int, ...]:
 
 
 def is_corner(code: int) -> bool:
-    """Whether the pivot is the last tap, and no tap is masked as a whole."""
+    """Returns whether the pivot is the last tap, and no tap is masked as a whole."""
     return code <= _MIRRORS
 
 
 def opposite(code: int, dimensions: int) -> int:
-    """The stencil mirrored along all axes: where the transposed operator reads."""
+    """Returns the stencil mirrored along all axes: where the transposed operator reads."""
     return code ^ ((1 << dimensions) - 1)
 
 
 def family(code: int) -> int:
-    """The stencil that it is a mirror image of: those of a family have equal lags."""
+    """Returns the stencil that it is a mirror image of: those of a family have equal lags."""
     return code & ~_MIRRORS
 
 
 def canonical(tensor: Tensor, code: int, dimensions: int) -> Tensor:
-    """An image or a kernel, the last dimensions of a tensor, in the canonical frame."""
+    """Returns an image or a kernel, the last dimensions of a tensor, in the canonical frame."""
     if code & _EXCHANGED:
         tensor = tensor.transpose(-1, -2)
     return tensor.flip(_mirrored(code, dimensions))
 
 
 def from_canonical(tensor: Tensor, code: int, dimensions: int) -> Tensor:
-    """The inverse of `canonical`."""
+    """Undoes `canonical`."""
     tensor = tensor.flip(_mirrored(code, dimensions))
     return tensor.transpose(-1, -2) if code & _EXCHANGED else tensor
 
 
 def lags(code: int, kernel_size: Sequence[int]) -> list[tuple[int, ...]]:
-    """How far back each free tap reads along the canonical axes, in the raster order of taps; the pivot is the last."""
+    """Returns how far back each free tap reads along the canonical axes, in raster order; the pivot comes last."""
     size, pivot_ = _exchanged(code, kernel_size), _canonical_pivot(code, kernel_size)
     taps = itertools.product(*map(range, size))
     return [tuple(p - t for p, t in zip(pivot_, tap, strict=True)) for tap in taps if tap <= pivot_]
 
 
 def schedule(lags: Iterable[Sequence[int]]) -> tuple[int, ...]:
-    """The smallest positive tau with tau . lag > 0 for every lag but zero; none if there is no such lag.
+    """Returns the smallest positive tau with tau . lag > 0 for every lag except zero; none if all are zero.
 
     The first number of each lag that is not zero must be positive: a tap before the pivot reads back.
     """
@@ -122,7 +122,7 @@ def schedule(lags: Iterable[Sequence[int]]) -> tuple[int, ...]:
 
 
 def pivot(code: int, kernel_size: Sequence[int]) -> tuple[int, ...]:
-    """Where the kernel has the tap that reads the pixel itself."""
+    """Returns where the kernel has the tap that reads the pixel itself."""
     size, place = _exchanged(code, kernel_size), list(_canonical_pivot(code, kernel_size))
     for axis in _mirrored(code, len(size)):
         place[axis] = size[axis] - 1 - place[axis]
@@ -130,7 +130,7 @@ def pivot(code: int, kernel_size: Sequence[int]) -> tuple[int, ...]:
 
 
 def padding(code: int, kernel_size: Sequence[int]) -> list[int]:
-    """What `F.pad` must add, from the last axis on, before a convolution of torch."""
+    """Returns what `F.pad` must add, from the last axis on, before a convolution of torch."""
     axes = zip(pivot(code, kernel_size), kernel_size, strict=True)
     before_after = [(place, size - 1 - place) for place, size in axes]
     return [amount for pair in reversed(before_after) for amount in pair]
@@ -139,7 +139,7 @@ def padding(code: int, kernel_size: Sequence[int]) -> list[int]:
 def masked_entries(
     shape: Sequence[int], stencils: Sequence[int], device: torch.device | None = None, *, diagonal: bool = False
 ) -> Tensor:
-    """True where a weight of this shape counts as zero: the pivot's entries with c_in > c_out, and masked taps.
+    """Marks where a weight of this shape counts as zero: the pivot's entries with c_in > c_out, and masked taps.
 
     With `diagonal` also on the pivot's diagonal: where a raw weight is ignored.
     """
@@ -148,13 +148,13 @@ def masked_entries(
 
 
 def diagonal_entries(shape: Sequence[int], stencils: Sequence[int], device: torch.device | None = None) -> Tensor:
-    """True on the pivot's diagonal."""
+    """Marks the pivot's diagonal."""
     diagonal = torch.eye(shape[1], dtype=torch.bool, device=device)
     return _of_groups(shape, stencils, diagonal, after_pivot=False)
 
 
 def pivot_diagonal(weight: Tensor, stencils: Sequence[int]) -> Tensor:
-    """The diagonal of the pivot taps, [C]: the diagonal of the Jacobian at every pixel."""
+    """Returns the diagonal of the pivot taps, [C]: the diagonal of the Jacobian at every pixel."""
     diagonals = []
     for group, code in zip(weight.chunk(len(stencils)), stencils, strict=True):
         for index in pivot(code, weight.shape[2:]):
@@ -166,7 +166,7 @@ def pivot_diagonal(weight: Tensor, stencils: Sequence[int]) -> Tensor:
 def effective(
     weight: Tensor, stencils: Sequence[int], log_diagonal: Tensor | None = None, unit_diagonal: bool = False
 ) -> Tensor:
-    """The weight that counts: zero where it is masked, with its own diagonal, exp(log_diagonal) or ones."""
+    """Returns the weight that counts: zero where it is masked, with its own diagonal, exp(log_diagonal) or ones."""
     device = weight.device
     weight = weight.masked_fill(masked_entries(weight.shape, stencils, device), 0)
     if not unit_diagonal and log_diagonal is None:
@@ -204,7 +204,7 @@ def _canonical_pivot(code: int, kernel_size: Sequence[int]) -> tuple[int, ...]:
 
 
 def _of_groups(shape: Sequence[int], stencils: Sequence[int], at_pivot: Tensor, after_pivot: bool) -> Tensor:
-    """A mask of a weight: this one at the pivot, and one value at all taps after it."""
+    """Returns a mask of a weight: this one at the pivot, and one value at all taps after it."""
     masks = {code: _of_group(shape[2:], code, at_pivot, after_pivot) for code in set(stencils)}
     return torch.cat([masks[code] for code in stencils])
 

@@ -61,7 +61,7 @@ forward_mode = forward_ad._set_fwd_grad_enabled
 
 
 def has_dispatch_mode() -> bool:
-    """Whether a `TorchDispatchMode` looks at each operator."""
+    """Returns whether a `TorchDispatchMode` looks at each operator."""
     return torch._C._len_torch_dispatch_stack() > 0
 
 
@@ -76,12 +76,12 @@ def is_intercepted() -> bool:
 
 
 def is_differentiating_forward() -> bool:
-    """Whether forward mode is at work. Graphs of torch.compile enter a level of torch.func without telling it."""
+    """Returns whether forward mode is at work. Graphs of torch.compile enter a torch.func level without saying so."""
     return forward_ad._current_level >= 0 or is_under_torch_func()
 
 
 def primal(tensor: Tensor | None) -> Tensor | None:
-    """A tensor without the tangent of this level, which has no other number than 0."""
+    """Returns a tensor without the tangent of this level, which has no other number than 0."""
     return None if tensor is None else forward_ad.unpack_dual(tensor, level=0).primal
 
 
@@ -97,7 +97,7 @@ def apply_at_this_level(function: Any, *args: Any) -> Tensor:
 
 
 def is_under_torch_func() -> bool:
-    """Whether a transformation of torch.func is at work, such as vmap; under torch.compile, too, which traces it."""
+    """Returns whether a torch.func transformation such as vmap is at work, also under torch.compile."""
     return peek_interpreter_stack() is not None
 
 
@@ -106,7 +106,7 @@ is_under_torch_func._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def process_group(module: nn.Module) -> distributed.ProcessGroup | None:
-    """The processes that run the module right now, in a forward of DistributedDataParallel; None outside of one.
+    """Returns the processes now in this forward of DistributedDataParallel; None outside of one.
 
     Elsewhere a process cannot know whether the others take part, and would wait for them forever.
     """
@@ -120,7 +120,7 @@ def process_group(module: nn.Module) -> distributed.ProcessGroup | None:
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether `fully_shard` manages the module's parameters: what a forward writes into them is then lost."""
+    """Returns whether `fully_shard` manages the module's parameters: what a forward writes into them is then lost."""
     if not distributed.is_available():
         return False
     from torch.distributed import _composable_state, fsdp

@@ -1,4 +1,4 @@
-// The arithmetic, compiled once for each instruction set by the kernel_*.cpp beside this file.
+// The arithmetic, compiled once for each instruction set by the kernel_*.cpp next to this file.
 //
 // Everything lies in an unnamed namespace and nothing of the standard library is called: a function with external
 // linkage, compiled here for a new processor, could replace its namesake elsewhere in the program.

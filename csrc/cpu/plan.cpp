@@ -11,7 +11,7 @@ constexpr int64_t kBufferBytes = 512 * 1024;
 constexpr int64_t kInputBytes = 256 * 1024;
 constexpr int64_t kFirstLevelBytes = 32 * 1024;
 
-// Tiles of whole units of channels, as equal as possible, so that none runs with few accumulators. A tile has weights
+// Tiles of whole units of channels, as equal as possible, so none runs with few accumulators. A tile has weights
 // for each channel at each tap, those before it at the pivot, and itself; and `more`, for each of its channels.
 std::vector<Tile> make_tiles(int64_t channels, int64_t unit, int64_t taps, int64_t more, int64_t largest) {
   const int64_t units = divide_up(channels, unit), count = divide_up(units, largest);

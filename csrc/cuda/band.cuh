@@ -16,7 +16,7 @@
 // last rows it has written to the scratch, and the band below waits for that. Blocks take their bands by ticket, so
 // that a block only ever waits for one that already runs.
 //
-// Constants beside those of arguments.cuh:
+// Constants in addition to those of arguments.cuh:
 //   GROUPS        of the image
 //   ROWS, STEPS   of a band and of a chunk; with several chunks STEPS >= kHistory
 //   CHUNKED       1 if there may be several chunks
@@ -105,7 +105,7 @@ struct Band {
                                [](Accumulator* to, const SCALAR* from, int) { copy_to_shared(to, from); });
   }
 
-  // Takes the bias off a chunk of y that has arrived. A thread takes it off what it has copied itself, so that no
+  // Takes the bias off a chunk of y that has arrived. A thread takes it off what it has copied itself, so no
   // barrier is needed.
   __device__ void subtract_bias(int chunk) const {
     for_each_value<kGivenLine>(

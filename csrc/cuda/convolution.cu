@@ -21,7 +21,7 @@
 constexpr int kRowSlots = ROWS / PIXELS, kOutputSlots = TILE_OUTPUTS / OUTPUTS;
 constexpr int kTiles = IMAGES * kRowSlots * COLUMNS * kOutputSlots;  // register tiles of a block
 constexpr int kThreads = kTiles * SPLITS;
-// Of a multiprocessor at least, so that one block adds while another waits: 128 registers a thread for float32.
+// Of a multiprocessor at least, so one block adds while another waits: 128 registers a thread for float32.
 constexpr int kLanes = ceil_div(kThreads, 32) * 32;  // registers are given to whole warps
 constexpr int kResidentBlocks = clamp((sizeof(Accumulator) == 4 ? 512 : 256) / kLanes, 1, 8);
 
@@ -61,7 +61,7 @@ __device__ inline Stage stage_of(int index) {
           index % kTapColumns * TAPS_W};
 }
 
-// A thread keeps its tap and walks the output channels, so that an address is computed once a tap; neighbouring threads
+// A thread keeps its tap and walks the output channels, so an address is computed once a tap; neighbouring threads
 // take neighbouring taps, as the weight lies in memory.
 __device__ inline void copy_weights(Accumulator* weights, const WeightView<const SCALAR>& view,
                                     const Arguments& arguments, int group, int output, const Stage& stage) {

@@ -8,7 +8,7 @@
 // Predicted by a model for 24, 48 and 64 channels: 2.2, 4.0 and 5.5 thousand cycles on an H100, with divisions and one
 // element of the pivot a trip to memory 5.7, 12.3 and 17.1.
 //
-// Constants beside those of arguments.cuh: PADDED, and THREADS in a block. Arguments: offsets[0] = where to write.
+// More constants than those of arguments.cuh: PADDED, and THREADS in a block. Arguments: offsets[0] = where to write.
 #include "arguments.cuh"
 
 constexpr int kWarps = THREADS / 32;

@@ -14,7 +14,7 @@
 // 24 channels at 8 x 8 11.1 us, 48 at 4 x 4 10.0, 24 at 16 x 16 25.3, 48 at 8 x 8 19.1; before a replica took two rows
 // and weights were read as vectors 18.5, 21.3, 37.0 and 33.1.
 //
-// Constants beside those of band.cuh:
+// Constants in addition to those of band.cuh:
 //   SLICES, VECTORS_EACH   SLICES * VECTORS_EACH >= the vectors of the product, SLICES a power of 2 from 4 to 32
 //   REPLICAS               THREADS / REPLICAS is a multiple of 32
 //   BLOCKS                 thread blocks that a multiprocessor should hold at once

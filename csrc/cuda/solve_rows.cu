@@ -5,7 +5,7 @@
 //     x[r, s] = P^-1 y[r, s] - sum_{(a, b) != (0, kRight)} V(a, b) x[r - a, s + kRight - b]
 //
 // Thread (row, output channel) walks along its row, a step behind the threads of the row above. Every new pixel that it
-// reads, its own last one and those above, is at once added to the KERNEL_W pending sums it takes part in, so that a
+// reads, its own last one and those above, is at once added to the KERNEL_W pending sums it takes part in, so a
 // step reads KERNEL_H pixels, not KERNEL_H * KERNEL_W. Nothing branches inside a step, as a warp that has to find its
 // lanes again loses some 40 cycles: a thread without a pixel reads zeros. Warps without any skip several steps at once.
 //
@@ -16,7 +16,7 @@
 // 4^2 4.8 (6.3), 12 x 32^2 9.2 (28.8), 24 x 16^2 7.4 (17.8), 48 x 8^2 8.0 (9.9), 12 x 64^2 35 (61); one group: 12 x
 // 16^2 7.8 (12.6), 12 x 32^2 18 (42); one image: 12 x 16^2 4.9 (8.1), 12 x 64^2 15 (102), 12 x 256^2 131 (509).
 //
-// Constants beside those of band.cuh:
+// Constants in addition to those of band.cuh:
 //   BLOCKS    thread blocks that a multiprocessor should hold at once
 #include "band.cuh"
 

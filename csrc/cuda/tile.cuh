@@ -8,7 +8,7 @@ __device__ constexpr int clamp(int value, int least, int most) {
 }
 
 // Copies channels x images x rows x columns of one group, starting anywhere, into tile[channel * CHANNEL_PITCH +
-// (image * ROW_COUNT + row) * ROW_PITCH + column]. A thread keeps its pixel and walks the channels, so that an address
+// (image * ROW_COUNT + row) * ROW_PITCH + column]. A thread keeps its pixel and walks the channels, so an address
 // is computed once a pixel; neighbouring threads take neighbouring columns.
 template <int THREADS, int CHANNEL_COUNT, int IMAGE_COUNT, int ROW_COUNT, int COLUMN_COUNT, int ROW_PITCH,
           int CHANNEL_PITCH>

@@ -24,7 +24,7 @@ constexpr int kVector = 16 / sizeof(Accumulator);   // values of one load
 constexpr int kTerms = INPUTS * TAPS_H * TAPS_W;    // sums of a thread for each of its outputs
 constexpr int kUnits = OUTPUT_SLOTS * INPUT_SLOTS;  // threads that share no sum
 constexpr int kThreads = kUnits * SPLITS;
-// Of a multiprocessor at least, so that one block adds while another waits: 128 registers a thread for float32.
+// Of a multiprocessor at least, so one block adds while another waits: 128 registers a thread for float32.
 constexpr int kLanes = ceil_div(kThreads, 32) * 32;  // registers are given to whole warps
 constexpr int kResidentBlocks = clamp((sizeof(Accumulator) == 4 ? 512 : 256) / kLanes, 1, 8);
 constexpr int kTileOutputs = OUTPUTS * OUTPUT_SLOTS, kTileInputs = INPUTS * INPUT_SLOTS;

@@ -40,7 +40,7 @@ class Backend:
     reason: str
 
     def __str__(self) -> str:
-        """One line for people."""
+        """Returns one line for people."""
         state = "selected" if self.selected else "available" if self.available else "not available"
         return f"{self.name} ({self.device}): {state}, {self.reason}"
 
@@ -65,7 +65,7 @@ def available_backends() -> dict[str, Backend]:
 
 
 def selected_backends() -> dict[str, str]:
-    """The name of the backend that tensors will run on, for each type of device present."""
+    """Returns the name of the backend that tensors will run on, for each type of device present."""
     return {
         device: next(each.name for each in registered() if each.device in (device, "any") and each.status().available)
         for device in _devices()

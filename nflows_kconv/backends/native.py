@@ -21,7 +21,7 @@ called_back = threading.local()  # .error: what Python raised when the library l
 
 
 class Outcome(IntEnum):
-    """How a call of the CPU kernel went: nothing was done but for the first."""
+    """How a call of the CPU kernel went: only the first did anything."""
 
     DONE = 0
     BAD_DIAGONAL = 1
@@ -76,7 +76,7 @@ run_kernel: Any = None if _library is None else _library.nflows_kconv_run
 
 
 def loaded() -> ctypes.CDLL:
-    """The native library.
+    """Returns the native library.
 
     Raises:
         RuntimeError: If it is not available.
@@ -106,7 +106,7 @@ def _operator(name: str) -> Any:
 
 
 def instruction_set() -> str:
-    """The instruction set in use, one of `INSTRUCTION_SETS`.
+    """Returns the instruction set in use, one of `INSTRUCTION_SETS`.
 
     Raises:
         RuntimeError: If the native library is not available.
@@ -115,7 +115,7 @@ def instruction_set() -> str:
 
 
 def instruction_sets() -> tuple[str, ...]:
-    """The instruction sets this machine has, the best one last; none where there is no native library."""
+    """Returns the instruction sets this machine has, the best one last; none where there is no native library."""
     if not available:
         return ()
     in_use = instruction_set()

@@ -14,10 +14,10 @@ from nflows_kconv.backends.registry import Problem
 
 
 def solve(problem: Problem, solve_planes: Callable[[Problem], Tensor]) -> Tensor:
-    """x = A^-1 (y - b), or x = A^-T (y - b), for corners in three dimensions.
+    """Computes x = A^-1 (y - b), or x = A^-T (y - b), for corners in three dimensions.
 
     A plane reads earlier planes through a convolution without masks, in which they and channels are one dimension, and
-    itself through the taps of the pivot's plane. All groups are in their canonical frames, so that it is one
+    itself through the taps of the pivot's plane. All groups are in their canonical frames, so it is one
     convolution for all.
 
     Args:

@@ -2,7 +2,7 @@
 
 There are as many products as steps of the schedule (H + W - 1 for a corner), each after a copy of what its pixels read.
 Together they multiply as much as the convolution does, and as they are large where channels or images are many, that is
-what bounds them then. Nothing is copied from the host, so that CUDA graphs can capture all of it.
+what bounds them then. Nothing is copied from the host, so CUDA graphs can capture all of it.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from nflows_kconv import stencil
 
 
 def substitute(y: Tensor, taps: Tensor, lags: Sequence[Sequence[int]], transpose: bool) -> Tensor:
-    """Back-substitution in the canonical frame: with the pivot P, x[p] = P^-1 y[p] - sum_l P^-1 W[l] x[p - l].
+    """Substitutes back in the canonical frame: with pivot P, x[p] = P^-1 y[p] - sum_l P^-1 W[l] x[p - l].
 
-    Pixels lie by time tau . p, then by row: those of one time beside each other, as are those that they read through
+    Pixels lie by time tau . p, then by row: those of one time are adjacent, as are those that they read through
     one tap. A pixel has y in its place until it is solved. What lies outside the image is zero.
 
     Args:

@@ -35,11 +35,11 @@ _WEIGHT_GRADIENTS = {
 
 
 def why_not(problem: Problem) -> None:
-    """There is nothing that it cannot run."""
+    """Returns None: it runs everything."""
 
 
 def run(problem: Problem) -> Tensor:
-    """The result of a problem.
+    """Returns the result of a problem.
 
     Returns:
         For "conv" and "solve" with the shape, dtype and memory format of the input, for "weight_gradient" a contiguous
@@ -108,7 +108,7 @@ def _solve(problem: Problem) -> Tensor:
 
 
 def _substitute(y: Tensor, taps: Tensor, lags: Sequence[Sequence[int]], transpose: bool) -> Tensor:
-    """`products.substitute` for any dimension: y [B, G, C/G, ...], taps [G, C/G, C/G, lags], the pivot last."""
+    """Does `products.substitute` in any dimension: y [B, G, C/G, ...], taps [G, C/G, C/G, lags], the pivot last."""
     if transpose:
         taps = taps.transpose(1, 2)
     pivot, others = taps[..., -1], taps[..., :-1]
@@ -155,7 +155,7 @@ def _weight_gradient(problem: Problem) -> Tensor:
 
 
 def _by_stencil(stencils: Sequence[int]) -> dict[int, slice | list[int]]:
-    """The groups of each stencil, which one grouped convolution computes; a slice makes views of them."""
+    """Returns the groups of each stencil, which one grouped convolution computes; a slice makes views of them."""
     found: dict[int, slice | list[int]] = {}
     for code in set(stencils):
         groups = [group for group, own in enumerate(stencils) if own == code]
@@ -183,21 +183,21 @@ def _check_diagonal(weight: Tensor, stencils: Sequence[int]) -> None:
 
 
 def _effective(problem: Problem) -> Tensor:
-    """The weight that counts, in float32 at least."""
+    """Returns the weight that counts, in float32 at least."""
     dtype = torch.promote_types(problem.other.dtype, torch.float32)
     log_diagonal = None if problem.log_diagonal is None else problem.log_diagonal.to(dtype)
     return stencil.effective(problem.other.to(dtype), problem.stencils, log_diagonal, problem.unit_diagonal)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Autocast does not reach what is computed inside, on devices that have it."""
+    """Shields what is computed inside from autocast, on devices that have it."""
     has_autocast = torch.amp.is_autocast_available(device.type)
     return torch.autocast(device.type, enabled=False) if has_autocast else nullcontext()
 
 
 @contextmanager
 def in_own_precision(device: torch.device) -> Iterator[None]:
-    """Neither autocast nor TF32 reaches what is computed inside."""
+    """Shields what is computed inside from autocast and TF32."""
     settings: tuple[Any, ...] = ()
     if device.type == "cuda":
         # Not allow_tf32, which raises an error where somebody else has set this newer name of it.

@@ -64,7 +64,8 @@ def conditioning(
         The norms; infinity where they overflow.
 
     Raises:
-        TypeError: If `layer` is no `InvertibleConv1d`, `2d` or `3d`, or a size or a number of iterations no integer.
+        TypeError: If `layer` is not an `InvertibleConv1d`, `2d` or `3d`, or a size or a number of iterations is not an
+            integer.
         ValueError: If a size or a number of iterations is not positive, or `image_size` of another length.
 
     Examples:

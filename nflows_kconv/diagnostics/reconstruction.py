@@ -64,7 +64,7 @@ class RoundTrip(NamedTuple):
     cure: str
 
     def __str__(self) -> str:
-        """The table, a line a step, with settings, verdict and cure."""
+        """Returns the table, a line a step, with settings, verdict and cure."""
         width = max(len(step.name) for step in self.steps)
         kind_width = max(len(step.kind) for step in self.steps)
         lines = [f"{'step':{width}}  {'kind':{kind_width}}     local  arriving   leaving    growth"]
@@ -173,14 +173,14 @@ class _Recorder:
         self._calls: list[_Call] | None = None
 
     def replacements(self, modules: list[nn.Module]) -> Iterator[tuple[nn.Module, str, Callable[..., Any]]]:
-        """What to replace: in each bijection the methods through which others run it."""
+        """Returns what to replace: in each bijection the methods through which others run it."""
         for module in modules:
             if is_bijection(module):
                 for name in as_bijection(module).methods:
                     yield module, name, self._recording(module, getattr(module, name))
 
     def record(self, parts: Sequence[tuple[Any, Callable[[Any], Any]]], input: Any) -> tuple[Any, list[_Call]]:
-        """What the parts, (module, function), give one after the other, and the calls of their steps.
+        """Returns what the parts, (module, function), give one after the other, and the calls of their steps.
 
         A part that calls no steps is one.
         """
@@ -227,12 +227,12 @@ def _forward(part: Bijection, context: Any, x: Any) -> Any:
 
 
 def _evaluating_copy(flow: Any) -> Any:
-    """A copy in evaluation mode of a module; torch's transforms have no mode, and not all of them can be copied."""
+    """Returns a copy in evaluation mode. torch's transforms have no mode, and some cannot be copied."""
     return copy.deepcopy(flow).eval() if isinstance(flow, nn.Module) else flow
 
 
 def _names(flow: Any, parts: list[Bijection]) -> tuple[dict[int, str], list[nn.Module]]:
-    """What to call each part and each module inside, by its id, as torch's transforms have no hash; and the modules."""
+    """Returns names of the parts and inner modules by id, since torch's transforms have no hash; and the modules."""
     names = {id(part.module): str(index) for index, part in enumerate(parts)} | {id(flow): "(flow)"}
     modules: dict[int, nn.Module] = {}
     for owner in (flow, *(part.module for part in parts)):
@@ -243,9 +243,9 @@ def _names(flow: Any, parts: list[Bijection]) -> tuple[dict[int, str], list[nn.M
 
 
 def _is_container(module: nn.Module, begins: bool, ends: bool) -> bool:
-    """Whether a module does nothing beside calling steps, of which one begins with its input, one ends with its output.
+    """Returns whether a module only calls steps: one takes the module's input, one gives its output.
 
-    Multiscale flows split and join what their steps take and give, so that one of the two must do. A step with
+    Multiscale flows split and join what their steps take and give, so one of the two must do. A step with
     parameters of its own may call another first, as nflows' OneByOneConvolution permutes before it multiplies.
     """
     has_parameters = next(module.parameters(recurse=False), None) is not None
@@ -258,7 +258,7 @@ def _clone(value: Any) -> Tensor | None:
 
 
 def _only_tensor(value: Any) -> Tensor | None:
-    """The tensor, which FrEIA puts into a tuple; None for several."""
+    """Returns the tensor, which FrEIA puts into a tuple; None for several."""
     if isinstance(value, (tuple, list)) and len(value) == 1:
         (value,) = value
     return value if isinstance(value, Tensor) else None
@@ -273,7 +273,7 @@ def _same(first: Tensor, second: Tensor | None) -> bool:
 
 
 def _error(actual: Tensor, expected: Tensor) -> float:
-    """The largest error over the largest entry; infinity if something is not finite."""
+    """Returns the largest error over the largest entry; infinity if something is not finite."""
     dtype = torch.promote_types(actual.dtype, torch.float32)  # some devices have no float64
     difference = (actual.to(dtype) - expected.to(dtype)).abs()
     if not difference.numel() or not difference.any():

@@ -25,7 +25,7 @@ from nflows_kconv.torch_internals import tree_map_only
 
 __tracebackhide__ = True  # pytest shows the line of the test that called, not ours
 
-MAX_JACOBIAN = 4096  # entries of a sample, of which the Jacobian has the square
+MAX_JACOBIAN = 4096  # entries of a sample, whose square the Jacobian has
 
 
 def assert_invertible(transform: Any, inputs: Tensor, context: Any = None, **tolerance: float | None) -> None:
@@ -35,7 +35,7 @@ def assert_invertible(transform: Any, inputs: Tensor, context: Any = None, **tol
         transform: What to test.
         inputs: x, [B, ...].
         context: Second argument of the transform's calls; left out if None.
-        tolerance: `atol` and `rtol`, either of which is 0 if the other alone is given.
+        tolerance: `atol` and `rtol`, each is 0 if only the other is given.
 
     Raises:
         AssertionError: If it does not hold, the transform raises an error, or it has no inverse.
@@ -71,11 +71,11 @@ def assert_log_abs_det_matches_jacobian(
     """Asserts that forward's log-determinants are log |det dy/dx| by autograd, and the inverse's the negative.
 
     The Jacobian, [B, D, D] for D entries a sample, takes D backward passes, in float64. The inverse's is that of
-    forward at the same point, so that the inverse need not be differentiable. Without inverse, det dy/dx must have one
+    forward at the same point, so the inverse need not be differentiable. Without inverse, det dy/dx must have one
     sign at and between the inputs, and no other points are found that have their outputs: else the transform takes a
     value twice.
 
-    Arguments and errors are those of `assert_invertible`, but that the inverse is not needed, and
+    Arguments and errors are those of `assert_invertible`; the inverse is not needed, and
 
     Raises:
         ValueError: If the inputs are discrete, that is integers, or whole numbers where the transform takes no
@@ -121,10 +121,10 @@ def assert_gradients_match_finite_differences(
     """Asserts that autograd's gradients in inputs and parameters, through forward and inverse, are the true ones.
 
     A random weighting of outputs and log-determinants is differentiated along random directions, in float64, by central
-    differences with steps h and h/2, whose disagreement counts as their error. Three directions must fail, so that a
-    kink of a piecewise linear network between the points is no failure.
+    differences with steps h and h/2, whose disagreement counts as their error. Three directions must fail, so a
+    kink of a piecewise linear network between the points is not a failure.
 
-    Arguments and errors are those of `assert_invertible`, but that the inverse is not needed.
+    Arguments and errors are those of `assert_invertible`; the inverse is not needed.
     """
     with _probe(transform, inputs, context, tolerance) as probe:
         for direction, argument in probe.directions(probe.exact, probe.exact_inputs):
@@ -137,7 +137,7 @@ def assert_batch_independent(transform: Any, inputs: Tensor, context: Any = None
     A batch of one is doubled; the rows of tensors [B, ...] in the context go with the samples. Forward is left out for
     discrete inputs, whose noise depends on the batch.
 
-    Arguments and errors are those of `assert_invertible`, but that the inverse is not needed.
+    Arguments and errors are those of `assert_invertible`; the inverse is not needed.
     """
     inputs, context = _at_least_two(inputs, context)
     with _probe(transform, inputs, context, tolerance) as probe:
@@ -170,7 +170,7 @@ def assert_shape_and_dtype_preserved(transform: Any, inputs: Tensor, context: An
     must be floating-point numbers [B] on the same device. One number for all samples is accepted from normflows' own
     layers alone.
 
-    Arguments and errors are those of `assert_invertible`, but that the inverse is not needed.
+    Arguments and errors are those of `assert_invertible`; the inverse is not needed.
     """
     with _probe(transform, inputs, context, {}) as probe:
         x, t = probe.inputs, probe.given
@@ -201,7 +201,7 @@ def assert_hooks_run(transform: Any, inputs: Tensor, context: Any = None) -> Non
     and FSDP work with. Where the code of a library does so, which `nflows_kconv.bijection` knows, that is let pass. So
     are other methods, such as the `inverse` of a part, which have no hooks of torch.
 
-    Arguments and errors are those of `assert_invertible`, but that the inverse is not needed.
+    Arguments and errors are those of `assert_invertible`; the inverse is not needed.
     """
     with _probe(transform, inputs, context, {}) as probe:
         if probe.given.module is not None:
@@ -216,7 +216,7 @@ def assert_deterministic(transform: Any, inputs: Tensor, context: Any = None, **
     may be refused with a RuntimeError); and that a call neither changes its argument in place nor draws from torch's
     global random numbers.
 
-    Arguments and errors are those of `assert_invertible`, but that the inverse is not needed.
+    Arguments and errors are those of `assert_invertible`; the inverse is not needed.
     """
     with _probe(transform, inputs, context, tolerance) as probe:
         for effect in sorted(probe.given.side_effects):
@@ -252,14 +252,14 @@ def assert_state_dict_round_trip(
     changes them. Loaded with `weights_only=True`, it must give the same results in a transform that never ran, in one
     that ran with other parameters, and in one that got its memory from `to_empty`, as a transform has that is built on
     the meta device: a buffer that is not persistent must be computed at use or by `reset_parameters`. So must a copy of
-    parameters and buffers in place, which is how DistributedDataParallel makes ranks equal. A transform that is no
-    module has no state, and passes.
+    parameters and buffers in place, which is how DistributedDataParallel makes ranks equal. A transform that is
+    not a module has no state, and passes.
 
     Without `rebuild` these are copies, which share with the original even what is lost at saving. So a tensor that is
-    no buffer counts as lost if results depend on it, it does not change with the parameters as a cache does, and its
-    entries differ and are no mask of -1, 0 and 1.
+    not a buffer counts as lost if results depend on it, it does not change with the parameters as a cache does, and its
+    entries differ and are not a mask of -1, 0 and 1.
 
-    Arguments and errors are those of `assert_invertible`, but that the inverse is not needed, and
+    Arguments and errors are those of `assert_invertible`; the inverse is not needed, and
 
     Args:
         transform: What to test.
@@ -269,7 +269,7 @@ def assert_state_dict_round_trip(
         tolerance: `atol` and `rtol`.
 
     Raises:
-        TypeError: If `rebuild` is no function.
+        TypeError: If `rebuild` is not a function.
     """
     _check_rebuild(rebuild, transform)
     with _probe(transform, inputs, context, tolerance) as probe:
@@ -348,7 +348,7 @@ FUNDAMENTAL = {"forward", "assert_shape_and_dtype_preserved"}
 def _failures(
     probe: Probe, rebuild: Callable[[], Any] | None, skipped: Container[str] = ()
 ) -> dict[str, AssertionError]:
-    """What fails, by the name of the assertion or direction, the likeliest cause first."""
+    """Returns what fails, by the name of the assertion or direction, the likeliest cause first."""
     try:
         probe.look()
     except AssertionError as error:
@@ -378,7 +378,7 @@ def _failures(
 
 
 def _has_jacobian(probe: Probe) -> bool:
-    """Whether there is a Jacobian to compare with; warns where that depends on the choice of inputs."""
+    """Returns whether there is a Jacobian to compare with; warns where that depends on the choice of inputs."""
     entries, reason = probe.inputs[0].numel(), None
     if probe.discrete and probe.takes_fractions:
         reason = (
@@ -393,7 +393,7 @@ def _has_jacobian(probe: Probe) -> bool:
 
 
 def _probe(transform: Any, inputs: Tensor, context: Any, tolerance: dict[str, float | None]) -> Any:
-    """A probe as a context manager, which leaves failures to `check_transform` where that passes its own."""
+    """Returns a probe as a context manager, which leaves failures to `check_transform` where that passes its own."""
     if isinstance(transform, Probe):
         return contextlib.nullcontext(transform)
     return Probe(transform, inputs, context, tolerance)
@@ -415,7 +415,7 @@ def _at_least_two(inputs: Tensor, context: Any) -> tuple[Tensor, Any]:
 
 
 def _by_row(change: Callable[[Tensor], Tensor], context: Any, size: int) -> Any:
-    """The context with what has a row for each of so many samples changed: a tensor, or some in a tuple."""
+    """Returns the context with what has a row for each of so many samples changed: a tensor, or some in a tuple."""
     return tree_map_only(Tensor, lambda tensor: change(tensor) if _is_batch(tensor, size) else tensor, context)
 
 

@@ -14,7 +14,7 @@ from nflows_kconv.testing.subject import Subject, show
 
 __tracebackhide__ = True  # pytest shows the line of the test that called, not ours
 
-DIRECTIONS = 3  # along each of which a wrong gradient is wrong
+DIRECTIONS = 3  # each of which shows a wrong gradient
 NEWTON_STEPS = 10  # to another point with the same outputs
 MAX_NEWTON = 256  # entries of a sample, for as many systems of equations to be solved in no time
 BATCHED_ROWS = 128  # of a Jacobian, computed together
@@ -22,7 +22,7 @@ MAX_ELEMENTS = 1024  # of a tensor, for a failure to name the worst
 
 
 def jacobian(t: Subject, x: Tensor) -> Tensor:
-    """dy/dx of every sample, [B, entries of y, entries of x], in float64."""
+    """Computes dy/dx of every sample, [B, entries of y, entries of x], in float64."""
     x = x.clone().requires_grad_()
     columns = t.forward(x)[0].reshape(len(x), -1).sum(0)
     if not columns.requires_grad:
@@ -86,7 +86,7 @@ def check_collisions(probe: Probe) -> None:
 
 
 def _orientation(t: Subject, x: Tensor) -> Tensor:
-    """The sign of each sample's det dy/dx, [B]; 0 where rounding might decide it."""
+    """Returns the sign of each sample's det dy/dx, [B]; 0 where rounding might decide it."""
     matrices = jacobian(t, x)
     sure = torch.linalg.cond(matrices, "fro") < 1e-3 / torch.finfo(x.dtype).eps
     return torch.linalg.slogdet(matrices).sign * sure

@@ -37,7 +37,7 @@ class Probe:
     every call and all parameters change at random by a small relative amount (Higham 2002, Accuracy and Stability of
     Numerical Algorithms, section 1.6). For a round trip it is the amplification of the inverse.
 
-    The transform sees the inputs once before all else, in `look`, so that data-dependent initialisation has happened.
+    The transform sees the inputs once before all else, in `look`, so data-dependent initialisation has happened.
     As a context manager, a probe looks, turns gradients on, and completes what the AssertionErrors in it say.
 
     Args:
@@ -59,7 +59,7 @@ class Probe:
         takes_fractions: Whether the transform takes other numbers than whole ones.
 
     Raises:
-        TypeError: If the inputs are no tensor, a tolerance has another name, or see `Subject`.
+        TypeError: If the inputs are not a tensor, or a tolerance has another name; see also `Subject`.
         ValueError: If the inputs have no entries, or entries that are not finite.
     """
 
@@ -104,7 +104,7 @@ class Probe:
         self.discrete = not self.dtype.is_floating_point or not self.takes_fractions
 
     def __enter__(self) -> Probe:
-        """Looks."""
+        """Looks at the transform."""
         self._mode = torch.inference_mode(False)  # which also undoes no_grad
         self._mode.__enter__()
         try:
@@ -135,7 +135,7 @@ class Probe:
             raise AssertionError(f"an inverse is needed, but {self.no_inverse}")
 
     def directions(self, t: Subject, x: Tensor) -> list[tuple[str, Tensor]]:
-        """The arguments of forward and, if there is one, of inverse: x and forward's outputs."""
+        """Returns the arguments of forward and, if there is one, of inverse: x and forward's outputs."""
         return [("forward", x)] if self.no_inverse else [("forward", x), ("inverse", t.forward(x)[0])]
 
     def results(self, t: Subject, x: Tensor, call: Call = Subject.call) -> Values:
@@ -207,7 +207,7 @@ class Probe:
             )
 
     def sensitivity(self, compute: Compute) -> dict[str, float]:
-        """How much each value changes, relative to the size of a perturbation of all arguments and parameters."""
+        """Returns how much each value changes, relative to a perturbation of all arguments and parameters."""
         with torch.no_grad():
             base = compute(self.exact, self.exact_inputs)
             largest = dict.fromkeys(base, 0.0)
@@ -222,7 +222,7 @@ class Probe:
 
     @cached_property
     def sensitivity_of_results(self) -> dict[str, float]:
-        """That of `results`."""
+        """The sensitivity of `results`."""
         return self.sensitivity(self.results)
 
     @property
@@ -230,11 +230,11 @@ class Probe:
         return torch.finfo(self.exact_inputs.dtype).eps ** 0.5
 
     def _perturbed(self, seed: int) -> Subject:
-        """A copy of the exact transform that changes its parameters and its argument a little at every call."""
+        """Returns a copy of the exact transform that changes its parameters and its argument a little at every call."""
         t, generator = self.exact.copy(), torch.Generator().manual_seed(seed)
 
         def change(tensor: Tensor) -> Tensor:
-            # Towards zero, so that the tensor stays in an interval that holds it, as most domains do.
+            # Towards zero, so the tensor stays in an interval that holds it, as most domains do.
             noise = torch.rand(tensor.shape, generator=generator, dtype=torch.float64).to(tensor)
             return tensor * (1 - self._size * noise)
 
@@ -248,7 +248,7 @@ class Probe:
 
 
 def _first_calls(t: Subject, x: Tensor) -> AssertionError | None:
-    """What is raised in inverse."""
+    """Returns what is raised in inverse."""
     with torch.no_grad():
         outputs, _ = t.forward(x)
         try:

@@ -18,7 +18,7 @@ __tracebackhide__ = True  # pytest shows the line of the test that called, not o
 
 
 def training_step(parameter: Tensor) -> Tensor:
-    """What an optimiser may make of a parameter: 0 to 10 % smaller, and small values in place of zeros."""
+    """Returns what an optimiser may make of a parameter: 0 to 10 % smaller, and small values in place of zeros."""
     noise = torch.rand(parameter.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(parameter)
     zeros = 0.1 * (2 * noise - 1) / max(1, math.prod(parameter.shape[1:])) ** 0.5
     return torch.where(parameter == 0, zeros, parameter * (1 - 0.1 * noise))
@@ -51,7 +51,7 @@ def copy_in_place(target: Subject, source: Subject) -> None:
 
 
 def emptied(t: Subject, device: torch.device) -> Subject:
-    """A copy with new memory, as a transform has that is built on the meta device, filled with nonsense.
+    """Returns a copy with new memory, as a transform has that is built on the meta device, filled with nonsense.
 
     What a load does not rebuild, `reset_parameters` may. If it cannot be built so, the copy is a plain one.
     """
@@ -80,7 +80,7 @@ def _tensors(t: Subject) -> list[tuple[str, Tensor]]:
 
 
 def check_for_lost_tensors(probe: Probe, t: Subject, x: Tensor) -> None:
-    """Asserts that results do not depend on tensors that are no buffers, unless they are caches or masks.
+    """Asserts that results do not depend on tensors that are not buffers, unless they are caches or masks.
 
     They may be in lists, tuples and dictionaries.
 

@@ -31,9 +31,9 @@ _GENERATORS = _SEEDS.map(lambda seed: torch.Generator().manual_seed(seed))
 def register_profiles() -> None:
     """Registers hypothesis profiles by depth, for `pytest --hypothesis-profile NAME`, and loads one.
 
-    "default" draws 30 cases a test; "ci" the same ones at every run, and prints how to reproduce a failure; "thorough"
-    1000. None has a deadline: a machine that is busy is no failure. "ci" is loaded where the environment variable CI is
-    set, else "default". Call it in conftest.py.
+    "default" draws 30 cases a test, "thorough" 1000. "ci" draws the same cases at every run, and tells how to reproduce
+    a failure; it is loaded if the environment variable CI is set, else "default". None has a deadline, since a busy
+    machine is not a failure. Call it in conftest.py.
     """
     phases = [phase for phase in Phase if phase != Phase.explain]  # which traces every line, of torch too
     settings.register_profile(
@@ -45,7 +45,7 @@ def register_profiles() -> None:
 
 
 def noise(shape: Sequence[int], seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Normal noise, or values 0..255 for an integer dtype: the drawn images, by which a failure names them."""
+    """Draws normal noise, or values 0..255 for an integer dtype. A failure names drawn images by this call."""
     generator = torch.Generator().manual_seed(seed)
     if dtype.is_floating_point:
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
@@ -74,7 +74,7 @@ def images(
 ) -> SearchStrategy[Tensor]:
     """Batches of images, [B, C, H, W]: normal noise, or values 0..255 for an integer dtype.
 
-    A batch has at least two pixels, unless B, H and W are all given, so that each channel has a variance, from which
+    A batch has at least two pixels, unless B, H and W are all given, so each channel has a variance, from which
     an ActNorm can be initialised.
 
     Args:
@@ -89,13 +89,13 @@ def images(
 
 
 def corners(groups: int | None = None, dimensions: int = 2) -> SearchStrategy[tuple[str, ...]]:
-    """A corner or a side for each of so many channel groups, 1 to 4 if None."""
+    """Draws a corner or a side for each of so many channel groups, 1 to 4 if None."""
     least, most = (1, 4) if groups is None else (groups, groups)
     return st.lists(st.sampled_from(tuple(stencil.STENCILS[dimensions])), min_size=least, max_size=most).map(tuple)
 
 
 def kernel_sizes(max_size: int = 4, dimensions: int = 2) -> SearchStrategy[tuple[int, ...]]:
-    """Kernel sizes, (kh, kw) in two dimensions, even, odd and oblong."""
+    """Draws kernel sizes, (kh, kw) in two dimensions, even, odd and oblong."""
     return st.tuples(*[st.integers(1, max_size)] * dimensions)
 
 
@@ -147,7 +147,7 @@ def weight(
     seed: int,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """The weight that `weights` draws, by which a failure names it."""
+    """Returns the weight that `weights` draws, by which a failure names it."""
     well, groups = conditioning == "well", stencil.parse(corners, len(kernel_size))
     shape, generator = (len(groups) * per_group, per_group, *kernel_size), torch.Generator().manual_seed(seed)
 
@@ -207,7 +207,7 @@ def layers(
 
 @st.composite
 def flows(draw: DrawFn, image_shape: tuple[int, int, int] = (1, 4, 4), *, library: str | None = None) -> nn.Module:
-    """Small flows of images with values 0..255, by `finc_flow`, all parameters off their initial values.
+    """Draws small flows of images with values 0..255, by `finc_flow`, with changed parameters.
 
     Args:
         draw: Given by hypothesis.

@@ -1,4 +1,4 @@
-"""A copy of a transform of any library, called so that a test sees everything that a call does."""
+"""A copy of a transform of any library, called in a way that shows a test all that a call does."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Subject:
     """A copy of a transform as `forward(x) -> (y, log_abs_det)` and `inverse(y) -> (x, log_abs_det)`.
 
     Arguments are tensors [B, ...] and stay as they are, results are finite. Outputs that are several tensors, as of a
-    multiscale flow, are flattened side by side. Each call starts from the same state of torch's random numbers, so that
-    noise repeats, and puts them back. What the transform raises comes out as an AssertionError.
+    multiscale flow, are flattened side by side. Each call starts from one state of torch's random numbers, so noise
+    repeats, and restores it. What the transform raises comes out as an AssertionError.
 
     Args:
         transform: What `nflows_kconv.bijection.as_bijection` takes.
@@ -38,7 +38,7 @@ class Subject:
 
     Attributes:
         prepare: What a call does to its copy of the argument first.
-        side_effects: What the calls did beside returning a result.
+        side_effects: What the calls did besides returning a result.
 
     Raises:
         TypeError: If `as_bijection` does not take the transform, or it cannot be copied.
@@ -61,19 +61,19 @@ class Subject:
         self.step()
 
     def describe(self) -> str:
-        """Type and mode."""
+        """Returns type and mode."""
         name = f"{type(self.transform).__module__}.{type(self.transform).__qualname__}"
         return name if self.module is None else f"{name} in {'training' if self.module.training else 'evaluation'} mode"
 
     def copy(self) -> Subject:
-        """An independent copy, without what the library caches."""
+        """Returns an independent copy, without what the library caches."""
         with _CopyOfNonLeaves():
             other = copy.deepcopy(self)
         other.step()
         return other
 
     def in_float64(self) -> Subject:
-        """A copy with parameters, buffers and context in float64; on the CPU where their device has none."""
+        """Returns a copy with parameters, buffers and context in float64; on the CPU where their device has none."""
         other = self.copy()
         if other.module is not None:
             other.module._apply(to_device_with_float64).to(torch.float64)
@@ -99,11 +99,11 @@ class Subject:
             part.training = mode
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The outputs and their log-determinants."""
+        """Returns the outputs and their log-determinants."""
         return self.call("forward", x)
 
     def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """The inverse of outputs as `forward` returns them, and its log-determinants."""
+        """Returns the inverse of outputs as `forward` returns them, and its log-determinants."""
         return self.call("inverse", y)
 
     def call(self, direction: str, argument: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,7 +135,7 @@ class Subject:
         return outputs, log_abs_det
 
     def _parts(self, direction: str, argument: Tensor) -> Tensor | list[Tensor]:
-        """The several tensors that `forward` has returned, of one."""
+        """Returns the several tensors that `forward` has returned, of one."""
         if direction == "forward" or self._latent_shapes is None:
             return argument
         flat = argument.split([shape[1:].numel() for shape in self._latent_shapes], 1)
@@ -167,19 +167,19 @@ class _CopyOfNonLeaves(TorchFunctionMode):
 
 
 def as_it_is(tensor: Tensor) -> Tensor:
-    """The tensor."""
+    """Returns the tensor."""
     return tensor
 
 
 def describe(value: Any) -> str:
-    """Dtype and shape of a tensor, the type of anything else."""
+    """Returns dtype and shape of a tensor, the type of anything else."""
     if not isinstance(value, Tensor):
         return type(value).__name__
     return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
 
 
 def show(tensor: Tensor) -> str:
-    """The Python code of a small tensor, a description of a large one."""
+    """Returns the Python code of a small tensor, a description of a large one."""
     if tensor.numel() > MAX_SHOWN:
         return describe(tensor)
     digits = {torch.float64: 17, torch.float32: 9}.get(tensor.dtype, 5)
@@ -188,7 +188,7 @@ def show(tensor: Tensor) -> str:
 
 
 def _without_variance(inputs: Tensor) -> str:
-    """What keeps inputs from initialising a normalisation, in words."""
+    """Returns what keeps inputs from initialising a normalisation, in words."""
     channels = inputs.unsqueeze(-1).transpose(0, 1).flatten(1)
     if not (channels == channels[:, :1]).all(1).any():
         return ""

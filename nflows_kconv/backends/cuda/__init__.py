@@ -27,7 +27,7 @@ _python_launcher = PythonLauncher(runtime.runtime)
 
 
 def status() -> Status:
-    """Whether kernels can run here, and on what."""
+    """Returns whether kernels can run here, and on what."""
     reason = runtime.why_not()
     reasons = {} if reason else {name: runtime.why_not(index) for index, name in enumerate(driver.device_names())}
     served = [name for name, why in reasons.items() if why is None]
@@ -40,7 +40,7 @@ def status() -> Status:
 
 
 def why_not(problem: Problem) -> str | None:
-    """None where kernels can run here, and there is one for the stencils."""
+    """Returns None where kernels can run here, and there is one for the stencils."""
     return runtime.told_why_not(problem.input.get_device()) or planning.why_not(problem.operation, problem.stencils)
 
 
@@ -67,7 +67,7 @@ def run(problem: Problem) -> Tensor:
 
 @lru_cache(4096)
 def _has_solver(shape: torch.Size, weight_shape: torch.Size, code: int, dtype: torch.dtype, device: int) -> bool:
-    """Whether a kernel solves this, with all stencils of this one's family."""
+    """Returns whether a kernel solves this, with all stencils of this one's family."""
     if 0 in shape:
         return True
     groups = weight_shape[0] // weight_shape[1]

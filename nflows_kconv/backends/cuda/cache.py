@@ -17,7 +17,7 @@ VARIABLE = "NFLOWS_KCONV_CACHE"
 
 
 def directory() -> Path | None:
-    """Where compiled kernels are kept; None for a user without a home."""
+    """Returns where compiled kernels are kept; None for a user without a home."""
     if os.environ.get(VARIABLE):
         return Path(os.environ[VARIABLE]).absolute()
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
@@ -27,7 +27,7 @@ def directory() -> Path | None:
 
 
 def load(digest: str) -> bytes | None:
-    """The code stored under this name; None where there is none that is whole and readable."""
+    """Returns the code stored under this name; None where there is none that is whole and readable."""
     place = directory()
     if place is None:
         return None

@@ -15,14 +15,14 @@ from nflows_kconv.backends.cuda.plan import Kernel
 
 
 def source_directory() -> Path:
-    """Where the kernels' sources lie: inside an installed package, beside it in a checkout."""
+    """Returns where the kernels' sources lie: inside an installed package, next to it in a checkout."""
     package = Path(__file__).resolve().parent.parent.parent
     installed = package / "csrc" / "cuda"
     return installed if installed.exists() else package.parent / "csrc" / "cuda"
 
 
 def version() -> tuple[int, int]:
-    """Major and minor version of NVRTC.
+    """Returns the major and minor version of NVRTC.
 
     Raises:
         ImportError: If `cuda.bindings` is not installed.
@@ -34,7 +34,7 @@ def version() -> tuple[int, int]:
 
 
 def why_not(capability: tuple[int, int], supported: tuple[int, int]) -> str | None:
-    """Why a GPU cannot run what NVRTC makes; None where it can.
+    """Returns why a GPU cannot run what NVRTC makes; None where it can.
 
     Args:
         capability: Its compute capability.
@@ -123,7 +123,7 @@ def _program(kernel: Kernel, capability: tuple[int, int]) -> _Program:
 
 
 def _architecture(capability: tuple[int, int]) -> tuple[int, bool]:
-    """The architecture to compile for, and whether it is a virtual one, which the driver assembles for a newer GPU."""
+    """Returns the architecture to compile for, and whether it is virtual, for the driver to assemble."""
     known, wanted = _architectures(), 10 * capability[0] + capability[1]
     return max(architecture for architecture in known if architecture <= wanted), wanted not in known
 

@@ -15,7 +15,7 @@ _MAX_TAPS = 8  # kernel rows, or columns, of a stage
 # the latency of a thread's work counts, and less of it for each is better.
 _SUMS = ((8, 4, 256), (4, 4, 256), (4, 2, 64), (2, 1, 0))
 _SUM_BYTES = 128
-# Threads that share input channels, so that a multiprocessor has so many; each should have some.
+# Threads that share input channels, so a multiprocessor has so many; each should have some.
 _SPLIT_THREADS = 384
 _MAX_SPLITS = 4
 _SPLIT_CHANNELS = 3
@@ -23,12 +23,12 @@ _PIXEL_THREADS = 128  # of a block at most, and at least 8: x is copied once for
 
 
 def plan_convolution(problem: Problem, device: Device) -> Plan:
-    """The launch for y = A x or y = A^T x."""
+    """Plans the launch for y = A x or y = A^T x."""
     return Plan((replace(_choose(problem.typical, device), problem=problem).launch(),))
 
 
 def _choose(problem: Problem, device: Device) -> _Tiles:
-    """The larger the tile of a thread, the fewer loads; the more threads, the better latencies are hidden.
+    """Chooses a tile for each thread. Larger tiles need fewer loads; more threads hide latencies better.
 
     The numbers above are predictions of a model of a multiprocessor, not measured.
     """
@@ -77,17 +77,17 @@ class _Tiles:
 
     @cached_property
     def rows(self) -> int:
-        """Of pixels in a block."""
+        """Rows of pixels in a block."""
         return self.row_slots * self.pixels
 
     @cached_property
     def threads(self) -> int:
-        """Of a block."""
+        """Threads of one block."""
         return self.images * self.row_slots * self.columns * self.output_slots * self.splits
 
     @cached_property
     def blocks(self) -> int:
-        """Of the launch."""
+        """Thread blocks of the launch."""
         output_tiles = ceil_div(self.problem.channels, self.outputs * self.output_slots)
         image_tiles = ceil_div(self.problem.shape[0], self.images)
         return len(self.problem.stencils) * output_tiles * image_tiles * self.pixel_tiles[0] * self.pixel_tiles[1]
@@ -141,7 +141,7 @@ class _Tiles:
         return self.columns + self.taps[1] - 1
 
     def _channel_values(self, pitch: int) -> int:
-        """In shared memory, for one input channel of one stage."""
+        """Returns the values of one input channel in one stage's shared memory."""
         tap_weights = (self.output_slots * self.slot_weights // self.vector | 1) * self.vector
         return self.taps[0] * self.taps[1] * tap_weights + self.images * (self.rows + self.taps[0] - 1) * pitch
 
@@ -170,7 +170,7 @@ class _Tiles:
         return self.threads * self.outputs * self.pixels if self.splits > 1 else 0
 
     def launch(self) -> Launch:
-        """The launch that cuts the problem so."""
+        """Returns the launch that cuts the problem so."""
         constants = {
             "OUTPUTS": self.outputs,
             "PIXELS": self.pixels,

@@ -27,7 +27,7 @@ _DRIVER_FUNCTIONS = (
 
 
 def device_names() -> list[str]:
-    """The names of the devices that this process sees.
+    """Returns the names of the devices that this process sees.
 
     Raises:
         ImportError: If `cuda.bindings` is not installed.
@@ -40,14 +40,14 @@ def device_names() -> list[str]:
 
 
 def version() -> tuple[int, int]:
-    """Major and minor version of the CUDA that the driver supports."""
+    """Returns the major and minor version of the CUDA that the driver supports."""
     number = _call(_driver().cuDriverGetVersion)
     return number // 1000, number % 1000 // 10
 
 
 @cache
 def describe(index: int) -> Device:
-    """What plans depend on of a device."""
+    """Returns what plans depend on of a device."""
     attributes = _driver().CUdevice_attribute
 
     def get(name: str) -> int:
@@ -62,7 +62,7 @@ def describe(index: int) -> Device:
 
 @cache
 def context(index: int) -> int:
-    """The primary context of a device. It is never released: torch has it for the life of the process as well."""
+    """Returns the primary context of a device. It is never released, since torch holds it for good as well."""
     return int(_call(_driver().cuDevicePrimaryCtxRetain, _device(index)))
 
 
@@ -73,7 +73,7 @@ def load(code: bytes, index: int) -> int:
 
 
 def function(module: int, name: str, index: int) -> int:
-    """The function of this name in a module, allowed all shared memory there is."""
+    """Returns the function of this name in a module, allowed all shared memory there is."""
     driver = _driver()
     with _current(context(index)):
         function = _call(driver.cuModuleGetFunction, module, name.encode())
@@ -101,18 +101,18 @@ def launch(
 
 
 def current_stream(index: int) -> int:
-    """The stream that torch's operators run on now."""
+    """Returns the stream that torch's operators run on now."""
     return torch.cuda.current_stream(index).cuda_stream
 
 
 def is_capturing(index: int) -> bool:
-    """Whether that stream is being captured into a CUDA graph."""
+    """Returns whether that stream is being captured into a CUDA graph."""
     with torch.cuda.device(index):
         return torch.cuda.is_current_stream_capturing()
 
 
 def function_addresses() -> tuple[int, ...]:
-    """Where the functions are that `struct Driver` of csrc/cuda_launcher.h wants, in its order.
+    """Returns where the functions are that `struct Driver` of csrc/cuda_launcher.h wants, in its order.
 
     Raises:
         RuntimeError: If one of them is missing.

@@ -23,7 +23,7 @@ _Planner = ctypes.CFUNCTYPE(None, _WORDS, ctypes.c_int64, _WORDS, ctypes.c_void_
 
 
 def run(problem: registry.Problem) -> Tensor:
-    """The result of a problem."""
+    """Returns the result of a problem."""
     operation, input, other, stencils, bias, log_diagonal, unit_diagonal, transpose, kernel_size, _ = problem
     if operation == "weight_gradient":
         return native.call("weight_gradient_cuda", input, other, stencils, kernel_size, unit_diagonal)
@@ -89,7 +89,7 @@ class NativeLauncher:
 
 
 def _read(words: Any, output_strides: Any) -> tuple[Problem, int]:
-    """The problem and its device, from what `Planner` of csrc/cuda_launcher.h passes."""
+    """Returns the problem and its device, from what `Planner` of csrc/cuda_launcher.h passes."""
     operation, dtype, device, unit_diagonal, transpose, bias, *sizes = words
     problem = Problem(
         operation=_OPERATIONS[operation],

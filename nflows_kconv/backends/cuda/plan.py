@@ -18,14 +18,14 @@ from nflows_kconv.backends import registry
 
 Strides = tuple[int, int, int, int]
 
-# Kernels are chosen for the batch here that is nearest by ratio, so that few serve every batch.
+# Kernels are chosen for the batch here that is nearest by ratio, so few serve every batch.
 _TYPICAL_BATCHES = (1, 6, 25, 100, 400, 1600)
 
 POINTER_BYTES = 6 * 8  # first, second, output, scratch, bias, log_diagonal
 
 
 class Arguments(ctypes.Structure):
-    """`struct Arguments` of arguments.cuh, but for its last field, the words of `corners`."""
+    """`struct Arguments` of arguments.cuh, except for its last field, the words of `corners`."""
 
     _fields_ = (
         ("pointers", ctypes.c_byte * POINTER_BYTES),
@@ -86,7 +86,7 @@ class Problem:
 
     @classmethod
     def of(cls, call: registry.Problem, output: Tensor) -> Problem:
-        """The problem of a call, of two dimensions and without dilation, that writes this output."""
+        """Returns the problem of a call, of two dimensions and without dilation, that writes this output."""
         sizes = map(tuple, (call.input.shape, call.kernel_size, call.stencils))
         strides = (tensor.stride() for tensor in (call.input, call.other, output))
         fields: Any = [*sizes, call.unit_diagonal, call.transpose, *strides, call.bias is not None]
@@ -121,7 +121,7 @@ class Problem:
 
     @property
     def last_column(self) -> int:
-        """Of the kernel in memory, before mirroring: the tap that reads farthest to the right."""
+        """The kernel's last column in memory, before mirroring: the tap that reads farthest to the right."""
         return self._pivot_column + self.right
 
     @property
@@ -188,12 +188,12 @@ class Plan:
 
 
 def ceil_div(dividend: int, divisor: int) -> int:
-    """The quotient rounded up."""
+    """Returns the quotient rounded up."""
     return -(-dividend // divisor)
 
 
 def aligned(offset: int) -> int:
-    """The next offset at which a region of the scratch may begin."""
+    """Returns the next offset at which a region of the scratch may begin."""
     return 256 * ceil_div(offset, 256)
 
 
@@ -206,7 +206,7 @@ _SCALARS = {
 
 
 def kernel(problem: Problem, source: str, name: str, **constants: int | str) -> Kernel:
-    """The kernel for this problem; `constants` are the ones beside those that arguments.cuh documents."""
+    """Returns the kernel for this problem; `constants` are those in addition to what arguments.cuh documents."""
     constants |= {
         "SCALAR": _SCALARS[problem.dtype],
         "CHANNELS": problem.channels,
@@ -224,7 +224,7 @@ def _corner_words(problem: Problem) -> int:
 
 
 def arguments(problem: Problem, parameters: Sequence[int] = (), offsets: Sequence[int] = ()) -> bytes:
-    """`struct Arguments` of arguments.cuh as bytes, its pointers zero."""
+    """Returns `struct Arguments` of arguments.cuh as bytes, its pointers zero."""
     batch, _, height, width = problem.shape
     words = [0] * _corner_words(problem)
     for group, code in enumerate(problem.stencils):

@@ -14,7 +14,7 @@ _FAMILIES = frozenset(map(stencil.family, stencil.parse(("TL", "T", "L"))))
 
 
 def why_not(operation: str, stencils: Sequence[int]) -> str | None:
-    """Why no kernel computes this with these stencils; None where one does."""
+    """Returns why no kernel computes this with these stencils; None where one does."""
     if all(map(stencil.is_corner, stencils)):
         return None
     families = set(map(stencil.family, stencils))
@@ -26,7 +26,7 @@ def why_not(operation: str, stencils: Sequence[int]) -> str | None:
 
 
 def plan(problem: Problem, device: Device) -> Plan:
-    """The launches that solve a problem on this GPU; the convolution and the weight gradient have one kernel each.
+    """Returns the launches that solve a problem on this GPU. Convolutions and weight gradients have one kernel each.
 
     Raises:
         RuntimeError: If no kernel computes a solution.
@@ -42,7 +42,7 @@ def plan(problem: Problem, device: Device) -> Plan:
 
 
 def plan_solution(problem: Problem, device: Device) -> Plan | None:
-    """The launches that compute a solution; None where no kernel can.
+    """Returns the launches that compute a solution; None where no kernel can.
 
     - `wavefront.plan_rows`, up to 16 channels a group, as long as a thread can hold the weights of an output channel;
     - `wavefront.plan_channels`, for corners, as long as a thread block can hold all weights of a group in registers,

@@ -29,7 +29,7 @@ class PythonLauncher:
         self._driver = driver
 
     def run(self, problem: Problem) -> Tensor:
-        """The result of a problem."""
+        """Returns the result of a problem."""
         first, second, kernel_size = problem.input, problem.other, problem.kernel_size
         if problem.operation == "weight_gradient":
             channels = first.shape[1]

@@ -78,7 +78,7 @@ class Runtime:
 
 
 def why_not(device: int | None = None) -> str | None:
-    """Why the kernels cannot run here, or on a device; None where they can."""
+    """Returns why the kernels cannot run here, or on a device; None where they can."""
     if torch.version.hip is not None:
         return "this torch is built for ROCm"
     if torch.version.cuda is None:
@@ -99,7 +99,7 @@ def why_not(device: int | None = None) -> str | None:
 
 @functools.cache
 def told_why_not(device: int) -> str | None:
-    """What `why_not` says of a device at the first call, which tells it as a warning."""
+    """Returns `why_not` of a device as of the first call, which also warns."""
     reason = why_not(device)
     if reason is not None:
         warnings.warn(f"CUDA tensors run on the slow reference implementation: {reason}", RuntimeWarning, stacklevel=2)

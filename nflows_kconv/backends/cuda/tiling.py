@@ -10,5 +10,5 @@ MAX_THREADS = 256
 
 
 def evenly(size: int, most: int) -> int:
-    """The size of each part where as few as possible, none above `most`, share it evenly."""
+    """Returns the size of each part where as few as possible, none above `most`, share it evenly."""
     return ceil_div(size, ceil_div(size, most))

@@ -23,11 +23,11 @@ _CHUNKS = (32, 16, 12, 8)
 _ROW_BAND, _CHANNEL_BAND = 128, 32
 
 _PLACE_BYTES = 16  # sizeof(Place) of band.cuh
-_RESERVED_SHARED_MEMORY = 1024  # that a thread block takes beside its own
+_RESERVED_SHARED_MEMORY = 1024  # that a thread block takes in addition to its own
 
 
 def plan_rows(problem: Problem, device: Device) -> Plan | None:
-    """solve_rows.cu: one thread a row and output channel. None where its weights do not fit registers."""
+    """Plans solve_rows.cu: one thread a row and output channel. None if its weights do not fit registers."""
     words = problem.accumulator_bytes // 4
     column = problem.taps[0] * problem.taps[1] * problem.channels * words  # registers an output
     if column > _ROW_WEIGHTS or problem.channels > _ROW_CHANNELS:
@@ -56,7 +56,7 @@ def plan_rows(problem: Problem, device: Device) -> Plan | None:
 
 
 def plan_channels(problem: Problem, device: Device) -> Plan | None:
-    """solve_channels.cu: the weights spread over a block's registers. None where they do not fit."""
+    """Plans solve_channels.cu: the weights spread over a block's registers. None if they do not fit."""
     vector = 16 // problem.accumulator_bytes
     reads = problem.taps[0] * problem.taps[1] * ceil_div(problem.channels, vector)
     padded = 4 * ceil_div(problem.channels, 4)
@@ -151,7 +151,7 @@ class _Band:
         return self.counters + values * self.problem.accumulator_bytes
 
     def most_resident(self, device: Device) -> int:
-        """Thread blocks that a multiprocessor has shared memory for."""
+        """Returns how many thread blocks a multiprocessor has shared memory for."""
         return max(1, device.shared_memory // (self.shared + _RESERVED_SHARED_MEMORY))
 
     @property
@@ -164,9 +164,9 @@ class _Band:
 
 
 def _fitted_band(problem: Problem, device: Device, rows: int, more_shared: int, most_blocks: int) -> _Band | None:
-    """The band of at most `rows` rows that fits shared memory beside `more_shared` bytes; None where none does.
+    """Returns the band of at most `rows` rows that fits shared memory next to `more_shared` bytes; None if none does.
 
-    If possible so that as many blocks as there are, `most_blocks` at most, share a multiprocessor.
+    If possible, as many blocks as there are, `most_blocks` at most, share a multiprocessor.
     """
     halo, height, width = problem.taps[0] - 1, *problem.shape[2:]
     left, right, tau = problem.taps[1] - 1 - problem.right, problem.right, problem.tau
@@ -209,7 +209,7 @@ def _narrowed(rows: int, least: int, problem: Problem, device: Device) -> int:
 
 
 def _most_threads(weight_registers: int, problem: Problem) -> int:
-    """Threads a block may have with this many registers of weights each, a multiple of 128 as registers are given."""
+    """Returns the most threads of a block with this many registers of weights each, a multiple of 128."""
     registers = weight_registers + _OTHER_REGISTERS + 20 * problem.accumulator_bytes // 4
     return min(1024, _REGISTERS // registers // 128 * 128)
 
@@ -224,6 +224,6 @@ def _premultiplied_bytes(problem: Problem) -> int:
 
 
 def _pixel_bytes(problem: Problem) -> int:
-    """kPitch of band.cuh, in bytes."""
+    """Returns kPitch of band.cuh, in bytes."""
     vector = 16 // problem.accumulator_bytes
     return 16 * (ceil_div(problem.channels, vector) | 1)

@@ -22,7 +22,7 @@ _TILES_OF_A_CHUNK = 1.5
 
 
 def plan_weight_gradient(problem: Problem, device: Device) -> Plan:
-    """The launches for the weight gradient: sums over chunks of the pixels, then over the chunks."""
+    """Plans the weight gradient's launches: sums over chunks of the pixels, then over the chunks."""
     chosen = _choose(problem.typical, device)
     tiles = replace(chosen, sums=_Sums(problem))
     tiles = replace(tiles, chunks=min(chosen.chunks, tiles.count))  # none empty
@@ -30,7 +30,7 @@ def plan_weight_gradient(problem: Problem, device: Device) -> Plan:
 
 
 def _choose(problem: Problem, device: Device) -> _Tiles:
-    """A thread has as many sums as it has registers for, a tile as many pixels as fit, all multiprocessors tiles.
+    """Gives a thread as many sums as registers hold, a tile as many pixels as fit, all multiprocessors tiles.
 
     The numbers above are predictions of a model of a multiprocessor, not measured.
     """
@@ -92,24 +92,24 @@ class _Sums:
 
     @cached_property
     def input_slots(self) -> int:
-        """Threads beside each other along the input channels."""
+        """Neighbouring threads along the input channels."""
         most = min(16, _CHANNELS // self.inputs)
         return evenly(ceil_div(self.problem.channels, self.inputs), most)
 
     @cached_property
     def output_slots(self) -> int:
-        """Threads beside each other along the output channels."""
+        """Neighbouring threads along the output channels."""
         most = min(_UNITS // self.input_slots, _CHANNELS // self.outputs)
         return evenly(ceil_div(self.problem.channels, self.outputs), most)
 
     @cached_property
     def units(self) -> int:
-        """Threads of a block that share no sum."""
+        """Threads of a block that share no partial sum."""
         return self.input_slots * self.output_slots
 
     @cached_property
     def blocks(self) -> int:
-        """That share no sum."""
+        """Blocks that share no partial sum."""
         channels, (rows, columns) = self.problem.channels, self.problem.taps
         channel_tiles = ceil_div(channels, self.inputs * self.input_slots) * ceil_div(
             channels, self.outputs * self.output_slots
@@ -124,7 +124,7 @@ class _Sums:
 
     @cached_property
     def bytes(self) -> int:
-        """Of all sums of one chunk."""
+        """Bytes of all partial sums of one chunk."""
         channels, (rows, columns) = self.problem.channels, self.problem.taps
         return len(self.problem.stencils) * channels**2 * rows * columns * self.problem.accumulator_bytes
 
@@ -142,7 +142,7 @@ class _Tiles:
 
     @cached_property
     def threads(self) -> int:
-        """Of a block."""
+        """Threads of one block."""
         return self.sums.units * self.splits
 
     @cached_property
@@ -158,7 +158,7 @@ class _Tiles:
 
     @cached_property
     def values(self) -> int:
-        """In shared memory, for one tile."""
+        """Values in shared memory for one tile."""
         vector = 16 // self.sums.problem.accumulator_bytes
         rows, columns = self.sums.taps
         pitch = ceil_div(columns - 1, _PIXELS) * _PIXELS + self.columns
@@ -181,7 +181,7 @@ class _Tiles:
         return self.threads * self.sums.terms * self.sums.problem.accumulator_bytes
 
     def launches(self, parts: int) -> tuple[Launch, ...]:
-        """The sums over each chunk, and over the chunks, where so many threads share an entry."""
+        """Returns the sums over each chunk, and over the chunks, where so many threads share an entry."""
         problem, sums = self.sums.problem, self.sums
         split_bytes = self.round_outputs * self._round_bytes if self.splits > 1 else 0
         constants = {
