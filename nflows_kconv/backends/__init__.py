@@ -1,4 +1,4 @@
-"""The implementations of the primitive: which can run here, which will, and why. A new one registers below.
+"""Implementations of the primitive: which can run here, which will, and why. New ones register below.
 
 registry     what a problem is; asks the backends, in the order in which they are registered here
 reference    plain PyTorch: every stencil, dimension and device
@@ -46,7 +46,7 @@ class Backend:
 
 
 def available_backends() -> dict[str, Backend]:
-    """Tells for every backend, by name, whether it can and will run here, and why or why not.
+    """Tells, by name, whether each backend can and will run here, and why or why not.
 
     Examples:
         >>> from nflows_kconv import available_backends

@@ -1,4 +1,4 @@
-"""The native library: loads it where there is one, and knows why where there is none."""
+"""Loads the native library, or knows why there is none."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def instruction_sets() -> tuple[str, ...]:
 def select_instruction_set(name: str) -> None:
     """Makes the native kernels use this instruction set, in the whole process.
 
-    The best one is in use from the start; tests and benchmarks select the others.
+    The best one is used by default; tests and benchmarks select the others.
 
     Raises:
         RuntimeError: If the native library is not available.

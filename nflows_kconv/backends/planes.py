@@ -1,4 +1,4 @@
-"""The solution in three dimensions, plane by plane: one of two dimensions for each plane of the first axis."""
+"""Solves problems of three dimensions plane by plane: one problem of two dimensions for each."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ from nflows_kconv.backends.registry import Problem
 def solve(problem: Problem, solve_planes: Callable[[Problem], Tensor]) -> Tensor:
     """Computes x = A^-1 (y - b), or x = A^-T (y - b), for corners in three dimensions.
 
-    A plane reads earlier planes through a convolution without masks, in which they and channels are one dimension, and
-    itself through the taps of the pivot's plane. All groups are in their canonical frames, so it is one
-    convolution for all.
+    A plane reads earlier planes through an unmasked convolution, with planes and channels as one dimension, and itself
+    through the taps of the pivot's plane. All groups are in their canonical frames, so one convolution does for all.
 
     Args:
         problem: A solution in three dimensions.

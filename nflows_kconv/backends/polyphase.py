@@ -1,4 +1,4 @@
-"""Dilation without dilated kernels: the pixels that are d apart are an image of their own."""
+"""Dilation without dilated kernels: pixels that are d apart form an image of their own."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from nflows_kconv.backends.registry import Problem
 def run(problem: Problem, run_undilated: Callable[[Problem], Tensor]) -> Tensor:
     """Runs a dilated problem on the phases of its images, those of equal size as one batch.
 
-    Of n pixels, the first n mod d phases have one more than the others: at most two sizes an axis. None is padded: a
-    side reads both ways, and would read what it made of the padding.
+    Of n pixels, the first n mod d phases have one more than the others, so there are at most two sizes an axis. Phases
+    are not padded: a side reads both ways, and would read solutions in the padding.
     """
     undilated, dilation = problem._replace(dilation=[1] * len(problem.dilation)), problem.dilation
     if problem.operation != "weight_gradient":

@@ -1,8 +1,8 @@
-"""Solutions of images by matrix products: one, of torch's own, for all pixels of all images that can be solved at once.
+"""Solves images by torch's matrix products: one for all pixels of all images that can be solved at once.
 
-There are as many products as steps of the schedule (H + W - 1 for a corner), each after a copy of what its pixels read.
-Together they multiply as much as the convolution does, and as they are large where channels or images are many, that is
-what bounds them then. Nothing is copied from the host, so CUDA graphs can capture all of it.
+There is one product for each step of the schedule (H + W - 1 for a corner), after a copy of what its pixels read.
+Together they multiply as much as the convolution does, which bounds them where channels or images are many. Nothing is
+copied from the host, so CUDA graphs can capture all of it.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from nflows_kconv import stencil
 def substitute(y: Tensor, taps: Tensor, lags: Sequence[Sequence[int]], transpose: bool) -> Tensor:
     """Substitutes back in the canonical frame: with pivot P, x[p] = P^-1 y[p] - sum_l P^-1 W[l] x[p - l].
 
-    Pixels lie by time tau . p, then by row: those of one time are adjacent, as are those that they read through
-    one tap. A pixel has y in its place until it is solved. What lies outside the image is zero.
+    Pixels are ordered by time tau . p, then by row: those of one time are adjacent, and so are those that they read
+    through one tap. A pixel holds y until it is solved. Outside the image is zero.
 
     Args:
         y: [B, G, C/G, H, W].

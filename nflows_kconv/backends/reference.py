@@ -5,8 +5,8 @@ Nagar, Varma 2023, arXiv 2301.09266, section 3):
 
     y[o, p] = sum_{i, l} W[o, i, l] x[i, p - l]        l: the lags of the taps, see `stencil`
 
-`conv` computes y from x, `solve` x from y. The pixels with equal tau . p depend on those with smaller ones alone, so
-that `solve` takes one step for each value of tau . p: H + W - 1 for a corner (see `products`). The transposed operator
+`conv` computes y from x, `solve` x from y. A pixel depends only on pixels with smaller tau . p, so `solve` takes one
+step for each value of tau . p: H + W - 1 for a corner (see `products`). The transposed operator
 has the same lags, c_in and c_out exchanged, in the opposite stencil.
 """
 
@@ -46,7 +46,7 @@ def run(problem: Problem) -> Tensor:
         weight. Half precision is computed in float32 and rounded once, bias included.
 
     Raises:
-        ValueError: If on the CPU an entry of the pivot's diagonal is zero or not finite, for a solution or where the
+        ValueError: If, on the CPU, an entry of the pivot's diagonal is zero or not finite, in a solution or if the
             diagonal is exp(log_diagonal).
     """
     if problem.dilated:

@@ -1,6 +1,6 @@
-"""Why a flow returns from a round trip with an error: how much a layer amplifies, and at which step errors grow.
+"""Finds why a flow errs in a round trip: how much a layer amplifies, and at which step errors grow.
 
-docs/numerics.md tells how to read the numbers, and what helps.
+docs/numerics.md explains the numbers, and what helps.
 """
 
 from nflows_kconv.diagnostics.amplification import Conditioning, conditioning

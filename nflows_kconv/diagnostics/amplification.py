@@ -25,11 +25,11 @@ class Conditioning(NamedTuple):
 
     Attributes:
         gain: ||A||_2, the largest factor by which the convolution amplifies.
-        inverse_gain: ||A^-1||_2, that of the inverse. It can only grow with the image, in which smaller ones are
-            contained, and does so without limit, even exponentially, where `inverse_gain_bound` is infinite.
+        inverse_gain: ||A^-1||_2, that of the inverse. It never falls as the image grows, and may grow without limit,
+            even exponentially, where `inverse_gain_bound` is infinite.
         condition_number: ||A||_2 ||A^-1||_2; a round trip errs by up to this many roundings.
-        inverse_gain_bound: What ||A^-1||_2 is at most at any image size, see `max_inverse_gain`; infinity where that
-            shows no bound. Where the layer has `max_inverse_gain`, and a unit diagonal, it is at most that.
+        inverse_gain_bound: An upper bound on ||A^-1||_2 at any image size, see `max_inverse_gain`; infinity if there is
+            none to show. With `max_inverse_gain` and a unit diagonal it is at most that.
     """
 
     gain: float

@@ -1,4 +1,4 @@
-"""At which steps of a flow the error of a round trip, from images to latent variables and back, arises."""
+"""Finds the steps of a flow at which a round trip, from images to latent variables and back, errs."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class StepError(NamedTuple):
     """What a round trip loses at a step. All errors are the largest one, relative to the largest entry.
 
     Attributes:
-        name: Of the step's module in the flow.
+        name: The name of the step's module in the flow.
         kind: Its class.
-        local: Error of undoing the step at once, from its own output.
-        arriving: Error of the way back from the latent variable where it enters the step.
-        leaving: The same where it leaves the step, on the data's side.
+        local: The error of undoing the step at once, from its own output.
+        arriving: The error of the way back where it enters the step, on the latent variable's side.
+        leaving: The error of the way back where it leaves the step, on the data's side.
         growth: leaving / arriving, where an arriving error counts as one rounding at least; 1 for a step that rounds to
             whole numbers.
     """
@@ -49,8 +49,8 @@ class RoundTrip(NamedTuple):
         steps: The one next to the data first; the way back goes through them from the last to the first.
         error: The largest error that leaves a step. Steps that round to whole numbers, as dequantisation does on the
             way back, do not count: at the edge of a cell the smallest error makes a difference of one.
-        rounding: What one rounding is: the resolution of the dtype.
-        settings: What decides on the precision of convolutions and matrix products in float32, on this device.
+        rounding: The size of one rounding: the resolution of the dtype.
+        settings: What decides the precision of convolutions and matrix products in float32, on this device.
         verdict: Whether the error is harmless, at most 1e-4, and if not, which kind of step is to blame, or that none
             is.
         cure: What helps; empty if nothing needs to.
@@ -79,12 +79,11 @@ def round_trip(flow: Any, images: Tensor, context: Any = None) -> RoundTrip:
     """Sends images to latent variables and back, and finds the steps at which errors arise and grow.
 
     A step is a module that `nflows_kconv.bijection` knows, from one tensor to another, that does not consist of such
-    modules, or that has parameters of its own; containers of any kind are looked through. So are transforms of
-    torch.distributions and zuko that are made of others. A copy of the flow runs, in evaluation mode; the flow, its
-    gradients and random numbers stay as they are.
+    modules or has parameters of its own. Containers of any kind, and transforms of torch.distributions and zuko that
+    are made of others, are looked through. A copy of the flow runs, in evaluation mode; the flow, its gradients and
+    random numbers stay as they are.
 
-    With images of a data set it tells about density and reconstruction. What `sample` returns may lie where the flow
-    amplifies more: give it samples, too.
+    Images of a data set show how well the flow reconstructs. Samples may lie where it amplifies more: try them, too.
 
     Args:
         flow: A flow or a transform that `nflows_kconv.bijection` knows: of nflows, normflows, torch.distributions,
@@ -98,7 +97,7 @@ def round_trip(flow: Any, images: Tensor, context: Any = None) -> RoundTrip:
         The errors, a verdict and what helps.
 
     Raises:
-        TypeError: If `flow` is none of these, or `images` no tensor.
+        TypeError: If `flow` is none of these, or `images` is not a tensor.
         NotImplementedError: If the flow says that it has no inverse (`nflows_kconv.bijection.NoInverse`).
         ValueError: If it has no steps, or the way back does not run through them in the reverse order.
 
@@ -245,8 +244,8 @@ def _names(flow: Any, parts: list[Bijection]) -> tuple[dict[int, str], list[nn.M
 def _is_container(module: nn.Module, begins: bool, ends: bool) -> bool:
     """Returns whether a module only calls steps: one takes the module's input, one gives its output.
 
-    Multiscale flows split and join what their steps take and give, so one of the two must do. A step with
-    parameters of its own may call another first, as nflows' OneByOneConvolution permutes before it multiplies.
+    Multiscale flows split and join tensors, so one of the two suffices. A step with parameters of its own may call
+    another first, as nflows' OneByOneConvolution permutes before it multiplies.
     """
     has_parameters = next(module.parameters(recurse=False), None) is not None
     return (begins and ends) or ((begins or ends) and not has_parameters)

@@ -1,8 +1,8 @@
 """What must hold of every transform, as assertions for a test suite.
 
-Each takes what `nflows_kconv.bijection.as_bijection` takes, and leaves it as it is: parameters, buffers, modes,
-gradients, and the state of torch's random numbers. Tolerances follow from dtype and conditioning unless `atol` or
-`rtol` is given. A failure is an AssertionError that names the worst element, error, tolerance, and how to see it again.
+Each takes what `nflows_kconv.bijection.as_bijection` takes, and leaves parameters, buffers, modes, gradients and
+torch's random state unchanged. Tolerances follow from dtype and conditioning unless `atol` or `rtol` is given. Failures
+are AssertionErrors that name the worst element, error, tolerance, and how to see it again.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ def assert_invertible(transform: Any, inputs: Tensor, context: Any = None, **tol
         transform: What to test.
         inputs: x, [B, ...].
         context: Second argument of the transform's calls; left out if None.
-        tolerance: `atol` and `rtol`, each is 0 if only the other is given.
+        tolerance: `atol` and `rtol`. Either is 0 if only the other is given.
 
     Raises:
         AssertionError: If it does not hold, the transform raises an error, or it has no inverse.
         TypeError: If the transform has none of the interfaces, or cannot be deep-copied.
-        ValueError: If the inputs hold no entries or others than finite ones.
+        ValueError: If the inputs are empty or not finite.
     """
     with _probe(transform, inputs, context, tolerance) as probe:
         probe.need_inverse()
@@ -71,15 +71,15 @@ def assert_log_abs_det_matches_jacobian(
     """Asserts that forward's log-determinants are log |det dy/dx| by autograd, and the inverse's the negative.
 
     The Jacobian, [B, D, D] for D entries a sample, takes D backward passes, in float64. The inverse's is that of
-    forward at the same point, so the inverse need not be differentiable. Without inverse, det dy/dx must have one
-    sign at and between the inputs, and no other points are found that have their outputs: else the transform takes a
-    value twice.
+    forward at the same point, so the inverse need not be differentiable. A transform without inverse must not take a
+    value twice: det dy/dx must keep its sign at and between the inputs, and no other point found may have their
+    outputs.
 
     Arguments and errors are those of `assert_invertible`; the inverse is not needed, and
 
     Raises:
-        ValueError: If the inputs are discrete, that is integers, or whole numbers where the transform takes no
-            others; or if samples have more than 4096 entries.
+        ValueError: If the inputs are discrete (integers, or whole numbers if the transform takes no others), or if
+            samples have more than 4096 entries.
     """
     with _probe(transform, inputs, context, tolerance) as probe:
         if probe.discrete:
@@ -197,9 +197,9 @@ def assert_shape_and_dtype_preserved(transform: Any, inputs: Tensor, context: An
 def assert_hooks_run(transform: Any, inputs: Tensor, context: Any = None) -> None:
     """Asserts that the parts of a module are called, in both directions, and not their `forward`.
 
-    A call of `part.forward(x)` in place of `part(x)` leaves out the part's hooks, which pruning, weight normalisation
-    and FSDP work with. Where the code of a library does so, which `nflows_kconv.bijection` knows, that is let pass. So
-    are other methods, such as the `inverse` of a part, which have no hooks of torch.
+    Calling `part.forward(x)` instead of `part(x)` skips the part's hooks, on which pruning, weight normalisation and
+    FSDP rely. Code of libraries that `nflows_kconv.bijection` knows may do so. Other methods, such as a part's
+    `inverse`, have no hooks in torch and may be called.
 
     Arguments and errors are those of `assert_invertible`; the inverse is not needed.
     """
@@ -210,11 +210,11 @@ def assert_hooks_run(transform: Any, inputs: Tensor, context: Any = None) -> Non
 
 
 def assert_deterministic(transform: Any, inputs: Tensor, context: Any = None, **tolerance: float | None) -> None:
-    """Asserts that results are a function of the inputs' values: of nothing else, and with no side effect.
+    """Asserts that results depend on the inputs' values and on nothing else, and that calls have no side effects.
 
-    That is, not of earlier calls, of random numbers, of whether gradients are on, or of the inputs' memory layout (one
-    may be refused with a RuntimeError); and that a call neither changes its argument in place nor draws from torch's
-    global random numbers.
+    Results must not depend on earlier calls, random numbers, whether gradients are on, or the inputs' memory layout (a
+    layout may be refused with a RuntimeError). A call must not change its argument in place or draw from torch's global
+    random numbers.
 
     Arguments and errors are those of `assert_invertible`; the inverse is not needed.
     """
@@ -248,16 +248,15 @@ def assert_state_dict_round_trip(
 ) -> None:
     """Asserts that the state_dict, saved and loaded, carries all that results depend on, and that they follow it.
 
-    The state is that of a copy which has seen data and whose parameters have then changed in place, as an optimiser
+    The state comes from a copy that has seen data and whose parameters have then changed in place, as an optimiser
     changes them. Loaded with `weights_only=True`, it must give the same results in a transform that never ran, in one
-    that ran with other parameters, and in one that got its memory from `to_empty`, as a transform has that is built on
-    the meta device: a buffer that is not persistent must be computed at use or by `reset_parameters`. So must a copy of
-    parameters and buffers in place, which is how DistributedDataParallel makes ranks equal. A transform that is
-    not a module has no state, and passes.
+    that ran with other parameters, and in one built on the meta device and emptied by `to_empty`: a buffer that is not
+    persistent must be computed at use or by `reset_parameters`. Copying parameters and buffers in place, as
+    DistributedDataParallel does, must give them, too. A transform that is not a module has no state, and passes.
 
-    Without `rebuild` these are copies, which share with the original even what is lost at saving. So a tensor that is
-    not a buffer counts as lost if results depend on it, it does not change with the parameters as a cache does, and its
-    entries differ and are not a mask of -1, 0 and 1.
+    Without `rebuild` these transforms are copies, which share even what saving loses. So a tensor that is not a buffer
+    counts as lost if results depend on it, unless it follows the parameters, as a cache does, or looks like a mask of
+    -1, 0 and 1.
 
     Arguments and errors are those of `assert_invertible`; the inverse is not needed, and
 
@@ -265,7 +264,7 @@ def assert_state_dict_round_trip(
         transform: What to test.
         inputs: x, [B, ...].
         context: Second argument of the transform's calls; left out if None.
-        rebuild: Builds the transform as a program does that loads its state.
+        rebuild: Builds the transform as a program that loads its state would.
         tolerance: `atol` and `rtol`.
 
     Raises:
@@ -316,12 +315,12 @@ def check_transform(
 ) -> None:
     """Runs every assertion that applies, and again after a change of all parameters, in evaluation mode.
 
-    The change shows what goes stale, and what initial values hide, as of couplings that start as the identity. Left out
-    are: what needs an inverse, if the transform has none; determinism and the Jacobian for discrete inputs, which a
-    flow dequantises with noise; the Jacobian where the number of entries changes as a torch Transform's `forward_shape`
-    says; and, with a warning, the Jacobian of samples with more than 4096 entries, and of integers where the transform
-    takes fractions as well. Arguments and errors are those of `assert_state_dict_round_trip`; the error tells all that
-    fails, the likeliest cause first.
+    The change shows what goes stale, and what initial values hide, such as couplings that start as the identity. It
+    skips what needs an inverse, if there is none; determinism and the Jacobian for discrete inputs, which a flow
+    dequantises with noise; the Jacobian where a torch Transform's `forward_shape` changes the number of entries; and,
+    with a warning, the Jacobian of samples with more than 4096 entries, and of integers if the transform takes
+    fractions as well. Arguments and errors are those of `assert_state_dict_round_trip`; the error lists all failures,
+    the likeliest cause first.
     """
     _check_rebuild(rebuild, transform)
     inputs, context = _at_least_two(inputs, context)

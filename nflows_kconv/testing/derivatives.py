@@ -39,9 +39,9 @@ def jacobian(t: Subject, x: Tensor) -> Tensor:
 
 
 def check_orientation(probe: Probe) -> None:
-    """Asserts that det dy/dx has one sign, as that of an injective function has whose derivative is continuous.
+    """Asserts that det dy/dx has one sign, as for every injective function with a continuous derivative.
 
-    It is looked at at the inputs, and between them and their neighbours and zero, for each context by itself.
+    Looks at the inputs, and between them and their neighbours and zero, for each context by itself.
     """
     t, x, generator = probe.exact, probe.exact_inputs, torch.Generator().manual_seed(0)
     points, signs = [x], [_orientation(t, x)]
@@ -59,7 +59,7 @@ def check_orientation(probe: Probe) -> None:
 
 
 def check_collisions(probe: Probe) -> None:
-    """Asserts that no other point is found that forward takes to the outputs of an input.
+    """Asserts that no other point is found with the outputs of an input.
 
     Newton's method looks for it from the neighbours of the inputs and from their negatives, if samples are small.
     """

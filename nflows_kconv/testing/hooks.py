@@ -21,7 +21,7 @@ def check_hooks(t: Subject, direction: str, argument: Tensor) -> None:
     A part that calls its own forward is left alone, and so is code of the libraries that `bijection` knows.
 
     Args:
-        t: The transform, which is of no other use then.
+        t: The transform, which is unusable afterwards.
         direction: "forward" or "inverse".
         argument: Of the call.
     """

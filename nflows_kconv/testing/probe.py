@@ -24,7 +24,7 @@ DRAWS = 4  # perturbations to measure a sensitivity with
 
 
 class Probe:
-    """A transform and inputs, in their own precision and, where the transform can be had so, in float64.
+    """A transform and inputs, in their own precision and, if the transform can be copied so, in float64.
 
     Mathematics is judged in float64, where a wrong formula stands out from rounding however ill-conditioned the
     transform is; the given precision may then err by what rounding explains:
@@ -32,10 +32,10 @@ class Probe:
         tolerance = max(100 eps (sensitivity + scale), 1e-5 scale)
 
     with the largest eps of the dtypes that take part. The scale is the largest expected entry, and for a
-    log-determinant at least a tenth of the entries of a sample, as it is a sum of so many. The sensitivity is measured:
-    it is how much what is compared changes, relative to the size of the perturbation, when the arguments of
-    every call and all parameters change at random by a small relative amount (Higham 2002, Accuracy and Stability of
-    Numerical Algorithms, section 1.6). For a round trip it is the amplification of the inverse.
+    log-determinant at least a tenth of the entries of a sample, since it sums so many. The sensitivity is measured: how
+    much results change, relative to the perturbation, when the arguments of every call and all parameters change at
+    random by a small relative amount (Higham 2002, Accuracy and Stability of Numerical Algorithms, section 1.6). For a
+    round trip it is the amplification of the inverse.
 
     The transform sees the inputs once before all else, in `look`, so data-dependent initialisation has happened.
     As a context manager, a probe looks, turns gradients on, and completes what the AssertionErrors in it say.
@@ -50,13 +50,13 @@ class Probe:
     Attributes:
         transform: What was given.
         given: Its copy, in its own precision.
-        dtype: Of the inputs that were given.
-        inputs: For `given`.
+        dtype: The dtype of the given inputs.
+        inputs: The inputs of `given`.
         exact: The transform in float64, on the CPU where the device has none, or `given` where that cannot be had.
-        exact_inputs: For `exact`.
+        exact_inputs: The inputs of `exact`.
         no_inverse: What the transform raised when asked for an inverse, or None.
         discrete: Whether the inputs are.
-        takes_fractions: Whether the transform takes other numbers than whole ones.
+        takes_fractions: Whether the transform takes fractions.
 
     Raises:
         TypeError: If the inputs are not a tensor, or a tolerance has another name; see also `Subject`.

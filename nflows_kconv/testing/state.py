@@ -1,4 +1,4 @@
-"""What becomes of a transform when its parameters change, and whether its state_dict is all of it."""
+"""Follows a transform as its parameters change, and looks for state outside its state_dict."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ def copy_in_place(target: Subject, source: Subject) -> None:
 
 
 def emptied(t: Subject, device: torch.device) -> Subject:
-    """Returns a copy with new memory, as a transform has that is built on the meta device, filled with nonsense.
+    """Returns a copy as if built on the meta device and emptied: with new memory, filled with nonsense.
 
-    What a load does not rebuild, `reset_parameters` may. If it cannot be built so, the copy is a plain one.
+    `reset_parameters` may rebuild what a load does not. If this fails, the copy is a plain one.
     """
     other = t.copy()
     try:

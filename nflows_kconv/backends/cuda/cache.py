@@ -27,7 +27,7 @@ def directory() -> Path | None:
 
 
 def load(digest: str) -> bytes | None:
-    """Returns the code stored under this name; None where there is none that is whole and readable."""
+    """Returns the code stored under this name; None if there is none, or not whole and readable."""
     place = directory()
     if place is None:
         return None
