@@ -58,13 +58,13 @@ def temperature(value: float) -> float:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Returns whether a tensor holds real values: not traced, not under torch.func, not of a fake subclass."""
+    """Returns whether a tensor has plain values: not traced, not under torch.func, not of a subclass."""
     return (
         not torch.compiler.is_compiling() and type(tensor) in (Tensor, torch.nn.Parameter) and not is_under_torch_func()
     )
 
 
-def values_are_at_hand(tensor: Tensor) -> bool:
+def can_inspect_values(tensor: Tensor) -> bool:
     """Returns whether looking at a tensor's values costs nothing and is allowed.
 
     That is on the CPU, for tensors that are plain. Elsewhere it would wait for the device, or fail.

@@ -165,7 +165,7 @@ def log_abs_det(weight: Tensor, *, corners: str | Sequence[str], size: Sequence[
     if pixels >= 2**63:
         raise ValueError(f"an image must have fewer than 2**63 pixels, got {tuple(sizes)}")
     diagonal = stencil.pivot_diagonal(weight, stencils)
-    if checks.values_are_at_hand(diagonal):
+    if checks.can_inspect_values(diagonal):
         stencil.check_diagonal(diagonal)
     dtype = torch.promote_types(weight.dtype, torch.float32)
     return pixels * diagonal.to(dtype).abs().log().sum()

@@ -115,9 +115,9 @@ class PeriodicConv(KernelLayer):
         functional.check_arguments(input, self.raw_weight, self.bias, log_diagonal, self.groups, self.dimensions)
         self._check_size(input)
         dtype = torch.promote_types(input.dtype, torch.float32)
-        if log_diagonal is not None and checks.values_are_at_hand(log_diagonal):
+        if log_diagonal is not None and checks.can_inspect_values(log_diagonal):
             diagonal = log_diagonal.to(dtype).exp()
-            if checks.values_are_at_hand(diagonal):  # unlike those of what a mode for fake tensors computes
+            if checks.can_inspect_values(diagonal):  # unlike those of what a mode for fake tensors computes
                 stencil.check_diagonal(diagonal)
         bias = None if self.bias is None else self.bias.to(dtype)
         return self._effective().to(dtype), bias, dtype if ops.autocast_is_on(input) else input.dtype

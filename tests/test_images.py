@@ -171,7 +171,7 @@ class TestDequantization:
             dequantization(1, 10)(torch.full((1, 1, 1, 1), 10))
 
     def test_the_first_batch_is_looked_at_where_looking_waits(self, dequantization, monkeypatch):
-        monkeypatch.setattr("nflows_kconv.checks.values_are_at_hand", lambda tensor: False)  # as on a GPU
+        monkeypatch.setattr("nflows_kconv.checks.can_inspect_values", lambda tensor: False)  # as on a GPU
         module, wrong = dequantization(1, 256), torch.full((3, 1, 2, 2), 0.5)
         for _ in range(2):
             with pytest.raises(ValueError, match=r"whole numbers in 0\.\.255, got 0\.5"):

@@ -504,7 +504,7 @@ class Interface(nn.Module):
         if classes.dim() != 1 or not of_each_image:
             expected = "B" if count is None else count
             raise ValueError(f"{name} must have shape [{expected}], a class for each image, got {tuple(classes.shape)}")
-        if checks.values_are_at_hand(classes) and not ((classes >= 0) & (classes < num_classes)).all():
+        if checks.can_inspect_values(classes) and not ((classes >= 0) & (classes < num_classes)).all():
             raise ValueError(f"{name} must be classes from 0 to {num_classes - 1}, got {classes.tolist()}")
         if self._takes_one_hot:  # normflows makes such of others by their number, which fixes it in torch.export
             return F.one_hot(classes.long(), num_classes).to(self._parameter().dtype)

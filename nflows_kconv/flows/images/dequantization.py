@@ -34,7 +34,7 @@ class _Dequantization(InvertibleModule):
                 # vmap and devices such as MPS know no assertion.
                 if values.device.type in ("cpu", "cuda") and not is_under_torch_func():
                     assert_async(_is_allowed(values, self.levels).all(), _expected(self.levels))
-            elif checks.values_are_at_hand(values):
+            elif checks.can_inspect_values(values):
                 _look(values, self.levels, input.is_floating_point())
             elif self._may_wait(values):
                 _look(values, self.levels, input.is_floating_point())
