@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from workloads import Case
 
+from benchmarks.workloads import Case
 from nflows_kconv import InvertibleConv2d, functional
 
 TAPS_SCALE = 5

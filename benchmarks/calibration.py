@@ -1,6 +1,6 @@
 """Measures what estimates of kernels from their machine code suppose: latencies, and the time of a graph's node.
 
-    python benchmarks/calibration.py --device cuda   prints them, in cycles where nothing else is said
+    python -m benchmarks.calibration --device cuda   prints them, in cycles where nothing else is said
     --output FILE.json                               writes them there
 
 A latency is the slope of a kernel's cycles over the length of a chain in which each instruction waits for the one
@@ -14,12 +14,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import command_line
-import layer
-import timing
 import torch
 from torch import Tensor
 
+from benchmarks import command_line, layer, timing
 from nflows_kconv.backends.cuda import compiler, driver
 from nflows_kconv.backends.cuda.plan import Kernel
 

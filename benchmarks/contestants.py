@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from workloads import Case, InverseCase
 
+from benchmarks.workloads import Case, InverseCase
 from nflows_kconv import InvertibleConv1d, InvertibleConv2d, InvertibleConv3d, functional, use_backend
 
 Contestants = dict[str, Callable[[], object]]

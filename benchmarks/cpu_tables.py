@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import contestants
-import timing
-from workloads import Case, InverseCase, Workload
+from benchmarks import contestants, timing
+from benchmarks.workloads import Case, InverseCase, Workload
 
 
 def sections(workload: Workload, seconds: float) -> Iterator[tuple[str, list[dict]]]:

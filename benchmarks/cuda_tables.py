@@ -11,15 +11,13 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-import accuracy
-import contestants
-import dense
-import timing
 import torch
-from first_use import measure_first_use
-from floors import Speeds, floors, measure_speeds
-from targets import BASELINES, ERROR, HOST, describe, judge_row
-from workloads import Case, Workload
+
+from benchmarks import accuracy, contestants, dense, timing
+from benchmarks.first_use import measure_first_use
+from benchmarks.floors import Speeds, floors, measure_speeds
+from benchmarks.targets import BASELINES, ERROR, HOST, describe, judge_row
+from benchmarks.workloads import Case, Workload
 
 MODES = ("eager", "graph", "cold")
 NAMES = {

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from workloads import Case
 
+from benchmarks.workloads import Case
 from nflows_kconv import functional
 
 MOST_BYTES = 4 * 2**30  # of the matrices; larger ones are not measured

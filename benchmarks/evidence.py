@@ -1,8 +1,8 @@
 """Does the layer help? Trains flows for equal times, with the layer and without it.
 
-    python benchmarks/evidence.py --data digits --seconds 60 --output build/evidence-digits
-    python benchmarks/evidence.py --data fashion-mnist --data-root DATA --device cuda --seconds 520 --steps 8
-    python benchmarks/evidence.py --report benchmarks/results/evidence-digits-cpu
+    python -m benchmarks.evidence --data digits --seconds 60 --output build/evidence-digits
+    python -m benchmarks.evidence --data fashion-mnist --data-root DATA --device cuda --seconds 520 --steps 8
+    python -m benchmarks.evidence --report benchmarks/results/evidence-digits-cpu
 
 The methods are Glow, whose steps lack the layer and are the same elsewhere; the FInC unit of four groups; a pair of
 full layers in opposite corners; and both of these in the inverse direction. They are compared at one size with several
@@ -28,12 +28,12 @@ from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
-import evidence_report
-import evidence_training
 import torch
-from evidence_training import Configuration, Timing, image_data
-from image_flow_evaluation import save_picture
-from layer import RESULTS, gpu_machine, machine
+
+from benchmarks import evidence_report, evidence_training
+from benchmarks.evidence_training import Configuration, Timing
+from benchmarks.layer import RESULTS, gpu_machine, machine
+from examples import image_data
 
 LEVELS = {"digits": 2, "fashion-mnist": 2, "photographs": 3}
 KERNELS = (2, 5)  # beside 3
@@ -163,7 +163,8 @@ def _add(results: dict[str, Any], run: dict[str, Any], output: Path, *, with_pic
     output.mkdir(parents=True, exist_ok=True)
     samples = run.pop("samples")
     if with_picture:
-        save_picture(samples, output / f"samples-{run['method'].lower().replace(', ', '-').replace(' ', '-')}.png")
+        method = run["method"].lower().replace(", ", "-").replace(" ", "-")
+        image_data.save_picture(samples, output / f"samples-{method}.png")
     results["runs"].append(run)
     unfinished = output / "runs.json.part"
     unfinished.write_text(json.dumps(results, indent=1) + "\n")

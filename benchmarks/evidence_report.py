@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from evidence_training import BATCH
 from matplotlib.figure import Figure
+
+from benchmarks.evidence_training import BATCH
 
 Run = dict[str, Any]
 COLORS = {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -16,9 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-import image_data
-
+from examples import image_data
 from nflows_kconv.diagnostics import round_trip
 from nflows_kconv.flows.images import bits_per_dim, grid
 from nflows_kconv.flows.sampling import GraphSampler

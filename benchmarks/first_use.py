@@ -1,4 +1,4 @@
-"""What first calls take: `python benchmarks/first_use.py cuda 100 12 16 16` prints milliseconds in its process as JSON.
+"""What first calls take: `python -m benchmarks.first_use cuda 100 12 16 16` prints milliseconds in its process as JSON.
 
 A CUDA kernel is compiled when it is first needed, and kept on disk for later processes and in memory for later calls.
 """
@@ -16,8 +16,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from workloads import FOUR, Case
 
+from benchmarks.workloads import FOUR, Case
 from nflows_kconv import InvertibleConv2d, functional
 
 
@@ -28,7 +28,7 @@ def measure_first_use(case: Case, device: str) -> dict[str, dict[str, list[float
 
 
 def _in_new_process(case: Case, device: str, cache: str) -> dict[str, list[float]]:
-    command = [sys.executable, __file__, device, str(case.batch), *map(str, case.shape)]
+    command = [sys.executable, "-m", "benchmarks.first_use", device, str(case.batch), *map(str, case.shape)]
     environment = os.environ | {"NFLOWS_KCONV_CACHE": cache}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode != 0:

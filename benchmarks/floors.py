@@ -19,10 +19,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import timing
 import torch
-from workloads import Case, Workload
 
+from benchmarks import timing
+from benchmarks.workloads import Case, Workload
 from nflows_kconv import InvertibleConv2d, functional
 
 KERNEL_SIZE = (3, 3)

@@ -1,10 +1,10 @@
 """Times the layer against its own forward written with F.conv2d, as ratios in one run.
 
-    python benchmarks/layer.py                      prints the tables of the CPU
-    python benchmarks/layer.py --output FILE.json   and writes them, with machine, versions and date
-    python benchmarks/layer.py --device cuda        prints the tables of the GPU, with floors and targets, and writes
+    python -m benchmarks.layer                      prints the tables of the CPU
+    python -m benchmarks.layer --output FILE.json   and writes them, with machine, versions and date
+    python -m benchmarks.layer --device cuda        prints the tables of the GPU, with floors and targets, and writes
                                                     benchmarks/results/cuda-<GPU>.json with its plot, or FILE.json
-    python benchmarks/plots.py FILE.json            draws the plot again
+    python -m benchmarks.plots FILE.json            draws the plot again
 
 The yardstick is what one would write without this package: for each group F.pad and F.conv2d, then torch.cat. Every
 row's contestants take turns, so that whatever else the machine does slows all of them; the table shows their medians.
@@ -21,14 +21,11 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import command_line
-import cpu_tables
-import cuda_tables
 import torch
-import workloads
 from torch.utils import collect_env
 
 import nflows_kconv
+from benchmarks import command_line, cpu_tables, cuda_tables, workloads
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -113,9 +110,9 @@ def on_cuda(workload: workloads.Workload, seconds: float, output: Path | None) -
 def draw(results: dict[str, Any], picture: Path) -> None:
     """Draws the plot, where matplotlib is installed."""
     try:
-        import plots
+        from benchmarks import plots
     except ModuleNotFoundError as error:
-        print(f"no plot, since {error}; benchmarks/plots.py draws it from the results")
+        print(f"no plot, since {error}; benchmarks.plots draws it from the results")
         return
     plots.write(results, picture)
     print(f"written to {picture}")

@@ -6,7 +6,7 @@
 #     benchmarks/on_a_gpu.sh PART ...     parts alone; LIMIT is the seconds that each may take
 #
 # Parts run in the order of their worth, each until its time limit; one that fails stops no other. Logs, and results as
-# they come, go to the folder OUT (else on-a-gpu). The summary comes last; benchmarks/summary.py prints it again.
+# they come, go to the folder OUT (else on-a-gpu). The summary comes last; `python -m benchmarks.summary` prints it again.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=$(mkdir -p "${OUT:=on-a-gpu}" && cd "$OUT" && pwd)
@@ -15,7 +15,7 @@ python=${PYTHON:-python3}
 options=(--device "$device" --seconds "${SECONDS_A_ROW:-0.4}")
 [ "$device" = cuda ] || options+=(--tiny)
 pytest=("$python" -m pytest -v --tb=short --numprocesses "${WORKERS:-auto}" --failed-first -o "cache_dir=$out/pytest")
-smoke=("$python" benchmarks/smoke.py "${options[@]}")
+smoke=("$python" -m benchmarks.smoke "${options[@]}")
 export PYTHONUNBUFFERED=1
 
 # part NAME SECONDS COMMAND ...
@@ -42,9 +42,9 @@ run() {
             part "$name" 45 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
                 compute-sanitizer --tool "$name" --error-exitcode 1 "${smoke[@]}"
             ;;
-        calibration) part "$name" 30 "$python" benchmarks/calibration.py "${options[@]}" "${output[@]}" ;;
-        targets) part "$name" 180 "$python" benchmarks/layer.py "${options[@]}" "${output[@]}" ;;
-        sampling) part "$name" 150 "$python" benchmarks/sampling.py "${options[@]}" "${output[@]}" ;;
+        calibration) part "$name" 30 "$python" -m benchmarks.calibration "${options[@]}" "${output[@]}" ;;
+        targets) part "$name" 180 "$python" -m benchmarks.layer "${options[@]}" "${output[@]}" ;;
+        sampling) part "$name" 150 "$python" -m benchmarks.sampling "${options[@]}" "${output[@]}" ;;
         *) echo "$name is no part" >&2 && exit 2 ;;
     esac
 }
@@ -52,4 +52,4 @@ run() {
 [ $# -gt 0 ] || set -- right fast
 rm -f "$out/parts.txt"
 for name; do run "$name"; done
-"$python" benchmarks/summary.py "$out" | tee "$out/summary.txt"
+"$python" -m benchmarks.summary "$out" | tee "$out/summary.txt"

@@ -1,4 +1,4 @@
-"""Draws the curves of a result: `python benchmarks/plots.py FILE.json` writes FILE.png.
+"""Draws the curves of a result: `python -m benchmarks.plots FILE.json` writes FILE.png.
 
 Time against image side, channels and batch, whichever the file has: the inverse, F.conv2d's forward and a dense
 triangular solve.

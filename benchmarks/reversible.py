@@ -1,8 +1,8 @@
 """Memory and time of a training step over the number of steps K: ordinary, reversible, and checkpointed.
 
-    python benchmarks/reversible.py                                  prints the table of the CPU, on one thread
-    python benchmarks/reversible.py --output FILE.json               and writes it, with machine, versions and date
-    python benchmarks/reversible.py --device cuda --output FILE.json the same on the GPU
+    python -m benchmarks.reversible                                  prints the table of the CPU, on one thread
+    python -m benchmarks.reversible --output FILE.json               and writes it, with machine, versions and date
+    python -m benchmarks.reversible --device cuda --output FILE.json the same on the GPU
 
 A stack of K steps [k x k convolution -> ActNorm -> 1 x 1 convolution -> affine coupling], forward and backward.
 "checkpoint" is `torch.utils.checkpoint` around each step, which keeps every step's input and needs no inverse.
@@ -23,13 +23,11 @@ import json
 import time
 from typing import Any, NamedTuple
 
-import command_line
-import layer
-import memory
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks import command_line, layer, memory
 from nflows_kconv import InvertibleConv2d
 from nflows_kconv.flows import reversible, steps
 

@@ -1,7 +1,7 @@
 """Times sampling and training of the FInC flow against Glow of the same size: `finc_flow` with and without its layer.
 
-    python benchmarks/sampling.py                 prints the tables of the CPU, of a small model
-    python benchmarks/sampling.py --device cuda   prints those of the GPU, of the CIFAR-10 model with 44 million
+    python -m benchmarks.sampling                 prints the tables of the CPU, of a small model
+    python -m benchmarks.sampling --device cuda   prints those of the GPU, of the CIFAR-10 model with 44 million
                                                   parameters, and writes benchmarks/results/sampling-cuda-<GPU>.json
     --output FILE.json                            writes there
 
@@ -21,15 +21,13 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
-import command_line
-import layer
-import timing
 import torch
-from targets import Target, describe
 from torch import Tensor, nn
 
 import nflows_kconv.nflows
 import nflows_kconv.normflows
+from benchmarks import command_line, layer, timing
+from benchmarks.targets import Target, describe
 from nflows_kconv.flows.sampling import GraphSampler
 from nflows_kconv.flows.steps import AffineCoupling, Sequence
 

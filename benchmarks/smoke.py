@@ -1,7 +1,7 @@
 """Does it compute the right numbers at all? Small problems through every family of kernels, against float64 on a CPU.
 
-    python benchmarks/smoke.py --device cuda                            a minute at most
-    compute-sanitizer --tool memcheck python benchmarks/smoke.py ...    what they read and write; also racecheck
+    python -m benchmarks.smoke --device cuda                            a minute at most
+    compute-sanitizer --tool memcheck python -m benchmarks.smoke ...    what they read and write; also racecheck
     --output FILE.json                                                  writes properties of the GPU, and errors
 
 Each problem is the forward, the inverse and their gradients; see accuracy.py. The exit status is 1 where one is wrong.
@@ -13,11 +13,10 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-import accuracy
-import command_line
-import layer
 import torch
-from workloads import ONE, Case
+
+from benchmarks import accuracy, command_line, layer
+from benchmarks.workloads import ONE, Case
 
 # Errors that many times those of a CPU are no longer those of another order of summation.
 MOST = 16

@@ -1,4 +1,4 @@
-"""Prints again what the parts of benchmarks/on_a_gpu.sh have found: `python benchmarks/summary.py FOLDER`."""
+"""Prints again what the parts of benchmarks/on_a_gpu.sh have found: `python -m benchmarks.summary FOLDER`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import re
 from pathlib import Path
 
-import cuda_tables
+from benchmarks import cuda_tables
 
 _FAILURE = re.compile(
     r"^(?:.* )?(?:FAILED|ERROR) (?:tests/.*)|.*  WRONG$|^========= (?!COMPUTE|ERROR SUMMARY: 0).*", re.MULTILINE

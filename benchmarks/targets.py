@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from workloads import CUDA, PAPER_SHAPES, Case
+from benchmarks.workloads import CUDA, PAPER_SHAPES, Case
 
 # A row's contestants with what they are compared to.
 BASELINES = {

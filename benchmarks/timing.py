@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
-from contestants import Contestants
+
+from benchmarks.contestants import Contestants
 
 WARM_UP = 3  # calls: the first one compiles kernels and lets cuDNN choose its algorithm
 CALLS = 20  # of a contestant between two events, or in one graph

@@ -32,6 +32,7 @@ except RuntimeError:
 
 VALIDATION_IMAGES = 2048  # that training looks at every now and then
 DIGITS_SPREAD = 15  # values of 0..255 for each of the 17 gray levels
+PICTURE_WIDTH = 600
 PATCH = 32  # side of a photograph's patches
 PATCH_STRIDE = 8  # between those to train on, which overlap
 CHANNELS = {"L": 1, "RGB": 3}  # of PIL's modes with 8 bits a channel
@@ -99,6 +100,12 @@ def download(name: str, root: Path) -> None:
     if source.downloadable is None:
         raise ValueError(f"torchvision cannot download {name}; get it from {source.address}")
     source.downloadable(root, download=True)
+
+
+def save_picture(pixels: Tensor, path: Path) -> None:
+    """Writes a picture [C, H, W], small ones enlarged by a whole factor, to about `PICTURE_WIDTH`."""
+    picture = transforms.ToPILImage()(pixels)
+    ImageOps.scale(picture, max(1, round(PICTURE_WIDTH / picture.width)), Image.Resampling.NEAREST).save(path)
 
 
 def _digits(root: Path, image_size: int | None) -> ImageData:

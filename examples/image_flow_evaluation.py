@@ -9,11 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from image_data import ImageData
-from PIL import Image, ImageOps
+from image_data import ImageData, save_picture
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
-from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
 from nflows_kconv.diagnostics import round_trip
@@ -21,7 +19,6 @@ from nflows_kconv.flows.images import bits_per_dim, grid, importance_weighted_bo
 from nflows_kconv.flows.sampling import GraphSampler
 
 COLUMNS = 10
-PICTURE_WIDTH = 600
 TEMPERATURES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
@@ -83,12 +80,6 @@ def evaluate(
     )
     if data.note:
         print(f"({data.note})")
-
-
-def save_picture(pixels: Tensor, path: Path) -> None:
-    """Writes a picture [C, H, W], small ones enlarged by a whole factor, to about `PICTURE_WIDTH`."""
-    picture = to_pil_image(pixels)
-    ImageOps.scale(picture, max(1, round(PICTURE_WIDTH / picture.width)), Image.Resampling.NEAREST).save(path)
 
 
 def bits_per_dim_of_test(

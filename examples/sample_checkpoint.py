@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from image_flow_evaluation import save_picture
+from image_data import save_picture
 from image_flow_training import build_flow
 from torch import nn
 

@@ -7,17 +7,12 @@ from __future__ import annotations
 
 import pickle
 import struct
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from image_data import datasets
-
-sys.path.pop(0)
+from PIL import Image
 
 random = np.random.default_rng(0)
 

@@ -1,7 +1,6 @@
 """The benchmark of whole models: that its tables run, what they judge, and that the variants do what they say."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,12 +9,9 @@ from torch import nn
 
 pytest.importorskip("nflows")
 pytest.importorskip("normflows")
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
-import layer
-import sampling
-import timing
-from sampling import COMPARED, MODELS, SIZES, TINY, VARIANTS
+from benchmarks import layer, sampling, timing
+from benchmarks.sampling import COMPARED, MODELS, SIZES, TINY, VARIANTS
 
 H100 = "NVIDIA H100 80GB HBM3"
 

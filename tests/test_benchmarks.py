@@ -18,23 +18,22 @@ import cuda_emulator
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-
-import accuracy
-import calibration
-import contestants
-import cuda_tables
-import dense
-import first_use
-import floors
-import layer
-import plots
-import smoke
-import targets
-import timing
-import workloads
-from workloads import FOUR, ONE, Case
-
+from benchmarks import (
+    accuracy,
+    calibration,
+    contestants,
+    cuda_tables,
+    dense,
+    first_use,
+    floors,
+    layer,
+    plots,
+    smoke,
+    targets,
+    timing,
+    workloads,
+)
+from benchmarks.workloads import FOUR, ONE, Case
 from nflows_kconv import InvertibleConv2d, functional, stencil
 from nflows_kconv.backends import registry
 from nflows_kconv.backends.cuda import compiler, planning
@@ -47,9 +46,9 @@ TABLE = CURVE | {"forward", "conv2d_backward", "inverse_backward", "forward_back
 CUDA_TABLE = TABLE | {"grouped_conv2d", "grouped_conv2d_backward", "reference_inverse"}
 
 
-def run(script: str, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(BENCHMARKS / script), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600)
+def run(name: str, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", f"benchmarks.{name}", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=BENCHMARKS.parent)
 
 
 class FakeCuda:
@@ -255,7 +254,7 @@ def test_errors_are_compared_with_those_of_the_cpu():
 
 
 def test_first_use_tells_what_failed():
-    with pytest.raises(RuntimeError, match=r"first_use.py nowhere 2 4 3 5 failed:\n[\s\S]*nowhere"):
+    with pytest.raises(RuntimeError, match=r"benchmarks.first_use nowhere 2 4 3 5 failed:\n[\s\S]*nowhere"):
         first_use.measure_first_use(Case(2, (4, 3, 5)), "nowhere")
 
 
@@ -335,7 +334,8 @@ def test_a_matrix_too_large_is_not_measured_and_said_so(fake_machine, monkeypatc
 
 
 def test_without_matplotlib_there_is_no_plot(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "plots", None)
+    monkeypatch.delattr("benchmarks.plots")
+    monkeypatch.setitem(sys.modules, "benchmarks.plots", None)
     layer.draw(made_up_results(), tmp_path / "results.png")
     assert not list(tmp_path.iterdir())
     assert capsys.readouterr().out.startswith("no plot, since ")
@@ -422,7 +422,7 @@ def test_plot_of_nothing():
 def test_plot_is_drawn_again_from_the_file_alone(tmp_path):
     path = tmp_path / "made-up.json"
     path.write_text(json.dumps(made_up_results()))
-    done = run("plots.py", str(path))
+    done = run("plots", str(path))
     assert done.returncode == 0, done.stderr
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
@@ -572,7 +572,7 @@ def test_an_unknown_part_is_an_error(tmp_path):
 @pytest.mark.gpu
 def test_command_on_the_gpu(tmp_path):
     output = tmp_path / "results.json"
-    done = run("layer.py", "--device", "cuda", "--tiny", "--seconds", "0.01", "--output", str(output))
+    done = run("layer", "--device", "cuda", "--tiny", "--seconds", "0.01", "--output", str(output))
     assert done.returncode == 0, done.stderr
     assert_schema(json.loads(output.read_text()), workloads.tiny(workloads.CUDA))
     assert output.with_suffix(".png").exists()

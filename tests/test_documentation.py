@@ -60,8 +60,9 @@ def test_blocks_say_what_they_are(page: Path):
 def test_commands_name_what_exists(page: Path):
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert set(re.findall(r"\bmake ([a-z][\w-]*)", "\n".join(commands(page)))) <= set(targets)
-    for script, arguments in re.findall(r"\bpython (\S+\.py)([^#`\n]*)", page.read_text()):
+    for module, arguments in re.findall(r"\bpython (?:-m )?(\S+\.py|benchmarks\.\w+)([^#`\n]*)", page.read_text()):
         options = re.findall(r"--[\w-]+", arguments)
+        script = module if module.endswith(".py") else f"{module.replace('.', '/')}.py"
         text = (ROOT / script).read_text()
         if "command_line.parse" in text:
             text += (ROOT / "benchmarks" / "command_line.py").read_text()

@@ -21,10 +21,10 @@ BLOCKS = {page_id(page): [block for block in commands(page) if not installs(bloc
 # What is put behind a script's arguments, where it outdoes those of the page.
 FLOW = "--levels 1 --flow-steps 1 --hidden-channels 4 --minutes 1e-9 --validate-every 1 --warm-up 2 --batch-size 4"
 TINY = {
-    "benchmarks/evidence.py": "--seconds 0.01 --seeds 0 --steps 1 --widths 4 --device DEVICE",
-    "benchmarks/layer.py": "--tiny --seconds 0.01 --device DEVICE",
-    "benchmarks/reversible.py": "--tiny --seconds 0.01 --device DEVICE",
-    "benchmarks/sampling.py": "--tiny --seconds 0.01 --device DEVICE",
+    "benchmarks.evidence": "--seconds 0.01 --seeds 0 --steps 1 --widths 4 --device DEVICE",
+    "benchmarks.layer": "--tiny --seconds 0.01 --device DEVICE",
+    "benchmarks.reversible": "--tiny --seconds 0.01 --device DEVICE",
+    "benchmarks.sampling": "--tiny --seconds 0.01 --device DEVICE",
     "examples/graph_sampling.py": "--calls 1",
     "examples/inverse_direction.py": "--steps 2",
     "examples/sample_checkpoint.py": "--count 4",

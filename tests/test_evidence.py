@@ -3,19 +3,15 @@
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
 pytest.importorskip("nflows")
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
-import evidence
-import evidence_report
-import evidence_training
-from evidence_training import Configuration
+from benchmarks import evidence, evidence_report, evidence_training
+from benchmarks.evidence_training import Configuration
 
 SHAPE = (1, 8, 8)
 ARGUMENTS = "--seconds 0.05 --steps 1 2 --widths 4 5".split()

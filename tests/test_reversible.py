@@ -8,8 +8,6 @@ import json
 import operator
 import sys
 from collections.abc import Callable
-from importlib import util
-from pathlib import Path
 
 import normflows as nf
 import pytest
@@ -26,17 +24,12 @@ from torch.nn.utils import prune
 
 import nflows_kconv.nflows
 import nflows_kconv.normflows
+from benchmarks import memory
+from benchmarks import reversible as benchmark
 from nflows_kconv import InvertibleConv2d, bijection
 from nflows_kconv.flows import reversible, steps
 from nflows_kconv.nflows import ReversibleCompositeTransform
 from nflows_kconv.normflows import ReversibleComposite
-
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-import memory  # noqa: E402
-
-sys.path.remove(str(BENCHMARKS))
 
 # nflows' 1x1 convolution inverts with it.
 pytestmark = pytest.mark.filterwarnings("ignore:torch.triangular_solve is deprecated")
@@ -695,11 +688,6 @@ def test_on_a_gpu(monkeypatch):
 
 
 def test_the_benchmark_runs(monkeypatch, tmp_path, capsys):
-    # By its path: the package has a module of that name too.
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    spec = util.spec_from_file_location("benchmark", BENCHMARKS / "reversible.py")
-    benchmark = util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
     output = tmp_path / "results.json"
     monkeypatch.setattr(sys, "argv", ["reversible.py", "--tiny", "--seconds", "0", "--output", str(output)])
     benchmark.main()

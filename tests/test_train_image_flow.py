@@ -14,11 +14,16 @@ from itertools import chain, cycle
 from pathlib import Path
 from typing import Any
 
+import image_data
 import image_files
+import image_flow_evaluation
+import image_flow_training
 import numpy as np
 import pytest
+import sample_checkpoint
 import skimage.data
 import torch
+import train_image_flow
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -32,15 +37,6 @@ from nflows_kconv import InvertibleConv2d
 from nflows_kconv.flows import reversible
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-sys.path.insert(0, str(EXAMPLES))
-import image_data  # noqa: E402
-import image_flow_evaluation  # noqa: E402
-import image_flow_training  # noqa: E402
-import sample_checkpoint  # noqa: E402
-import train_image_flow  # noqa: E402
-
-sys.path.remove(str(EXAMPLES))
-
 SMALL = "--levels 1 --flow-steps 1 --hidden-channels 4 --warm-up 30 --validate-every 2 --accelerator cpu".split()
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import statistics
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,8 +17,7 @@ ROOT = Path(__file__).parent.parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 HEADLINE = RESULTS / "cpu-epyc-2-threads.json"
 
-sys.path.append(str(ROOT / "benchmarks"))
-from plots import AXES, LINES  # noqa: E402
+from benchmarks.plots import AXES, LINES  # noqa: E402
 
 Row = dict[str, Any]
 RATIOS = {"inverse": "#e07b39", "forward": "#3a6ea5"}  # to conv2d
