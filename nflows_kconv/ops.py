@@ -149,9 +149,9 @@ def _exported_conv(*args: Any) -> Tensor:
     """`conv` in programs of torch.export.
 
     Its kernel is composite, which puts it into torch's default decompositions: where an exported program is decomposed,
-    plain ATen is left of it. Elsewhere it is `conv`, with its kernels.
+    plain ATen is left of it. Elsewhere, torch.compile included, it is `conv`, with its kernels.
     """
-    return _plain_conv(_problem("conv", *args)) if has_dispatch_mode() else conv(*args)
+    return _plain_conv(_problem("conv", *args)) if torch.compiler.is_exporting() else conv(*args)
 
 
 def _plain_conv(problem: Problem) -> Tensor:
@@ -405,8 +405,7 @@ def call(
     if is_any_autocast_on() and input.dtype != torch.float64 and autocast_is_on(input):
         input, weight = input.float(), weight.float()
         bias, log_diagonal = (None if t is None else t.float() for t in (bias, log_diagonal))
-    # To torch 2.10's Dynamo, whose graphs shall have our kernels, everything is an export.
-    if operator is conv and torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
+    if operator is conv and torch.compiler.is_exporting():  # to torch 2.10's Dynamo everything is
         operator = exported_conv
     if _is_recorded(input, weight, bias, log_diagonal) or not _is_direct(input, weight, bias, log_diagonal):
         return operator(input, weight, bias, log_diagonal, stencils, dilation, unit_diagonal, False)

@@ -2,21 +2,20 @@
 
 import copy
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 from cases import Case
 from oracles import assert_close
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
+from torch._functorch.aot_autograd import make_boxed_func
 from torch.func import grad, hessian, jacfwd, jvp, vmap
 
-from nflows_kconv import InvertibleConv1d, InvertibleConv2d, InvertibleConv3d, functional
+from nflows_kconv import InvertibleConv1d, InvertibleConv2d, InvertibleConv3d, functional, ops
 from nflows_kconv.flows import steps
 from nflows_kconv.layer import InvertibleConv
 
@@ -241,9 +240,9 @@ class Inverted(nn.Module):
         return self.layer.inverse(input)
 
 
-def exported(module: nn.Module, input: torch.Tensor) -> torch.export.ExportedProgram:
+def exported(module: nn.Module, input: torch.Tensor, strict: bool = False) -> torch.export.ExportedProgram:
     sizes = {axis: torch.export.Dim(f"size_{axis}") for axis in (0, *range(2, input.dim()))}
-    return torch.export.export(module, (input,), dynamic_shapes=(sizes,))
+    return torch.export.export(module, (input,), dynamic_shapes=(sizes,), strict=strict)
 
 
 def of_twice_the_size(input: torch.Tensor) -> torch.Tensor:
@@ -259,34 +258,28 @@ def test_export_of_the_inverse(build: Callable[[], InvertibleConv], device: str)
         assert_close(actual, expected)
 
 
-# Takes pairs of files, a program and what it takes and gives.
-WITH_TORCH_ALONE = """
-import sys, torch
+@pytest.mark.parametrize(("name", "strict"), [("learned, bias", False), ("sides, dilated", True), ("3-D", False)])
+def test_exported_convolutions_decompose_into_plain_aten(name: str, strict: bool, device: str):
+    layer = a_layer(LAYERS[name], device)
+    input = images_for(layer, device)
+    program, larger = exported(layer, input, strict), of_twice_the_size(input)
+    decomposed = program.run_decompositions()
+    assert not any("nflows_kconv" in str(node.target) for node in decomposed.graph.nodes)
+    for each in (program, decomposed):
+        for actual, expected in zip(each.module()(larger), layer(larger), strict=True):
+            assert_close(actual, expected)
 
-for program, tensors in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
-    input, expected = torch.load(tensors)
-    for actual, value in zip(torch.export.load(program).module()(input), expected, strict=True):
-        torch.testing.assert_close(actual, value)
-assert "nflows_kconv" not in sys.modules
-"""
 
+def test_compiled_programs_have_the_kernels(device: str):
+    layer, graphs = a_layer(LAYERS["unit"], device), []
 
-def test_exported_convolutions_run_where_only_torch_is(device: str, tmp_path: Path):
-    files = []
-    for index, name in enumerate(("learned, bias", "sides, dilated", "3-D")):
-        layer = a_layer(LAYERS[name], device)
-        input = images_for(layer, device)
-        program, larger = exported(layer, input), of_twice_the_size(input)
-        for each in (program, program.run_decompositions()):
-            for actual, expected in zip(each.module()(larger), layer(larger), strict=True):
-                assert_close(actual, expected)
-        files += [tmp_path / f"{index}.pt2", tmp_path / f"{index}.pt"]
-        torch.export.save(each, files[-2])
-        with torch.no_grad():
-            torch.save((larger, layer(larger)), files[-1])
-    command = [sys.executable, "-c", WITH_TORCH_ALONE, *map(str, files)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    def compiler(graph: torch.fx.GraphModule, inputs: object) -> Callable[..., object]:
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    input = images_for(layer, device)
+    torch.compile(exported(layer, input).module(), backend=aot_autograd(fw_compiler=compiler))(input)
+    assert ops.conv in {node.target for graph in graphs for node in graph.graph.nodes}
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler")

@@ -595,31 +595,54 @@ def test_compiled_and_replicated_flows(library):
         torch.testing.assert_close(sign * call(images), expected)
 
 
-@in_both
-@pytest.mark.parametrize("reversible", [False, True])
-def test_exported_flows(library, reversible):
-    arguments = CONDITIONS["classes and image"]
-    flow = build(library, levels=1, steps=1, reversible=reversible, **arguments).float()
-    images, context = random_images(4).byte(), random_condition(**arguments, count=4)
-    sizes = {0: torch.export.Dim("B")}
-    program = torch.export.export(flow, (images, context), dynamic_shapes=(sizes, (sizes, sizes)))
-    images, context = images[:3], tuple(part[:3] for part in context)
-    torch.manual_seed(2)
-    sign = 1 if library == "nflows" else -1
-    torch.testing.assert_close(sign * program.module()(images, context), log_prob(flow, images, context))
+class Method(nn.Module):
+    """A method of a flow in place of its `forward`, for torch.export."""
+
+    def __init__(self, flow: nn.Module, name: str) -> None:
+        super().__init__()
+        self.flow, self.name = flow, name
+
+    def forward(self, input: Tensor, context: Any) -> Tensor:
+        return getattr(self.flow, self.name)(input, context)
 
 
 @in_both
-@pytest.mark.parametrize("condition", sorted(CONDITIONS.keys() - {"vector, for kernels too"}))  # a group for each image
-def test_exported_flows_take_any_batch(library, condition):
-    arguments = CONDITIONS[condition]
-    flow = build(library, levels=1, steps=1, reversible=True, **arguments).float()
-    inputs, others = ((random_images(count).byte(), random_condition(count=count, **arguments)) for count in (3, 5))
-    sizes = tree_map_only(Tensor, lambda _: {0: torch.export.Dim("B")}, inputs)
-    exported = torch.export.export(flow, inputs, dynamic_shapes=sizes).module()
-    torch.manual_seed(2)
-    sign = 1 if library == "nflows" else -1
-    torch.testing.assert_close(sign * exported(*others), log_prob(flow, *others))
+@pytest.mark.parametrize(
+    ("direction", "reversible", "condition"),
+    [
+        ("forward", False, "none"),
+        ("forward", True, "vector"),
+        ("forward", True, "classes and image"),
+        ("inverse", False, "classes"),
+    ],
+)
+def test_exported_flows_take_any_batch(library, direction, reversible, condition):
+    """Both directions; the one that convolves decomposes into plain ATen."""
+    conditions = CONDITIONS[condition]
+    flow = build(library, levels=1, steps=1, direction=direction, reversible=reversible, **conditions)
+    latents = torch.randn(5, math.prod(SHAPE), dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    for name, input, solves in (
+        ("log_prob", random_images(5).byte(), direction == "inverse"),
+        ("decode", latents, direction == "forward"),
+    ):
+        inputs, others = ((input[:count], random_condition(count=count, **conditions)) for count in (3, 5))
+        sizes = tree_map_only(Tensor, lambda _: {0: torch.export.Dim("B")}, inputs)
+        programs = [torch.export.export(Method(flow, name), inputs, dynamic_shapes=sizes)]
+        if not solves:
+            programs.append(programs[0].run_decompositions())
+            assert not any("nflows_kconv" in str(node.target) for node in programs[1].graph.nodes)
+        results = []
+        for call in (getattr(flow, name), *(program.module() for program in programs)):
+            torch.manual_seed(2)  # of the dequantisation noise
+            results.append(call(*others))
+        for result in results[1:]:
+            torch.testing.assert_close(result, results[0])
+
+
+def test_flows_are_exported_after_their_first_batch():
+    flow = build("nflows", trained=False).train()
+    with pytest.raises(RuntimeError, match="its first batch, or be in evaluation mode"):
+        torch.export.export(flow, (random_images(),))
 
 
 def replica(module: nn.Module) -> nn.Module:

@@ -171,8 +171,10 @@ class ActNorm(InvertibleModule):
 
     @torch.no_grad()
     def _initialize(self, input: Tensor) -> None:
-        if is_under_torch_func():
-            raise RuntimeError("ActNorm must see its first batch, or be in evaluation mode, before torch.func uses it")
+        if is_under_torch_func() or torch.compiler.is_exporting():
+            raise RuntimeError(
+                "ActNorm must see its first batch, or be in evaluation mode, before torch.func or torch.export uses it"
+            )
         if is_sharded(self):
             raise RuntimeError(
                 "ActNorm must see its first batch, or load a state_dict, before fully_shard, which loses what it sets"
