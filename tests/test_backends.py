@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -157,6 +158,14 @@ def test_what_a_backend_cannot_run_the_next_one_does(runs, monkeypatch):
     assert runs == ["reference"]
     with use_backend("cpu"), pytest.raises(RuntimeError, match="must be able to run this cpu problem: its kernels do"):
         layer(images)
+
+
+def test_a_solution_tells_what_it_needs_and_why_it_is_missing(library_missing, monkeypatch):
+    monkeypatch.setattr(registry, "_chosen", None)
+    monkeypatch.delitem(registry._registered, "reference")
+    expected = "solve of cpu tensors needs the native library or the reference, got ['cpu: it was not built: because']"
+    with pytest.raises(RuntimeError, match=re.escape(expected)):
+        InvertibleConv2d(4).inverse(torch.randn(2, 4, 5, 6))
 
 
 def test_without_the_library_there_are_no_instruction_sets(library_missing):

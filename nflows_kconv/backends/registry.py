@@ -97,7 +97,7 @@ def run(problem: Problem) -> Tensor:
     """Runs a problem on the chosen backend, or on the first that can.
 
     Raises:
-        RuntimeError: If the chosen one cannot.
+        RuntimeError: If the chosen one cannot, or none.
     """
     device, chosen = problem.input.device.type, _chosen
     if chosen is not None:
@@ -108,7 +108,10 @@ def run(problem: Problem) -> Tensor:
     for _, for_device, _, why_not, run_problem, _ in _registered.values():
         if for_device in (device, "any") and why_not(problem) is None:
             return run_problem(problem)
-    raise RuntimeError(f"no backend runs {device} tensors")
+    reasons = [f"{each.name}: {each.why_not(problem)}" for each in _registered.values() if each.device == device]
+    raise RuntimeError(
+        f"{problem.operation} of {device} tensors needs the native library or the reference, got {reasons or 'neither'}"
+    )
 
 
 def attempts() -> Callable[..., Tensor | None] | None:
