@@ -48,7 +48,7 @@ class ConditionalInvertibleConv(layer.InvertibleConv):
             raise TypeError(f"weight_network must be a torch.nn.Module or None, got {type(weight_network).__name__}")
 
     def convolve(self, input: Tensor, context: Any = None) -> Tensor:
-        """y = A x alone, whichever direction the library calls forward. No hooks of the layer run.
+        """Computes y = A x alone, whichever direction the library calls forward. No hooks of the layer run.
 
         Args:
             input: x, [B, C, ...], in the dtype of the parameters.
@@ -61,7 +61,7 @@ class ConditionalInvertibleConv(layer.InvertibleConv):
         return self._run_each(ops.conv, input, context)[0]
 
     def solve(self, input: Tensor, context: Any = None) -> Tensor:
-        """x = A^-1 y alone, whichever direction the library calls forward. No hooks of the layer run.
+        """Computes x = A^-1 y alone, whichever direction the library calls forward. No hooks of the layer run.
 
         Args:
             input: y, [B, C, ...], in the dtype of the parameters.
@@ -74,13 +74,13 @@ class ConditionalInvertibleConv(layer.InvertibleConv):
         return self._run_each(ops.solve, input, context)[0]
 
     def weights(self, context: Tensor) -> Tensor:
-        """The weight of each image, [B, C, C/G, ...], as `torch.nn.functional.conv2d` takes it for each group.
+        """Returns the weight of each image, [B, C, C/G, ...], as `torch.nn.functional.conv2d` takes it for each group.
 
         Args:
             context: [B, E], in the dtype of the parameters.
 
         Raises:
-            TypeError: If the context is no tensor of that dtype.
+            TypeError: If the context is not a tensor of that dtype.
             ValueError: If it has another shape.
         """
         functional.check_context(context, self.raw_weight, None, self.context_features)
@@ -104,7 +104,7 @@ class ConditionalInvertibleConv(layer.InvertibleConv):
             y and log |det dy/dx|, or x and log |det dx/dy|: [B, C, ...] and [B], in float32 at least.
 
         Raises:
-            TypeError: If the context is no tensor of the input's dtype; see also `functional.conv2d`.
+            TypeError: If the context is not a tensor of the input's dtype; see also `functional.conv2d`.
             ValueError: If the context, or what `weight_network` makes of it, has another shape or is elsewhere; see
                 also `functional.conv2d`.
         """
@@ -119,7 +119,7 @@ class ConditionalInvertibleConv(layer.InvertibleConv):
         return output, layer.log_abs_det(input, log_diagonals, -1)
 
     def _run_each(self, operator: Any, input: Tensor, context: Any) -> tuple[Tensor, Tensor | None]:
-        """The output, and the log-diagonal of each image."""
+        """Returns the output, and the log-diagonal of each image."""
         functional.check_arguments(
             input, self.raw_weight, None, self.log_diagonal, len(self._stencils), self.dimensions
         )
@@ -129,7 +129,7 @@ class ConditionalInvertibleConv(layer.InvertibleConv):
         return output, log_diagonals
 
     def _parameters_of_each(self, context: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What takes the place of the raw weight and the log-diagonal: [B, C, C/G, ...] and [B, C]."""
+        """Returns each image's raw weight and log-diagonal: [B, C, C/G, ...] and [B, C]."""
         batch, shape = context.shape[0], self.raw_weight.shape
         more = self.weight_network(context)
         weights = self.raw_weight + more[:, : shape.numel()].view(batch, *shape)
@@ -142,7 +142,7 @@ class ConditionalInvertibleConv(layer.InvertibleConv):
         return weights, log_diagonals
 
     def extra_repr(self) -> str:
-        """The constructor's arguments."""
+        """Returns the constructor's arguments."""
         return f"{super().extra_repr()}, context_features={self.context_features}"
 
 

@@ -25,7 +25,7 @@ def conv2d(
     corners: str | Sequence[str],
     dilation: int | Sequence[int] = 1,
 ) -> Tensor:
-    """Convolves each channel group with its kernel, padded so that it reads what its corner or side says.
+    """Convolves each channel group with its kernel, padded to read what its corner or side says.
 
     For each group g: y_g = F.conv2d(F.pad(x_g, padding of the stencil), weight_g, bias_g, dilation=dilation), where
     masked entries count as zero: those of the pivot with c_in > c_out, and for sides the taps after the pivot in its
@@ -44,7 +44,7 @@ def conv2d(
         once, bias included. Under autocast the layer computes in, and returns, float32.
 
     Raises:
-        TypeError: If an argument is no dense floating-point tensor, or the dtypes differ.
+        TypeError: If an argument is not a dense floating-point tensor, or the dtypes differ.
         ValueError: If shapes, devices, names or dilation do not fit.
     """
     return _from_tensors(ops.conv, 2, input, weight, bias, corners, dilation)
@@ -58,7 +58,7 @@ def conv2d_inverse(
     corners: str | Sequence[str],
     dilation: int | Sequence[int] = 1,
 ) -> Tensor:
-    """The exact inverse of `conv2d`: the x with conv2d(x, weight, bias, ...) = input.
+    """Computes the exact inverse of `conv2d`: the x with conv2d(x, weight, bias, ...) = input.
 
     Back-substitution pixel by pixel, in O(H W C^2/G kh kw) operations an image. Differentiable any number of times in
     input, weight and bias (Inverse-Flow, Nagar, Varma 2025, arXiv 2410.14634): with g = dL/dx and u = A^-T g,
@@ -90,7 +90,7 @@ def conv1d(
     corners: str | Sequence[str],
     dilation: int | Sequence[int] = 1,
 ) -> Tensor:
-    """`conv2d` in one dimension: [B, C, L] and [C, C/G, k]; corners are "L" (reads to the left) and "R"."""
+    """Does `conv2d` in one dimension: [B, C, L] and [C, C/G, k]; corners are "L" (reads to the left) and "R"."""
     return _from_tensors(ops.conv, 1, input, weight, bias, corners, dilation)
 
 
@@ -102,7 +102,7 @@ def conv1d_inverse(
     corners: str | Sequence[str],
     dilation: int | Sequence[int] = 1,
 ) -> Tensor:
-    """The exact inverse of `conv1d`; see `conv2d_inverse`."""
+    """Computes the exact inverse of `conv1d`; see `conv2d_inverse`."""
     return _from_tensors(ops.solve, 1, input, weight, bias, corners, dilation)
 
 
@@ -114,7 +114,7 @@ def conv3d(
     corners: str | Sequence[str],
     dilation: int | Sequence[int] = 1,
 ) -> Tensor:
-    """`conv2d` in three dimensions: [B, C, D, H, W] and [C, C/G, kd, kh, kw]; corners are "NTL" to "FBR".
+    """Does `conv2d` in three dimensions: [B, C, D, H, W] and [C, C/G, kd, kh, kw]; corners are "NTL" to "FBR".
 
     Their first letter is that of the first axis: N (near) reads planes of smaller index, F (far) of larger.
     """
@@ -129,12 +129,12 @@ def conv3d_inverse(
     corners: str | Sequence[str],
     dilation: int | Sequence[int] = 1,
 ) -> Tensor:
-    """The exact inverse of `conv3d`; see `conv2d_inverse`."""
+    """Computes the exact inverse of `conv3d`; see `conv2d_inverse`."""
     return _from_tensors(ops.solve, 3, input, weight, bias, corners, dilation)
 
 
 def log_abs_det(weight: Tensor, *, corners: str | Sequence[str], size: Sequence[int]) -> Tensor:
-    """The log-determinant of a convolution's Jacobian for one image: (number of pixels) sum_o log |W[o, o, pivot]|.
+    """Computes log |det| of a convolution's Jacobian for one image: (number of pixels) sum_o log |W[o, o, pivot]|.
 
     Args:
         weight: [C, C/G, k], [C, C/G, kh, kw] or [C, C/G, kd, kh, kw], as in `conv1d`, `conv2d` or `conv3d`.
@@ -145,7 +145,7 @@ def log_abs_det(weight: Tensor, *, corners: str | Sequence[str], size: Sequence[
         A scalar in the weight's dtype, float32 at least.
 
     Raises:
-        TypeError: If the weight is no dense floating-point tensor, or a size no integer.
+        TypeError: If the weight is not a dense floating-point tensor, or a size is not an integer.
         ValueError: If the weight's shape, the names or the size do not fit, or (checked on the CPU alone) an entry of
             the pivot's diagonal or its reciprocal is zero or not finite.
     """
@@ -181,7 +181,7 @@ def run(
     unit_diagonal: bool,
     dilation: tuple[int, ...],
 ) -> Tensor:
-    """`ops.conv` or `ops.solve` for images of one to three dimensions, with the checks of `conv2d`.
+    """Runs `ops.conv` or `ops.solve` for images of one to three dimensions, with the checks of `conv2d`.
 
     Args:
         operator: `ops.conv` or `ops.solve`.
@@ -212,11 +212,11 @@ def run_each(
     stencils: tuple[int, ...],
     dilation: tuple[int, ...],
 ) -> Tensor:
-    """`run` with a weight, [B, C, C/G, ...], and a log-diagonal, [B, C], or ones, for each image."""
+    """Does `run` with a weight, [B, C, C/G, ...], and a log-diagonal, [B, C], or ones, for each image."""
     batch = input.shape[0]
     if batch == 0:
         return input.clone()
-    # The images become groups of channels of one image, so that one call computes them all.
+    # The images become groups of channels of one image, so one call computes them all.
     images, log_diagonal = input.flatten(0, 1)[None], None if log_diagonals is None else log_diagonals.flatten()
     groups = stencils * batch
     output = run(operator, images, weights.flatten(0, 1), None, log_diagonal, groups, log_diagonal is None, dilation)
@@ -224,7 +224,7 @@ def run_each(
 
 
 def parse_dilation(dilation: int | Sequence[int], dimensions: int) -> tuple[int, ...]:
-    """One number for each axis.
+    """Returns one number for each axis.
 
     Raises:
         TypeError: If it is neither an integer nor a sequence of integers.
@@ -263,7 +263,7 @@ def check_rows(name: str, tensor: Tensor, count: int | None, length: int, like: 
     _check_match(name, tensor, like)
 
 
-# These run at every call, so that a tensor's shape, which costs as much as the rest of a check, is asked for once.
+# These run at every call, so a tensor's shape, which costs as much as the rest of a check, is asked for once.
 def check_arguments(
     input: Tensor,
     weight: Tensor,

@@ -69,7 +69,7 @@ class KernelLayer(InvertibleModule):
                 nn.init.zeros_(parameter)
 
     def convolve(self, input: Tensor, context: Any = None) -> Tensor:
-        """y = A x + b alone, whichever direction the library calls forward. No hooks run.
+        """Computes y = A x + b alone, whichever direction the library calls forward. No hooks run.
 
         Args:
             input: x, [B, C, ...], in the dtype of the parameters.
@@ -82,7 +82,7 @@ class KernelLayer(InvertibleModule):
         return self._convolve(input)
 
     def solve(self, input: Tensor, context: Any = None) -> Tensor:
-        """x = A^-1 (y - b) alone, whichever direction the library calls forward. No hooks run.
+        """Computes x = A^-1 (y - b) alone, whichever direction the library calls forward. No hooks run.
 
         Args:
             input: y, [B, C, ...], in the dtype of the parameters.
@@ -102,7 +102,7 @@ class KernelLayer(InvertibleModule):
         sets the parameters.
 
         Raises:
-            TypeError: On assignment, if it is no floating-point tensor.
+            TypeError: On assignment, if it is not a floating-point tensor.
             ValueError: On assignment, if the shape or the diagonal does not fit, masked entries are not zero, or
                 `max_inverse_gain` does not hold.
             RuntimeError: On a change in place; on assignment, if the parameters are themselves computed, as by pruning.
@@ -179,15 +179,15 @@ class KernelLayer(InvertibleModule):
             return self.raw_weight, self.log_diagonal, self.bias
 
     def _log_abs_det(self, input: Tensor, sign: int = 1) -> Tensor:
-        """log |det dy/dx| times the sign, [B], in memory of its own: users add to it in place."""
+        """Returns log |det dy/dx| times the sign, [B], in memory of its own: users add to it in place."""
         raise NotImplementedError
 
     def _structure(self) -> dict[str, tuple[Any, ...]]:
-        """What a state_dict's metadata must have for its parameters to mean the same."""
+        """Returns what a state_dict's metadata must have for its parameters to mean the same."""
         raise NotImplementedError
 
     def _to_parameters(self, weight: Tensor) -> dict[str, Tensor]:
-        """The parameters that make this weight, masked entries included.
+        """Returns the parameters that make this weight, masked entries included.
 
         Raises:
             ValueError: If there are none.
@@ -220,14 +220,14 @@ class KernelLayer(InvertibleModule):
             )
 
     def get_extra_state(self) -> Tensor:
-        """What the metadata record, as JSON in bytes, for file formats that keep tensors alone."""
+        """Returns what the metadata record, as JSON in bytes, for file formats that keep tensors alone."""
         return torch.tensor(list(json.dumps(self._options()).encode()), dtype=torch.uint8, device="cpu")
 
     def set_extra_state(self, state: Any) -> None:
         """Does nothing: the state is checked before anything is loaded."""
 
     def _options(self) -> dict[str, Any]:
-        """What a state_dict records beside the parameters."""
+        """Returns what a state_dict records in addition to the parameters."""
         return {**self._structure(), "max_inverse_gain": self.max_inverse_gain}
 
     def _load_from_state_dict(
@@ -296,7 +296,7 @@ class KernelLayer(InvertibleModule):
             )
 
     def extra_repr(self) -> str:
-        """The constructor's arguments."""
+        """Returns the constructor's arguments."""
         gain = "" if self.max_inverse_gain is None else f", max_inverse_gain={self.max_inverse_gain}"
         return (
             f"{self.num_channels}, kernel_size={self.kernel_size}, {self._structure_repr()}, "
@@ -359,10 +359,10 @@ class InvertibleConv(KernelLayer):
         return stencil.effective(raw_weight, self._stencils, log_diagonal, log_diagonal is None)
 
     def _bounded(self, raw_weight: Tensor, log_diagonal: Tensor | None, stencils: Sequence[int]) -> Tensor:
-        """The raw weight, scaled down where `max_inverse_gain` asks for it."""
+        """Returns the raw weight, scaled down where `max_inverse_gain` asks for it."""
         if self.max_inverse_gain is None:
             return raw_weight
-        dtype = torch.promote_types(raw_weight.dtype, torch.float32)  # so that half precision rounds once
+        dtype = torch.promote_types(raw_weight.dtype, torch.float32)  # half precision rounds once
         relative = raw_weight.to(dtype).masked_fill(_ignored(raw_weight, stencils), 0)
         if log_diagonal is not None:
             relative = relative * on_weight(log_diagonal.to(dtype).neg().exp(), relative)
@@ -459,9 +459,9 @@ class InvertibleConv(KernelLayer):
 class InvertibleConv2d(InvertibleConv):
     """An invertible k x k convolution with an exact inverse and an exact log-determinant.
 
-    Each of the G channel groups is padded and convolved so that a pixel reads one *corner* of the image (a quarter
-    plane) or one *side* (a half plane). Of a corner only the upper triangle of the *pivot* is masked, the tap that
-    reads the pixel itself; of a side also the taps after the pivot in its own row. The Jacobian is triangular, so that
+    In each of the G channel groups a pixel reads one *corner* of the image (a quarter plane) or one *side* (a half
+    plane). Of a corner only the upper triangle of the *pivot* is masked, the tap that reads the pixel itself; of a side
+    also the taps after the pivot in its own row. The Jacobian is triangular, so
 
         log |det dy/dx| = H W sum_o log |W[o, o, pivot]|
 
@@ -531,7 +531,7 @@ class InvertibleConv3d(InvertibleConv):
 
 
 def log_abs_det(input: Tensor, log_diagonal: Tensor | None, sign: int = 1) -> Tensor:
-    """Those of a convolution with this log-diagonal, [C] or one for each image, [B, C]; None for a unit diagonal."""
+    """Returns log-determinants for this log-diagonal, [C] or one for each image, [B, C]; None for a unit diagonal."""
     # Of as few operators as can be, in memory of its own: users add to it in place.
     if log_diagonal is None:
         zeros = input.new_zeros(input.shape[0])
@@ -586,12 +586,12 @@ class _Parameters(dict[str, Any]):
 
 
 def _ignored(weight: Tensor, stencils: Sequence[int]) -> Tensor:
-    """True where a raw weight is not used: where it is masked, and on the diagonal."""
+    """Returns True where a raw weight is not used: where it is masked, and on the diagonal."""
     return stencil.masked_entries(weight.shape, stencils, weight.device, diagonal=True)
 
 
 def on_weight(diagonal: Tensor, weight: Tensor) -> Tensor:
-    """A number for each output channel, [C], in a shape that broadcasts to the weight's."""
+    """Returns a number for each output channel, [C], in a shape that broadcasts to the weight's."""
     return diagonal.view(-1, *[1] * (weight.dim() - 1))
 
 
@@ -606,7 +606,7 @@ def _record_options(
 
 
 def _recorded(extra: Any) -> dict[str, Any]:
-    """The options in an extra state; none where it is missing or has no values.
+    """Returns the options in an extra state; none where it is missing or has no values.
 
     Raises:
         ValueError: If it is damaged.

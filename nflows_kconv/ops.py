@@ -6,7 +6,7 @@
 
 A is the convolution as a matrix; its weight is W where the stencils leave it free. The diagonal of the pivot is that of
 W, or exp(l) if there is l, a number for each channel, or 1 if `unit_diagonal`. b, a number for each channel, may be
-None. The derivative of each operator is made of the three, so that derivatives of any order, forward and reverse, need
+None. The derivative of each operator is made of the three, so derivatives of any order, forward and reverse, need
 no further kernel. With g the gradient of the output (Inverse-Flow, Nagar, Varma 2025, arXiv 2410.14634):
 
     y = A x + b         dL/dx = A^T g           dL/dW = weight_gradient(x, g)     dL/db = sum of g over pixels
@@ -77,7 +77,7 @@ def _problem(name: str, *args: Any) -> Problem:
 
 
 def _check(problem: Problem) -> None:
-    """What `functional` has checked, for calls of torch.ops: backends trust it.
+    """Checks what `functional` has checked, since backends trust it. Direct torch.ops calls are checked only here.
 
     Raises:
         ValueError: If the arguments do not fit.
@@ -146,7 +146,7 @@ def _weight_gradient_flops(
 
 
 def _exported_conv(*args: Any) -> Tensor:
-    """`conv` in programs of torch.export.
+    """Computes `conv` in programs of torch.export.
 
     Its kernel is composite, which puts it into torch's default decompositions: where an exported program is decomposed,
     plain ATen is left of it. Elsewhere, torch.compile included, it is `conv`, with its kernels.
@@ -155,7 +155,7 @@ def _exported_conv(*args: Any) -> Tensor:
 
 
 def _plain_conv(problem: Problem) -> Tensor:
-    """A x + b by torch's convolutions, a group at a time: one trace for all sizes of images from 1 on."""
+    """Computes A x + b by torch's convolutions, a group at a time: one trace for all image sizes from 1 on."""
     count, dimensions, dtype = len(problem.stencils), problem.dimensions, problem.input.dtype
     input, weight, bias, log_diagonal = _widened(problem.input, problem.other, problem.bias, problem.log_diagonal)
     weight = stencil.effective(weight, problem.stencils, log_diagonal, problem.unit_diagonal)
@@ -203,7 +203,7 @@ class _Operator(SingleLevelFunction):
     def gradients(
         ctx: Any, x: Tensor, grad: Tensor, log_diagonal: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Those of weight, bias and log-diagonal, for the gradient of A x + b."""
+        """Returns the gradients of weight, bias and log-diagonal, for the gradient of A x + b."""
         _, needs_weight, needs_bias, needs_log_diagonal = ctx.needs_input_grad[:4]
         d_weight = d_bias = d_log_diagonal = None
         if needs_weight:
@@ -226,7 +226,7 @@ class _Operator(SingleLevelFunction):
         d_bias: Tensor | None,
         d_log_diagonal: Tensor | None,
     ) -> Iterator[Tensor]:
-        """The terms of dA x + db."""
+        """Returns the terms of dA x + db."""
         if d_weight is not None:
             if ctx.unit_diagonal or log_diagonal is not None:
                 d_weight = _without_diagonal(d_weight, ctx.stencils)
@@ -369,7 +369,7 @@ def attempt(
     dilation: tuple[int, ...],
     unit_diagonal: bool,
 ) -> Tensor | None:
-    """`call` with arguments that nobody has checked: the result where a backend has seen them to fit, else None."""
+    """Does `call` with unchecked arguments: returns the result if a backend finds that they fit, else None."""
     if is_intercepted() or (attempt := registry.attempts()) is None:
         return None
     records = torch.is_grad_enabled()
@@ -396,7 +396,7 @@ def call(
     dilation: Sequence[int],
     unit_diagonal: bool,
 ) -> Tensor:
-    """`conv` or `solve`, on a shorter way where nothing is to be recorded.
+    """Calls `conv` or `solve`. Skips the autograd kernel when no gradient is needed.
 
     The operator's Autograd kernel is Python, which costs more than all the rest of a small call. Under autocast the
     layer stays in float32, since its inverse must undo it to rounding; `torch.library.register_autocast` does not reach
@@ -417,7 +417,7 @@ def call(
 
 
 def autocast_is_on(tensor: Tensor) -> bool:
-    """Whether autocast is on for the device of the tensor."""
+    """Returns whether autocast is on for the device of the tensor."""
     return not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)  # which raises for meta tensors
 
 
@@ -433,7 +433,7 @@ _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
 def _is_direct(*tensors: Tensor | None) -> bool:
-    """Whether nothing that the dispatcher serves is between a call and the backends, which read the memory as it is."""
+    """Returns whether a call may skip the dispatcher and let backends read the memory as it is."""
     if torch.compiler.is_compiling() or has_dispatch_mode():
         return False
     for tensor in tensors:
@@ -455,10 +455,9 @@ def _evaluated(name: str, operator: Callable[..., Tensor], *args: Any) -> Tensor
 
 
 def _differentiable(operator: Callable[..., Tensor], function: Any, tensors: int) -> Callable[..., Tensor]:
-    """The kernel of the Autograd key.
+    """Makes an operator's kernel of the Autograd key.
 
-    `torch.library.register_autograd` would do but for forward mode, whose tangents it drops without a word, and for
-    torch.func.
+    `torch.library.register_autograd` silently drops tangents of forward mode, and does not serve torch.func.
     """
 
     def kernel(*args: Any) -> Tensor:
@@ -473,7 +472,7 @@ def _differentiable(operator: Callable[..., Tensor], function: Any, tensors: int
 
 
 def _batched_operator(operator: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, int]]:
-    """vmap of conv and solve: over inputs into the batch; over weights, biases, diagonals into channel groups."""
+    """Batches conv and solve for vmap: inputs into the batch; weights, biases, diagonals into channel groups."""
 
     def rule(
         info: Any,

@@ -90,22 +90,22 @@ class PeriodicConv(KernelLayer):
         with in_own_precision(input.device):
             matrices = self._at_frequencies(self._effective(), sizes)
             values = torch.linalg.slogdet(matrices).logabsdet
-        # A frequency and its negative are conjugate. Of the last axis one of both is there, and counts twice, but for 0
+        # A frequency and its negative are conjugate. The last axis has one of both, which counts twice, except for 0
         # and, for even sizes, the middle, which are their own negatives.
         once = values[..., 0, :].sum() + (values[..., -1, :].sum() if sizes[-1] % 2 == 0 else 0)
         return (sign * (2 * values.sum() - once)).repeat(input.shape[0])
 
     def _at_frequencies(self, weight: Tensor, sizes: Sequence[int]) -> Tensor:
-        """W(f) of images of these sizes, [*F, G, C/G, C/G]: the last axis has the frequencies from 0 to the middle."""
+        """Computes W(f) at these sizes, [*F, G, C/G, C/G]: the last axis has the frequencies from 0 to the middle."""
         axes = tuple(range(2, weight.dim()))
         padding = [count for k, size in zip(self.kernel_size, sizes, strict=True) for count in (size - k, 0)]
         kernel = F.pad(weight, padding[::-1]).roll([-place for place in self._pivot[1:]], axes)
-        # A pixel p reads p + t, so that W(f) = sum_t W_t exp(2 pi i f t), the conjugate of the transform of real taps.
+        # A pixel p reads p + t, so W(f) = sum_t W_t exp(2 pi i f t), the conjugate of the transform of real taps.
         matrices = torch.fft.rfftn(kernel, dim=axes).conj()
         return matrices.unflatten(0, (self.groups, -1)).movedim((0, 1, 2), (-3, -2, -1))
 
     def _prepare(self, input: Tensor) -> tuple[Tensor, Tensor | None, torch.dtype]:
-        """The weight and the bias to compute with, and the dtype of the result.
+        """Returns the weight and the bias to compute with, and the dtype of the result.
 
         Raises:
             TypeError: If a tensor has the wrong type.
@@ -130,14 +130,14 @@ class PeriodicConv(KernelLayer):
             )
 
     def _effective(self) -> Tensor:
-        """The weight in float32 at least."""
+        """Returns the weight in float32 at least."""
         dtype = torch.promote_types(self.raw_weight.dtype, torch.float32)
         raw_weight = self.raw_weight.to(dtype)
         weight = raw_weight * bound.scale(raw_weight, self.groups, self.max_inverse_gain) + self._identity(raw_weight)
         return weight if self.log_diagonal is None else weight * on_weight(self.log_diagonal.to(dtype).exp(), weight)
 
     def _identity(self, weight: Tensor) -> Tensor:
-        """The weight of the identity."""
+        """Returns the weight of the identity."""
         identity = torch.zeros_like(weight)
         identity[self._pivot] = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device).repeat(
             self.groups, 1

@@ -20,7 +20,7 @@ _INSTRUCTION_SET_NAMES = {"baseline": "baseline instructions", "avx2": "AVX2", "
 
 
 def status() -> Status:
-    """Whether the native library is there, and with what it runs."""
+    """Returns whether the native library is there, and with what it runs."""
     if not native.available:
         return Status(False, native.reason)
     threads = torch.get_num_threads()
@@ -29,7 +29,7 @@ def status() -> Status:
 
 
 def why_not(problem: Problem) -> str | None:
-    """None where the native library is there and knows the stencils."""
+    """Returns None where the native library is there and knows the stencils."""
     if not native.available:
         return native.reason
     return None if _STENCILS.issuperset(problem.stencils) else "it has no kernel for a stencil"

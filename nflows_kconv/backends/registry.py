@@ -38,7 +38,7 @@ class Problem(NamedTuple):
 
     @property
     def dimensions(self) -> int:
-        """Of an image."""
+        """Dimensions of an image."""
         return self.input.dim() - 2
 
     @property
@@ -63,7 +63,7 @@ class Implementation(NamedTuple):
         status: Tells whether it can run here, and with what or why not.
         why_not: Tells why it cannot run a problem on a device of its type; None where it can.
         run: Runs a problem.
-        attempt: Given the first arguments of an operator, unchecked but for being plain tensors, with its name before
+        attempt: Given the first arguments of an operator, checked only to be plain tensors, with its name before
             them: the result, or None, whatever the reason. It saves the checks in Python, which cost more than a small
             problem.
     """
@@ -89,7 +89,7 @@ def register(implementation: Implementation) -> None:
 
 
 def registered() -> Sequence[Implementation]:
-    """All backends, those first that are asked first."""
+    """Returns all backends, those first that are asked first."""
     return tuple(_registered.values())
 
 
@@ -115,7 +115,7 @@ def run(problem: Problem) -> Tensor:
 
 
 def attempts() -> Callable[..., Tensor | None] | None:
-    """What the chosen backend, or the first that has it, attempts, see `Implementation`."""
+    """Returns the `attempt` of the chosen backend, or of the first that has one, see `Implementation`."""
     return _attempts if _chosen is None else _chosen.attempt
 
 

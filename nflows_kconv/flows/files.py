@@ -44,7 +44,7 @@ def write(path: str | os.PathLike[str], options: Mapping[str, Any], tensors: Map
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The options and the tensors of a file, in memory of their own.
+    """Returns the options and the tensors of a file, in memory of their own.
 
     Raises:
         ImportError: If safetensors is not installed.
@@ -88,7 +88,7 @@ def as_read(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def refusal(path: str | os.PathLike[str], got: str) -> ValueError:
-    """The error that says what a file is in place of one of ours."""
+    """Returns the error that says what a file is in place of one of ours."""
     return ValueError(f"{os.fspath(path)} must be a file that the save() of a flow of finc_flow wrote, got {got}")
 
 
@@ -116,7 +116,7 @@ def _to_json(options: Mapping[str, Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """A number or a sequence of another library, such as NumPy's, as Python's own."""
+    """Returns a number or a sequence of another library, such as NumPy's, as Python's own."""
     if isinstance(value, Integral):
         return int(value)
     return float(value) if isinstance(value, Real) else list(value)

@@ -45,7 +45,7 @@ class Architecture:
 
         k x k convolution -> ActNorm -> invertible 1 x 1 convolution -> affine coupling
 
-    and, but for the last level, gives half of the channels, by a prior learned from the other half, to the latent
+    and, except for the last level, gives half of the channels, by a prior learned from the other half, to the latent
     variable. Without the convolution it is Glow (Kingma, Dhariwal 2018, arXiv 1807.03039).
 
     Args:
@@ -175,11 +175,11 @@ class Architecture:
         return (*((channels // 2, *sizes) for channels, *sizes in splits), last)
 
     def build_preprocessing(self) -> Preprocessing:
-        """The way from whole numbers, or continuous data, to the numbers that the first level takes."""
+        """Builds the way from whole numbers, or continuous data, to the numbers that the first level takes."""
         return Preprocessing(self.data_shape, None if self.preprocessing is None else self.num_levels)
 
     def build_stacks(self) -> list[nn.Module]:
-        """The steps of each level, the learned prior of its split included."""
+        """Builds the steps of each level, the learned prior of its split included."""
         context_channels = 0 if self.context_shape is None else self.context_shape[0]
         kind = Chain if self.reversible else steps.Sequence
         built: list[nn.Module] = []
@@ -237,7 +237,7 @@ def with_arguments_of(
 def convolutions(
     layer_class: Callable[..., Any], channels: int, kernel_size: Any, corners: Corners | None, **options: Any
 ) -> list[Any]:
-    """A convolution, or one for each entry where `corners` has several of what a layer takes."""
+    """Builds a convolution, or one for each entry if `corners` has several of what a layer takes."""
     several = isinstance(corners, Sequence) and not all(isinstance(each, str) for each in corners)
     layers: Any = corners if several else (corners,)
     return [layer_class(channels, kernel_size, corners=each, **options) for each in layers]
@@ -286,7 +286,7 @@ class Preprocessing(steps.Sequence):
 
 
 def _as_images(input: Tensor) -> Tensor:
-    """Data as [B, C, H, W], which `images` takes; where a number lies does not matter there."""
+    """Views data as [B, C, H, W], which `images` takes; where a number lies does not matter there."""
     return input if input.dim() == 4 else input.flatten(2).unsqueeze(3)
 
 
@@ -324,7 +324,7 @@ class Interface(nn.Module):
         return self.architecture.latent_shapes
 
     def encode(self, images: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
-        """The latent of data, without noise: a whole number counts as the middle of its level, (x + 1/2) / num_levels.
+        """Returns the latent of data, without noise: whole numbers count as mid-level, (x + 1/2) / num_levels.
 
         In float32 without TF32, `decode` restores the very images; of 16 bits, all of them in float64 alone. Where it
         does not, the flow's inverse amplifies rounding errors: `nflows_kconv.diagnostics.round_trip` tells where.
@@ -348,7 +348,7 @@ class Interface(nn.Module):
         return latent, log_abs_det + more
 
     def decode(self, latent: Tensor, context: Context | None = None) -> Tensor:
-        """The images of a latent, as `sample` gives them; of a normal latent, an image drawn from the flow.
+        """Returns the images of a latent, as `sample` gives them; from a normal latent, images drawn from the flow.
 
         With `preprocessing=None`, gradients reach the latent, the context and the parameters. Images are whole numbers,
         through which none can pass, and carry no graph.
@@ -361,7 +361,7 @@ class Interface(nn.Module):
             [B, *data_shape].
 
         Raises:
-            TypeError: If the latent is no tensor of floating-point numbers, or the context has the wrong type.
+            TypeError: If the latent is not a tensor of floating-point numbers, or the context has the wrong type.
             ValueError: If the latent or the context has another shape.
         """
         dimensions, dtype = math.prod(self.architecture.data_shape), self._parameter().dtype
@@ -419,14 +419,14 @@ class Interface(nn.Module):
         raise NotImplementedError
 
     def _to_latent(self, numbers: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        """From what the preprocessing gives to the latent, [B, D], with the log-determinant."""
+        """Takes the preprocessing's result to the latent, [B, D], with the log-determinant."""
         raise NotImplementedError
 
     def _from_latent(self, latent: Tensor, context: Tensor | None) -> Tensor:
         raise NotImplementedError
 
     def _parameter(self) -> Tensor:
-        """One of the parameters, to tell their dtype and device.
+        """Returns one of the parameters, to tell their dtype and device.
 
         Raises:
             TypeError: If it is of half precision.
@@ -442,7 +442,7 @@ class Interface(nn.Module):
         return parameter
 
     def _to_numbers(self, images: Tensor) -> Tensor:
-        """The images, of any real dtype, in that of the parameters."""
+        """Returns the images, of any real dtype, in that of the parameters."""
         if not isinstance(images, Tensor):
             raise TypeError(f"data must be a tensor, got {type(images).__name__}")
         if images.is_complex():
@@ -455,7 +455,7 @@ class Interface(nn.Module):
         return images.to(self._parameter().dtype)
 
     def _condition(self, name: str, given: Any, count: int | None, *, classes_needed: bool = True) -> Condition:
-        """The condition of `count` images, or of any number of them, from what the user passed as `name`.
+        """Returns the condition of `count` images, or of any number, from what the user passed as `name`.
 
         Raises:
             TypeError: If a part has the wrong type.
@@ -480,7 +480,7 @@ class Interface(nn.Module):
         return Condition(classes, tensor)
 
     def _classes(self, name: str, classes: Tensor | None, count: int | None, needed: bool) -> Tensor | None:
-        """The classes as int64, or one-hot where the library's flow takes that."""
+        """Returns the classes as int64, or one-hot where the library's flow takes that."""
         num_classes = self.architecture.num_classes
         if num_classes is None:
             if classes is not None:
@@ -512,7 +512,7 @@ class Interface(nn.Module):
 
 
 def load(flow_class: Callable[[Architecture], Flow], path: str | os.PathLike[str]) -> Flow:
-    """The flow of a file, on the CPU; what `load_flow` of the libraries has in common.
+    """Loads the flow of a file, on the CPU: what `load_flow` of the libraries has in common.
 
     Raises:
         ImportError: See `Interface.save`.
@@ -540,7 +540,7 @@ def load(flow_class: Callable[[Architecture], Flow], path: str | os.PathLike[str
 
 
 def _tensors(state_dict: Mapping[str, Tensor]) -> dict[str, str]:
-    """What a state_dict holds; floating-point numbers may have any of four dtypes."""
+    """Returns what a state_dict holds; floating-point numbers may have any of four dtypes."""
     any_float = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     return {
         name: f"{'floating-point' if tensor.dtype in any_float else tensor.dtype} {tuple(tensor.shape)}"
@@ -564,7 +564,7 @@ def _check_as_built(flow: Any) -> None:
 
 
 def _parts(flow: nn.Module) -> dict[str, str]:
-    """The types of all modules, and what the state_dict holds; a sharded tensor by its type."""
+    """Returns the types of all modules, and what the state_dict holds; a sharded tensor by its type."""
     types = {name: type(module).__name__ for name, module in flow.named_modules(remove_duplicate=False)}
     tensors = flow.state_dict()
     special = {name: type(value).__name__ for name, value in tensors.items() if type(value) is not Tensor}

@@ -3,7 +3,7 @@
 Ordinary training keeps what each of K steps computed. Here the forward pass keeps the inputs of 8 of the steps, evenly
 spaced. The backward pass goes from the last step to the first: the inverse gives the input of a step from its output,
 and the step is repeated from there, recorded this time, to be differentiated. Only one step's activations exist at a
-time, so that the memory is the same for any K from 8 on (RevNet, Gomez, Ren, Urtasun, Grosse 2017, arXiv 1707.04585,
+time, so the memory is the same for any K from 8 on (RevNet, Gomez, Ren, Urtasun, Grosse 2017, arXiv 1707.04585,
 section 3.2).
 
 Inverses may explode: from step to step the error of the restored inputs can grow until gradients are wrong (Behrmann,
@@ -62,7 +62,7 @@ def cascade(
 ) -> tuple[Tensor, Tensor]:
     """Applies modules one after the other, with gradients in memory independent of their number.
 
-    Input, context and the modules' parameters get the ordinary gradients but for rounding, which cannot be
+    Input, context and the modules' parameters get the ordinary gradients except for rounding, which cannot be
     differentiated again. What a module computes must depend on these alone; ActNorm may look at its first batch.
     Neither input nor output may be changed in place before the backward pass. torch.compile breaks its graph here, and
     CUDA graphs cannot capture it. An error in the first call leaves buffers as they were, and ActNorm as it was before
@@ -83,7 +83,7 @@ def cascade(
         The output of the last step, and the sum of the log-determinants, [B].
 
     Raises:
-        TypeError: If something is no bijection; if gradients are recorded, and the input or an output has another
+        TypeError: If something is not a bijection; if gradients are recorded, and the input or an output has another
             dtype, or a module's parameters are sharded by themselves.
         RuntimeError: If gradients are recorded, and the modules draw random numbers, as dropout does, or change buffers
             whenever they are called, as BatchNorm and spectral_norm do in training mode.
@@ -132,7 +132,7 @@ class _Step(NamedTuple):
         return self.bijection.undo(output, self.context)  # type: ignore[return-value]
 
     def sources(self) -> list[Tensor]:
-        """What gets gradients besides the input."""
+        """Returns what gets gradients besides the input."""
         tensors = (*tree_leaves(self.context), *self.module.parameters())
         return [tensor for tensor in tensors if isinstance(tensor, Tensor) and tensor.requires_grad]
 
@@ -164,7 +164,7 @@ class _Cascade(torch.autograd.Function):
                 _check_that_buffers_stay(input, steps)
             if not all(map(torch.equal, random_state, _random_state(input))):
                 raise RuntimeError("steps must not draw random numbers, as dropout does, since they are computed again")
-        ctx.save_for_backward(*kept, *sources)  # the sources, so that autograd notices if they have changed since
+        ctx.save_for_backward(*kept, *sources)  # the sources, so autograd notices if they have changed since
         return kept[-1], total
 
     @staticmethod
@@ -185,7 +185,7 @@ class _Cascade(torch.autograd.Function):
 
 
 def _inputs(ctx: Any, steps: Sequence[_Step], input: Tensor) -> list[Tensor]:
-    """The input of each step, computed from that of the first."""
+    """Returns the input of each step, computed from that of the first."""
     inputs = [input]
     with torch.autocast(**ctx.autocast):
         for one in steps[:-1]:
@@ -201,7 +201,7 @@ def _differentiate(
     gradient: Tensor,
     log_abs_det_gradient: Tensor,
 ) -> tuple[Gradients, bool]:
-    """The gradients of the first input and of the sources, and whether the inverses were accurate.
+    """Returns the gradients of the first input and of the sources, and whether the inverses were accurate.
 
     `inputs` are those of the first of the steps, the inverses give the others; `output` is that of the last step.
     """
@@ -225,7 +225,7 @@ def _differentiate(
 
 
 def _is_close(restored: Tensor, expected: Tensor, autocast: dict[str, Any]) -> bool:
-    """Whether in each sample at least two thirds of the digits are right that the arithmetic has."""
+    """Returns whether at least two thirds of the arithmetic's digits are right in each sample."""
     resolution = torch.finfo(autocast["dtype"] if autocast["enabled"] else expected.dtype).eps
     if expected.is_cuda and expected.dtype == torch.float32:
         convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
@@ -254,12 +254,12 @@ def _add(total: Gradients, gradients: Gradients) -> None:
 
 
 def _random_state(input: Tensor) -> list[Tensor]:
-    """What changes when random numbers are drawn."""
+    """Returns what changes when random numbers are drawn."""
     return [torch.get_rng_state(), *get_device_states(input)[1]]
 
 
 def _buffers(steps: Sequence[_Step]) -> dict[str, tuple[Tensor, int]]:
-    """The buffers of all steps with their versions, which change with every write: no device need be waited for."""
+    """Returns all buffers of the steps with their versions, which change at every write: no wait for a device."""
     return {
         f"{type(one.module).__name__} {index}, {name}": (buffer, 0 if buffer.is_inference() else buffer._version)
         for index, one in enumerate(steps)
@@ -277,9 +277,9 @@ def _changed(before: dict[str, tuple[Tensor, int]], after: dict[str, tuple[Tenso
 
 @contextmanager
 def _restored_on_error(steps: Sequence[_Step]) -> Iterator[None]:
-    """Puts buffers back on an error, with the parameters beside them, which ActNorm sets together with its buffer.
+    """Puts buffers back on an error, and the parameters that ActNorm sets together with its buffer.
 
-    Copies are made for the first call alone, as what changes whenever it is called shows then.
+    Only the first call copies: what changes at every call shows then.
     """
     modules = {part for one in steps for part in one.module.modules() if part._buffers}
     unknown = [part for part in modules if _settled.get(part) is not part.training]

@@ -43,7 +43,7 @@ class GraphSampler:
 
     - Noise is fresh at each call. It comes from torch's default generator for the device: after `torch.manual_seed` the
       same calls give the same images, and one for `num_samples` images gives those of the flow's `sample`.
-    - Weights are read, and matrices inverted, at each call, so that a training step or `load_state_dict` shows at once.
+    - Weights are read, and matrices inverted, at each call, so a training step or `load_state_dict` shows at once.
       Where parameters or buffers have moved (`.to`, `load_state_dict(assign=True)`), the next call captures again; also
       where the labels are of another kind, and under another autocast. All else, such as the modules that the
       flow is made of and the settings in `torch.backends`, stays as captured: after changing it, make a new sampler.
@@ -55,7 +55,7 @@ class GraphSampler:
         num_samples: How many images a graph draws at once. Fewer take as long; more take several replays.
 
     Raises:
-        TypeError: If `flow` is no module with a method `sample`, or `num_samples` no integer.
+        TypeError: If `flow` is not a module with a method `sample`, or `num_samples` is not an integer.
         ValueError: If `num_samples` is not positive.
 
     Examples:
@@ -166,7 +166,7 @@ class _Graph:
             for name, tensor in table.items()
             if tensor is not None
         ]
-        # Kept alive, so that an address that is still the same is that of the same memory.
+        # Kept alive, so an address that is still the same is that of the same memory.
         self._weights = [table[name].detach() for table, name in self._slots]
         self._addresses = self._current_addresses()
         # In float64 if the flow is, which some devices do not have.
@@ -184,7 +184,7 @@ class _Graph:
             )
 
     def is_current(self, labels: Labels | None) -> bool:
-        """Whether a replay does what the flow would do."""
+        """Returns whether a replay does what the flow would do."""
         return self._current_addresses() == self._addresses and _key(labels) == self._key
 
     def _current_addresses(self) -> list[int | None]:
@@ -250,7 +250,7 @@ def _capture(flow: Bijection, draw: Callable[[], _Drawn], device: torch.device) 
 
 
 def _refusal(flow: Bijection, error: Exception) -> RuntimeError:
-    """The error that says why, and at which line of the flow: the innermost that is not torch's."""
+    """Returns the error that says why, and at which line of the flow: the innermost that is not torch's."""
     torch_folder = str(Path(torch.__file__).parent)
     frames = [
         frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(torch_folder)
@@ -331,7 +331,7 @@ def _inverted_together(flow: nn.Module) -> Iterator[None]:
 
 
 def inverse_weights(layers: list[InvertibleConv1x1]) -> Tensor:
-    """The inverse weight of each layer, [N, C, C]: what `inverse_weight` gives, in one batch.
+    """Returns the inverse weight of each layer, [N, C, C]: what `inverse_weight` gives, in one batch.
 
     Args:
         layers: N layers of equal size.

@@ -1,6 +1,6 @@
 """One evaluation of a coupling's network for both directions of the coupling.
 
-A coupling leaves a part of its input as it is, and its network takes this part, so that both directions evaluate the
+A coupling leaves a part of its input as it is, and its network takes this part, so both directions evaluate the
 network with the same values.
 """
 
@@ -20,7 +20,7 @@ from nflows_kconv.torch_internals import tree_leaves, tree_map_only
 
 @contextmanager
 def evaluated_once(module: nn.Module) -> Iterator[None]:
-    """While it is entered, a step that is undone and then repeated evaluates each of its networks once.
+    """Has a step that is undone and then repeated evaluate each of its networks once, while it is entered.
 
     What a network gives where it is called without gradients is recorded, and taken where it is next called with
     gradients, differentiable as if it came from the arguments given then, which may differ by rounding.
@@ -45,13 +45,13 @@ class _SharedNetwork:
         self.evaluations: list[tuple[list[Tensor], Tensor]] = []
 
     def __getattr__(self, name: str) -> Any:
-        """An attribute of the network, as couplings may read."""
+        """Returns an attribute of the network, as couplings may read."""
         return getattr(self.network, name)
 
     def __call__(self, *arguments: Any, **options: Any) -> Tensor:
-        """The network's output; where the step is undone it is recorded, and where it is repeated taken from there."""
+        """Returns the network's output, recorded when the step is undone, and replayed when it is repeated."""
         if not torch.is_grad_enabled():
-            # What is no leaf here, such as a context that the coupling has resized, may have a history when repeated.
+            # A tensor that is not a leaf, such as a context that a coupling resized, may have a history when repeated.
             arguments, options = tree_map_only(Tensor, _leaf, (arguments, options))
             with torch.enable_grad():
                 output = self.network(*arguments, **options)

@@ -28,7 +28,7 @@ _CLASSES = "_distribution._context_encoder.weight"
 
 
 def for_nflows(state_dict: Mapping[str, Any], architecture: Architecture) -> Mapping[str, Any]:
-    """The state_dict under the names of nflows' flow; itself unless it is of normflows' flow."""
+    """Returns the state_dict under the names of nflows' flow; itself unless it is of normflows' flow."""
     name = "_transform._transforms.1._transforms.{}._transforms.1.{}"
     renamed = _renamed(state_dict, _PATTERNS["normflows"], name, architecture.levels)
     if renamed is None:
@@ -42,7 +42,7 @@ def for_nflows(state_dict: Mapping[str, Any], architecture: Architecture) -> Map
 
 
 def for_normflows(state_dict: Mapping[str, Any], architecture: Architecture) -> Mapping[str, Any]:
-    """The state_dict under the names of normflows' flow; itself unless it is of nflows' flow."""
+    """Returns the state_dict under the names of normflows' flow; itself unless it is of nflows' flow."""
     renamed = _renamed(state_dict, _PATTERNS["nflows"], "flows.{}.0.{}", architecture.levels)
     if renamed is None:
         return state_dict
@@ -63,7 +63,7 @@ def for_normflows(state_dict: Mapping[str, Any], architecture: Architecture) -> 
 def _renamed(
     state_dict: Mapping[str, Any], pattern: re.Pattern[str], name: str, levels: int
 ) -> OrderedDict[str, Any] | None:
-    """A copy with other names of the steps, metadata included; None if there are no such steps."""
+    """Returns a copy with other names of the steps, metadata included; None if there are no such steps."""
     if not any(map(pattern.fullmatch, state_dict)):
         return None
 

@@ -98,9 +98,9 @@ class Squeeze(InvertibleModule):
 class ActNorm(InvertibleModule):
     """y = exp(log_scale) (x + shift), channel by channel (Glow, Kingma, Dhariwal 2018, arXiv 1807.03039, section 3.1).
 
-    The first batch that passes forward in training mode while `initialized` is False sets both parameters so that its
-    outputs have mean 0 and variance 1 in every channel. Inside a forward of DistributedDataParallel that is the joint
-    batch of all processes; everywhere else it is the batch at hand, and nothing is communicated.
+    The first batch that passes forward in training mode while `initialized` is False sets both parameters to give its
+    outputs mean 0 and variance 1 in every channel. Inside a forward of DistributedDataParallel that is the joint batch
+    of all processes; elsewhere it is the batch at hand, and nothing is communicated.
 
     Under torch.compile that first batch breaks the graph, and the next one compiles anew. Compiled code goes by what
     `initialized` said at the last look: at an eager call, when a state_dict was loaded, or when `train` was called.
@@ -152,7 +152,7 @@ class ActNorm(InvertibleModule):
         return input * scale - shift, -_per_image(self.log_scale, input)
 
     def _is_initialized(self) -> bool:
-        """What the buffer says, or True where it holds no values."""
+        """Returns what the buffer says, or True where it holds no values."""
         if torch.compiler.is_compiling():
             return self._seen is not None
         buffer = self.initialized
@@ -205,7 +205,7 @@ class ActNorm(InvertibleModule):
 class InvertibleConv1x1(InvertibleModule):
     """y = W x at every pixel, W = P L (U + diag(s)) (Glow, arXiv 1807.03039, section 3.2).
 
-    P is a fixed permutation, L unit lower and U strictly upper triangular, so that log |det W| = sum log |s|. It starts
+    P is a fixed permutation, L unit lower and U strictly upper triangular, so log |det W| = sum log |s|. It starts
     as a random rotation. Under autocast it stays in the dtype of its parameters.
 
     Args:
@@ -258,16 +258,16 @@ class InvertibleConv1x1(InvertibleModule):
         return output, -_per_image(self.log_scale, input)
 
     def inverse_weight(self) -> Tensor:
-        """The inverse of W, [C, C]."""
+        """Returns the inverse of W, [C, C]."""
         return inverse_weight(*self.tensors())
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """What `inverse_weight` takes."""
+        """Returns what `inverse_weight` takes."""
         return self.lower, self.upper, self.log_scale, self.sign, self.permutation
 
 
 def inverse_weight(lower: Tensor, upper: Tensor, log_scale: Tensor, sign: Tensor, permutation: Tensor) -> Tensor:
-    """The inverse of W, [C, C], as a function of an `InvertibleConv1x1`'s tensors."""
+    """Returns the inverse of W, [C, C], as a function of an `InvertibleConv1x1`'s tensors."""
     # Half precision has no triangular solver.
     dtype = torch.promote_types(lower.dtype, torch.float32)
     left, right = (factor.to(dtype) for factor in _factors(lower, upper, log_scale, sign))
@@ -290,7 +290,7 @@ class AffineCoupling(InvertibleModule):
     """y1 = s(x2) x1 + t(x2), y2 = x2, with log s = 2 tanh(h / 2) and (h, t) = network(x2).
 
     The coupling of FInC Flow (Kallappa, Nagar, Varma 2023, arXiv 2301.09266), whose scale stays between e^-2 and e^2.
-    Run back it divides by the same scale, so that only the network's rounding, TF32 on a GPU for instance, can make a
+    Run back it divides by the same scale, so only the network's rounding, TF32 on a GPU for instance, can make a
     round trip err.
 
     Where it has context channels, the network sees the context, too: as it is if [B, E, ...] of the input's size, else
@@ -323,7 +323,7 @@ class AffineCoupling(InvertibleModule):
 
 
 def _at_size_of(kept: Tensor, context: Tensor) -> Tensor:
-    """The context with a value for each pixel."""
+    """Returns the context with a value for each pixel."""
     size = kept.shape[2:]
     if context.dim() == 2:
         return context.view(*context.shape, *[1] * len(size)).expand(-1, -1, *size)
@@ -333,7 +333,7 @@ def _at_size_of(kept: Tensor, context: Tensor) -> Tensor:
 def coupling_network(
     channels: int, hidden_channels: int, context_channels: int = 0, dimensions: int = 2, padding_mode: str = "zeros"
 ) -> nn.Sequential:
-    """3x3 -> ReLU -> 1x1 -> ReLU -> 3x3 that starts at zero: the paper's network for a coupling of C channels."""
+    """Builds 3x3 -> ReLU -> 1x1 -> ReLU -> 3x3, which starts at zero: the paper's network of a coupling."""
     convolution, borders = CONVOLUTIONS[dimensions], dict(padding=1, padding_mode=padding_mode)
     return nn.Sequential(
         convolution(channels // 2 + context_channels, hidden_channels, 3, **borders),
@@ -347,7 +347,7 @@ def coupling_network(
 def learned_prior(
     channels: int, context_channels: int = 0, dimensions: int = 2, padding_mode: str = "zeros"
 ) -> AffineCoupling:
-    """The learned prior of a split: the last step before the first half of the C channels leaves as standard normal."""
+    """Builds the learned prior of a split: the last step before half of the C channels leave as standard normal."""
     seen = channels // 2 + context_channels
     network = _zero(CONVOLUTIONS[dimensions](seen, channels, 3, padding=1, padding_mode=padding_mode))
     return AffineCoupling(network, context_channels)
@@ -368,7 +368,7 @@ def _chain(input: Tensor, context: Any, functions: Iterable[Any]) -> tuple[Tenso
 
 
 def _on_channels(values: Tensor, input: Tensor) -> Tensor:
-    """A value for each channel, [C], in a shape that broadcasts to the input's."""
+    """Returns a value for each channel, [C], in a shape that broadcasts to the input's."""
     return values.view(-1, *[1] * (input.dim() - 2))
 
 
@@ -377,7 +377,7 @@ def _no_log_abs_det(input: Tensor) -> Tensor:
 
 
 def _per_image(log_scale: Tensor, input: Tensor) -> Tensor:
-    """log |det| of scaling the channels of every pixel, [B]."""
+    """Computes log |det| of scaling the channels of every pixel, [B]."""
     dtype = torch.promote_types(log_scale.dtype, torch.float32)
     return (input.shape[2:].numel() * log_scale.to(dtype).sum()).repeat(input.shape[0])
 
@@ -388,7 +388,7 @@ def _sum(log_scale: Tensor) -> Tensor:
 
 
 def _total(values: Tensor, group: distributed.ProcessGroup | None) -> Tensor:
-    """The sum of the values over the group's processes; the values where there is none. Changes them in place."""
+    """Sums the values over the group's processes, if there is a group, in place."""
     if group is not None:
         distributed.all_reduce(values, group=group)
     return values

@@ -26,13 +26,13 @@ def check_numbers(input: Tensor) -> None:
 
 
 def at_least_float32(input: Tensor) -> Tensor:
-    """Half precision as float32, integers in torch's default dtype, float32 and float64 as they are."""
+    """Converts half precision to float32 and integers to torch's default dtype; keeps float32 and float64."""
     if not input.is_floating_point():
         return input.to(torch.get_default_dtype())
     return input.to(torch.promote_types(input.dtype, torch.float32))
 
 
 def for_each_image(input: Tensor, of_each_number: float) -> Tensor:
-    """The sum over an image of a constant, [B], in float32 at least."""
+    """Returns the sum over an image of a constant, [B], in float32 at least."""
     dtype = torch.promote_types(input.dtype, torch.float32)
     return input.new_full(input.shape[:1], input.shape[1:].numel() * of_each_number, dtype=dtype)

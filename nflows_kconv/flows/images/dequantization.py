@@ -26,7 +26,7 @@ class _Dequantization(InvertibleModule):
         self._devices_looked_at: list[torch.device] = []
 
     def _whole_numbers(self, input: Tensor) -> Tensor:
-        """The images as floating-point numbers, checked."""
+        """Returns the images as floating-point numbers, checked."""
         check_images(input)
         values = at_least_float32(input)
         if not _holds_nothing_else(input.dtype, self.levels):
@@ -42,13 +42,13 @@ class _Dequantization(InvertibleModule):
         return values
 
     def _may_wait(self, values: Tensor) -> bool:
-        """Whether to wait for a device, once: a failed assertion, which does not wait, would leave it unusable."""
+        """Returns whether to wait for a device, once: a failed assertion, which does not wait, makes it unusable."""
         capturing = values.is_cuda and torch.cuda.is_current_stream_capturing()
         device_looked_at = values.device in self._devices_looked_at
         return checks.is_plain(values) and values.device.type != "meta" and not capturing and not device_looked_at
 
     def extra_repr(self) -> str:
-        """The levels; submodules print themselves."""
+        """Returns the levels; submodules print themselves."""
         return f"levels={self.levels}"
 
 
@@ -78,10 +78,10 @@ class UniformDequantization(_Dequantization):
         levels: Number of values that x takes, 2 to 65536.
 
     Raises:
-        TypeError: If `levels` is no integer; in a call, if x is no tensor of real numbers, or y none of floating-point
-            numbers.
+        TypeError: If `levels` is not an integer; in a call, if x is not a tensor of real numbers, or y not one of
+            floating-point numbers.
         ValueError: If `levels` is out of its range; in a call, if the images have another number of dimensions, or a
-            value of x is no whole number in 0..levels-1.
+            value of x is not a whole number in 0..levels-1.
 
     Warns:
         UserWarning: If x is of a floating-point dtype and a batch holds only 0 and 1, as images scaled to 0..1 may.
@@ -99,7 +99,7 @@ class UniformDequantization(_Dequantization):
         return values, _log_levels(values, self.levels)
 
     def middle(self, input: Tensor) -> tuple[Tensor, Tensor]:
-        """Does what `forward` does with u = 1/2, so that equal images have equal results."""
+        """Does what `forward` does with u = 1/2, so equal images have equal results."""
         values = self._whole_numbers(input)
         return (values + 0.5) / self.levels, -_log_levels(values, self.levels)
 
@@ -117,8 +117,8 @@ class VariationalDequantization(_Dequantization):
     uniform dequantisation and trains with the flow. Flow++ has normal noise in place of logit(v) and mixtures of
     logistics in its couplings.
 
-    The couplings are bounded so that q(u | x) <= e^(8 D). Without that, q could shrink to less than float32 resolves,
-    a point at which p(y) is free to grow: a bound that bounds nothing.
+    The couplings are bounded, so q(u | x) <= e^(8 D). Otherwise q could shrink to less than float32 resolves, a point
+    at which p(y) is free to grow: a bound that bounds nothing.
 
     Both directions take and give what those of `UniformDequantization` do, except for the log-determinants:
     -D log levels - log q(u | x) forward, and its negative, with u = levels y - x, back. They raise the same errors.
@@ -129,7 +129,7 @@ class VariationalDequantization(_Dequantization):
         hidden_channels: Width of the couplings' networks.
 
     Raises:
-        TypeError: If an argument is no integer.
+        TypeError: If an argument is not an integer.
         ValueError: If an argument is out of its range; in a call, if the images have not C channels.
     """
 
@@ -166,7 +166,7 @@ class VariationalDequantization(_Dequantization):
         return values, total + log_abs_det + for_each_image(values, math.log(self.levels) - math.log1p(-2 * margin))
 
     def _condition(self, values: Tensor) -> Tensor:
-        """The whole numbers as the networks see them, between -1 and 1."""
+        """Returns the whole numbers as the networks see them, between -1 and 1."""
         if values.shape[1] != self.channels:
             raise ValueError(f"images must have {self.channels} channels, got shape {tuple(values.shape)}")
         return values * (2 / (self.levels - 1)) - 1
@@ -207,7 +207,7 @@ class _ConditionalCoupling(nn.Module):
 
 
 def _holds_nothing_else(dtype: torch.dtype, levels: int) -> bool:
-    """Whether a dtype has no values but 0..levels-1."""
+    """Returns whether a dtype has no values but 0..levels-1."""
     if dtype.is_floating_point:
         return False
     return dtype == torch.bool or (torch.iinfo(dtype).min == 0 and torch.iinfo(dtype).max < levels)
@@ -234,7 +234,7 @@ def _look(values: Tensor, levels: int, is_floating_point: bool) -> None:
 
 
 def _cell(input: Tensor, levels: int) -> tuple[Tensor, Tensor]:
-    """The x whose cell each y is in, and its place in the cell, which is outside [0, 1) where y is."""
+    """Returns the x whose cell each y is in, and its place in the cell, which is outside [0, 1) where y is."""
     check_images(input)
     if not input.is_floating_point():
         raise TypeError(f"images in [0, 1) must be of floating-point numbers, got {input.dtype}")
@@ -250,7 +250,7 @@ def _uniform_noise(values: Tensor, levels: int) -> Tensor:
 
 
 def _margin(dtype: torch.dtype, levels: int) -> float:
-    """A power of 2 above the rounding error of levels ((x + u) / levels) for every x below `levels`."""
+    """Returns a power of 2 above the rounding error of levels ((x + u) / levels) for every x below `levels`."""
     return 2 * torch.finfo(dtype).eps * 2 ** (levels - 1).bit_length()
 
 
@@ -259,10 +259,10 @@ def _log_levels(values: Tensor, levels: int) -> Tensor:
 
 
 def check_levels(name: str, levels: int) -> int:
-    """The number of levels as an int.
+    """Returns the number of levels as an int.
 
     Raises:
-        TypeError: If it is no integer.
+        TypeError: If it is not an integer.
         ValueError: If it is not in 2..65536.
     """
     if not 2 <= checks.positive(name, levels) <= 65536:

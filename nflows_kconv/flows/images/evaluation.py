@@ -13,7 +13,7 @@ from nflows_kconv.flows.images.arguments import at_least_float32, check_images
 
 
 def bits_per_dim(log_prob: Tensor, image_shape: Sequence[int]) -> Tensor:
-    """-log2 of the probability of an image, for each of its numbers: -log_prob / (D log 2) with D = C H W.
+    """Computes -log2 of an image's probability for each of its numbers: -log_prob / (D log 2), D = C H W.
 
     It compares models only if log_prob is that of the image in whole numbers, with the log-determinants of all that is
     done to it, the dequantisation's too. Guessing among 256 levels then takes 8 bits.
@@ -26,7 +26,7 @@ def bits_per_dim(log_prob: Tensor, image_shape: Sequence[int]) -> Tensor:
         A tensor of the shape of `log_prob`.
 
     Raises:
-        TypeError: If a size is no integer.
+        TypeError: If a size is not an integer.
         ValueError: If `image_shape` is not of three sizes, each at least 1.
     """
     if len(image_shape) != 3:
@@ -38,7 +38,7 @@ def bits_per_dim(log_prob: Tensor, image_shape: Sequence[int]) -> Tensor:
 
 @torch.no_grad()
 def importance_weighted_bound(log_prob: Callable[[Tensor], Tensor], images: Tensor, num_samples: int) -> Tensor:
-    """log (1/K) sum_k exp(log_prob_k(x)) over K draws of the dequantisation's noise, for evaluation.
+    """Computes log (1/K) sum_k exp(log_prob_k(x)) over K draws of the dequantisation's noise, for evaluation.
 
     In expectation a lower bound on log P(x) that grows with K and converges to it (Burda, Grosse, Salakhutdinov 2016,
     arXiv 1509.00519, section 3). One draw is held at a time, and no gradient.
@@ -52,7 +52,7 @@ def importance_weighted_bound(log_prob: Callable[[Tensor], Tensor], images: Tens
         The bound in nats, [B], in float32 at least.
 
     Raises:
-        TypeError: If `images` is no tensor, or `num_samples` no integer.
+        TypeError: If `images` is not a tensor, or `num_samples` is not an integer.
         ValueError: If `images` has another number of dimensions, `num_samples` is below 1, or what `log_prob` gives has
             another shape.
     """

@@ -13,10 +13,10 @@ from nflows_kconv.flows.images.arguments import at_least_float32, check_images
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Real numbers of any shape and dtype, clamped to 0..255 and rounded; NaN becomes 0.
+    """Clamps real numbers of any shape and dtype to 0..255 and rounds them; NaN becomes 0.
 
     Raises:
-        TypeError: If `images` is no tensor, as what normflows' `sample` returns, a pair with the log-densities.
+        TypeError: If `images` is not a tensor, as what normflows' `sample` returns, a pair with the log-densities.
     """
     if not isinstance(images, Tensor):
         raise TypeError(f"images must be a tensor, got {type(images).__name__}")
@@ -24,7 +24,7 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def grid(images: Tensor, columns: int) -> Tensor:
-    """The images row by row in one picture, two black pixels around each.
+    """Draws the images row by row in one picture, two black pixels around each.
 
     Args:
         images: [B, C, H, W], at least one, values 0..255 (see `to_uint8`).
@@ -34,7 +34,7 @@ def grid(images: Tensor, columns: int) -> Tensor:
         [C, rows (H + 2) + 2, columns (W + 2) + 2], uint8.
 
     Raises:
-        TypeError: If `images` is no tensor of real numbers, or `columns` no integer.
+        TypeError: If `images` is not a tensor of real numbers, or `columns` is not an integer.
         ValueError: If `images` has another number of dimensions, or none is in it, or `columns` is below 1.
     """
     check_images(images)

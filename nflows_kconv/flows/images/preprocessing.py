@@ -27,7 +27,7 @@ class Logit(InvertibleModule):
         alpha: Distance that p keeps from 0 and 1, at least 0 and below 1/2. With 0, x = 0 and 1 become infinite.
 
     Raises:
-        TypeError: In a call, if the numbers are no tensor of floating-point numbers.
+        TypeError: In a call, if the input is not a tensor of floating-point numbers.
         ValueError: If `alpha` is out of its range; in a call, if there is no batch dimension.
     """
 
@@ -55,7 +55,7 @@ class Logit(InvertibleModule):
         return of_each_number.reshape(log_p.shape[0], log_p.shape[1:].numel()).sum(1)
 
     def extra_repr(self) -> str:
-        """The constructor's argument."""
+        """Returns the constructor's argument."""
         return f"alpha={self.alpha}"
 
 
@@ -70,7 +70,7 @@ class Affine(InvertibleModule):
         shift: A finite number.
 
     Raises:
-        TypeError: In a call, if the numbers are no tensor of floating-point numbers.
+        TypeError: In a call, if the input is not a tensor of floating-point numbers.
         ValueError: If `scale` is 0, or a number is not finite; in a call, if there is no batch dimension.
     """
 
@@ -92,5 +92,5 @@ class Affine(InvertibleModule):
         return for_each_image(input, math.log(abs(self.scale)))
 
     def extra_repr(self) -> str:
-        """The constructor's arguments."""
+        """Returns the constructor's arguments."""
         return f"scale={self.scale}, shift={self.shift}"
