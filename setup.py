@@ -16,7 +16,7 @@ NATIVE = "nflows_kconv._native"
 
 
 class Build(build):
-    """Builds in a directory of its own, so that nothing of an earlier build can get into a wheel."""
+    """Builds in a directory of its own, so nothing of an earlier build can get into a wheel."""
 
     def initialize_options(self) -> None:
         """Sets the defaults of the command's options."""

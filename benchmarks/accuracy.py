@@ -1,7 +1,7 @@
 """Errors of float32 against float64, on the CPU and on another device.
 
 The yardstick is float64 on the CPU, whose own error is 2^-29 of what is measured. An error is the largest one of all
-entries, relative to the largest entry. The layer's initial taps are multiplied by five, so that they add about a
+entries, relative to the largest entry. The layer's initial taps are multiplied by five, so they add about a
 quarter of the signal's standard deviation: nearer the identity, more of the error is the last rounding alone. The
 inverse does not amplify there.
 """
@@ -19,7 +19,7 @@ ROUNDING = torch.finfo(torch.float32).eps / 2
 
 
 def errors(case: Case, device: str) -> dict[str, dict[str, float]]:
-    """The errors of the forward, the inverse and their gradients, by quantity and by "cpu" or "device"."""
+    """Returns the errors of the forward, the inverse and their gradients, by quantity and by "cpu" or "device"."""
     layer = InvertibleConv2d(case.shape[0], corners=case.corners)
     with torch.no_grad():
         layer.raw_weight.mul_(TAPS_SCALE)
@@ -34,7 +34,7 @@ def errors(case: Case, device: str) -> dict[str, dict[str, float]]:
 
 
 def ratio(error: dict[str, float]) -> float:
-    """The device's error over the CPU's, which counts as one rounding at least: nobody can be asked for better."""
+    """Returns the device's error over the CPU's, which counts as one rounding at least."""
     return error["device"] / max(error["cpu"], ROUNDING)
 
 

@@ -62,7 +62,7 @@ def load(name: str, capability: tuple[int, int]) -> int:
 
 
 def launcher(function: int, threads: int, arguments: bytes) -> Callable[[], None]:
-    """A launch of one block on the current stream."""
+    """Returns a launch of one block on the current stream."""
     return lambda: driver.launch(0, function, (1, 1, 1), threads, 64, arguments, driver.current_stream(0))
 
 
@@ -91,7 +91,7 @@ def latency(function: int, constant: Latency, device: str) -> tuple[float, float
 
 
 def node_microseconds(function: int, seconds: float) -> float:
-    """What one more kernel takes in a graph where each waits for the one before."""
+    """Returns what one more kernel takes in a graph where each waits for the one before."""
     run = launcher(function, 32, bytes(24))
 
     def several() -> None:

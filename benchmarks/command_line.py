@@ -9,7 +9,7 @@ import nflows_kconv
 
 
 def parse(description: str, seconds: float) -> argparse.Namespace:
-    """The command line, checked; the folder of the results is there.
+    """Returns the command line, checked; the folder of the results is there.
 
     Args:
         description: What the benchmark measures.

@@ -40,7 +40,7 @@ def _table(title: str, cases: list[Case], seconds: float) -> list[dict]:
 
 
 def _curve(title: str, cases: list[Case], seconds: float) -> list[dict]:
-    """The time of a pixel, which is constant where the cost is linear."""
+    """Prints the time of a pixel, which is constant where the cost is linear."""
     print(f"\n{title}\n")
     print("batch  (C, H, W)           inverse       a pixel   F.conv2d")
     rows = []
@@ -57,7 +57,7 @@ def _curve(title: str, cases: list[Case], seconds: float) -> list[dict]:
 
 
 def _inverses(title: str, cases: list[InverseCase], seconds: float) -> list[dict]:
-    """The time of a multiply-add tells stencils of different numbers of taps apart."""
+    """Prints times of a multiply-add, too, to compare stencils of different numbers of taps."""
     print(f"\n{title}, float32; the ratio is to torch's own convolution of the same layer\n")
     print("batch  (C, ...)             corners                    conv     inverse         a multiply-add")
     rows = []

@@ -51,7 +51,7 @@ def sections(workload: Workload, seconds: float, device: str, device_name: str) 
 
 
 def print_summary(results: dict) -> None:
-    """How many targets were met, and which were missed."""
+    """Returns how many targets were met, and which were missed."""
     judged = [
         (section, row, record)
         for section, rows in results.items()
@@ -83,7 +83,7 @@ def _largest(floor: dict[str, float]) -> str:
 def _table(
     name: str, cases: list[Case], seconds: float, device: str, device_name: str, speeds: Speeds
 ) -> Iterator[list[dict]]:
-    """The rows so far, after each."""
+    """Returns the rows so far, after each."""
     print(f"\n{name}, k = 3, float32; F.conv2d has its backward where the layer has\n")
     print(
         "batch  (C, H, W)        corners  mode   measured                    time      F.conv2d    ratio"

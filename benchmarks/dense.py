@@ -23,19 +23,19 @@ def matrix_bytes(case: Case) -> int:
 
 
 def matrices(weight: Tensor, case: Case) -> Tensor:
-    """The Jacobian of each group, [G, N, N]: output by input."""
+    """Returns the Jacobian of each group, [G, N, N]: output by input."""
     groups = weight.chunk(len(case.corners))
     return torch.stack([_jacobian(group, corner, case) for group, corner in zip(groups, case.corners, strict=True)])
 
 
 def right_hand_sides(y: Tensor, case: Case) -> Tensor:
-    """Images [B, C, H, W] as columns of each group, [G, N, B]."""
+    """Returns images [B, C, H, W] as columns of each group, [G, N, B]."""
     groups = zip(y.chunk(len(case.corners), 1), case.corners, strict=True)
     return torch.stack([_raster(group, corner).mT for group, corner in groups]).contiguous()
 
 
 def solve(jacobian: Tensor, columns: Tensor) -> Tensor:
-    """The columns of x with jacobian x = columns."""
+    """Returns the columns of x with jacobian x = columns."""
     return torch.linalg.solve_triangular(jacobian, columns, upper=False)
 
 

@@ -10,7 +10,7 @@ seeds, then with other kernels, widths and numbers of steps with the first seed.
 it has as many parameters as the pair.
 
 First the time of a training step of each flow is measured, all in turns; each is then trained for as many steps as fit
-into the given time, so that it does not matter how busy the machine is during the trainings.
+into the given time, so it does not matter how busy the machine is during the trainings.
 
 The folder benchmarks/results/evidence-DATA-DEVICE, or --output, gets runs.json after each run, and at the end report.md
 and pictures. The same command goes on with what is missing there, after Ctrl-C too. A run takes --seconds and the time
@@ -36,13 +36,13 @@ from benchmarks.layer import RESULTS, gpu_machine, machine
 from examples import image_data
 
 LEVELS = {"digits": 2, "fashion-mnist": 2, "photographs": 3}
-KERNELS = (2, 5)  # beside 3
+KERNELS = (2, 5)  # in addition to 3
 
 
 def configurations(
     image_shape: tuple[int, int, int], levels: int, steps: Sequence[int], widths: Sequence[int], seeds: Sequence[int]
 ) -> Iterator[Configuration]:
-    """All flows to train: at the first size with all seeds, then at the others.
+    """Returns all flows to train: at the first size with all seeds, then at the others.
 
     Args:
         image_shape: (C, H, W).
@@ -66,7 +66,7 @@ def configurations(
 
 
 def as_large_as(other: Configuration, image_shape: tuple[int, int, int]) -> Configuration:
-    """Glow with couplings so wide that it has at least as many parameters as another flow."""
+    """Builds a Glow with couplings so wide that it has at least as many parameters as another flow."""
 
     def parameters(configuration: Configuration) -> int:
         with torch.device("meta"):

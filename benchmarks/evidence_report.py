@@ -25,7 +25,7 @@ COLORS = {
 
 
 def write(folder: Path) -> None:
-    """Writes report.md, learning_curves.png and pareto.png beside runs.json."""
+    """Writes report.md, learning_curves.png and pareto.png next to runs.json."""
     results = json.loads((folder / "runs.json").read_text())
     (folder / "report.md").write_text(report(results))
     for name, figure in (("learning_curves", draw_curves(results)), ("pareto", draw_pareto(results))):
@@ -34,7 +34,7 @@ def write(folder: Path) -> None:
 
 
 def report(results: dict[str, Any]) -> str:
-    """All tables, in Markdown."""
+    """Returns all tables, in Markdown."""
     machine, settings, runs = results["machine"], results["settings"], results["runs"]
     sizes = _by_size(runs)
     return "\n\n".join(
@@ -164,7 +164,7 @@ def _by_size(runs: Iterable[Run]) -> dict[tuple, list[Run]]:
 
 
 def _of_equal_parameters(sizes: dict[tuple, list[Run]]) -> dict[tuple, list[Run]]:
-    """The pair at the main size, and the Glow that was made as large as it."""
+    """Returns the pair at the main size, and the Glow that was made as large as it."""
     pair = next((size for size in sizes if size[0] == "pair"), None)
     if pair is None:
         return {}
@@ -180,7 +180,7 @@ def _main(runs: list[Run]) -> list[Run]:
 
 
 def _front(runs: Iterable[Run]) -> list[Run]:
-    """Those runs that no faster one reaches in bits per dimension, the fastest first."""
+    """Returns those runs that no faster one reaches in bits per dimension, the fastest first."""
     front: list[Run] = []
     for run in sorted(runs, key=lambda run: run["sampling_seconds"]):
         if not front or run["bits_per_dim"] < front[-1]["bits_per_dim"]:
@@ -189,7 +189,7 @@ def _front(runs: Iterable[Run]) -> list[Run]:
 
 
 def _means(runs: Iterable[Run]) -> list[Run]:
-    """A run for each size: the mean of its seeds."""
+    """Returns a run for each size: the mean of its seeds."""
     means = []
     for seeds in _by_size(runs).values():
         mean = statistics.mean(run["bits_per_dim"] for run in seeds)
@@ -198,7 +198,7 @@ def _means(runs: Iterable[Run]) -> list[Run]:
 
 
 def _coordinates(runs: Sequence[Run]) -> tuple[list[float], list[float], list[float]]:
-    """Sampling times in milliseconds, bits per dimension and their errors."""
+    """Returns sampling times in milliseconds, bits per dimension and their errors."""
     times = [1e3 * run["sampling_seconds"] for run in runs]
     return times, [run["bits_per_dim"] for run in runs], [run["standard_error"] for run in runs]
 

@@ -59,7 +59,7 @@ class Configuration(NamedTuple):
     seed: int
 
     def build(self, image_shape: tuple[int, int, int]) -> nn.Module:
-        """The untrained flow."""
+        """Returns the untrained flow."""
         torch.manual_seed(self.seed)
         options = {"kernel_size": self.kernel, **METHODS[self.method]}
         return finc_flow(image_shape, self.levels, self.steps, hidden_channels=self.width, **options)
@@ -80,7 +80,7 @@ class Timing(NamedTuple):
 def time_all(
     configurations: Sequence[Configuration], data_name: str, data_root: Path, device: str
 ) -> dict[Configuration, Timing]:
-    """The times of all flows, measured in turns, so that whatever else the machine does slows all of them.
+    """Returns the times of all flows, measured in turns, so whatever else the machine does slows all of them.
 
     On the CPU they are the times that one thread had a core.
     """
@@ -148,7 +148,7 @@ def _step(flow: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor) -> 
 
 
 def _split(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Those to train on, and those that validate, evenly spaced over the last tenth.
+    """Returns those to train on, and those that validate, evenly spaced over the last tenth.
 
     Patches of photographs overlap, but not with those that are far from them in this order.
     """

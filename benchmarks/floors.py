@@ -86,7 +86,7 @@ def count_operations(case: Case) -> int:
 
 
 def count_steps(case: Case) -> int:
-    """Anti-diagonals of an image."""
+    """Counts the anti-diagonals of an image."""
     return case.shape[1] + case.shape[2] - 1
 
 

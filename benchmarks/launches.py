@@ -53,7 +53,7 @@ def make_plan(
     multiprocessors: int,
     shared_memory: int,
 ) -> Plan:
-    """What the planner chooses for contiguous float32 tensors, without a bias, the diagonal the weight's own.
+    """Returns what the planner chooses for contiguous float32 tensors, without a bias, the diagonal the weight's own.
 
     Args:
         operation: "conv", "solve" or "weight_gradient".
@@ -88,13 +88,13 @@ def make_plan(
 
 
 def packed_arguments(launch: Launch, first: int, second: int, output: int, scratch: int) -> bytes:
-    """The kernel's parameter with these addresses."""
+    """Returns the kernel's parameter with these addresses."""
     pointers = struct.pack("=4Q", first, second, output, scratch)
     return pointers + launch.arguments[len(pointers) :]
 
 
 def compile_kernel(kernel: plan.Kernel, capability: tuple[int, int], lines: bool = False) -> bytes:
-    """A kernel's cubin, as at run time; with source line information if `lines`."""
+    """Returns a kernel's cubin, as at run time; with source line information if `lines`."""
     original = compiler._nvrtc
     if lines:
         compiler._nvrtc = lambda: _WithLines(original())
@@ -105,7 +105,7 @@ def compile_kernel(kernel: plan.Kernel, capability: tuple[int, int], lines: bool
 
 
 def compiler_version() -> str:
-    """Version of NVRTC."""
+    """Returns the version of NVRTC."""
     return ".".join(map(str, compiler.version()))
 
 

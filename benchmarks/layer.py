@@ -7,9 +7,9 @@
     python -m benchmarks.plots FILE.json            draws the plot again
 
 The yardstick is what one would write without this package: for each group F.pad and F.conv2d, then torch.cat. Every
-row's contestants take turns, so that whatever else the machine does slows all of them; the table shows their medians.
+row's contestants take turns, so whatever else the machine does slows all of them; the table shows their medians.
 On the GPU the yardstick has its best: TF32 off as in the layer, but cuDNN's fastest algorithm, by cudnn.benchmark.
-Results are written after each table, so that an interrupted run keeps what it has measured.
+Results are written after each table, so an interrupted run keeps what it has measured.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def machine() -> dict[str, Any]:
-    """Where and with what this was measured."""
+    """Returns where and with what this was measured."""
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -48,7 +48,7 @@ def machine() -> dict[str, Any]:
 
 
 def gpu_machine() -> dict[str, Any]:
-    """The same for a GPU, with its CPU; also how torch was set while this was measured."""
+    """Returns the same for a GPU, with its CPU; also how torch was set while this was measured."""
     on_cpu = machine()
     return {
         **on_cpu,
@@ -64,12 +64,12 @@ def gpu_machine() -> dict[str, Any]:
 
 
 def header(measured_on: dict[str, Any], workload: workloads.Workload) -> dict[str, Any]:
-    """What results begin with; those of tiny sizes say so."""
+    """Returns what results begin with; those of tiny sizes say so."""
     return {"machine": measured_on, **({"tiny": True} if workload.tiny else {})}
 
 
 def default_output(device_name: str) -> Path:
-    """Where the results of a GPU go: "NVIDIA H100 80GB HBM3" to results/cuda-h100-80gb-hbm3.json."""
+    """Returns where the results of a GPU go: "NVIDIA H100 80GB HBM3" to results/cuda-h100-80gb-hbm3.json."""
     words = device_name.lower().replace("nvidia", "").replace("/", " ").split()
     return RESULTS / f"cuda-{'-'.join(words)}.json"
 

@@ -31,7 +31,7 @@ LINES = {
 
 
 def draw(results: dict) -> Figure:
-    """One panel for each curve of a result."""
+    """Returns one panel for each curve of a result."""
     names = [name for name in AXES if name in results]
     if not names:
         raise ValueError(f"the results must have at least one of the curves {tuple(AXES)}, got {tuple(results)}")
@@ -73,7 +73,7 @@ def _times_of(microseconds: dict, mode: str | None) -> dict[str, float]:
 
 
 def main() -> None:
-    """Reads the JSON and writes the picture beside it."""
+    """Reads the JSON and writes the picture next to it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, help="a JSON file that layer.py has written")
     path = parser.parse_args().results

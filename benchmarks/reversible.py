@@ -61,7 +61,7 @@ class Checkpointed(steps.Sequence):
     """A stack that keeps the input of each step."""
 
     def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:
-        """From data to latent."""
+        """Transforms data to latent."""
         total = input.new_zeros(len(input))
         for module in self.steps:
             input, log_abs_det = checkpoint(module, input, use_reentrant=False, preserve_rng_state=False)
@@ -73,7 +73,7 @@ STACKS = {"ordinary": steps.Sequence, "reversible": reversible.Chain, "checkpoin
 
 
 def build(size: Size, count: int, device: str) -> tuple[list[nn.Module], Tensor]:
-    """The steps, ActNorm initialised, and a batch."""
+    """Returns the steps, ActNorm initialised, and a batch."""
     torch.manual_seed(0)
     channels = size.shape[0]
     modules: list[nn.Module] = []
@@ -90,14 +90,14 @@ def build(size: Size, count: int, device: str) -> tuple[list[nn.Module], Tensor]
 
 
 def train(stack: nn.Module, batch: Tensor) -> None:
-    """A forward and a backward pass of the negative log-likelihood."""
+    """Returns a forward and a backward pass of the negative log-likelihood."""
     stack.zero_grad()
     outputs, log_abs_det = stack(batch)
     (0.5 * outputs.square().sum((1, 2, 3)) - log_abs_det).mean().backward()
 
 
 def peak_bytes(stack: nn.Module, batch: Tensor) -> int:
-    """What a training step allocates at its peak."""
+    """Returns what a training step allocates at its peak."""
     train(stack, batch)  # what libraries allocate once
     stack.zero_grad()
     return memory.peak_growth(lambda: train(stack, batch), batch.device.type)
@@ -123,7 +123,7 @@ def shortest_times(stacks: dict[str, nn.Module], batch: Tensor, seconds: float) 
 
 
 def gradient_errors(stacks: dict[str, nn.Module], batch: Tensor) -> dict[str, dict[str, float]]:
-    """Of each stack, relative to the ordinary one and to that in float64."""
+    """Compares each stack's gradients with the ordinary one's and with those in float64."""
     gradients = {name: _gradients(stack, batch) for name, stack in stacks.items()}
     references = {
         "ordinary": gradients["ordinary"],
@@ -136,7 +136,7 @@ def gradient_errors(stacks: dict[str, nn.Module], batch: Tensor) -> dict[str, di
 
 
 def measure(size: Size, steps: int, device: str, seconds: float) -> dict[str, Any]:
-    """A row of the table."""
+    """Returns a row of the table."""
     modules, batch = build(size, steps, device)
     stacks = {name: stack(modules) for name, stack in STACKS.items()}
     row = {

@@ -115,7 +115,7 @@ VARIANTS = {
 
 
 def prepared(model: str, variant: Variant, size: Size, device: str) -> nn.Module:
-    """The model in normflows, for a variant."""
+    """Returns the model in normflows, for a variant."""
     flow = build("normflows", model, size, device)
     for change in variant.prepare:
         change(flow, device)
@@ -123,7 +123,7 @@ def prepared(model: str, variant: Variant, size: Size, device: str) -> nn.Module
 
 
 def build(library: str, model: str, size: Size, device: str) -> nn.Module:
-    """A flow whose ActNorms have seen a batch and whose couplings couple."""
+    """Returns a flow whose ActNorms have seen a batch and whose couplings couple."""
     torch.manual_seed(0)
     flow = (
         LIBRARIES[library]
@@ -139,12 +139,12 @@ def build(library: str, model: str, size: Size, device: str) -> nn.Module:
 
 
 def images(size: Size, device: str) -> Tensor:
-    """A batch of noise, [B, C, H, W], values 0..255."""
+    """Returns a batch of noise, [B, C, H, W], values 0..255."""
     return torch.randint(256, (size.batch, *size.image_shape), device=device).float()
 
 
 def finishing(call: Callable[[], object], device: str) -> Callable[[], None]:
-    """The call, until the device has done it."""
+    """Returns the call, until the device has done it."""
 
     def run() -> None:
         call()
@@ -155,18 +155,18 @@ def finishing(call: Callable[[], object], device: str) -> Callable[[], None]:
 
 
 def clock(calls: dict[str, Callable[[], object]], seconds: float, device: str) -> dict[str, float]:
-    """Median microseconds of each call."""
+    """Measures the median microseconds of each call."""
     return timing.wall({name: finishing(call, device) for name, call in calls.items()}, seconds)
 
 
 def draw(flow: nn.Module, number: int) -> None:
-    """The library's own `sample`."""
+    """Returns the library's own `sample`."""
     with torch.no_grad():
         flow.sample(number)  # type: ignore[operator]
 
 
 def sampling_table(size: Size, device: str, seconds: float, device_name: str) -> Iterator[list[dict]]:
-    """Both libraries, a batch and an image, the flow's own sample and the sampler; the rows so far, after each."""
+    """Measures both libraries, a batch and an image, `sample` and the sampler; yields the rows so far, after each."""
     print("\nsampling\n")
     print("library    images  model                           flow       sampler")
     rows: list[dict] = []
@@ -188,7 +188,7 @@ def sampling_table(size: Size, device: str, seconds: float, device_name: str) ->
 
 
 def judge_sampling(times: dict[str, float], number: int, size: Size, device_name: str) -> list[dict]:
-    """The records of a row of `sampling_table`; only the big model has targets."""
+    """Returns the records of a row of `sampling_table`; only the big model has targets."""
     if size != SIZES["cuda"]:
         return []
     if number == 1:
@@ -203,7 +203,7 @@ def judge_sampling(times: dict[str, float], number: int, size: Size, device_name
 
 
 def variants_table(size: Size, device: str, seconds: float) -> list[dict]:
-    """What other ways to run the models bring, and what they lose."""
+    """Returns what other ways to run the models bring, and what they lose."""
     print("\nvariants, in normflows\n")
     print(
         "variant                              images    FInC sampler  Glow sampler     ratio  pixel values lost: FInC"
@@ -226,13 +226,13 @@ def variants_table(size: Size, device: str, seconds: float) -> list[dict]:
 
 @torch.no_grad()
 def values_lost(flow: Any, batch: Tensor) -> float:
-    """The share of pixel values that a round trip changes."""
+    """Returns the share of pixel values that a round trip changes."""
     latents, _ = flow.inverse_and_log_det(batch)
     return (flow.forward_and_log_det(latents)[0] != batch).double().mean().item()
 
 
 def training_table(size: Size, device: str, seconds: float) -> Iterator[list[dict]]:
-    """Negative log-likelihood and gradients of a batch; the rows so far, after each."""
+    """Measures a batch's negative log-likelihood and gradients; yields the rows so far, after each."""
     print("\ntraining step, in normflows\n")
     print("variant                                  FInC           Glow     ratio  target")
     rows: list[dict] = []
@@ -254,7 +254,7 @@ def training_table(size: Size, device: str, seconds: float) -> Iterator[list[dic
 
 
 def train(flow: Any, batch: Tensor, variant: Variant, device: str) -> None:
-    """One step, without the optimiser's."""
+    """Returns one step, without the optimiser's."""
     flow.zero_grad()
     with variant.context(device):
         loss = -flow.log_prob(batch).mean()
@@ -262,7 +262,7 @@ def train(flow: Any, batch: Tensor, variant: Variant, device: str) -> None:
 
 
 def print_records(records: list[dict]) -> None:
-    """What was to be reached, and whether it was."""
+    """Returns what was to be reached, and whether it was."""
     for record in records:
         print(
             f"    {record['quantity']}, {record['mode']}: {record['value']:.3g} {record['unit']}, {describe(record)}",

@@ -16,7 +16,7 @@ _MOST = 30  # failures of a part
 
 
 def main() -> None:
-    """Of each part its last line and what failed, then the targets."""
+    """Prints each part's last line and what failed, then the targets."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder

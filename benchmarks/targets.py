@@ -36,7 +36,7 @@ class Target:
     aim: float | None = None
 
     def judge(self, quantity: str, mode: str, value: float) -> dict[str, object]:
-        """The record of a measured value: what it is, the target, and whether it was met."""
+        """Returns the record of a measured value: what it is, the target, and whether it was met."""
         verdict = "missed" if not value <= self.limit else "met" if self.aim is None or value > self.aim else "aim met"
         return {"quantity": quantity, "mode": mode, "value": value, **asdict(self), "verdict": verdict}
 
@@ -57,7 +57,7 @@ _MICROSECONDS = {Case(100, shape): Target(10, "us", aim=5) for shape in PAPER_SH
 
 
 def of_case(case: Case, device_name: str) -> dict[tuple[str, str], Target]:
-    """The targets of a table's row, by contestant and mode ("eager" or "graph")."""
+    """Returns the targets of a table's row, by contestant and mode ("eager" or "graph")."""
     if case in _MICROSECONDS:
         found = {
             ("forward", "eager"): _FIVE_TIMES_FASTER,
@@ -76,7 +76,7 @@ def of_case(case: Case, device_name: str) -> dict[tuple[str, str], Target]:
 
 
 def judge_row(case: Case, microseconds: dict[str, dict[str, float]], device_name: str) -> list[dict[str, object]]:
-    """The records of all values of a row that have a target; times by mode and contestant."""
+    """Returns the records of all values of a row that have a target; times by mode and contestant."""
     records = []
     for (quantity, mode), target in of_case(case, device_name).items():
         times = microseconds[mode]
@@ -86,6 +86,6 @@ def judge_row(case: Case, microseconds: dict[str, dict[str, float]], device_name
 
 
 def describe(record: dict) -> str:
-    """A record as a table shows it: `<= 10 us: met (aim 5 us)`."""
+    """Returns a record as a table shows it: `<= 10 us: met (aim 5 us)`."""
     aim = "" if record["aim"] is None else f" (aim {record['aim']:g} {record['unit']})"
     return f"<= {record['limit']:g} {record['unit']}: {record['verdict']}{aim}"

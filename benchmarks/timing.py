@@ -1,6 +1,6 @@
 """Clocks: each gives the median time of one call of each contestant, in microseconds.
 
-The contestants take turns, so that whatever else the machine does slows all of them.
+The contestants take turns, so whatever else the machine does slows all of them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LEAST_SAMPLES = 5
 
 
 def take_turns(samples: Mapping[str, Callable[[], float]], seconds: float) -> dict[str, float]:
-    """The median of what each function returns, called in turn for about this long."""
+    """Returns the median of what each function returns, called in turn for about this long."""
     values: dict[str, list[float]] = {name: [] for name in samples}
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(next(iter(values.values()))) < LEAST_SAMPLES:
@@ -31,14 +31,14 @@ def take_turns(samples: Mapping[str, Callable[[], float]], seconds: float) -> di
 
 
 def wall(contestants: Contestants, seconds: float) -> dict[str, float]:
-    """On the CPU: from the beginning to the end of one call."""
+    """Times one call on the CPU, from beginning to end."""
     for run in contestants.values():
         run()
     return take_turns({name: partial(_wall_time, run, 1) for name, run in contestants.items()}, seconds)
 
 
 def eager(contestants: Contestants, seconds: float) -> dict[str, float]:
-    """On the GPU: calls queued back to back between two events, as long as the slower of host and device takes."""
+    """Times calls queued back to back on the GPU, between two events: the slower of host and device."""
     for run in contestants.values():
         _warm_up(run)
     samples = {name: partial(_time_between_events, partial(_repeat, run)) for name, run in contestants.items()}
@@ -46,7 +46,7 @@ def eager(contestants: Contestants, seconds: float) -> dict[str, float]:
 
 
 def graph(contestants: Contestants, seconds: float) -> dict[str, float]:
-    """On the GPU: calls captured into one CUDA graph, between two events."""
+    """Times calls captured into one CUDA graph, between two events."""
     replays = {name: _captured(run) for name, run in contestants.items()}
     for replay in replays.values():
         _warm_up(replay)
@@ -54,7 +54,7 @@ def graph(contestants: Contestants, seconds: float) -> dict[str, float]:
 
 
 def cold(contestants: Contestants, seconds: float) -> dict[str, float]:
-    """As `graph`, but nothing that a call reads is in the L2 cache: a call follows a read of more than that holds."""
+    """Times as `graph` does, with a cold L2 cache: before each call it reads more than the cache holds."""
     read = _read_of_the_cache()
 
     times = graph({"": read, **{name: partial(_each, read, run) for name, run in contestants.items()}}, seconds)
@@ -63,7 +63,7 @@ def cold(contestants: Contestants, seconds: float) -> dict[str, float]:
 
 
 def host(contestants: Contestants, seconds: float) -> dict[str, float]:
-    """On the host alone: until calls have returned, whether or not the GPU has done what they ask for."""
+    """Times the host alone: until calls have returned, whether or not the GPU is done."""
     for run in contestants.values():
         _warm_up(run)
 

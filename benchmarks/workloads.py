@@ -115,7 +115,7 @@ CUDA = Workload(
 
 
 def tiny(workload: Workload) -> Workload:
-    """The same tables and curves at sizes that tell whether the benchmark works, and nothing about speed."""
+    """Returns the same tables and curves at sizes that tell whether the benchmark works, and nothing about speed."""
     return Workload(
         tables={name: [Case(2, (4, 3, 5), cases[-1].corners)] for name, cases in workload.tables.items()},
         curves={name: [Case(2, (4, side, side)) for side in (2, 3)] for name in workload.curves},

@@ -31,7 +31,7 @@ __all__ = [
 
 
 def get_requires_for_build_wheel(config_settings: Mapping[str, Any] | None = None) -> list[str]:
-    """What must be installed to build a wheel, beside the static requirements in pyproject.toml."""
+    """Returns what must be installed to build a wheel in addition to the static requirements in pyproject.toml."""
     return build_requirements()
 
 

@@ -23,12 +23,12 @@ class Torch:
 
     @property
     def recent_enough(self) -> bool:
-        """Whether it has the stable ABI that the native library is written for."""
+        """Returns whether it has the stable ABI that the native library is written for."""
         return tuple(int(part) for part in self.version.split(".")[:2]) >= MINIMUM_TORCH
 
 
 def search_path() -> list[str]:
-    """Where to look for torch: what this process sees first, then the target's own directories.
+    """Returns where to look for torch: what this process sees first, then the target's own directories.
 
     Under pip's build isolation the target's interpreter runs with its own directories taken off `sys.path`.
     """
@@ -40,14 +40,14 @@ def search_path() -> list[str]:
 
 
 def find_torch(path: Sequence[str]) -> Torch | None:
-    """The first torch on `path`."""
+    """Returns the first torch on `path`."""
     for distribution in Distribution.discover(name="torch", path=list(path)):
         return Torch(distribution.version, Path(str(distribution.locate_file("torch"))))
     return None
 
 
 def find_compiler() -> list[str]:
-    """The C++ compiler, as the beginning of a command; empty where there is none."""
+    """Returns the C++ compiler, as the beginning of a command; empty where there is none."""
     return next((command for command in map(shlex.split, _compilers()) if shutil.which(command[0])), [])
 
 
@@ -56,7 +56,7 @@ def _compilers() -> Sequence[str]:
 
 
 def why_not() -> str | None:
-    """Why the native library cannot be built here whatever torch there is; None where it can."""
+    """Returns why the native library cannot be built here whatever torch there is; None where it can."""
     if os.environ.get("NFLOWS_KCONV_BUILD") == "0":
         return "NFLOWS_KCONV_BUILD=0 was set"
     if os.name == "nt":
@@ -69,7 +69,7 @@ def why_not() -> str | None:
 
 
 def build_requirements() -> list[str]:
-    """The requirement of torch, where the native library can be built and no usable torch is there yet."""
+    """Returns the requirement of torch, where the native library can be built and no usable torch is there yet."""
     if why_not() is not None:
         return []
     torch = find_torch(search_path())

@@ -47,7 +47,7 @@ class CompilerError(Exception):
 
 
 def build(library: Path) -> Outcome:
-    """Builds `library` if it can be built, and writes the outcome beside it either way."""
+    """Builds `library` if it can be built, and writes the outcome next to it either way."""
     library.parent.mkdir(parents=True, exist_ok=True)
     # Left over from an earlier build, or mapped by a running process: never overwritten in place.
     library.unlink(missing_ok=True)
@@ -103,7 +103,7 @@ def compile_library(compiler: Sequence[str], torch: Torch, sources: Sequence[Pat
 
 
 def source_flags(source: Path, machine: str) -> tuple[str, ...]:
-    """The flags for one file: those of the instruction set in its name, on the machines that have it."""
+    """Returns the flags for one file: those of the instruction set in its name, on the machines that have it."""
     if machine not in ("x86_64", "AMD64"):
         return ()
     return next((flags for end, flags in INSTRUCTION_SET_FLAGS.items() if source.name.endswith(end)), ())

@@ -12,7 +12,7 @@ BLUE, ORANGE, GREY = "#3a6ea5", "#e07b39", "#d9d9d9"
 
 
 def draw_corners(axes: plt.Axes) -> None:
-    """The taps of a 3 x 3 kernel in each corner around the pixel they belong to."""
+    """Returns the taps of a 3 x 3 kernel in each corner around the pixel they belong to."""
     for name, (right, down) in {"TL": (0, 0), "TR": (1, 0), "BL": (0, 1), "BR": (1, 1)}.items():
         x0, y0 = 6 * right, 6 * down
         for row in range(5):
@@ -29,7 +29,7 @@ def draw_corners(axes: plt.Axes) -> None:
 
 
 def draw_wavefront(axes: plt.Axes, size: int = 8) -> None:
-    """The step in which the inverse finds each pixel."""
+    """Returns the step in which the inverse finds each pixel."""
     steps = torch.arange(size)[:, None] + torch.arange(size)
     axes.imshow(steps, cmap="Blues", vmin=-8)
     for row in range(size):
@@ -40,7 +40,7 @@ def draw_wavefront(axes: plt.Axes, size: int = 8) -> None:
 
 
 def draw_jacobian(axes: plt.Axes) -> None:
-    """The non-zeros of a real Jacobian, in raster order."""
+    """Returns the non-zeros of a real Jacobian, in raster order."""
     torch.manual_seed(0)
     layer = InvertibleConv2d(3, corners="TL")
     jacobian = torch.autograd.functional.jacobian(lambda x: layer(x)[0], torch.zeros(1, 3, 4, 4))

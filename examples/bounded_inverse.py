@@ -34,7 +34,7 @@ BOUNDS = (None, 4)  # max_inverse_gain
 
 
 def load_photograph() -> tuple[Tensor, Tensor]:
-    """The parts to train and to test on, [C, H, W], values 0..255."""
+    """Returns the parts to train and to test on, [C, H, W], values 0..255."""
     photograph = torch.tensor(load_sample_image("china.jpg")).permute(2, 0, 1)
     width = int(TRAINING_SHARE * photograph.shape[2])
     return photograph[..., :width], photograph[..., width:]
@@ -60,7 +60,7 @@ def train(name: str, flow: ImageFlow, photograph: Tensor, steps: int, learning_r
 
 
 def largest_gain(flow: ImageFlow) -> float:
-    """The largest ||A^-1||_2 of its layers."""
+    """Returns the largest ||A^-1||_2 of its layers."""
     layers = [module for module in flow.modules() if isinstance(module, InvertibleConv2d)]
     return max(conditioning(layer, FEATURE_SIZE).inverse_gain for layer in layers)
 

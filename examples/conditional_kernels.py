@@ -5,7 +5,7 @@
 An image is white noise, blurred to a width between 0.3 and 2 pixels, plus a little noise. All pixels have variance 1 at
 every width: it shows in how they correlate, which is what a convolution undoes, and each width needs another one.
 Prints the held-out log-density a pixel of three flows, mean and standard deviation over seeds, and that of the true
-distribution, which is normal, so that it can be computed.
+distribution, which is normal, so it can be computed.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ CONDITIONS = {
 
 
 def blurs(widths: Tensor) -> Tensor:
-    """The matrix that blurs columns to each width, [B, SIZE, SIZE], with rows of norm 1."""
+    """Returns the matrix that blurs columns to each width, [B, SIZE, SIZE], with rows of norm 1."""
     distances = torch.arange(SIZE)[:, None] - torch.arange(SIZE)
     matrices = torch.exp(-0.5 * (distances / widths[:, None, None]) ** 2)
     return matrices / matrices.norm(dim=2, keepdim=True)
 
 
 def draw(count: int) -> tuple[Tensor, Tensor]:
-    """Images, [B, 1, SIZE, SIZE], and their widths, [B]."""
+    """Draws images, [B, 1, SIZE, SIZE], and their widths, [B]."""
     widths = torch.empty(count).uniform_(*WIDTHS)
     matrices = blurs(widths)
     blurred = matrices @ torch.randn(count, SIZE, SIZE) @ matrices.mT
@@ -56,7 +56,7 @@ def to_features(widths: Tensor) -> Tensor:
 
 
 def true_log_prob(images: Tensor, widths: Tensor) -> Tensor:
-    """The log-density of the distribution that `draw` draws from, [B]."""
+    """Returns the log-density of the distribution that `draw` draws from, [B]."""
     matrices = blurs(widths).double()
     values, vectors = torch.linalg.eigh(matrices @ matrices.mT)
     variances = (values[:, :, None] * values[:, None, :] + NOISE**2) / (1 + NOISE**2)
@@ -78,7 +78,7 @@ def train(name: str, flow: ImageFlow, steps: int) -> None:
 
 
 def log_prob(flow: ImageFlow, images: Tensor, widths: Tensor) -> Tensor:
-    """The flow's log-density of images of these widths, [B]."""
+    """Returns the flow's log-density of images of these widths, [B]."""
     return flow.log_prob(images, None if flow.architecture.context_shape is None else to_features(widths))
 
 

@@ -2,7 +2,7 @@
 
     python examples/graph_sampling.py [--calls 10]
 
-Prints which of the two it is, and the time of a call beside that of the flow's own `sample`. The sampler follows the
+Prints which of the two it is, and the time of a call next to that of the flow's own `sample`. The sampler follows the
 weights: it needs no new capture after a training step.
 """
 
@@ -16,7 +16,7 @@ from nflows_kconv.nflows import finc_flow
 
 
 def milliseconds(function, calls):
-    """Of one call, the mean of several."""
+    """Times one call: the mean of several."""
     function()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -29,7 +29,7 @@ def milliseconds(function, calls):
 
 
 def main(calls):
-    """Samples in both ways."""
+    """Returns samples in both ways."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print("a CUDA graph" if device == "cuda" else "no GPU here: every call runs the flow, as its own sample does")
     torch.manual_seed(0)

@@ -109,7 +109,7 @@ def save_picture(pixels: Tensor, path: Path) -> None:
 
 
 def _digits(root: Path, image_size: int | None) -> ImageData:
-    """scikit-learn's 8x8 digits.
+    """Loads scikit-learn's 8x8 digits.
 
     Each of the 17 gray levels v becomes 15 v + n with n uniform in 0..14, drawn once. A model of these images is one of
     the levels with log P(v) >= E log P(15 v + n) + D log 15: in bits per dimension, log2 15 less.
@@ -128,7 +128,7 @@ def _digits(root: Path, image_size: int | None) -> ImageData:
 
 
 def _photographs(root: Path, image_size: int | None) -> ImageData:
-    """32x32 patches of the colour photographs in scikit-image and scikit-learn, those to test on of other ones."""
+    """Cuts 32x32 patches of colour photographs in scikit-image and scikit-learn, of other ones to test on."""
     names = ("astronaut", "coffee", "rocket")
     train = [*(getattr(skimage.data, name)() for name in names), skimage.data.stereo_motorcycle()[0]]
     train.append(load_sample_image("china.jpg"))
@@ -164,7 +164,7 @@ def _cifar10(root: Path, image_size: int | None) -> ImageData:
 
 
 def _imagenet(size: int, root: Path, image_size: int | None) -> ImageData:
-    """The npz batches of Chrabaszcz, Loshchilov, Hutter 2017 (arXiv 1707.08819); the published test set is hidden."""
+    """Loads npz batches of Chrabaszcz, Loshchilov, Hutter 2017 (arXiv 1707.08819); the test set is hidden."""
     folder = root / f"imagenet{size}"
     train = [folder / f"train_data_batch_{index}.npz" for index in range(1, 11)]
     test = folder / "val_data.npz"
@@ -186,7 +186,7 @@ def _npz_batch(path: Path, size: int) -> tuple[Tensor, Tensor]:
 
 
 def _celeba(root: Path, image_size: int | None) -> ImageData:
-    """The aligned faces, of which the middle 148 x 148 pixels are resized, as is usual since arXiv 1512.09300."""
+    """Loads the aligned faces: the middle 148 x 148 pixels, resized, as is usual since arXiv 1512.09300."""
     published, size = datasets.CelebA, image_size or 64
     folder = root / published.base_folder
     faces = folder / "img_align_celeba"
@@ -262,7 +262,7 @@ def _require(name: str, paths: Iterable[Path]) -> None:
 def _verified(folder: Path, published: Callable[[], Any]) -> Any:
     try:
         return published()
-    except RuntimeError as error:  # all files are there, so that this is about their checksums
+    except RuntimeError as error:  # all files are there, so this is about their checksums
         raise ValueError(f"the files in {folder} are not those that were published: their checksums differ") from error
 
 

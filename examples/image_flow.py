@@ -2,7 +2,7 @@
 
     python examples/image_flow.py [--steps 100] [--output demo/image_flow.png]
 
-Prints the bits per dimension of the other photograph, of which guessing takes 8, and writes a grid of samples.
+Prints the bits per dimension of the other photograph (guessing takes 8), and writes a grid of samples.
 `kernel_size=None` would make the flow Glow. examples/train_image_flow.py trains on the usual data sets.
 """
 
@@ -20,7 +20,7 @@ SHAPE = (3, 16, 16)
 
 
 def load_patches(name):
-    """All patches side by side, uint8 [B, 3, 16, 16]."""
+    """Cuts all patches side by side, uint8 [B, 3, 16, 16]."""
     photograph = torch.tensor(load_sample_image(name)).permute(2, 0, 1)
     _, height, width = SHAPE
     return photograph.unfold(1, height, height).unfold(2, width, width).flatten(1, 2).transpose(0, 1)

@@ -98,7 +98,7 @@ def bits_per_dim_of_test(
 
 
 def sampling_time(sample: Callable[[], Tensor], device: torch.device) -> float:
-    """Seconds: the median of several runs."""
+    """Measures seconds: the median of several runs."""
     times = []
     for _ in range(11):
         start = time.perf_counter()
@@ -110,7 +110,7 @@ def sampling_time(sample: Callable[[], Tensor], device: torch.device) -> float:
 
 
 def at_temperatures(sampler: GraphSampler, labels: Tensor | None) -> Tensor:
-    """A row for each temperature; a column has the same noise in all of them."""
+    """Returns a row for each temperature; a column has the same noise in all of them."""
     rows = []
     for temperature in TEMPERATURES:
         torch.manual_seed(0)
@@ -119,7 +119,7 @@ def at_temperatures(sampler: GraphSampler, labels: Tensor | None) -> Tensor:
 
 
 def interpolated(flow: nn.Module, latents: Tensor) -> Tensor:
-    """A row for each image: on a straight line between its latent and that of the next image."""
+    """Returns a row for each image: on a straight line between its latent and that of the next image."""
     weights = torch.linspace(0, 1, COLUMNS, device=latents.device)[:, None]
     following = latents.roll(-1, 0)
     return flow.decode(torch.cat([torch.lerp(*pair, weights) for pair in zip(latents, following, strict=True)]))

@@ -1,4 +1,4 @@
-"""How `train_image_flow.py` trains: maximum likelihood with Lightning, so that a break changes nothing."""
+"""How `train_image_flow.py` trains: maximum likelihood with Lightning, so a break changes nothing."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LIBRARIES = {"nflows": nflows_kconv.nflows.finc_flow, "normflows": nflows_kconv.
 
 
 def build_flow(configuration: dict[str, Any]) -> nn.Module:
-    """The flow of a configuration, from its seed.
+    """Returns the flow of a configuration, from its seed.
 
     Raises:
         ValueError: If the images do not fit the flow.
@@ -52,7 +52,7 @@ def build_flow(configuration: dict[str, Any]) -> nn.Module:
 
 
 def seed_noise(seed: int, index: int) -> None:
-    """Makes the noise of a batch a function of its index, so that a resumed training has the same."""
+    """Makes the noise of a batch a function of its index, so a resumed training has the same."""
     torch.manual_seed(int(np.random.SeedSequence((seed, index)).generate_state(1)[0]))
 
 
@@ -73,7 +73,7 @@ class ImageFlow(LightningModule):
         self.workers = 0 if in_memory else min(8, os.cpu_count() or 1)  # processes that read files
 
     def train_dataloader(self) -> DataLoader:
-        """From the step on at which the training is."""
+        """Starts from the step at which the training is."""
         batches = Batches(
             len(self.data.train),
             self.hparams.batch_size,
@@ -85,7 +85,7 @@ class ImageFlow(LightningModule):
         return DataLoader(self.data.train, batch_sampler=batches, num_workers=self.workers)
 
     def val_dataloader(self) -> DataLoader:
-        """The same images in each process."""
+        """Returns the same images in each process."""
         return DataLoader(self.data.validation, self.hparams.batch_size, num_workers=self.workers)
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
@@ -95,14 +95,14 @@ class ImageFlow(LightningModule):
         if self.hparams.flip:
             flipped = torch.rand(self.trainer.world_size, len(images), device=self.device)[self.global_rank] < 0.5
             images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
-        # The processes draw one after the other from the same noise, so that one process alone would have the same.
+        # The processes draw one after the other from the same noise, so one process alone would have the same.
         torch.rand(self.global_rank, *images.shape, device=self.device)
         loss = self._bits_per_dim(images, classes)
         self.log("train_bits_per_dim", loss, prog_bar=True, sync_dist=True)
         return loss
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        """The same noise each time, and in each process."""
+        """Returns the same noise each time, and in each process."""
         seed_noise(self.hparams.seed, batch_idx)
         images, classes = batch
         value = self._bits_per_dim(images, classes)
@@ -113,7 +113,7 @@ class ImageFlow(LightningModule):
         return bits_per_dim(log_prob, self.hparams.image_shape).mean()
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """Adam with a linear warm-up."""
+        """Builds Adam with a linear warm-up."""
         optimizer = torch.optim.Adam(self.parameters(), self.hparams.learning_rate)
         steps = self.hparams.warm_up
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / max(1, steps)))
@@ -155,7 +155,7 @@ class Batches(Sampler[list[int]]):
 
 
 def growing_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor], None]:
-    """An exponential moving average whose decay grows to its value, so that short trainings forget their beginning.
+    """Averages exponentially, with a decay that grows to its value: short trainings forget their beginning.
 
     Raises:
         ValueError: If the decay is not between 0 and 1.
@@ -199,13 +199,13 @@ class Budget(Callback):
         self.seconds, self.interrupted = 60 * minutes, False
 
     def on_train_start(self, trainer: Trainer, *_: Any) -> None:
-        """The clock and the bar start."""
+        """Starts the clock and the bar."""
         self.before = signal.signal(signal.SIGINT, self.interrupt)
         self.start, self.first_step = time.monotonic(), trainer.global_step
         self.bar = tqdm(initial=self.first_step, unit="step", disable=not trainer.is_global_zero)
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        """The bar's end is the step at which the time will be over at the mean speed so far, or the last step."""
+        """Sets the bar's end to the step at which time will be over at the mean speed, or to the last step."""
         step, elapsed = trainer.global_step, time.monotonic() - self.start
         steps = math.inf if trainer.max_steps == -1 else trainer.max_steps
         expected = min(steps, self.first_step + (step - self.first_step) * self.seconds / elapsed)
@@ -216,7 +216,7 @@ class Budget(Callback):
         trainer.should_stop = trainer.strategy.reduce_boolean_decision(over, all=False)
 
     def interrupt(self, *_: Any) -> None:
-        """What the first Ctrl-C does."""
+        """Stops after this step, at the first Ctrl-C."""
         self.interrupted = True
         signal.signal(signal.SIGINT, self.before)
         self.bar.write("Ctrl-C: ends after this step, then evaluates; once more ends at once")

@@ -1,4 +1,4 @@
-"""Trains a flow on digits whose data -> noise direction is the inverse of the layer, so that sampling convolves.
+"""Trains a flow on digits whose data -> noise direction is the inverse of the layer, so sampling convolves.
 
     python examples/inverse_direction.py [--steps 300] [--seed 0]
 
@@ -47,7 +47,7 @@ FLOW_STEPS = 4
 
 
 def build_model() -> Model:
-    """Two squeezes, then steps of [inverse 3x3 from two corners -> ActNorm -> 1x1 -> affine coupling]."""
+    """Builds two squeezes, then steps of [inverse 3x3 from two corners -> ActNorm -> 1x1 -> affine coupling]."""
     transforms = [PointwiseAffineTransform(LOGIT_MARGIN, 1 - 2 * LOGIT_MARGIN), Logit()]
     transforms += [SqueezeTransform(), SqueezeTransform()]
     for _ in range(FLOW_STEPS):

@@ -36,7 +36,7 @@ SAMPLES = 10_000
 
 
 def action(field: Tensor) -> Tensor:
-    """S, [B], of fields [B, 1, H, W]."""
+    """Computes S, [B], of fields [B, 1, H, W]."""
     density = MASS_SQUARED * field**2 + COUPLING * field**4
     for axis in (2, 3):
         density = density + field * (2 * field - field.roll(1, axis) - field.roll(-1, axis))
@@ -44,7 +44,7 @@ def action(field: Tensor) -> Tensor:
 
 
 def build_flow(periodic: bool) -> steps.Sequence:
-    """A flow from noise, [B, 4, 4, 4], to fields, [B, 1, 8, 8]; all that it consists of knows no borders."""
+    """Returns a flow from noise, [B, 4, 4, 4], to fields, [B, 1, 8, 8]; all that it consists of knows no borders."""
     modules: list[nn.Module] = []
     for _ in range(STEPS_OF_THE_FLOW):
         network = steps.coupling_network(CHANNELS, HIDDEN_CHANNELS, padding_mode="circular")
@@ -54,7 +54,7 @@ def build_flow(periodic: bool) -> steps.Sequence:
 
 
 def sample(flow: nn.Module, number: int) -> tuple[Tensor, Tensor]:
-    """Fields, and log q of each, [B]."""
+    """Draws fields, and log q of each, [B]."""
     noise = torch.randn(number, CHANNELS, SIZE // 2, SIZE // 2)
     field, log_abs_det = flow(noise)
     normal = -0.5 * (noise**2 + math.log(2 * math.pi)).sum((1, 2, 3))
@@ -77,7 +77,7 @@ def train(name: str, flow: nn.Module, number_of_steps: int) -> None:
 
 @torch.no_grad()
 def evaluate(flow: nn.Module) -> tuple[float, float]:
-    """The effective sample size, as a share, and the mean of phi^2."""
+    """Returns the effective sample size, as a share, and the mean of phi^2."""
     field, log_q = sample(flow, SAMPLES)
     weights = torch.softmax(-action(field) - log_q, 0)
     return 1 / (SAMPLES * weights.square().sum().item()), (weights @ field.square().mean((1, 2, 3))).item()

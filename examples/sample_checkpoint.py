@@ -18,7 +18,7 @@ from nflows_kconv.flows.sampling import GraphSampler
 
 
 def load_flow(checkpoint: Path) -> nn.Module:
-    """The flow with the averaged weights, ready to sample."""
+    """Returns the flow with the averaged weights, ready to sample."""
     saved = torch.load(checkpoint, map_location="cpu")
     flow = build_flow(saved["hyper_parameters"])
     flow.load_state_dict({name.removeprefix("flow."): value for name, value in saved["state_dict"].items()})

@@ -30,11 +30,11 @@ class ChannelScale(Transform):
         return (height * width * self.log_scale.sum()).expand(batch)
 
     def forward(self, inputs, context=None):
-        """From data to noise."""
+        """Transforms data to noise."""
         return inputs * self.log_scale.exp()[:, None, None], self.log_abs_det(inputs)
 
     def inverse(self, inputs, context=None):
-        """From noise to data."""
+        """Transforms noise to data."""
         return inputs * self.log_scale.neg().exp()[:, None, None], -self.log_abs_det(inputs)
 
 
@@ -42,20 +42,20 @@ class WrongChannelScale(ChannelScale):
     """Forgets that there are several pixels."""
 
     def log_abs_det(self, inputs):
-        """That of one pixel."""
+        """Returns that of one pixel."""
         return self.log_scale.sum().expand(len(inputs))
 
 
 @settings(deadline=None)  # busy machines take longer than the 200 ms that hypothesis allows
 @given(images=strategies.images(CHANNELS))
 def test_channel_scale(images):
-    """Nothing to find."""
+    """The transform is sound."""
     check_transform(ChannelScale(), images)
 
 
 @settings(deadline=None)
 @given(images=strategies.images(CHANNELS, height=2))
 def test_the_mistake_is_found(images):
-    """Whatever the images are."""
+    """Hypothesis finds it whatever the images are."""
     with pytest.raises(AssertionError, match="Jacobian"):
         check_transform(WrongChannelScale(), images)

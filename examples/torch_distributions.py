@@ -17,7 +17,7 @@ SHAPE = (2, 8, 8)
 
 
 def build(transform):
-    """The distribution of x with transform(x) normal: the inverse of the transform runs from noise to images."""
+    """Returns the distribution of x with transform(x) normal: the inverse runs from noise to images."""
     return TransformedDistribution(Normal(torch.zeros(SHAPE), torch.ones(SHAPE)), [transform.inv])
 
 

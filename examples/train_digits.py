@@ -65,7 +65,7 @@ class Model(NamedTuple):
 
 
 def load_images() -> tuple[Tensor, Tensor]:
-    """Training and test images, [B, 1, SIZE, SIZE], whole numbers from 0 to 16."""
+    """Loads training and test images, [B, 1, SIZE, SIZE], whole numbers from 0 to 16."""
     images = torch.tensor(load_digits().images, dtype=torch.float32)[:, None]
     images = F.interpolate(images, (SIZE, SIZE), mode="bicubic").round().clamp(0, GRAY_LEVELS - 1)
     images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))]
@@ -78,7 +78,7 @@ def dequantize(images: Tensor) -> Tensor:
 
 
 def bits_per_dim(log_prob: Tensor) -> Tensor:
-    """-log2 of the probability of an image, a pixel.
+    """Computes -log2 of the probability of an image, a pixel.
 
     By Jensen's inequality log P(image) >= E log p(dequantized image) - DIMENSIONS log GRAY_LEVELS.
     """
@@ -86,7 +86,7 @@ def bits_per_dim(log_prob: Tensor) -> Tensor:
 
 
 def convolutions(layer: Callable[..., nn.Module], channels: int, corners: Sequence[str]) -> list[nn.Module]:
-    """The k x k convolutions of a step; drawn aside, so that all else starts as it does in a model without them."""
+    """Draws a step's k x k convolutions aside, so all else starts as in a model without them."""
     with torch.random.fork_rng():
         return [layer(channels, kernel_size=3, corners=corner) for corner in corners]
 
@@ -270,7 +270,7 @@ def main() -> None:
 
 
 def mean_and_error(values: Tensor) -> str:
-    """The mean and its standard error."""
+    """Returns the mean and its standard error."""
     return f"{values.mean():.3f} +- {values.std() / len(values) ** 0.5:.3f}"
 
 

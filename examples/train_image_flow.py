@@ -81,7 +81,7 @@ ARCHITECTURES = {
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    """The command line, with the architecture of the data set and the limits filled in."""
+    """Returns the command line, with the architecture of the data set and the limits filled in."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     either = parser.add_mutually_exclusive_group(required=True)
     either.add_argument("--output", type=Path, help="folder of the run: checkpoint, curves, pictures")
@@ -144,7 +144,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentP
 
 
 def configuration_of(arguments: argparse.Namespace, data: image_data.ImageData) -> dict[str, Any]:
-    """What a checkpoint belongs to: all that decides about the parameters after a number of steps."""
+    """Returns what a checkpoint belongs to: all that decides about the parameters after a number of steps."""
     return {name: value for name, value in vars(arguments).items() if name not in FREE} | {
         "image_shape": list(data.image_shape),
         "num_classes": data.num_classes,
@@ -199,7 +199,7 @@ def check_checkpoint(path: Path, configuration: dict[str, Any]) -> None:
 
 
 def build_trainer(arguments: argparse.Namespace) -> Trainer:
-    """What trains to the end.
+    """Returns what trains to the end.
 
     Raises:
         MisconfigurationException: If the accelerator is not there.

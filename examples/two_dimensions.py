@@ -3,7 +3,7 @@
     python examples/two_dimensions.py [--steps 200]
 
 Prints the layer's Jacobian for both kinds of image, and how well flows with it fit two moons, in nats per test point.
-The Jacobian is triangular. One pixel has an entry for each pair of channels, so that the layer reaches the best
+The Jacobian is triangular. One pixel has an entry for each pair of channels, so the layer reaches the best
 Gaussian; two pixels share one kernel, and with it the diagonal. By itself the layer is linear: what bends are
 couplings. To them it adds little here, where every coupling sees all there is to see; it is made for images, where none
 does.
@@ -35,7 +35,7 @@ class Network(nn.Sequential):
 
 
 def build_layer(shape):
-    """A 3x3 convolution with all that it can learn."""
+    """Returns a 3x3 convolution with all that it can learn."""
     return InvertibleConv2d(shape[0], corners="TL", diagonal="learned", bias=True)
 
 

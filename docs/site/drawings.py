@@ -18,7 +18,7 @@ CORNERS, SIDES = ("TL", "TR", "BL", "BR"), ("T", "B", "L", "R")
 
 
 def taps() -> str:
-    """The taps of a kernel in each corner around the pixel they belong to, and the mask of the pivot."""
+    """Returns the taps of a kernel in each corner around the pixel they belong to, and the mask of the pivot."""
     panels = [_panel(5, _around_a_pixel(name), name) for name in CORNERS]
     parts = []
     for row, column in _cells(5, 5):
@@ -35,7 +35,7 @@ def taps() -> str:
 
 
 def corners() -> str:
-    """What a pixel reads in each corner, and in which order the inverse finds the pixels."""
+    """Returns what a pixel reads in each corner, and in which order the inverse finds the pixels."""
     return _stencils(
         CORNERS,
         "Corners: the taps of a 3 x 3 kernel, and the step in which the inverse finds each pixel",
@@ -45,7 +45,7 @@ def corners() -> str:
 
 
 def sides() -> str:
-    """The same for each side, with the taps that are masked."""
+    """Returns the same for each side, with the taps that are masked."""
     return _stencils(
         SIDES,
         "Sides: the taps of a 3 x 3 kernel, and the step in which the inverse finds each pixel",
@@ -54,7 +54,7 @@ def sides() -> str:
 
 
 def jacobian(channels: int = 2, side: int = 4) -> str:
-    """Where the Jacobian of a layer with corner TL is not zero, in raster order, channels inside a pixel."""
+    """Returns where the Jacobian of a layer with corner TL is not zero, in raster order, channels inside a pixel."""
     entries = side * side * channels
     parts = [f'<rect class="empty" x="0" y="0" width="{entries * CELL}" height="{entries * CELL}"/>']
     for output, input in _cells(entries, entries):
@@ -73,7 +73,7 @@ def jacobian(channels: int = 2, side: int = 4) -> str:
 
 
 def wavefront() -> str:
-    """The inverse, animated: the pixels that each step finds."""
+    """Returns the inverse, animated: the pixels that each step finds."""
     steps = 2 * SIZE - 1
     cycle = steps + 3  # the whole image stays for a while
     parts = [f"<style>{''.join(_keyframes(step, cycle) for step in range(steps))}</style>"]
@@ -92,7 +92,7 @@ def wavefront() -> str:
 
 
 def frames() -> str:
-    """Some steps of the inverse, with what one pixel of each reads."""
+    """Draws some steps of the inverse, with what one pixel of each reads."""
     panels = []
     for step in SHOWN_STEPS:
         reader_column = min(step, SIZE // 2)
@@ -127,7 +127,7 @@ def _stencils(names: Iterable[str], title: str, caption: str) -> str:
 
 
 def _around_a_pixel(name: str) -> list[str]:
-    """The pixels around one, 5 x 5: those that it reads, and the masked taps of the kernel."""
+    """Returns the pixels around one, 5 x 5: those that it reads, and the masked taps of the kernel."""
     reads = _reads(name)
     rows, columns = ({offset[axis] for offset in reads} for axis in (0, 1))
     parts = []
@@ -140,7 +140,7 @@ def _around_a_pixel(name: str) -> list[str]:
 
 
 def _reads(name: str) -> set[tuple[int, int]]:
-    """Where the pixels lie that a pixel reads, itself among them: rows down and columns to the right."""
+    """Returns where the pixels lie that a pixel reads, itself among them: rows down and columns to the right."""
     image = torch.zeros(1, 1, 2 * KERNEL + 1, 2 * KERNEL + 1, requires_grad=True)
     pixel = functional.conv2d(image, torch.ones(1, 1, KERNEL, KERNEL), corners=name)[0, 0, KERNEL, KERNEL]
     (read,) = torch.autograd.grad(pixel, image)
@@ -148,7 +148,7 @@ def _reads(name: str) -> set[tuple[int, int]]:
 
 
 def _steps(name: str, size: int) -> dict[tuple[int, int], int]:
-    """The step in which the inverse finds each pixel of an image: the one after the last that it waits for."""
+    """Returns the step in which the inverse finds each pixel of an image: the one after the last that it waits for."""
     others = _reads(name) - {(0, 0)}
 
     @cache
@@ -177,12 +177,12 @@ def _square(x: float, y: float, kind: str, style: str = "") -> str:
 
 
 def _text(column: float, row: float, text: str) -> str:
-    """In the middle of a cell."""
+    """Returns a text in the middle of a cell."""
     return f'<text x="{CELL * (column + 0.5):g}" y="{CELL * (row + 0.7):g}">{text}</text>'
 
 
 def _panel(cells: int, parts: list[str], title: str = "", rows: int = 0) -> str:
-    """A drawing of so many cells across, and as many down unless told."""
+    """Returns a drawing of so many cells across, and as many down unless told."""
     top = -CELL if title else 0
     box = f'viewBox="-1 {top - 1} {CELL * cells + 2} {CELL * (rows or cells) - top + 2}"'
     heading = _text(cells / 2 - 0.5, -1, title) if title else ""

@@ -1,4 +1,4 @@
-"""What the site has beside the Markdown pages in docs/: MkDocs calls the functions named on_*.
+"""What the site has in addition to the Markdown pages in docs/: MkDocs calls the functions named on_*.
 
 A line `<!-- site: NAME ARGUMENT -->` of a page becomes what the directive of that name gives.
 """
@@ -53,14 +53,14 @@ def _equation(match: re.Match[str]) -> str:
 
 
 def _difference(folder: str) -> str:
-    """What changes from before.py to after.py."""
+    """Returns what changes from before.py to after.py."""
     before, after = ((ROOT / folder / name).read_text().splitlines() for name in ("before.py", "after.py"))
     lines = list(difflib.unified_diff(before, after, n=2, lineterm=""))[2:]
     return "\n".join(["```diff", *lines, "```"])
 
 
 def _demo() -> str:
-    """The table of the README."""
+    """Returns the table of the README."""
     return re.search(r"(?:^\|.*\n)+", (ROOT / "README.md").read_text(), re.MULTILINE)[0]
 
 

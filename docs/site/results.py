@@ -40,12 +40,12 @@ _STYLE = {
 
 
 def all_results() -> str:
-    """A section for each file."""
+    """Returns a section for each file."""
     return "\n\n".join(_section(path) for path in sorted(RESULTS.glob("*.json")))
 
 
 def headline() -> str:
-    """The batches of the CPU's table of four groups."""
+    """Returns the batches of the CPU's table of four groups."""
     results = json.loads(HEADLINE.read_text())
     rows = [row for row in results["four groups"] if row["batch"] > 1]
     return f"{_ratio_table(rows, None)}\n\n{_machine(results)} {_source(HEADLINE)}"
@@ -117,7 +117,7 @@ def _form(run: Row) -> str:
 
 
 def _bits(runs: list[Row]) -> str:
-    """The mean over seeds, and their standard deviation; of one seed, the standard error over the test images."""
+    """Returns mean and standard deviation over the seeds; of one seed, the standard error over the test images."""
     values = [run["bits_per_dim"] for run in runs]
     spread = statistics.stdev(values) if len(values) > 1 else runs[0]["standard_error"]
     return f"{statistics.mean(values):.3f} ± {spread:.3f}"
@@ -244,7 +244,7 @@ def _svg(draw: Callable[[], Figure], title: str) -> str:
 
 
 def _modes(row: Row) -> list[str | None]:
-    """A GPU's rows have times in several modes, a CPU's in one without a name."""
+    """Returns the modes of a row: a GPU's has several, a CPU's one without a name."""
     modes: list[str | None] = [name for name, value in row["microseconds"].items() if isinstance(value, dict)]
     return modes or [None]
 

@@ -31,12 +31,12 @@ FLOW_STEPS = 4
 
 
 def network(in_channels, out_channels):
-    """What a coupling computes its scale and shift with."""
+    """Returns what a coupling computes its scale and shift with."""
     return ConvResidualNet(in_channels, out_channels, hidden_channels=32, context_channels=CLASSES)
 
 
 def build_flow():
-    """From data to noise."""
+    """Builds the flow, from data to noise."""
     transforms = [PointwiseAffineTransform(shift=-0.5, scale=1 / 17), SqueezeTransform()]
     for _ in range(FLOW_STEPS):
         transforms += [
@@ -48,7 +48,7 @@ def build_flow():
 
 
 def load():
-    """Images, [B, 1, 8, 8], whole numbers from 0 to 16, and their classes as maps, [B, 10, 4, 4]."""
+    """Loads images, [B, 1, 8, 8], whole numbers 0 to 16, and their classes as maps, [B, 10, 4, 4]."""
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32)[:, None]
     classes = F.one_hot(torch.tensor(digits.target), CLASSES).float()
@@ -56,7 +56,7 @@ def load():
 
 
 def bits_per_dim(flow, images, context):
-    """Of images with uniform noise inside each gray level."""
+    """Computes bits per dimension of images with uniform noise inside each gray level."""
     log_prob = flow.log_prob(images + torch.rand_like(images), context)
     return -log_prob.mean() / (images[0].numel() * math.log(2))
 

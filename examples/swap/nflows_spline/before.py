@@ -53,7 +53,7 @@ class ConvNet(nn.Sequential):
 
 
 def build_step(channels):
-    """One step of a level."""
+    """Returns one step of a level."""
     coupling = PiecewiseRationalQuadraticCouplingTransform(
         create_mid_split_binary_mask(channels), ConvNet, num_bins=4, tails="linear", tail_bound=1.0
     )
@@ -67,7 +67,7 @@ def build_step(channels):
 
 
 def build_flow():
-    """From data to noise."""
+    """Builds the flow, from data to noise."""
     multiscale = MultiscaleCompositeTransform(LEVELS)
     shape = IMAGE
     for _ in range(LEVELS):
@@ -82,7 +82,7 @@ def build_flow():
 
 
 def bits_per_dim(flow, images):
-    """Of images with uniform noise inside each gray level."""
+    """Computes bits per dimension of images with uniform noise inside each gray level."""
     return -flow.log_prob(images + torch.rand_like(images)).mean() / (math.prod(IMAGE) * math.log(2))
 
 

@@ -22,7 +22,7 @@ CLASSES = 10
 
 
 def build_flow():
-    """From latent to data."""
+    """Builds the flow, from latent to data."""
     channels, height, width = IMAGE
     bases, flows, merges = [], [], []
     for level in range(LEVELS, 0, -1):  # the one with the smallest images comes first
@@ -40,7 +40,7 @@ def build_flow():
 
 
 def bits_per_dim(flow, images, classes):
-    """Of images, whole numbers from 0 to 16, with uniform noise inside each gray level."""
+    """Computes bits per dimension of images, whole numbers 0 to 16, with uniform noise inside each gray level."""
     loss = flow.forward_kld((images + torch.rand_like(images)) / 17, classes)
     return loss / (math.prod(IMAGE) * math.log(2)) + math.log2(17)
 
