@@ -42,7 +42,7 @@ class Broken:
     context: Tensor | None
 
     def is_caught(self, by: str = CHECK) -> bool:
-        """Whether an assertion fails as it should."""
+        """Returns whether an assertion fails as it should."""
         torch.manual_seed(0)
         try:
             getattr(testing, by)(self.build(), self.inputs, context=self.context)

@@ -59,7 +59,7 @@ class Case:
 
     @property
     def unknowns(self) -> int:
-        """Of an image, in each group."""
+        """Unknowns of an image, in each group."""
         return self.per_group * math.prod(self.size)
 
     @property
@@ -115,7 +115,7 @@ class Case:
         log_diagonal: Tensor | None = None,
         unit_diagonal: bool = False,
     ) -> Sequence[Callable[..., Tensor]]:
-        """The convolution and its inverse as functions of (input, transpose)."""
+        """Returns the convolution and its inverse as functions of (input, transpose)."""
         arguments = weight, bias, log_diagonal, self.stencils
 
         def function(operator: Callable[..., Tensor], input: Tensor, transpose: bool = False) -> Tensor:
@@ -126,18 +126,18 @@ class Case:
         return partial(function, ops.conv), partial(function, ops.solve)
 
     def of_channels(self, vector: Tensor) -> Tensor:
-        """[C], to be added to images."""
+        """Returns numbers, [C], in a shape that adds to images."""
         return vector.view(-1, *[1] * self.dimensions)
 
     def input(self, device: str = "cpu", seed: int = 1) -> Tensor:
-        """Images of normal noise; another seed gives others."""
+        """Returns images of normal noise; another seed gives others."""
         noise = torch.randn(self.input_shape, generator=self._generator(seed), dtype=torch.float64)
         return LAYOUTS[self.layout](noise.to(self.dtype).to(device))
 
     def weight(self, device: str = "cpu") -> Tensor:
-        """A well-conditioned weight with a diagonal of both signs.
+        """Returns a well-conditioned weight with a diagonal of both signs.
 
-        Its masked entries are as large as the others, so that a result that reads them is wrong.
+        Its masked entries are as large as the others, so a result that reads them is wrong.
         """
         generator = self._generator(0)
         weight = torch.rand(self.weight_shape, generator=generator, dtype=torch.float64) * 2 - 1
@@ -149,7 +149,7 @@ class Case:
         return LAYOUTS[layout](weight.to(self.dtype).to(device))
 
     def bias(self, device: str = "cpu") -> Tensor:
-        """Normal noise, one number for each channel."""
+        """Draws normal noise, one number for each channel."""
         return torch.randn(self.channels, generator=self._generator(2), dtype=torch.float64).to(self.dtype).to(device)
 
     def integers(self, device: str = "cpu") -> tuple[Tensor, Tensor]:
@@ -171,7 +171,7 @@ class Case:
 TL, TR, BL, BR = CORNERS
 _wide, _tall = dict(size=(1, 300)), dict(size=(300, 1))
 
-# No group has more than MAX_UNKNOWNS unknowns an image, so that the dense oracles stay quick.
+# No group has more than MAX_UNKNOWNS unknowns an image, so the dense oracles stay quick.
 MAX_UNKNOWNS = 1300
 CASES = (
     Case(),
@@ -273,7 +273,7 @@ _PER_GROUP = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 16, 17, 32, 33)
 
 @st.composite
 def cases(draw: st.DrawFn, max_unknowns: int = 400) -> Case:
-    """Any case with at most this many unknowns an image in each group."""
+    """Draws a case with at most this many unknowns an image in each group."""
     dimensions = draw(st.sampled_from((2, 2, 2, 2, 1, 3)))
     per_group = draw(_up_to(_PER_GROUP, max_unknowns))
     size: tuple[int, ...] = ()

@@ -47,7 +47,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def impatient() -> Iterator[None]:
-    """A hypothesis profile in which no test is fast enough: what users copy runs without a profile of ours."""
+    """Returns a hypothesis profile in which no test is fast enough: what users copy runs without a profile of ours."""
     before = settings.get_current_profile_name()
     settings.register_profile("impatient", max_examples=5, deadline=timedelta(microseconds=1))
     settings.load_profile("impatient")
@@ -57,7 +57,7 @@ def impatient() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> str:
-    """The device that `--device` names."""
+    """Returns the device that `--device` names."""
     return request.config.getoption("device")
 
 

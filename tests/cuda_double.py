@@ -1,4 +1,4 @@
-"""Stands for the CUDA driver and its devices, so that launchers run without a GPU, on tensors of the CPU."""
+"""Stands for the CUDA driver and its devices, so launchers run without a GPU, on tensors of the CPU."""
 
 from __future__ import annotations
 

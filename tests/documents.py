@@ -16,23 +16,23 @@ _FENCES = Sybil([RawFencedCodeBlockLexer(re.compile(r"(?P<language>[^\n]*)\n"))]
 
 
 def page_id(page: Path) -> str:
-    """How a test names the page."""
+    """Returns how a test names the page."""
     return str(page.relative_to(ROOT))
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:
-    """The language and the text of each block of code."""
+    """Returns the language and the text of each block of code."""
     regions = (region for _, region in _FENCES.parse(page).regions)
     return [(region.lexemes["language"].strip(), str(region.lexemes["source"])) for region in regions]
 
 
 def commands(page: Path) -> list[str]:
-    """The blocks that a reader types into a shell."""
+    """Returns the blocks that a reader types into a shell."""
     return [source for language, source in blocks(page) if language == "sh"]
 
 
 def installs(block: str) -> bool:
-    """Whether the block fetches packages: continuous integration runs those in a new environment."""
+    """Returns whether the block fetches packages: continuous integration runs those in a new environment."""
     return "pip install" in block
 
 

@@ -48,12 +48,12 @@ def assert_close(actual: Tensor, expected: Tensor, factor: float = 1) -> None:
 
 
 def is_side(name: str, dimensions: int) -> bool:
-    """Whether the name is that of a side; in one dimension "L" and "R" are corners."""
+    """Returns whether the name is that of a side; in one dimension "L" and "R" are corners."""
     return dimensions == 2 and name in SIDES
 
 
 def pivot(name: str, kernel_size: Sequence[int]) -> tuple[int, ...]:
-    """Where the kernel holds the tap that reads the pixel itself."""
+    """Returns where the kernel holds the tap that reads the pixel itself."""
     if is_side(name, len(kernel_size)):
         rows, columns = kernel_size
         return {
@@ -66,7 +66,7 @@ def pivot(name: str, kernel_size: Sequence[int]) -> tuple[int, ...]:
 
 
 def padding(name: str, kernel_size: Sequence[int], dilation: Dilation = 1) -> tuple[int, ...]:
-    """What F.pad adds, (left, right) in one dimension, (left, right, top, bottom) in two."""
+    """Returns what F.pad adds, (left, right) in one dimension, (left, right, top, bottom) in two."""
     steps = _per_axis(dilation, len(kernel_size))
     axes = zip(pivot(name, kernel_size), kernel_size, steps, strict=True)
     before_after = [(step * place, step * (size - 1 - place)) for place, size, step in axes]
@@ -74,7 +74,7 @@ def padding(name: str, kernel_size: Sequence[int], dilation: Dilation = 1) -> tu
 
 
 def masked(shape: Sequence[int], corners: Sequence[str]) -> Tensor:
-    """True at the entries of a weight of this shape that count as zero."""
+    """Marks the entries of a weight of this shape that count as zero."""
     mask = torch.zeros(tuple(shape), dtype=torch.bool)
     for name, group in zip(corners, mask.unflatten(0, (len(corners), -1)), strict=True):
         place = pivot(name, shape[2:])
@@ -92,7 +92,7 @@ def masked(shape: Sequence[int], corners: Sequence[str]) -> Tensor:
 
 
 def diagonal(weight: Tensor, corners: Sequence[str]) -> Tensor:
-    """W[o, o, pivot] for each channel o, [C]."""
+    """Returns W[o, o, pivot] for each channel o, [C]."""
     return torch.stack([weight[entry] for entry in _diagonal_entries(weight.shape, corners)])
 
 
@@ -103,12 +103,12 @@ def set_diagonal(weight: Tensor, corners: Sequence[str], values: Tensor) -> None
 
 
 def effective(weight: Tensor, corners: Sequence[str]) -> Tensor:
-    """The weight in float64 on the CPU, zero where it counts as zero."""
+    """Returns the weight in float64 on the CPU, zero where it counts as zero."""
     return weight.to("cpu", torch.float64).masked_fill(masked(weight.shape, corners), 0)
 
 
 def conv(input: Tensor, weight: Tensor, corners: Sequence[str], dilation: Dilation = 1) -> Tensor:
-    """y = A x by F.pad and torch's convolutions, in float64."""
+    """Computes y = A x by F.pad and torch's convolutions, in float64."""
     input, weight = input.to("cpu", torch.float64), effective(weight, corners)
     if 0 in input.shape:
         return input.clone()  # F.conv2d refuses images that are smaller than the kernel even with their padding
@@ -120,7 +120,7 @@ def conv(input: Tensor, weight: Tensor, corners: Sequence[str], dilation: Dilati
 
 
 def matrices(weight: Tensor, corners: Sequence[str], size: Sequence[int], dilation: Dilation = 1) -> list[Tensor]:
-    """A of each group as a dense float64 matrix, lower triangular: in the group's `_order`, channels inside a pixel."""
+    """Returns each group's A as a dense float64 matrix, lower triangular in the group's `_order`."""
     steps = _per_axis(dilation, len(size))
     result = []
     for group, name in zip(effective(weight, corners).chunk(len(corners)), corners, strict=True):
@@ -136,7 +136,7 @@ def matrices(weight: Tensor, corners: Sequence[str], size: Sequence[int], dilati
 
 
 def circular_matrices(weight: Tensor, size: Sequence[int]) -> list[Tensor]:
-    """The dense float64 matrix of each group under circular borders: in the order of memory, channels outside.
+    """Returns the dense float64 matrix of each group under circular borders: in the order of memory, channels outside.
 
     The tap (k - 1) // 2 along each axis reads the pixel itself, and what leaves an image on one side enters it again on
     the other: y[o, p] = sum_{i, t} W[o, i, t] x[i, (p + t - (k - 1) // 2) mod size].
@@ -155,7 +155,7 @@ def circular_matrices(weight: Tensor, size: Sequence[int]) -> list[Tensor]:
 def solve(
     input: Tensor, weight: Tensor, corners: Sequence[str], dilation: Dilation = 1, *, transpose: bool = False
 ) -> Tensor:
-    """x with A x = y, or A^T x = y, by a dense triangular solve, in float64."""
+    """Computes x with A x = y, or A^T x = y, by a dense triangular solve, in float64."""
 
     def operation(matrix: Tensor, columns: Tensor) -> Tensor:
         return torch.linalg.solve_triangular(matrix.mT if transpose else matrix, columns, upper=transpose)
@@ -166,7 +166,7 @@ def solve(
 def multiply(
     input: Tensor, weight: Tensor, corners: Sequence[str], dilation: Dilation = 1, *, transpose: bool = False
 ) -> Tensor:
-    """y = A x, or y = A^T x, by a dense product, in float64."""
+    """Computes y = A x, or y = A^T x, by a dense product, in float64."""
 
     def operation(matrix: Tensor, columns: Tensor) -> Tensor:
         return (matrix.mT if transpose else matrix) @ columns
@@ -175,21 +175,21 @@ def multiply(
 
 
 def log_abs_det(weight: Tensor, corners: Sequence[str], size: Sequence[int]) -> Tensor:
-    """log |det A| from the dense matrices, in float64."""
+    """Computes log |det A| from the dense matrices, in float64."""
     return sum(torch.linalg.slogdet(matrix).logabsdet for matrix in matrices(weight, corners, size))
 
 
 def weight_gradient(
     input: Tensor, grad: Tensor, weight: Tensor, corners: Sequence[str], dilation: Dilation = 1
 ) -> Tensor:
-    """The gradient of <grad, A input> in the weight by autograd of torch's convolutions, in float64."""
+    """Computes the gradient of <grad, A input> in the weight by autograd of torch's convolutions, in float64."""
     weight = weight.detach().to("cpu", torch.float64).requires_grad_()
     product = (conv(input, weight, corners, dilation) * grad.to("cpu", torch.float64)).sum() + 0 * weight.sum()
     return torch.autograd.grad(product, weight)[0]
 
 
 def followers(marked: Tensor, name: str) -> Tensor:
-    """True at the pixels, [B, C, ...], that a marked one can affect: those that may read it, at any distance."""
+    """Marks the pixels, [B, C, ...], that a marked one can affect: those that may read it, at any distance."""
     size = marked.shape[2:]
     if is_side(name, len(size)):
         order = _order(name, size)
@@ -212,7 +212,7 @@ def _diagonal_entries(shape: Sequence[int], corners: Sequence[str]) -> Iterator[
 
 
 def _order(name: str, size: Sequence[int]) -> Tensor:
-    """The pixels in an order in which each reads itself and earlier ones alone."""
+    """Returns the pixels in an order in which each reads itself and earlier ones alone."""
     pixels = torch.arange(math.prod(size)).view(*size)
     if is_side(name, len(size)):  # row after row, or column after column, from there on
         pixels = pixels.mT if name in "LR" else pixels
@@ -221,7 +221,7 @@ def _order(name: str, size: Sequence[int]) -> Tensor:
 
 
 def _shift(size: int, offset: int) -> Tensor:
-    """S with (S x)[i] = x[i + offset], zero outside."""
+    """Returns S with (S x)[i] = x[i + offset], zero outside."""
     index = torch.arange(size)
     return (index[:, None] + offset == index).to(torch.float64)
 

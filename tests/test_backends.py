@@ -53,7 +53,7 @@ def test_selected_are_those_that_present_devices_run_on():
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A machine with a GPU, as far as the report can see."""
+    """Returns a machine with a GPU, as far as the report can see."""
     monkeypatch.setattr(runtime, "why_not", lambda device=None: None)
     monkeypatch.setattr(driver, "device_names", lambda: ["NVIDIA H100 80GB HBM3"] * 2)
     monkeypatch.setattr(compiler, "version", lambda: (13, 0))
@@ -103,7 +103,7 @@ def test_without_the_library_the_reference_is_selected(library_missing):
 
 @pytest.fixture
 def runs(monkeypatch):
-    """Of the backends: their names in order. None is chosen, though the `backend` fixture may have left one."""
+    """Returns the backends' names in order. None is chosen, though the `backend` fixture may have left one."""
     names = []
     monkeypatch.setattr(registry, "_chosen", None)
     for name, each in registry._registered.items():

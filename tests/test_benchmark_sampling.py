@@ -18,7 +18,7 @@ H100 = "NVIDIA H100 80GB HBM3"
 
 @pytest.fixture
 def no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every contestant is called once, and takes a millisecond."""
+    """Calls every contestant once, which takes a millisecond."""
 
     def wall(contestants, seconds):
         for call in contestants.values():

@@ -98,7 +98,7 @@ class FakeCuda:
         assert not self.capturing
 
     def contestant(self, microseconds: int = 1):
-        """A call that takes this long on the GPU, and must not be captured before it ran, which compiles it."""
+        """Returns a call that takes this long on the GPU, and must not be captured before it ran, which compiles it."""
         compiled = False
 
         def call():

@@ -31,7 +31,7 @@ every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.
 
 
 def scattered(layer: InvertibleConv2d, size: float, seed: int = 0) -> InvertibleConv2d:
-    """The layer with parameters of a size, masked entries included."""
+    """Returns the layer with parameters of a size, masked entries included."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in layer.named_parameters():
@@ -41,7 +41,7 @@ def scattered(layer: InvertibleConv2d, size: float, seed: int = 0) -> Invertible
 
 
 def singular_values(layer: InvertibleConv, size: tuple[int, ...]) -> Tensor:
-    """Those of the dense matrices."""
+    """Returns the singular values of the dense matrices."""
     groups = oracles.matrices(layer.weight.detach(), layer.corners, size, layer.dilation)
     return torch.cat([torch.linalg.svdvals(group) for group in groups])
 

@@ -44,7 +44,7 @@ def build(dimensions: int = 2, **options) -> conditional.ConditionalInvertibleCo
 
 
 def trained(layer: nn.Module, seed: int = 0) -> nn.Module:
-    """The layer in float64 with parameters, masked entries included, for which contexts matter."""
+    """Returns the layer in float64 with parameters, masked entries included, for which contexts matter."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in layer.double().parameters():
@@ -53,14 +53,14 @@ def trained(layer: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def data(layer: nn.Module, batch: int = 3) -> tuple[Tensor, Tensor]:
-    """Images and contexts."""
+    """Returns images and contexts."""
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(batch, layer.num_channels, *(3, 4, 2)[: layer.dimensions], generator=generator)
     return images.to(layer.raw_weight), torch.randn(batch, FEATURES, generator=generator).to(layer.raw_weight)
 
 
 def alone(module: nn.Module, context: Tensor) -> layer.InvertibleConv:
-    """The unconditional layer with the parameters that one context stands for."""
+    """Returns the unconditional layer with the parameters that one context stands for."""
     twin = getattr(layer, f"InvertibleConv{module.dimensions}d")(
         module.num_channels,
         module.kernel_size,

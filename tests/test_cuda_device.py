@@ -33,7 +33,7 @@ every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 
 def directions(case: Case, device: str = "cuda") -> Callable[[Tensor], tuple[Tensor, ...]]:
-    """The convolution, its inverse, and the gradients of both, as a function of the input."""
+    """Returns the convolution, its inverse, and the gradients of both, as a function of the input."""
     weight = case.weight(device).requires_grad_()
 
     def run(input: Tensor) -> tuple[Tensor, ...]:
@@ -53,7 +53,7 @@ def assert_equal(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> No
 
 
 def never_compiled(per_group: int) -> Case:
-    """A case whose kernels no other test needs."""
+    """Returns a case whose kernels no other test needs."""
     return Case((TL, BR), per_group=per_group, kernel_size=(4, 5), dtype=torch.float64)
 
 

@@ -31,7 +31,7 @@ extern "C" __global__ void __launch_bounds__(64) snippet(const __grid_constant__
 
 
 def written(code: str) -> Path:
-    """A file with this code, the same one in every run, as is what comes of compiling it."""
+    """Returns a file with this code, the same one in every run, as is what comes of compiling it."""
     path = CACHE / f"{zlib.crc32(code.encode()):08x}.cu"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(code)

@@ -94,7 +94,7 @@ over_both_tables = pytest.mark.parametrize(("case", "device"), TABLE + WITH_SIDE
 
 @st.composite
 def variants(draw: st.DrawFn, case: Case) -> Case:
-    """The case with other corners, strides and values: the kernels stay the same."""
+    """Returns the case with other corners, strides and values: the kernels stay the same."""
     count, family = len(case.corners), ("T", "B") if case.has_sides else CORNERS
     return replace(
         case,
@@ -122,7 +122,7 @@ def problem(operation: str, case: Case, **changes: Any) -> Problem:
 
 
 def expected(operation: str, case: Case, weight: Tensor, transpose: bool) -> Tensor:
-    """By dense linear algebra, or where the matrices are too large by the reference, in float64."""
+    """Computes by dense linear algebra, or for too large matrices by the reference, in float64."""
     input, solves = case.input().double(), operation == "solve"
     bias = case.bias().double() if case.biased else torch.zeros(case.channels, dtype=torch.float64)
     bias = bias[:, None, None]

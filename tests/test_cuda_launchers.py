@@ -30,7 +30,7 @@ needs_native = pytest.mark.skipif(not native.available, reason=f"no native libra
 
 @pytest.fixture(params=["python", pytest.param("native", marks=needs_native)])
 def launcher(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
-    """A launcher on a new driver: `run`, `driver` and `name`."""
+    """Returns a launcher on a new driver: `run`, `driver` and `name`."""
     monkeypatch.setattr(runtime, "_code", lambda kernel, capability: kernel)
     driver = DriverDouble()
     if request.param == "python":

@@ -45,14 +45,14 @@ SOURCE = b'extern "C" __global__ void made_up(SCALAR* x) { x[threadIdx.x] = CHAN
 
 @pytest.fixture
 def directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Where kernels are kept in this test; nothing is there yet."""
+    """Returns where kernels are kept in this test; nothing is there yet."""
     monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "kernels"))
     return tmp_path / "kernels"
 
 
 @pytest.fixture
 def sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A directory of sources with the one of `KERNEL`."""
+    """Returns a directory of sources with the one of `KERNEL`."""
     monkeypatch.setattr(compiler, "source_directory", lambda: tmp_path)
     (tmp_path / KERNEL.source).write_bytes(SOURCE)
     (tmp_path / "empty.cuh").write_bytes(b"")
@@ -215,7 +215,7 @@ for index in range(200):
 
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Kernel]:
-    """What was compiled, by a compiler that is not there."""
+    """Returns what was compiled, by a compiler that is not there."""
     compiled: list[Kernel] = []
 
     def compile(kernel: Kernel, capability: tuple[int, int]) -> bytes:
@@ -354,7 +354,7 @@ def problem_of(*corners: str, operation: str = "conv") -> registry.Problem:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A machine where all is well, as far as the runtime can see."""
+    """Returns a machine where all is well, as far as the runtime can see."""
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -95,7 +95,7 @@ class Verbose(threading.local):
 
 @pytest.fixture
 def verbose(monkeypatch: pytest.MonkeyPatch) -> Verbose:
-    """The compiler of this test."""
+    """Returns the compiler of this test."""
     nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="cuda.bindings and NVRTC compile the kernels")
     verbose = Verbose(nvrtc)
     monkeypatch.setattr(compiler, "_nvrtc", lambda: verbose)
@@ -103,7 +103,7 @@ def verbose(monkeypatch: pytest.MonkeyPatch) -> Verbose:
 
 
 def complaints(launch: Launch, device: Device, log: str) -> Iterator[str]:
-    """What is wrong with a launch, from the compiler's log."""
+    """Returns what is wrong with a launch, from the compiler's log."""
     yield from re.findall(r".*(?:warning|error)[ :].*", log)
     found = re.search(rf"Function properties for {launch.kernel.name}\n(.*)\n.*Used (\d+) registers(.*)", log)
     if found is None:
@@ -124,7 +124,7 @@ def complaints(launch: Launch, device: Device, log: str) -> Iterator[str]:
 @pytest.mark.parametrize("device", DEVICES, ids=lambda device: "sm_{}{}".format(*device.capability))
 def test_kernels_compile_without_warnings_and_spills(device: Device, verbose: Verbose):
     def log(kernel: Kernel) -> str:
-        """What the compiler says about a kernel, and others of its source, compiled as at run time."""
+        """Returns what the compiler says about a kernel, and others of its source, compiled as at run time."""
         try:
             compiler.compile(kernel, device.capability)
         except RuntimeError as error:

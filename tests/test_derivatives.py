@@ -31,7 +31,7 @@ every_direction = pytest.mark.parametrize("name", ["conv", "inverse"])
 
 
 def arguments(case: Case, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Input, weight and bias as leaves in float64."""
+    """Returns input, weight and bias as leaves in float64."""
     bias = torch.linspace(-1, 1, case.channels, dtype=torch.float64)
     case = replace(case, dtype=torch.float64)
     return tuple(t.detach().requires_grad_() for t in (case.input(device), case.weight(device), bias.to(device)))
@@ -42,7 +42,7 @@ def gradients(output: torch.Tensor, grad: torch.Tensor, *arguments: torch.Tensor
 
 
 def of_oracle(name: str, case: Case):
-    """The function of input, weight and bias that `getattr(case, name)` must be."""
+    """Returns the function of input, weight and bias that `getattr(case, name)` must be."""
 
     def function(input, weight, bias=None):
         bias = 0 if bias is None else case.of_channels(bias)

@@ -140,7 +140,7 @@ class Doubled(ComplexSquare):
 
 @pytest.fixture
 def device(monkeypatch):
-    """The device of `OnDevice`."""
+    """Returns the device of `OnDevice`."""
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type=None: False)  # which knows no "meta"
     with Device(), torch.serialization.safe_globals([OnDevice]):
         yield "meta"

@@ -37,7 +37,7 @@ SIZES = (1, 2, 4, 8, 12)
 
 
 def layer_with(size: float, seed: int = 0, channels: int = 4, **options) -> InvertibleConv2d:
-    """A layer whose free entries are that large, which decides how much its inverse amplifies."""
+    """Returns a layer whose free entries are that large, which decides how much its inverse amplifies."""
     layer = InvertibleConv2d(channels, **options)
     with torch.no_grad():
         noise = torch.randn(layer.raw_weight.shape, generator=torch.Generator().manual_seed(seed))
@@ -173,7 +173,7 @@ class Net(nn.Module):
 
 
 def nflows_flow() -> Flow:
-    """Every container of nflows."""
+    """Builds every container of nflows."""
     level = [
         transforms.SqueezeTransform(),
         transforms.CompositeTransform([nflows_kconv.nflows.InvertibleConv2d(4), transforms.ActNorm(4)]),

@@ -51,7 +51,7 @@ def standard_normal_log_prob(z):
 
 
 def both(transform):
-    """A transform as a function that returns the log-determinant too."""
+    """Returns a transform as a function that returns the log-determinant too."""
 
     def function(x):
         y = transform(x)

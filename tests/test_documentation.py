@@ -26,7 +26,7 @@ PATH = re.compile(rf"(?<![\w/.-])(?:{'|'.join(FOLDERS)})/[\w./-]*\w\b(?!\*)")  #
 
 
 def docstrings() -> list[doctest.DocTest]:
-    """The examples of every module; nothing is defined that they do not define, so that users can copy them."""
+    """Returns the examples of every module; nothing is defined that they do not define, so users can copy them."""
     names = [module.name for module in pkgutil.walk_packages(nflows_kconv.__path__, "nflows_kconv.")]
     modules = [importlib.import_module(name) for name in ("nflows_kconv", *names) if "._" not in name]
     found = [each for module in modules for each in doctest.DocTestFinder().find(module, globs={}) if each.examples]

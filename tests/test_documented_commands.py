@@ -44,7 +44,7 @@ os.execv({python!r}, [{python!r}, *arguments, *tiny.get(script, [])])
 
 @pytest.fixture
 def cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Python that lets torchvision fetch CIFAR-10, of a few images, from here."""
+    """Returns Python that lets torchvision fetch CIFAR-10, of a few images, from here."""
     folder = tmp_path / "published"
     image_files.write_cifar10(folder, monkeypatch)
     with tarfile.open(folder / "cifar-10-python.tar.gz", "w:gz") as archive:
@@ -60,7 +60,7 @@ def cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, cifar10: str) -> Path:
-    """A checkout after `make test`, with images in PATH, as a page supposes."""
+    """Returns a checkout after `make test`, with images in PATH, as a page supposes."""
     checkout = tmp_path / "checkout"
     without = shutil.ignore_patterns("__pycache__", "results")
     for folder in ("benchmarks", "build_backend", "csrc", "examples", "nflows_kconv", "tests"):

@@ -187,7 +187,7 @@ def over(errors: dict[str, Wrong]):
 
 
 def message(match: str) -> str:
-    """The pattern for a message in which `.*` stands for anything."""
+    """Returns the pattern for a message in which `.*` stands for anything."""
     return re.escape(match).replace(r"\.\*", ".*")
 
 

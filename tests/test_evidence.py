@@ -19,7 +19,7 @@ ARGUMENTS = "--seconds 0.05 --steps 1 2 --widths 4 5".split()
 
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With one measurement of each time, as none is looked at closely."""
+    """Measures each time once, as none is looked at closely."""
     monkeypatch.setattr(evidence, "ProcessPoolExecutor", lambda jobs, context: ThreadPoolExecutor(jobs))
     monkeypatch.setattr(evidence_training, "ROUNDS", 1)
 

@@ -70,7 +70,7 @@ results: Callable[[nn.Module], list[Tensor]] = names["results"]
 
 
 def build(library: Any, dtype: torch.dtype = torch.float32, seed: int = 0, **options: Any) -> nn.Module:
-    """A flow with other parameters than at its start, whose ActNorms have seen a batch."""
+    """Returns a flow with other parameters than at its start, whose ActNorms have seen a batch."""
     torch.manual_seed(seed)
     shape = options.pop("data_shape", (1, 8, 8))
     levels, steps = options.pop("levels", 2), options.pop("steps", 1)

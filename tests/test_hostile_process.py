@@ -147,7 +147,7 @@ print(interrupts)
 
 @pytest.fixture
 def launcher(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The native launcher for tensors of the CPU, with the plans and kernels of the package."""
+    """Returns the native launcher for tensors of the CPU, with the plans and kernels of the package."""
     monkeypatch.setattr(runtime, "_code", lambda kernel, capability: kernel)
     connected, driver = NativeLauncher.connected, DriverDouble(run=lambda launch: None)
     NativeLauncher(native.loaded(), Runtime(driver), driver).connect()

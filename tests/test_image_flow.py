@@ -38,7 +38,7 @@ in_any_dimension = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def build(
     library: str, shape=SHAPE, levels: int = 2, steps: int = 2, *, trained: bool = True, **arguments
 ) -> nn.Module:
-    """A flow whose parameters are all off their initial values, in float64."""
+    """Returns a flow whose parameters are all off their initial values, in float64."""
     torch.manual_seed(0)
     flow = LIBRARIES[library](shape, levels, steps, hidden_channels=8, **arguments).double()
     flow.eval()
@@ -60,7 +60,7 @@ def log_prob(flow: nn.Module, images: Tensor, labels: Tensor | None = None) -> T
 
 
 def to_latent(flow: nn.Module, library: str, images: Tensor) -> tuple[Tensor, Tensor]:
-    """The latent variable, [B, D], and the log-determinant."""
+    """Returns the latent variable, [B, D], and the log-determinant."""
     if library == "nflows":
         return flow._transform(images)
     parts, log_abs_det = flow.inverse_and_log_det(images)
@@ -257,7 +257,7 @@ CONDITIONS = {
 
 
 def arguments_of(condition: str, shape: tuple[int, ...]) -> dict[str, Any]:
-    """Those of a flow of this shape: where others have an image as context, a sequence or a volume."""
+    """Returns those of a flow of this shape: its context is a sequence or a volume where others have an image."""
     given = dict(CONDITIONS[condition])
     if "image" in condition:
         given["context_shape"] = (2, *(shape[1:] if condition == "classes and image" else (5, 7, 3)[: len(shape) - 1]))
@@ -270,7 +270,7 @@ def random_condition(
     conditional_kernels: bool = False,
     count: int = 3,
 ):
-    """What a flow made with these arguments is conditioned on."""
+    """Returns what a flow made with these arguments is conditioned on."""
     generator = torch.Generator().manual_seed(4)
     classes = None if num_classes is None else torch.randint(num_classes, (count,), generator=generator)
     if context_shape is None:
@@ -646,7 +646,7 @@ def test_flows_are_exported_after_their_first_batch():
 
 
 def replica(module: nn.Module) -> nn.Module:
-    """As DataParallel makes them: tensors in place of parameters."""
+    """Makes replicas as DataParallel does: tensors in place of parameters."""
     copies = {part: part._replicate_for_data_parallel() for part in module.modules()}
     for part, copy in copies.items():
         for name, child in part._modules.items():

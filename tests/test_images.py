@@ -57,7 +57,7 @@ def preprocessing(request):
 
 
 def randomized(module: nn.Module, std: float = 0.3) -> nn.Module:
-    """With parameters as after training: at the start the couplings do nothing."""
+    """Draws parameters as after training: at the start the couplings do nothing."""
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.normal_(std=std)
@@ -489,19 +489,19 @@ class Categorical:
         self.levels, self.size, self.probabilities = levels, size, logits.softmax(0)
 
     def log_prob(self, x):
-        """Of whole numbers, [B]."""
+        """Returns the log-probability of whole numbers, [B]."""
         return self.probabilities.gather(0, x.long()).log().flatten(1).sum(1)
 
     def log_density(self, y):
-        """Of numbers in [0, 1), [B]."""
+        """Returns the log-density of numbers in [0, 1), [B]."""
         return self.log_prob((self.levels * y).floor()) + y[0].numel() * math.log(self.levels)
 
     def entropy(self):
-        """In bits for each number."""
+        """Returns the entropy in bits for each number."""
         return scipy.stats.entropy(self.probabilities.numpy(), base=2, axis=0).mean()
 
     def images(self):
-        """All of them."""
+        """Returns all images."""
         values = itertools.product(range(self.levels), repeat=math.prod(self.size))
         return torch.tensor(list(values), dtype=torch.float64).view(-1, *self.size)
 

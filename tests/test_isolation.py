@@ -118,7 +118,7 @@ def test_modules_import_from_their_own_line_of_the_tree_or_below():
 
 
 def _imported(path: Path) -> set[str]:
-    """The modules of the package that a file imports, those of a package in it by its name."""
+    """Returns the modules of the package that a file imports, those of a package in it by its name."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):

@@ -37,7 +37,7 @@ LAYERS = {1: InvertibleConv1d, 2: InvertibleConv2d, 3: InvertibleConv3d}
 
 
 def trained(layer: InvertibleConv2d, seed: int = 0) -> InvertibleConv2d:
-    """The layer with parameters far from where they start, masked entries included."""
+    """Returns the layer with parameters far from where they start, masked entries included."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in layer.parameters():

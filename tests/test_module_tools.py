@@ -48,7 +48,7 @@ AROUND = {
 
 
 def build(library: str, **options) -> nn.Module:
-    """A flow whose layers are off the identity, in float64 and evaluation mode."""
+    """Returns a flow whose layers are off the identity, in float64 and evaluation mode."""
     torch.manual_seed(0)
     flow = LIBRARIES[library]((1, 8, 8), 2, 1, hidden_channels=4, **options).double().eval()
     with torch.no_grad():
@@ -62,7 +62,7 @@ def images() -> Tensor:
 
 
 def results(flow: nn.Module, library: str) -> list[Tensor]:
-    """Of both directions, and a gradient."""
+    """Returns results of both directions, and a gradient."""
     torch.manual_seed(2)
     density = flow.log_prob(images())
     gradients = torch.autograd.grad(density.mean(), [each for each in flow.parameters() if each.requires_grad])

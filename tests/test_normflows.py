@@ -111,7 +111,7 @@ def test_glow_block_rejects_channels_that_do_not_divide_before_any_work():
 
 
 def multiscale(num_classes=None):
-    """Two levels with GlowBlocks on images [4, 4, 2]; the data's end is a bare layer, before any squeeze."""
+    """Builds two levels with GlowBlocks on images [4, 4, 2]; the data's end is a bare layer, before any squeeze."""
     bases = [nf.distributions.GlowBase(shape, num_classes) for shape in ((8, 2, 1), (2, 4, 2))]
     flows = [
         [GlowBlock(8, 8), GlowBlock(8, 8, corners="TL"), nf.flows.Squeeze()],

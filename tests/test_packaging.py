@@ -42,7 +42,7 @@ def install_torch(directory, version):
 
 @pytest.fixture
 def compiler(monkeypatch, tmp_path):
-    """A compiler that knows its version and writes what it is asked for."""
+    """Returns a compiler that knows its version and writes what it is asked for."""
     script = 'if [ "$1" = --version ]; then echo "cc 1.0"; echo more; else echo "$@" >> "$0.log"; fi'
     path = executable(tmp_path / "bin" / "mycc", script)
     monkeypatch.setenv("CXX", str(path))
@@ -51,7 +51,7 @@ def compiler(monkeypatch, tmp_path):
 
 @pytest.fixture
 def buildable(monkeypatch, compiler, tmp_path):
-    """A machine that could build, with no torch but those a test installs in the directory."""
+    """Returns a machine that could build, with no torch but those a test installs in the directory."""
     monkeypatch.delenv("NFLOWS_KCONV_BUILD", raising=False)
     monkeypatch.setattr(environment.sysconfig, "get_config_var", lambda name: None)
     directory = tmp_path / "site"

@@ -114,7 +114,7 @@ def over_cases(test: Callable[..., None]) -> Callable[..., None]:
 
 
 def scattered(layer: PeriodicConv, size: float = 0.3, seed: int = 0) -> PeriodicConv:
-    """The layer with a weight of a size; biases of that size would carry half precision beyond its range."""
+    """Returns the layer with a weight of a size; biases of that size would carry half precision beyond its range."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in layer.named_parameters():

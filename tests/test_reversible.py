@@ -35,11 +35,11 @@ from nflows_kconv.normflows import ReversibleComposite
 pytestmark = pytest.mark.filterwarnings("ignore:torch.triangular_solve is deprecated")
 
 SHAPE = (4, 4, 2)  # of an image
-STEPS = 20  # more than the inputs that are kept, so that most steps are undone
+STEPS = 20  # more than the inputs that are kept, so most steps are undone
 
 
 def smooth_network(inputs: int, outputs: int) -> nn.Sequential:
-    """Whose derivative is continuous, so that rounding changes the gradients by rounding."""
+    """Builds a network with a continuous derivative, so rounding changes the gradients by rounding."""
     return nn.Sequential(nn.Conv2d(inputs, 6, 3, padding=1), nn.SiLU(), nn.Conv2d(6, outputs, 1))
 
 
@@ -131,7 +131,7 @@ def images(batch: int = 5, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def twins(library: str, steps: int = STEPS, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, nn.Module]:
-    """Two stacks with equal parameters, ordinary and reversible, off their initial values and initialised by data."""
+    """Builds two stacks with equal parameters, ordinary and reversible, changed and initialised by data."""
     build, ordinary_class, reversible_class = LIBRARIES[library]
     modules = [build() for _ in range(steps)]
     ordinary = ordinary_class(modules).to(dtype)
@@ -147,7 +147,7 @@ def twins(library: str, steps: int = STEPS, dtype: torch.dtype = torch.float64) 
 def gradients(
     module: nn.Module, inputs: Tensor, *contexts: Tensor, direction: str = "forward", autocast: bool = False
 ) -> dict[str, Tensor]:
-    """Of a loss that depends on outputs and log-determinants unevenly; with the results beside them."""
+    """Returns gradients of a loss that weighs outputs and log-determinants unevenly, and the results."""
     sources = {"input": inputs.clone().requires_grad_(), **dict(module.named_parameters())}
     function = module if direction == "forward" else module.inverse
     with torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext():
@@ -161,7 +161,7 @@ def gradients(
 
 
 def error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """Relative, of all gradients together."""
+    """Returns the relative error of all gradients together."""
     names = [name for name in expected if name not in ("output", "log_abs_det")]
     difference, size = (
         sum(tensor.double().square().sum() for tensor in tensors)
@@ -178,7 +178,7 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 def peak_bytes(module: nn.Module, inputs: Tensor, direction: str = "forward") -> int:
-    """Of a training step, beside the gradients of the parameters."""
+    """Returns a training step's memory without the gradients of the parameters."""
 
     def train() -> None:
         outputs, log_abs_det = getattr(module, direction)(inputs)

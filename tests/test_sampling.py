@@ -84,7 +84,7 @@ def exact_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(params=["run", "recorded", pytest.param("captured", marks=pytest.mark.gpu)])
 def place(request: pytest.FixtureRequest) -> Iterator[torch.device]:
-    """Where to sample: on the CPU, on the CPU by replaying a recording, on a GPU by replaying a graph."""
+    """Samples on the CPU, on the CPU by replaying a recording, on a GPU by replaying a graph."""
     if request.param == "recorded":
         request.getfixturevalue("captures")
     yield torch.device("cuda" if request.param == "captured" else "cpu")
@@ -138,7 +138,7 @@ def own_samples(flow: nn.Module, number: int) -> Tensor:
 
 
 def assert_same_images(actual: Tensor, expected: Tensor) -> None:
-    """Equal, but for the few pixels that rounding carries to the next of 256 values."""
+    """Asserts that images are equal, except for the few pixels that rounding carries to the next of 256 values."""
     assert actual.shape == expected.shape
     difference = (actual - expected).abs()
     assert difference.max() <= 1

@@ -50,7 +50,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, Page]:
-    """The pages of the built site by their path."""
+    """Returns the pages of the built site by their path."""
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -63,7 +63,7 @@ def folder_of(site: dict[Path, Page]) -> Path:
 
 
 def target(page: Path, address: str) -> tuple[Path, str]:
-    """The file and the anchor that an address on a page leads to."""
+    """Returns the file and the anchor that an address on a page leads to."""
     parts = urlsplit(address)
     return ((page.parent / unquote(parts.path)).resolve() if parts.path else page), unquote(parts.fragment)
 

@@ -37,7 +37,7 @@ CLASSES = [InvertibleConv2d, nflows_kconv.nflows.InvertibleConv2d, nflows_kconv.
 
 
 def trained(layer: InvertibleConv2d) -> InvertibleConv2d:
-    """The layer after steps with weight decay."""
+    """Returns the layer after steps with weight decay."""
     optimizer = torch.optim.AdamW(layer.parameters(), 0.05, weight_decay=0.5)
     for _ in range(5):
         optimizer.zero_grad()
@@ -54,7 +54,7 @@ def through_a_file(state_dict: dict[str, Any]) -> dict[str, Any]:
 
 
 def tensors_alone(layer: nn.Module) -> dict[str, Any]:
-    """What files of earlier versions had that keep no metadata."""
+    """Returns what files of earlier versions had that keep no metadata."""
     return {name: value for name, value in layer.state_dict().items() if name != "_extra_state"}
 
 
@@ -174,7 +174,7 @@ def test_another_bound_is_loaded_with_a_warning(saved: float | None, loading: fl
 
 
 def plain(layer: InvertibleConv2d) -> OrderedDict[str, Tensor]:
-    """What a module with `functional.conv2d` and a parameter `weight` would save."""
+    """Returns what a module with `functional.conv2d` and a parameter `weight` would save."""
     weight = layer.weight.detach() + 0.1 * oracles.masked(layer.raw_weight.shape, layer.corners)
     return OrderedDict(weight=weight) if layer.bias is None else OrderedDict(weight=weight, bias=layer.bias.detach())
 
@@ -361,7 +361,7 @@ def fake(build: Callable[[], nn.Module]) -> nn.Module:
 
 
 def emptied(build: Callable[[], nn.Module]) -> nn.Module:
-    """With whatever memory held."""
+    """Builds a module with whatever memory held."""
     module = on_meta(build).to_empty(device="cpu")
     with torch.no_grad():
         for tensor in (*module.parameters(), *module.buffers()):

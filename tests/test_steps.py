@@ -37,7 +37,7 @@ def layer(dimensions: int, corners, **arguments) -> nn.Module:
 
 
 def build(name: str, dimensions: int = 2) -> nn.Module:
-    """In float64, in evaluation mode, all parameters off their initial values."""
+    """Builds a step in float64, in evaluation mode, with changed parameters."""
     torch.manual_seed(3)
     module = STEPS[name](dimensions).double().eval()
     with torch.no_grad():

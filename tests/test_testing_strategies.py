@@ -37,7 +37,7 @@ def test_corners_and_kernel_sizes(names: tuple[str, ...], three: tuple[str, ...]
 
 
 def amplification(weight: torch.Tensor, corners: tuple[str, ...], side: int) -> float:
-    """Of the inverse, in the maximum norm."""
+    """Returns the maximum norm of the inverse."""
     matrices = oracles.matrices(weight, corners, (side, side))
     return max(torch.linalg.inv(matrix).abs().sum(1).max().item() for matrix in matrices)
 
@@ -99,7 +99,7 @@ def test_flows_pass(flow: torch.nn.Module, images: torch.Tensor):
 
 
 def any_of(strategy: st.SearchStrategy) -> Any:
-    """What it draws first, not shrunk."""
+    """Returns what it draws first, not shrunk."""
     return find(strategy, lambda _: True, settings=settings(database=None, phases=[Phase.generate]))
 
 
@@ -123,7 +123,7 @@ def test_drawing_leaves_torchs_random_numbers_as_they_are():
 
 
 def smallest(strategy: st.SearchStrategy, condition: Callable[[Any], bool]) -> Any:
-    """To what it shrinks, without the help of earlier runs."""
+    """Returns what it shrinks to, without the help of earlier runs."""
     return find(strategy, condition, settings=settings(database=None))
 
 

@@ -53,7 +53,7 @@ def train(output: Path, steps: int, *arguments: str) -> dict:
 
 
 def refused(capsys: pytest.CaptureFixture, *arguments: str) -> str:
-    """The one line with which the command refuses the arguments."""
+    """Returns the one line with which the command refuses the arguments."""
     with pytest.raises(SystemExit) as stopped:
         train_image_flow.main([*SMALL, *arguments])
     assert stopped.value.code == 2
@@ -61,7 +61,7 @@ def refused(capsys: pytest.CaptureFixture, *arguments: str) -> str:
 
 
 def scalars(run: Path, name: str) -> dict[int, float]:
-    """A curve that TensorBoard shows."""
+    """Returns a curve that TensorBoard shows."""
     events = EventAccumulator(str(run))
     events.Reload()
     return {event.step: event.value for event in events.Scalars(name)}
@@ -292,7 +292,7 @@ def test_epochs_and_seeds_have_orders_of_their_own():
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory) -> Path:
-    """A training of 10 steps without a break."""
+    """Returns a training of 10 steps without a break."""
     run = tmp_path_factory.mktemp("runs") / "whole"
     train(run, 10, "--flip")
     return run
@@ -346,7 +346,7 @@ def test_the_decay_of_averages_grows_to_its_value():
 
 @pytest.fixture
 def ten_seconds_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the clock of the training."""
+    """Returns the time on the clock of the training."""
     seconds, step = [0], image_flow_training.ImageFlow.training_step
 
     def timed(module: nn.Module, batch: list[Tensor], batch_idx: int) -> Tensor:

@@ -70,7 +70,7 @@ class Density(nn.Module):
 
 
 def numbers(count: int = 8) -> Tensor:
-    """The same ones in both processes, the first half of which has another mean than the second."""
+    """Returns the same ones in both processes, the first half of which has another mean than the second."""
     generator = torch.Generator().manual_seed(5)
     images = torch.randn(count, 4, 4, 4, generator=generator) * 2
     images[: count // 2] += 3
@@ -121,7 +121,7 @@ def assert_equal_in_both(model: nn.Module) -> None:
 
 
 def checkpoint(build: Callable[[], nn.Module]) -> dict[str, Tensor]:
-    """The same in both processes."""
+    """Returns the same in both processes."""
     with torch.random.fork_rng():
         torch.manual_seed(11)
         flow = build()
@@ -131,7 +131,7 @@ def checkpoint(build: Callable[[], nn.Module]) -> dict[str, Tensor]:
 
 
 def each_flow(function: Callable[[int, str | None, Callable[[], nn.Module]], None]) -> None:
-    """A scenario for the flow of each library, and one for the bare steps."""
+    """Registers a scenario for the flow of each library, and one for the bare steps."""
     builders = {library: lambda library=library: flow_of(library) for library in LIBRARIES}
     for library, build in {None: Density, **builders}.items():
         SCENARIOS[f"{function.__name__}, {library or 'steps'}"] = lambda rank, library=library, build=build: function(
@@ -290,7 +290,7 @@ def sharded_steps(rank):
 
 @scenario
 def sharded_before_the_first_batch(rank):
-    """What ActNorm sets would be lost."""
+    """Is refused, since what ActNorm sets would be lost."""
     sharded = shard(Density().steps)
     with pytest.raises(
         RuntimeError, match="ActNorm must see its first batch, or load a state_dict, before fully_shard"

@@ -65,7 +65,7 @@ def call(problem: registry.Problem, *, device: Device = H100, seed: int = INCREA
 
 
 def planned(problem: registry.Problem) -> Problem:
-    """What is planned for a call; tensors on the device "meta" will do."""
+    """Returns what is planned for a call; tensors on the device "meta" will do."""
     return Problem.of(problem, _output(problem))
 
 

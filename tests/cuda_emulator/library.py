@@ -50,7 +50,7 @@ class Launch(ctypes.Structure):
 
 
 def with_lines(message: str, library: ctypes.CDLL) -> str:
-    """A message of the emulator, with the lines of the sources in the place of <offsets> in the library."""
+    """Returns a message of the emulator, with the lines of the sources in the place of <offsets> in the library."""
     return re.sub("<([0-9a-f]+)>", lambda offset: _line(library, offset[1]) or offset[0], message)
 
 

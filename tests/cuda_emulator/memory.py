@@ -40,7 +40,7 @@ class Memory:
         self.address = self._begin + self.start
 
     def beyond(self, tensor: Tensor | None = None) -> int | None:
-        """The first byte that was written beside those asked for, or beside the elements of such a tensor."""
+        """Returns the first byte that was written beside those asked for, or beside the elements of such a tensor."""
         if tensor is None:
             self.data.fill_(255)
         else:
@@ -49,7 +49,7 @@ class Memory:
         return wrong[0].item() - self.start if len(wrong) else None
 
     def like(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """The data as elements with the shape and strides of a tensor."""
+        """Returns the data as elements with the shape and strides of a tensor."""
         return self.data.view(dtype or tensor.dtype).as_strided(tensor.shape, tensor.stride())
 
     def read_only(self) -> None:
@@ -69,7 +69,7 @@ def span(tensor: Tensor) -> int:
 
 
 def once(tensor: Tensor) -> Tensor:
-    """The tensor without the elements that expanding it repeats."""
+    """Returns the tensor without the elements that expanding it repeats."""
     for dim, stride in enumerate(tensor.stride()):
         if stride == 0:
             tensor = tensor.narrow(dim, 0, 1)

@@ -1,4 +1,4 @@
-"""Runs many seeds in child processes, so that a crash or a hang is found, and tells how to replay it.
+"""Runs many seeds in child processes, so a crash or a hang is found, and tells how to replay it.
 
 From the checkout: `PYTHONPATH=tests python -m fuzz --minutes 15`, and `PYTHONPATH=tests python -m fuzz --replay SEED`.
 """
@@ -24,7 +24,7 @@ import fuzz
 
 SEEDS = 1000  # of a child process
 HANGS_AFTER = 120  # seconds without a new seed
-MEMORY = 1 << 30  # bytes that the calls of a child may take, so that what is too large fails at once
+MEMORY = 1 << 30  # bytes that the calls of a child may take, so what is too large fails at once
 
 
 @dataclass
@@ -102,7 +102,7 @@ def _hangs(child: subprocess.Popen[str], progress: Path) -> bool:
 
 
 def main() -> int:
-    """The command line."""
+    """Returns the command line."""
     parser = argparse.ArgumentParser(prog="python -m fuzz", description=__doc__)
     parser.add_argument("--minutes", type=float, default=1.0, help="how long to go on (default: 1)")
     parser.add_argument("--first", type=int, default=0, help="the first seed (default: 0)")

@@ -113,7 +113,7 @@ def operators(random: Random) -> int:
 
 
 def expect_singular(problem: Problem, function: Callable[..., Tensor], *args: Any) -> None:
-    """An inverse that does not exist must be refused; of an empty input it need not be."""
+    """Checks that an inverse that does not exist is refused; for an empty input it need not be."""
     try:
         function(*args)
     except ValueError as error:

@@ -115,7 +115,7 @@ class Problem:
         return function(input.contiguous(), kernel, padding=padding, groups=len(self.corners))
 
     def _embed(self, weight: Tensor) -> Tensor:
-        """The kernels of all groups inside one of [C, C/G, 2 kh - 1, 2 kw - 1], the pivots in its centre."""
+        """Returns the kernels of all groups inside one of [C, C/G, 2 kh - 1, 2 kw - 1], the pivots in its centre."""
         rows, columns = weight.shape[2:]
         padded = []
         for corner, group in zip(

@@ -22,7 +22,7 @@ UNREADABLE = ("INTERNAL ASSERT", "Internal error", "please report", "API call fa
 
 
 def functions(random: Random) -> int:
-    """The functions, with one or two arguments that are out of order."""
+    """Returns the functions, with one or two arguments that are out of order."""
     problem = draw_problem(random, torch.float64)
     for _ in range(CALLS):
         name = random.choice(("conv2d", "conv2d_inverse", "log_abs_det"))
@@ -133,7 +133,7 @@ def _wrong_bias(random: Random, bias: Tensor) -> Any:
 
 
 def sizes(random: Random) -> int:
-    """The functions, on sizes beyond 32 and 64 bits that need no memory: all elements of a tensor are one."""
+    """Returns the functions, on sizes beyond 32 and 64 bits that need no memory: all elements of a tensor are one."""
     for _ in range(CALLS):
         corners, per_group = tuple(random.choices(STENCILS, k=random.choice((1, 2)))), random.choice((1, 2))
         channels, dtype = len(corners) * per_group, random.choice(DTYPES)

@@ -73,7 +73,7 @@ def spoil(random: Random, tensor: Tensor) -> None:
 
 
 def overlap(random: Random, tensor: Tensor) -> Tensor:
-    """A tensor of this shape whose elements share memory: expanded, or windows that slide over it."""
+    """Returns a tensor of this shape whose elements share memory: expanded, or windows that slide over it."""
     if tensor.numel() == 0:
         return tensor
     if random.random() < 0.5:
@@ -85,7 +85,7 @@ def overlap(random: Random, tensor: Tensor) -> Tensor:
 
 
 def lay_out(random: Random, tensor: Tensor) -> Tensor:
-    """The same values in a tensor of another kind, or elsewhere in memory."""
+    """Returns the same values in a tensor of another kind, or elsewhere in memory."""
     ways = (_permuted, _scattered, _restrided, _negated, _conjugated, _misaligned, _of_inference, _parameter, _view)
     way = random.choice((*ways, Tensor.clone, Tensor.contiguous, _subclass))
     return way(tensor, random) if way in ways else way(tensor)
@@ -97,7 +97,7 @@ def _permuted(tensor: Tensor, random: Random) -> Tensor:
 
 
 def _scattered(tensor: Tensor, random: Random) -> Tensor:
-    """Every element between others, which are NaN."""
+    """Puts every element between others, which are NaN."""
     steps = [random.choice((1, 1, 2, 3)) for _ in tensor.shape]
     memory = tensor.new_full([1 + size * step for size, step in zip(tensor.shape, steps, strict=True)], math.nan)
     return memory[tuple(slice(1, None, step) for step in steps)].copy_(tensor)
@@ -149,6 +149,6 @@ def _subclass(tensor: Tensor) -> Tensor:
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """What tells tensors apart that are equal, and NaNs from each other."""
+    """Returns what tells tensors apart that are equal, and NaNs from each other."""
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     return tensor.detach().as_subclass(Tensor).resolve_neg().contiguous().view(integer)
