@@ -9,7 +9,7 @@ namespace {
 
 using kconv::Outcome;
 
-// What stays the same from call to call. nflows_kconv/backends/native.py has the same members.
+// What stays the same from call to call; nflows_kconv/backends/native.py has the same members.
 struct Options {
   const int64_t* stencils;  // one a group
   int64_t groups, dimensions;
@@ -116,8 +116,8 @@ Outcome run(const Options& options, const View& input, const View& output, const
 
 }  // namespace
 
-// Runs what the options say of tensors as `functional.conv2d` describes them, or declines and does nothing: what they
-// are is checked here, why they do not fit is told elsewhere.
+// Runs what the options say on tensors as `functional.conv2d` describes them, or declines and does nothing: this checks
+// whether they fit, and leaves it to others to tell why not.
 KCONV_EXPORT Outcome nflows_kconv_run(const Options* options, void* input, void* output, void* weight, void* bias,
                                       void* log_diagonal) {
   View in, out, kernel, shift, diagonal;

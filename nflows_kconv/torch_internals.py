@@ -66,7 +66,7 @@ def has_dispatch_mode() -> bool:
 
 
 def is_intercepted() -> bool:
-    """Whether anything of torch takes calls of operators itself: its compiler, a mode, a transformation."""
+    """Returns whether anything of torch takes calls of operators itself: its compiler, a mode, a transformation."""
     return (
         torch.compiler.is_compiling()
         or has_dispatch_mode()

@@ -84,7 +84,7 @@ def exact_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(params=["run", "recorded", pytest.param("captured", marks=pytest.mark.gpu)])
 def place(request: pytest.FixtureRequest) -> Iterator[torch.device]:
-    """Samples on the CPU, on the CPU by replaying a recording, on a GPU by replaying a graph."""
+    """Chooses where to sample: on the CPU, there by replaying a recording, on a GPU by replaying a graph."""
     if request.param == "recorded":
         request.getfixturevalue("captures")
     yield torch.device("cuda" if request.param == "captured" else "cpu")

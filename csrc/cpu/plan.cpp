@@ -121,7 +121,7 @@ OwnedPlan make_plan(const Problem<T>& problem, int64_t family, int64_t groups, c
     // Whole vectors of rows for tensors that store columns.
     const int64_t unit = problem.stores_columns() ? lanes : 1;
     plan.strip_rows = std::min(height, std::max({kBufferBytes / row_bytes - halo, 2 * halo, unit}) / unit * unit);
-    if (plan.lanes == Lanes::channels) plan.strip_rows = height;  // so that wavefronts are long
+    if (plan.lanes == Lanes::channels) plan.strip_rows = height;  // for long wavefronts
     plan.plane_pitch = (plan.strip_rows + halo) * plan.row_positions * plan.position_pitch;
   }
   plan.first_plane = plan.planes_before * plan.plane_pitch;
