@@ -33,6 +33,7 @@ __all__ = [
     "ConditionalInvertibleConv3d",
     "ImageFlow",
     "InvertibleConv1d",
+    "InvertibleConv1x1",
     "InvertibleConv2d",
     "InvertibleConv3d",
     "PeriodicConv1d",
@@ -68,6 +69,10 @@ class InvertibleConv1d(layer.InvertibleConv1d, Transform):
 
 class InvertibleConv3d(layer.InvertibleConv3d, Transform):
     """`nflows_kconv.InvertibleConv3d` as an `nflows.transforms.Transform`; see `InvertibleConv2d`."""
+
+
+class InvertibleConv1x1(steps.InvertibleConv1x1, Transform):
+    """`nflows_kconv.flows.steps.InvertibleConv1x1` as an `nflows.transforms.Transform`, for `OneByOneConvolution`."""
 
 
 class PeriodicConv2d(periodic.PeriodicConv2d, Transform):

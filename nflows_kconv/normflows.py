@@ -34,6 +34,7 @@ __all__ = [
     "GlowBlock",
     "ImageFlow",
     "InvertibleConv1d",
+    "InvertibleConv1x1",
     "InvertibleConv2d",
     "InvertibleConv3d",
     "PeriodicConv1d",
@@ -46,7 +47,7 @@ __all__ = [
 ]
 
 
-class _FromLatent(layer.KernelLayer, flows.Flow):
+class _FromLatent(InvertibleModule, flows.Flow):
     """A layer with the directions of normflows."""
 
     def _run_forward(self, input: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -79,6 +80,10 @@ class InvertibleConv1d(_FromLatent, layer.InvertibleConv1d):
 
 class InvertibleConv3d(_FromLatent, layer.InvertibleConv3d):
     """`nflows_kconv.InvertibleConv3d` as a `normflows.flows.Flow`; see `InvertibleConv2d`."""
+
+
+class InvertibleConv1x1(_FromLatent, steps.InvertibleConv1x1):
+    """`nflows_kconv.flows.steps.InvertibleConv1x1` as a `normflows.flows.Flow`, for `Invertible1x1Conv`."""
 
 
 class PeriodicConv2d(_FromLatent, periodic.PeriodicConv2d):

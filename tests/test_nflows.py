@@ -23,7 +23,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import nflows_kconv
-from nflows_kconv.nflows import InvertibleConv2d
+from nflows_kconv.nflows import InvertibleConv1x1, InvertibleConv2d
 from nflows_kconv.testing import check_transform, strategies
 
 # nflows' 1x1 convolution inverts with it.
@@ -69,6 +69,7 @@ TRANSFORMS = {
     "one group": lambda: InvertibleConv2d(4, corners="TL"),
     "learned, bias": lambda: InvertibleConv2d(4, corners=("BR", "TL"), diagonal="learned", bias=True),
     "rectangular": lambda: InvertibleConv2d(4, (2, 5), corners=("TR",), diagonal="learned"),
+    "1x1": lambda: InvertibleConv1x1(4),
     "InverseTransform": lambda: InverseTransform(InvertibleConv2d(4, diagonal="learned", bias=True)),
     "CompositeTransform": composite,
     "MultiscaleCompositeTransform": multiscale,

@@ -18,7 +18,8 @@ from torch.testing import assert_close
 
 import nflows_kconv
 import nflows_kconv.nflows
-from nflows_kconv.normflows import GlowBlock, InvertibleConv2d
+from nflows_kconv.flows import steps
+from nflows_kconv.normflows import GlowBlock, InvertibleConv1x1, InvertibleConv2d
 from nflows_kconv.testing import check_transform, strategies
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.lu is deprecated")  # normflows' 1x1 convolution
@@ -31,6 +32,7 @@ FLOWS = {
     "one group": lambda: InvertibleConv2d(4, corners="TL"),
     "learned, bias": lambda: InvertibleConv2d(4, corners=("BR", "TL"), diagonal="learned", bias=True),
     "rectangular": lambda: InvertibleConv2d(4, (2, 5), corners=("TR",), diagonal="learned"),
+    "1x1": lambda: InvertibleConv1x1(4),
     "Reverse": lambda: nf.flows.Reverse(InvertibleConv2d(4, diagonal="learned", bias=True)),
     "Composite": lambda: nf.flows.Composite([InvertibleConv2d(4, corners=c, diagonal="learned") for c in ("TL", "BR")]),
     "GlowBlock": lambda: GlowBlock(4, 8),
@@ -207,11 +209,21 @@ def test_a_shift_in_place_after_the_layer_leaves_the_gradients_right(direction):
         assert torch.equal(actual, expected)
 
 
-def test_states_move_between_the_libraries_with_identical_results():
-    arguments = {"kernel_size": (3, 2), "corners": ("TL", "BR"), "diagonal": "learned", "bias": True}
-    in_normflows = scatter(InvertibleConv2d(4, **arguments))
-    core = nflows_kconv.InvertibleConv2d(4, **arguments)
-    in_nflows = nflows_kconv.nflows.InvertibleConv2d(4, **arguments)
+LAYER = {"kernel_size": (3, 2), "corners": ("TL", "BR"), "diagonal": "learned", "bias": True}
+
+
+@pytest.mark.parametrize(
+    ("normflows_class", "core_class", "nflows_class", "arguments"),
+    [
+        (InvertibleConv2d, nflows_kconv.InvertibleConv2d, nflows_kconv.nflows.InvertibleConv2d, LAYER),
+        (InvertibleConv1x1, steps.InvertibleConv1x1, nflows_kconv.nflows.InvertibleConv1x1, {}),
+    ],
+    ids=["layer", "1x1"],
+)
+def test_states_move_between_the_libraries_with_identical_results(normflows_class, core_class, nflows_class, arguments):
+    in_normflows = scatter(normflows_class(4, **arguments))
+    core = core_class(4, **arguments)
+    in_nflows = nflows_class(4, **arguments)
     core.load_state_dict(in_normflows.state_dict())
     in_nflows.load_state_dict(core.state_dict())
     assert in_nflows.state_dict().keys() == in_normflows.state_dict().keys() == core.state_dict().keys()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import re
 
 import nflows.transforms
 import normflows
@@ -234,6 +235,19 @@ def test_the_1x1_starts_as_a_rotation():
     torch.testing.assert_close(log_abs_det, torch.zeros(2), atol=1e-5, rtol=0)
     weight = convolution(torch.eye(6)[:, :, None, None])[0][:, :, 0, 0].T
     torch.testing.assert_close(convolution.inverse_weight() @ weight, torch.eye(6), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+@pytest.mark.parametrize("shape", [(2, 4), (4, 3, 3), (2, 3, 4, 4), (2, 1, 5, 5)], ids=str)
+def test_the_1x1_rejects_other_shapes(direction, shape):
+    with pytest.raises(ValueError, match=re.escape(f"input must have shape [B, 4, ...], got {shape}")):
+        getattr(steps.InvertibleConv1x1(4), direction)(torch.zeros(shape))
+
+
+@pytest.mark.parametrize(("channels", "error"), [(0, ValueError), (2.0, TypeError)])
+def test_the_1x1_rejects_other_numbers_of_channels(channels, error):
+    with pytest.raises(error, match=f"num_channels must be .*, got {channels}"):
+        steps.InvertibleConv1x1(channels)
 
 
 @pytest.mark.parametrize("module", [steps.learned_prior(4), steps.AffineCoupling(steps.coupling_network(4, 8))])

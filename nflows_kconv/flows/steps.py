@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 
-from nflows_kconv import bijection
+from nflows_kconv import bijection, checks
 from nflows_kconv.backends.reference import without_autocast
 from nflows_kconv.conditional import ConditionalInvertibleConv
 from nflows_kconv.invertible import InvertibleModule
@@ -209,7 +209,7 @@ class InvertibleConv1x1(InvertibleModule):
     as a random rotation. Under autocast it stays in the dtype of its parameters.
 
     Args:
-        channels: C.
+        num_channels: C.
 
     Attributes:
         lower: Parameter, [C, C], whose strict lower triangle is that of L.
@@ -217,18 +217,23 @@ class InvertibleConv1x1(InvertibleModule):
         log_scale: Parameter, [C], log |s|.
         permutation: Buffer, [C], the row of L (U + diag(s)) that each row of W is.
         sign: Buffer, [C], the signs of s.
+
+    Raises:
+        TypeError: If the number of channels is no integer.
+        ValueError: If it is below 1; in a call, if the input has another shape than [B, C, ...].
     """
 
     permutation: Tensor
     sign: Tensor
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, num_channels: int) -> None:
         super().__init__()
-        self.register_buffer("permutation", torch.empty(channels, dtype=torch.int64))
-        self.register_buffer("sign", torch.empty(channels))
-        self.lower = nn.Parameter(torch.empty(channels, channels))
-        self.upper = nn.Parameter(torch.empty(channels, channels))
-        self.log_scale = nn.Parameter(torch.empty(channels))
+        self.num_channels = checks.positive("num_channels", num_channels)
+        self.register_buffer("permutation", torch.empty(num_channels, dtype=torch.int64))
+        self.register_buffer("sign", torch.empty(num_channels))
+        self.lower = nn.Parameter(torch.empty(num_channels, num_channels))
+        self.upper = nn.Parameter(torch.empty(num_channels, num_channels))
+        self.log_scale = nn.Parameter(torch.empty(num_channels))
         self.reset_parameters()
 
     @torch.no_grad()
@@ -247,15 +252,21 @@ class InvertibleConv1x1(InvertibleModule):
         self.log_scale.copy_(upper.diagonal().abs().log())
 
     def _run_forward(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
+        self._check(input)
         with without_autocast(input.device):
             lower, upper = _factors(self.lower, self.upper, self.log_scale, self.sign)
             output = _mixed((lower @ upper)[self.permutation], input)
         return output, _per_image(self.log_scale, input)
 
     def _run_inverse(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
+        self._check(input)
         with without_autocast(input.device):
             output = _mixed(self.inverse_weight(), input)
         return output, -_per_image(self.log_scale, input)
+
+    def _check(self, input: Tensor) -> None:
+        if input.dim() < 3 or input.shape[1] != self.num_channels:
+            raise ValueError(f"input must have shape [B, {self.num_channels}, ...], got {tuple(input.shape)}")
 
     def inverse_weight(self) -> Tensor:
         """Returns the inverse of W, [C, C]."""
