@@ -23,6 +23,7 @@ FLOW = "--levels 1 --flow-steps 1 --hidden-channels 4 --minutes 1e-9 --validate-
 TINY = {
     "benchmarks.evidence": "--seconds 0.01 --seeds 0 --steps 1 --widths 4 --device DEVICE",
     "benchmarks.layer": "--tiny --seconds 0.01 --device DEVICE",
+    "benchmarks.one_by_one": "--tiny --seconds 0.01 --device DEVICE",
     "benchmarks.reversible": "--tiny --seconds 0.01 --device DEVICE",
     "benchmarks.sampling": "--tiny --seconds 0.01 --device DEVICE",
     "examples/graph_sampling.py": "--calls 1",

@@ -196,3 +196,15 @@ def test_results_of_a_gpu_are_shown_with_floors(tmp_path: Path, monkeypatch: pyt
     bars = results._bars([row], "graph").axes[0]
     assert [bar.get_width() for bar in bars.patches] == [0.5, 1.0]
     assert [line.get_xdata()[0] for line in bars.lines[:2]] == [0.25, 0.25]  # before the line at 1
+
+
+def test_ratios_to_the_libraries_are_ranges_over_shapes(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs" / "site"))
+    results = importlib.import_module("results")
+    row = {"operation": "inverse", "threads": 2, "batch": 1}
+    times = [{"nflows": 8, "normflows": 2, "3x3": 1}, {"nflows": 4, "normflows": 2, "3x3": 2}]
+    shown = "\n".join(results._measurements("1x1", [{**row, "microseconds": each} for each in times]))
+    to_nflows, to_normflows = shown.split("convolution of normflows")
+    assert "| operation | threads | batch | 3x3 |" in to_nflows
+    assert "| inverse | 2 | 1 | 0.12 to 0.50 × |" in to_nflows
+    assert "| inverse | 2 | 1 | 0.50 to 1.00 × |" in to_normflows

@@ -20,6 +20,7 @@ HEADLINE = RESULTS / "cpu-epyc-2-threads.json"
 from benchmarks.plots import AXES, LINES  # noqa: E402
 
 Row = dict[str, Any]
+HOSTS = ("nflows", "normflows")
 RATIOS = {"inverse": "#e07b39", "forward": "#3a6ea5"}  # to conv2d
 # Stands for the colour of the page's text, which no plot can know.
 _TEXT = "#010203"
@@ -100,6 +101,9 @@ def _measurements(name: str, rows: list[Row]) -> Iterator[str]:
     elif "kernel_size" in first:
         yield f"### {name.capitalize()}"
         yield _inverse_table(rows)
+    elif "operation" in first:
+        yield "### Beside the 1 × 1 convolutions of nflows and normflows"
+        yield from _host_tables(rows)
     elif "bytes" in first and "seconds" in first:
         yield "### Memory and time of a training step"
         yield _memory_table(rows)
@@ -155,6 +159,22 @@ def _inverse_table(rows: list[Row]) -> str:
             for row in rows
         ],
     )
+
+
+def _host_tables(rows: list[Row]) -> Iterator[str]:
+    """The ranges of ratios to each library's 1 x 1 convolution, over the shapes."""
+    ours = [name for name in rows[0]["microseconds"] if name not in HOSTS]
+    keys = ("operation", "threads", "batch")
+    groups: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[tuple(row[key] for key in keys)].append(row["microseconds"])
+    for host in HOSTS:
+        lines = []
+        for group, times in groups.items():
+            ratios = [[each[name] / each[host] for each in times] for name in ours]
+            lines.append([*map(str, group), *(f"{min(values):.2f} to {max(values):.2f} ×" for values in ratios)])
+        yield f"As multiples of the 1 × 1 convolution of {host}, the smallest and the largest over the shapes:"
+        yield _table([*keys, *ours], lines)
 
 
 def _memory_table(rows: list[Row]) -> str:
