@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import nflows_kconv
 
 
-def parse(description: str, seconds: float) -> argparse.Namespace:
+def parse(description: str, seconds: float, options: Mapping[str, Mapping[str, Any]] = {}) -> argparse.Namespace:
     """Returns the command line, checked; the folder of the results is there.
 
     Args:
         description: What the benchmark measures.
         seconds: For how long it measures each row, unless told.
+        options: Of this benchmark alone, by name, as `add_argument` takes them.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what to measure")
     parser.add_argument("--seconds", type=float, default=seconds, help="of measurement for each row")
     parser.add_argument("--output", type=Path, help="a JSON file to write")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes: shows that this works, tells nothing of speed")
+    for name, settings in options.items():
+        parser.add_argument(name, **settings)
     arguments = parser.parse_args()
     backend = nflows_kconv.available_backends()["cuda"]
     if arguments.device == "cuda" and not backend.selected:

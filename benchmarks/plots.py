@@ -27,6 +27,13 @@ LINES = {
     ("graph", "conv2d"): ("F.conv2d forward, CUDA graph", "#3a6ea5", "-"),
     ("eager", "conv2d"): ("F.conv2d forward, eager", "#3a6ea5", "--"),
     ("eager", "dense_solve"): ("dense triangular solve, eager", "#7a7a7a", "--"),
+    (None, "Glow"): ("Glow", "#7a7a7a", "--"),
+    (None, "FInC unit"): ("FInC unit", "#e07b39", "-"),
+    (None, "pair of corners"): ("pair of corners", "#b03a2e", "-"),
+    (None, "Emerging"): ("Emerging", "#3a6ea5", "-"),
+    (None, "MaCow"): ("MaCow", "#3d8b5f", "-"),
+    (None, "inverse direction"): ("inverse direction", "#e07b39", "--"),
+    (None, "periodic"): ("periodic", "#8e5ea2", "-"),
 }
 
 

@@ -16,7 +16,7 @@ variables and back; for it, the last convolutions of the couplings, which start 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -123,11 +123,16 @@ def prepared(model: str, variant: Variant, size: Size, device: str) -> nn.Module
 
 
 def build(library: str, model: str, size: Size, device: str) -> nn.Module:
-    """Returns a flow whose ActNorms have seen a batch and whose couplings couple."""
+    """Returns the flow of a model."""
+    return build_flow(library, MODELS[model], size, device)
+
+
+def build_flow(library: str, options: Mapping[str, Any], size: Size, device: str) -> nn.Module:
+    """Returns a flow with these options whose ActNorms have seen a batch and whose couplings couple."""
     torch.manual_seed(0)
     flow = (
         LIBRARIES[library]
-        .finc_flow(size.image_shape, size.levels, size.steps, hidden_channels=size.hidden_channels, **MODELS[model])
+        .finc_flow(size.image_shape, size.levels, size.steps, hidden_channels=size.hidden_channels, **options)
         .to(device)
     )
     with torch.no_grad():

@@ -5,6 +5,7 @@ The contestants take turns, so whatever else the machine does slows all of them.
 
 from __future__ import annotations
 
+import signal
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -20,11 +21,15 @@ HOST_CALLS = 100  # so few that their launches never fill the queue, where the h
 LEAST_SAMPLES = 5
 
 
-def take_turns(samples: Mapping[str, Callable[[], float]], seconds: float) -> dict[str, float]:
-    """Returns the median of what each function returns, called in turn for about this long."""
+def take_turns(
+    samples: Mapping[str, Callable[[], float]], seconds: float, least: int = LEAST_SAMPLES
+) -> dict[str, float]:
+    """Returns the median of what each function returns, called in turn for about this long and at least so often."""
     values: dict[str, list[float]] = {name: [] for name in samples}
+    if not values:
+        return {}
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(next(iter(values.values()))) < LEAST_SAMPLES:
+    while time.perf_counter() < end or len(next(iter(values.values()))) < least:
         for name, sample in samples.items():
             values[name].append(sample())
     return {name: statistics.median(sampled) for name, sampled in values.items()}
@@ -35,6 +40,12 @@ def wall(contestants: Contestants, seconds: float) -> dict[str, float]:
     for run in contestants.values():
         run()
     return take_turns({name: partial(_wall_time, run, 1) for name, run in contestants.items()}, seconds)
+
+
+def wall_within(limit: float, contestants: Contestants, seconds: float) -> dict[str, float]:
+    """Times as `wall` does, once at least, those whose first call takes no more than `limit` seconds."""
+    in_time = {name: run for name, run in contestants.items() if _ends_within(limit, run)}
+    return take_turns({name: partial(_wall_time, run, 1) for name, run in in_time.items()}, seconds, least=1)
 
 
 def eager(contestants: Contestants, seconds: float) -> dict[str, float]:
@@ -72,6 +83,27 @@ def host(contestants: Contestants, seconds: float) -> dict[str, float]:
         return _wall_time(run, HOST_CALLS)
 
     return take_turns({name: partial(sample, run) for name, run in contestants.items()}, seconds)
+
+
+class _TooLong(Exception):
+    """The time of a call is over."""
+
+
+def _ends_within(limit: float, run: Callable[[], object]) -> bool:
+    """Runs a call, which is stopped when the time is over, and returns whether it ended before."""
+
+    def stop(*_: object) -> None:
+        raise _TooLong
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, limit)
+    try:
+        return _wall_time(run, 1) <= 1e6 * limit
+    except _TooLong:
+        return False
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
 
 
 def _read_of_the_cache() -> Callable[[], object]:

@@ -24,6 +24,7 @@ TINY = {
     "benchmarks.evidence": "--seconds 0.01 --seeds 0 --steps 1 --widths 4 --device DEVICE",
     "benchmarks.layer": "--tiny --seconds 0.01 --device DEVICE",
     "benchmarks.one_by_one": "--tiny --seconds 0.01 --device DEVICE",
+    "benchmarks.published": "--tiny --seconds 0 --device DEVICE",
     "benchmarks.reversible": "--tiny --seconds 0.01 --device DEVICE",
     "benchmarks.sampling": "--tiny --seconds 0.01 --device DEVICE",
     "examples/graph_sampling.py": "--calls 1",

@@ -68,6 +68,7 @@ _DIRECTIVES: dict[str, Callable[[str], str]] = {
     "draw": lambda name: DRAWINGS[name](),
     "difference": _difference,
     "headline": lambda _: results.headline(),
+    "published": lambda _: results.published(),
     "results": lambda _: results.all_results(),
     "evidence": lambda _: results.evidence(),
     "reports": lambda _: results.reports(),

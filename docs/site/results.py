@@ -41,8 +41,14 @@ _STYLE = {
 
 
 def all_results() -> str:
-    """Returns a section for each file."""
-    return "\n\n".join(_section(path) for path in sorted(RESULTS.glob("*.json")))
+    """Returns a section for each file but those of `published`."""
+    return "\n\n".join(_section(path) for path in sorted(RESULTS.glob("*.json")) if not path.match("published-*"))
+
+
+def published() -> str:
+    """Returns a section for each file of benchmarks/published.py."""
+    sections = [_section(path) for path in sorted(RESULTS.glob("published-*.json"))]
+    return "\n\n".join(sections) or "No such measurement is in the repository yet."
 
 
 def headline() -> str:
@@ -101,6 +107,8 @@ def _measurements(name: str, rows: list[Row]) -> Iterator[str]:
     elif "kernel_size" in first:
         yield f"### {name.capitalize()}"
         yield _inverse_table(rows)
+    elif "published" in first:
+        yield from _published_tables(rows)
     elif "operation" in first:
         yield "### Beside the 1 × 1 convolutions of nflows and normflows"
         yield from _host_tables(rows)
@@ -162,7 +170,7 @@ def _inverse_table(rows: list[Row]) -> str:
 
 
 def _host_tables(rows: list[Row]) -> Iterator[str]:
-    """The ranges of ratios to each library's 1 x 1 convolution, over the shapes."""
+    """Gives the ranges of ratios to each library's 1 x 1 convolution, over the shapes."""
     ours = [name for name in rows[0]["microseconds"] if name not in HOSTS]
     keys = ("operation", "threads", "batch")
     groups: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
@@ -175,6 +183,32 @@ def _host_tables(rows: list[Row]) -> Iterator[str]:
             lines.append([*map(str, group), *(f"{min(values):.2f} to {max(values):.2f} ×" for values in ratios)])
         yield f"As multiples of the 1 × 1 convolution of {host}, the smallest and the largest over the shapes:"
         yield _table([*keys, *ours], lines)
+
+
+def _published_tables(rows: list[Row]) -> Iterator[str]:
+    """Gives, for each model, what was measured of each convolution and what was published."""
+    head = [
+        "convolution",
+        "images",
+        "forward",
+        "sampling",
+        "other hardware: forward; sampling",
+        "published bits per dim",
+    ]
+    for model in dict.fromkeys(row["model"] for row in rows):
+        of_model = [row for row in rows if row["model"] == model]
+        lines = []
+        for row in of_model:
+            name = row["convolution"] + (f", {row['parameters'] / 1e6:.1f} M" if "parameters" in row else "")
+            skipped = dict.fromkeys(row["skipped"], "skipped")
+            times = {call: f"{seconds:.3g} s" for call, seconds in row["seconds"].items()} | skipped
+            *seconds, bits = row["published"]
+            cells = [times.get("forward", ""), times.get("sampling", ""), "; ".join(filter(None, seconds)), bits]
+            lines.append([name, str(row.get("images", "")), *cells])
+        yield f"### {model}"
+        yield _table(head, lines)
+        reasons = sorted({reason for row in of_model for reason in row["skipped"].values()})
+        yield from (f"Skipped: {reason}." for reason in reasons)
 
 
 def _memory_table(rows: list[Row]) -> str:
