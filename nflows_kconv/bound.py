@@ -24,31 +24,29 @@ _GRAM_STEPS = 5
 _SMALLEST_NORM = 1e-12
 
 
-def off_diagonal_norm(relative: Tensor, groups: int) -> Tensor:
+def off_diagonal_norm(relative: Tensor) -> Tensor:
     """Returns the bound r on ||N||_2 in each group, [G], in float32 at least.
 
     Args:
         relative: The weight of N, [C, C/G, ...]: zero where it is masked and, unless borders are circular, on the
             pivot's diagonal.
-        groups: G.
     """
     dtype = torch.promote_types(relative.dtype, torch.float32)
     with without_autocast(relative.device):
-        taps = relative.to(dtype).unflatten(0, (groups, -1)).flatten(3).permute(0, 3, 1, 2)
+        taps = relative.to(dtype).unflatten(0, (-1, relative.shape[1])).flatten(3).permute(0, 3, 1, 2)
         return _spectral_norm(taps).sum(1)
 
 
-def scale(relative: Tensor, groups: int, max_inverse_gain: float) -> Tensor:
+def scale(relative: Tensor, max_inverse_gain: float) -> Tensor:
     """Returns the factor, [C, 1, ...], that N needs to have r <= 1 - 1/max_inverse_gain; 1 where it needs none.
 
     Args:
         relative: See `off_diagonal_norm`.
-        groups: G.
         max_inverse_gain: The bound on ||(I + N)^-1||_2, above 1.
     """
-    excess = off_diagonal_norm(relative, groups) / (1 - 1 / max_inverse_gain)
+    excess = off_diagonal_norm(relative) / (1 - 1 / max_inverse_gain)
     factor = excess.clamp_min(1).reciprocal()
-    factors = factor.repeat_interleave(len(relative) // groups).to(relative.dtype)
+    factors = factor.repeat_interleave(relative.shape[1]).to(relative.dtype)
     return factors.view(-1, *[1] * (relative.dim() - 1))
 
 

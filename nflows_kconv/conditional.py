@@ -87,9 +87,8 @@ class ConditionalInvertibleConv(layer.InvertibleConv):
         raw_weights, log_diagonals = self._parameters_of_each(context)
         if len(context) == 0:
             return raw_weights
-        stencils = self._stencils * len(context)
         log_diagonal = None if log_diagonals is None else log_diagonals.flatten()
-        weight = stencil.effective(raw_weights.flatten(0, 1), stencils, log_diagonal, log_diagonal is None)
+        weight = stencil.effective(raw_weights.flatten(0, 1), self._stencils, log_diagonal, log_diagonal is None)
         return weight.view(raw_weights.shape)
 
     def forward(self, input: Tensor, context: Any = None, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
@@ -123,7 +122,7 @@ class ConditionalInvertibleConv(layer.InvertibleConv):
         functional.check_arguments(
             input, self.raw_weight, None, self.log_diagonal, len(self._stencils), self.dimensions
         )
-        functional.check_context(context, input, len(input), self.context_features)
+        functional.check_context(context, input, input.shape[0], self.context_features)
         weights, log_diagonals = self._parameters_of_each(context)
         output = functional.run_each(operator, input, weights, log_diagonals, self._stencils, self.dilation)
         return output, log_diagonals
@@ -138,7 +137,7 @@ class ConditionalInvertibleConv(layer.InvertibleConv):
             log_diagonals = self.log_diagonal + 2 * torch.tanh(more[:, shape.numel() :] / 2)
         if self.max_inverse_gain is not None and batch:
             log_diagonal = None if log_diagonals is None else log_diagonals.flatten()
-            weights = self._bounded(weights.flatten(0, 1), log_diagonal, self._stencils * batch).view(weights.shape)
+            weights = self._bounded(weights.flatten(0, 1), log_diagonal).view(weights.shape)
         return weights, log_diagonals
 
     def extra_repr(self) -> str:
@@ -230,5 +229,5 @@ class _FromZero(nn.Module):
 
     def forward(self, context: Tensor) -> Tensor:
         numbers = self.network(context)
-        functional.check_rows("the output of weight_network", numbers, len(context), len(self.scale), like=context)
+        functional.check_rows("the output of weight_network", numbers, context.shape[0], len(self.scale), like=context)
         return numbers * self.scale

@@ -180,6 +180,7 @@ def run(
     stencils: tuple[int, ...],
     unit_diagonal: bool,
     dilation: tuple[int, ...],
+    repeats: int = 1,
 ) -> Tensor:
     """Runs `ops.conv` or `ops.solve` for images of one to three dimensions, with the checks of `conv2d`.
 
@@ -192,15 +193,16 @@ def run(
         stencils: One a group, from `stencil.parse`.
         unit_diagonal: Whether the pivot's diagonal is 1.
         dilation: One number for each axis.
+        repeats: How often the groups have these stencils in turn.
     """
-    output = ops.attempt(operator, input, weight, bias, log_diagonal, stencils, dilation, unit_diagonal)
+    output = ops.attempt(operator, input, weight, bias, log_diagonal, stencils, dilation, unit_diagonal, repeats)
     if output is not None:
         return output
     dimensions = len(dilation)
-    check_arguments(input, weight, bias, log_diagonal, len(stencils), dimensions)
+    check_arguments(input, weight, bias, log_diagonal, len(stencils) * repeats, dimensions)
     if dimensions == 1:  # a row of an image
         input, weight, dilation = input[:, :, None], weight[:, :, None], (1, *dilation)
-    output = ops.call(operator, input, weight, bias, log_diagonal, stencils, dilation, unit_diagonal)
+    output = ops.call(operator, input, weight, bias, log_diagonal, stencils, dilation, unit_diagonal, repeats)
     return output[:, :, 0] if dimensions == 1 else output
 
 
@@ -218,8 +220,8 @@ def run_each(
         return input.clone()
     # The images become groups of channels of one image, so one call computes them all.
     images, log_diagonal = input.flatten(0, 1)[None], None if log_diagonals is None else log_diagonals.flatten()
-    groups = stencils * batch
-    output = run(operator, images, weights.flatten(0, 1), None, log_diagonal, groups, log_diagonal is None, dilation)
+    options = stencils, log_diagonal is None, dilation, batch
+    output = run(operator, images, weights.flatten(0, 1), None, log_diagonal, *options)
     return output.reshape(input.shape)
 
 

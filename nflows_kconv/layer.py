@@ -212,7 +212,7 @@ class KernelLayer(InvertibleModule):
         """Raises a ValueError unless `max_inverse_gain` leaves this weight of N as it is, see `bound`."""
         if self.max_inverse_gain is None:
             return
-        scale = bound.scale(relative, len(relative) // relative.shape[1], self.max_inverse_gain).min().item()
+        scale = bound.scale(relative, self.max_inverse_gain).min().item()
         if scale < 1 - 1e-5:
             raise ValueError(
                 f"the weight must keep max_inverse_gain={self.max_inverse_gain:g}, got one whose entries off the "
@@ -355,18 +355,18 @@ class InvertibleConv(KernelLayer):
 
     def _weight(self) -> Tensor:
         log_diagonal = self.log_diagonal
-        raw_weight = self._bounded(self.raw_weight, log_diagonal, self._stencils)
+        raw_weight = self._bounded(self.raw_weight, log_diagonal)
         return stencil.effective(raw_weight, self._stencils, log_diagonal, log_diagonal is None)
 
-    def _bounded(self, raw_weight: Tensor, log_diagonal: Tensor | None, stencils: Sequence[int]) -> Tensor:
+    def _bounded(self, raw_weight: Tensor, log_diagonal: Tensor | None) -> Tensor:
         """Returns the raw weight, scaled down where `max_inverse_gain` asks for it."""
         if self.max_inverse_gain is None:
             return raw_weight
         dtype = torch.promote_types(raw_weight.dtype, torch.float32)  # half precision rounds once
-        relative = raw_weight.to(dtype).masked_fill(_ignored(raw_weight, stencils), 0)
+        relative = raw_weight.to(dtype).masked_fill(_ignored(raw_weight, self._stencils), 0)
         if log_diagonal is not None:
             relative = relative * on_weight(log_diagonal.to(dtype).neg().exp(), relative)
-        scale = bound.scale(relative, len(stencils), self.max_inverse_gain)
+        scale = bound.scale(relative, self.max_inverse_gain)
         return (raw_weight * scale).to(raw_weight.dtype)
 
     def _convolve(self, input: Tensor) -> Tensor:
@@ -378,7 +378,7 @@ class InvertibleConv(KernelLayer):
     def _run(self, operator: Any, input: Tensor) -> Tensor:
         (weight, log_diagonal, bias), stencils = self._tensors(), self._stencils
         if self.max_inverse_gain is not None:
-            weight = self._bounded(weight, log_diagonal, stencils)
+            weight = self._bounded(weight, log_diagonal)
         return functional.run(
             operator, input, weight, bias, log_diagonal, stencils, log_diagonal is None, self.dilation
         )

@@ -15,8 +15,9 @@ no further kernel. With g the gradient of the output (Inverse-Flow, Nagar, Varma
                         dx = A^-1 (dy - dA x - db)
 
 and dL/dl is exp(l) times the diagonal of dL/dW. The transposed operators exchange the arguments of weight_gradient.
-Half precision is computed in float32 and rounded once, bias included. Images have two or three dimensions; stencils are
-integers here, see `stencil`.
+Half precision is computed in float32 and rounded once, bias included. Images have two or three dimensions. Stencils are
+integers here, see `stencil`, one a group; with `repeats` that many times as many groups have them in turn. Images with
+weights of their own are such groups, of a single image: unlike a list, a number can stay open in a graph.
 """
 
 from __future__ import annotations
@@ -54,11 +55,11 @@ _library = torch.library.Library("nflows_kconv", "DEF")
 for _name in ("conv", "solve", "exported_conv"):
     _library.define(
         f"{_name}(Tensor input, Tensor weight, Tensor? bias, Tensor? log_diagonal, int[] stencils, int[] dilation, "
-        "bool unit_diagonal, bool transpose) -> Tensor"
+        "bool unit_diagonal, bool transpose, SymInt repeats=1) -> Tensor"
     )
 _library.define(
-    "weight_gradient(Tensor input, Tensor grad, int[] stencils, int[] dilation, int[] kernel_size, bool unit_diagonal) "
-    "-> Tensor"
+    "weight_gradient(Tensor input, Tensor grad, int[] stencils, int[] dilation, int[] kernel_size, bool unit_diagonal, "
+    "SymInt repeats=1) -> Tensor"
 )
 
 conv = torch.ops.nflows_kconv.conv.default
@@ -67,16 +68,30 @@ exported_conv = torch.ops.nflows_kconv.exported_conv.default
 weight_gradient = torch.ops.nflows_kconv.weight_gradient.default
 
 
-def _problem(name: str, *args: Any) -> Problem:
+_NUM_TENSORS = {"conv": 4, "solve": 4, "weight_gradient": 2}  # before five other arguments
+
+
+def _complete(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Returns the arguments with `repeats`, the last one, which the dispatcher leaves out where it is 1."""
+    return (*args, 1)[: _NUM_TENSORS[name] + 5]
+
+
+def _problem(name: str, args: tuple[Any, ...]) -> tuple[Problem, int]:
+    """Returns the problem without the repeats of its stencils, and these."""
+    *arguments, repeats = _complete(name, args)
     if name == "weight_gradient":
-        input, grad, stencils, dilation, kernel_size, unit_diagonal = args
-        return Problem(name, input, grad, stencils, None, None, unit_diagonal, False, kernel_size, dilation)
-    input, weight, bias, log_diagonal, stencils, dilation, unit_diagonal, transpose = args
-    kernel_size = weight.shape[2:]
-    return Problem(name, input, weight, stencils, bias, log_diagonal, unit_diagonal, transpose, kernel_size, dilation)
+        input, grad, stencils, dilation, kernel_size, unit_diagonal = arguments
+        return Problem(name, input, grad, stencils, None, None, unit_diagonal, False, kernel_size, dilation), repeats
+    input, weight, bias, log_diagonal, stencils, dilation, unit_diagonal, transpose = arguments
+    options = unit_diagonal, transpose, weight.shape[2:], dilation
+    return Problem(name, input, weight, stencils, bias, log_diagonal, *options), repeats
 
 
-def _check(problem: Problem) -> None:
+def _run(problem: Problem, repeats: int) -> Tensor:
+    return registry.run(problem._replace(stencils=tuple(problem.stencils) * repeats))
+
+
+def _check(problem: Problem, repeats: int) -> None:
     """Checks what `functional` has checked, since backends trust it. Direct torch.ops calls are checked only here.
 
     Raises:
@@ -92,15 +107,16 @@ def _check(problem: Problem) -> None:
             )
     shape, stencils, kernel_size, dimensions = first.shape, problem.stencils, problem.kernel_size, problem.dimensions
     known = stencil.STENCILS[dimensions].values() if dimensions in (2, 3) else ()
-    fits = known and len(stencils) > 0 and shape[1] % len(stencils) == 0 and set(stencils) <= set(known)
+    groups = len(stencils) * repeats
+    fits = known and groups > 0 and shape[1] % groups == 0 and set(stencils) <= set(known)
     sizes = tuple(kernel_size), tuple(problem.dilation)
     if not (fits and all(len(each) == dimensions and min(each) > 0 for each in sizes)):
         raise ValueError(
             f"{name} needs images [B, C, H, W] or [B, C, D, H, W], one of their stencils for each group of channels, "
             f"and a kernel of positive size and dilation, "
-            f"got {tuple(shape)}, {list(stencils)}, {sizes[0]} and {sizes[1]}"
+            f"got {tuple(shape)}, {repeats} times {list(stencils)}, {sizes[0]} and {sizes[1]}"
         )
-    weights = (shape[1], shape[1] // len(stencils), *kernel_size)
+    weights = (shape[1], shape[1] // groups, *kernel_size)
     expected = {"second tensor": shape if name == "weight_gradient" else weights}
     for role, operand in operands.items():
         if operand.shape != expected.get(role, shape[1:2]) or (operand.dtype, operand.device) != (
@@ -113,20 +129,20 @@ def _check(problem: Problem) -> None:
             )
 
 
-def _checked(name: str, implementation: Callable[[Problem], Tensor]) -> Callable[..., Tensor]:
+def _checked(name: str, implementation: Callable[[Problem, int], Tensor]) -> Callable[..., Tensor]:
     def operator(*args: Any) -> Tensor:
-        problem = _problem(name, *args)
-        _check(problem)
-        return implementation(problem)
+        problem, repeats = _problem(name, args)
+        _check(problem, repeats)
+        return implementation(problem, repeats)
 
     return operator
 
 
-def _fake(problem: Problem) -> Tensor:
+def _fake(problem: Problem, repeats: int) -> Tensor:
     if problem.operation != "weight_gradient":
         return torch.empty_like(problem.input)
     channels = problem.input.shape[1]
-    return problem.input.new_empty(channels, channels // len(problem.stencils), *problem.kernel_size)
+    return problem.input.new_empty(channels, channels // (len(problem.stencils) * repeats), *problem.kernel_size)
 
 
 def _operator_flops(input: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
@@ -139,10 +155,11 @@ def _weight_gradient_flops(
     stencils: list[int],
     dilation: list[int],
     kernel_size: list[int],
-    *_: Any,
+    unit_diagonal: bool,
+    repeats: int = 1,
     **__: Any,
 ) -> int:
-    return 2 * math.prod((*input, input[1] // len(stencils), *kernel_size))
+    return 2 * math.prod((*input, input[1] // (len(stencils) * repeats), *kernel_size))
 
 
 def _exported_conv(*args: Any) -> Tensor:
@@ -151,24 +168,27 @@ def _exported_conv(*args: Any) -> Tensor:
     Its kernel is composite, which puts it into torch's default decompositions: where an exported program is decomposed,
     plain ATen is left of it. Elsewhere, torch.compile included, it is `conv`, with its kernels.
     """
-    return _plain_conv(_problem("conv", *args)) if torch.compiler.is_exporting() else conv(*args)
+    return _plain_conv(*_problem("conv", args)) if torch.compiler.is_exporting() else conv(*args)
 
 
-def _plain_conv(problem: Problem) -> Tensor:
-    """Computes A x + b by torch's convolutions, a group at a time: one trace for all image sizes from 1 on."""
+def _plain_conv(problem: Problem, repeats: int) -> Tensor:
+    """Computes A x + b by torch's convolutions, one for each stencil: one trace for all sizes from 1 on."""
     count, dimensions, dtype = len(problem.stencils), problem.dimensions, problem.input.dtype
     input, weight, bias, log_diagonal = _widened(problem.input, problem.other, problem.bias, problem.log_diagonal)
     weight = stencil.effective(weight, problem.stencils, log_diagonal, problem.unit_diagonal)
-    outputs = []
-    for image, kernel, code in zip(input.chunk(count, 1), weight.chunk(count), problem.stencils, strict=True):
+    shape, outputs = (repeats, count, -1), []
+    images, kernels = input.unflatten(1, shape).unbind(2), weight.unflatten(0, shape).unbind(1)
+    for image, kernel, code in zip(images, kernels, problem.stencils, strict=True):
         if problem.transpose:
-            kernel, code = kernel.transpose(0, 1).flip([*range(2, 2 + dimensions)]), stencil.opposite(code, dimensions)
+            kernel, code = kernel.transpose(1, 2).flip([*range(3, 3 + dimensions)]), stencil.opposite(code, dimensions)
         # For each axis from the last on, before and after it.
         steps = [step for step in reversed(problem.dilation) for _ in range(2)]
         taps = stencil.padding(code, problem.kernel_size)
-        image = F.pad(image, [amount * step for amount, step in zip(taps, steps, strict=True)])
-        outputs.append(_CONVOLUTIONS[dimensions](image, kernel, dilation=list(problem.dilation)))
-    output = torch.cat(outputs, 1)
+        image = F.pad(image.flatten(1, 2), [amount * step for amount, step in zip(taps, steps, strict=True)])
+        options = dict(dilation=list(problem.dilation), groups=repeats)
+        output = _CONVOLUTIONS[dimensions](image, kernel.flatten(0, 1), **options)
+        outputs.append(output.unflatten(1, (repeats, -1)))
+    output = torch.stack(outputs, 2).flatten(1, 3)
     return (output if bias is None else output + _on_pixels(bias, output)).to(dtype)
 
 
@@ -192,12 +212,19 @@ class _Operator(SingleLevelFunction):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        input, weight, _, log_diagonal, ctx.stencils, ctx.dilation, ctx.unit_diagonal, ctx.transpose = inputs
+        input, weight, _, log_diagonal, ctx.stencils, ctx.dilation, ctx.unit_diagonal, ctx.transpose, ctx.repeats = (
+            inputs
+        )
         ctx.num_tensors, ctx.kernel_size = 4, weight.shape[2:]
         # Of the two, what the other direction would need: x.
         saved = (output if ctx.operator is solve else input), weight, log_diagonal
         ctx.save_for_backward(*saved)
         ctx.save_for_forward(*saved)
+
+    @staticmethod
+    def options(ctx: Any, unit_diagonal: bool, transpose: bool) -> tuple[Any, ...]:
+        """Those of an operator on the same images."""
+        return ctx.stencils, ctx.dilation, unit_diagonal, transpose, ctx.repeats
 
     @staticmethod
     def gradients(
@@ -209,7 +236,8 @@ class _Operator(SingleLevelFunction):
         if needs_weight:
             first, second = (grad, x) if ctx.transpose else (x, grad)
             is_fixed = ctx.unit_diagonal or log_diagonal is not None
-            d_weight = weight_gradient(first, second, ctx.stencils, ctx.dilation, ctx.kernel_size, is_fixed)
+            options = ctx.stencils, ctx.dilation, ctx.kernel_size, is_fixed, ctx.repeats
+            d_weight = weight_gradient(first, second, *options)
         if needs_bias:
             d_bias = _sum_of_pixels(grad)
         if log_diagonal is not None and needs_log_diagonal:
@@ -230,7 +258,7 @@ class _Operator(SingleLevelFunction):
         if d_weight is not None:
             if ctx.unit_diagonal or log_diagonal is not None:
                 d_weight = _without_diagonal(d_weight, ctx.stencils)
-            yield conv(x, d_weight, None, None, ctx.stencils, ctx.dilation, False, ctx.transpose)
+            yield conv(x, d_weight, None, None, *_Operator.options(ctx, False, ctx.transpose))
         if d_bias is not None:
             yield _on_pixels(d_bias, x)
         if d_log_diagonal is not None and log_diagonal is not None:
@@ -252,11 +280,10 @@ class _Conv(_Operator):
         input, weight, log_diagonal = ctx.saved_tensors
         d_input = None
         if ctx.needs_input_grad[0]:
-            d_input = conv(
-                grad, weight, None, log_diagonal, ctx.stencils, ctx.dilation, ctx.unit_diagonal, not ctx.transpose
-            )
+            options = _Operator.options(ctx, ctx.unit_diagonal, not ctx.transpose)
+            d_input = conv(grad, weight, None, log_diagonal, *options)
         gradients = _Operator.gradients(ctx, input, grad, log_diagonal)
-        return d_input, *(None if d is None else d.to(grad.dtype) for d in gradients), None, None, None, None
+        return d_input, *(None if d is None else d.to(grad.dtype) for d in gradients), None, None, None, None, None
 
     @staticmethod
     @_seen_by_outer_levels
@@ -265,9 +292,8 @@ class _Conv(_Operator):
         input, weight, log_diagonal, d_input, *others = _widened(input, weight, log_diagonal, *tangents)
         terms = list(_Operator.tangents(ctx, input, log_diagonal, *others))
         if d_input is not None:
-            terms.append(
-                conv(d_input, weight, None, log_diagonal, ctx.stencils, ctx.dilation, ctx.unit_diagonal, ctx.transpose)
-            )
+            options = _Operator.options(ctx, ctx.unit_diagonal, ctx.transpose)
+            terms.append(conv(d_input, weight, None, log_diagonal, *options))
         return _sum(shape, *terms).to(dtype)
 
 
@@ -284,11 +310,10 @@ class _Solve(_Operator):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         output, weight, log_diagonal, rhs = _widened(*ctx.saved_tensors, grad)
-        solved = solve(
-            rhs, weight, None, log_diagonal, ctx.stencils, ctx.dilation, ctx.unit_diagonal, not ctx.transpose
-        )
+        options = _Operator.options(ctx, ctx.unit_diagonal, not ctx.transpose)
+        solved = solve(rhs, weight, None, log_diagonal, *options)
         gradients = (None if d is None else -d for d in _Operator.gradients(ctx, output, solved, log_diagonal))
-        return *(None if d is None else d.to(grad.dtype) for d in (solved, *gradients)), None, None, None, None
+        return *(None if d is None else d.to(grad.dtype) for d in (solved, *gradients)), None, None, None, None, None
 
     @staticmethod
     @_seen_by_outer_levels
@@ -296,9 +321,8 @@ class _Solve(_Operator):
         dtype, shape = output.dtype, output.shape
         output, weight, log_diagonal, d_input, *others = _widened(output, weight, log_diagonal, *tangents)
         rhs = _sum(shape, d_input, *(-term for term in _Operator.tangents(ctx, output, log_diagonal, *others)))
-        return solve(rhs, weight, None, log_diagonal, ctx.stencils, ctx.dilation, ctx.unit_diagonal, ctx.transpose).to(
-            dtype
-        )
+        options = _Operator.options(ctx, ctx.unit_diagonal, ctx.transpose)
+        return solve(rhs, weight, None, log_diagonal, *options).to(dtype)
 
 
 class _WeightGradient(SingleLevelFunction):
@@ -315,12 +339,14 @@ class _WeightGradient(SingleLevelFunction):
 
     @staticmethod
     def backward(ctx: Any, weight: Tensor) -> tuple[Tensor | None, ...]:
-        (input, grad), (stencils, dilation, _, unit_diagonal) = ctx.saved_tensors, ctx.options
+        (input, grad), (stencils, dilation, _, unit_diagonal, repeats) = ctx.saved_tensors, ctx.options
         if unit_diagonal:
             weight = _without_diagonal(weight, stencils)
-        d_input = conv(grad, weight, None, None, stencils, dilation, False, True) if ctx.needs_input_grad[0] else None
-        d_grad = conv(input, weight, None, None, stencils, dilation, False, False) if ctx.needs_input_grad[1] else None
-        return d_input, d_grad, None, None, None, None
+        d_input, d_grad = (
+            conv(other, weight, None, None, stencils, dilation, False, transpose, repeats) if needed else None
+            for other, transpose, needed in zip((grad, input), (True, False), ctx.needs_input_grad[:2], strict=True)
+        )
+        return d_input, d_grad, None, None, None, None, None
 
     @staticmethod
     @_seen_by_outer_levels
@@ -368,6 +394,7 @@ def attempt(
     stencils: tuple[int, ...],
     dilation: tuple[int, ...],
     unit_diagonal: bool,
+    repeats: int,
 ) -> Tensor | None:
     """Does `call` with unchecked arguments: returns the result if a backend finds that they fit, else None."""
     if is_intercepted() or (attempt := registry.attempts()) is None:
@@ -383,7 +410,7 @@ def attempt(
         if type(tensor) not in _PLAIN or tensor.is_neg() or (records and tensor.requires_grad):
             return None
     name = "conv" if operator is conv else "solve"
-    return attempt(name, input, weight, bias, log_diagonal, stencils, dilation, unit_diagonal)
+    return attempt(name, input, weight, bias, log_diagonal, stencils * repeats, dilation, unit_diagonal)
 
 
 def call(
@@ -395,6 +422,7 @@ def call(
     stencils: Sequence[int],
     dilation: Sequence[int],
     unit_diagonal: bool,
+    repeats: int,
 ) -> Tensor:
     """Calls `conv` or `solve`. Skips the autograd kernel when no gradient is needed.
 
@@ -408,12 +436,10 @@ def call(
     if operator is conv and torch.compiler.is_exporting():  # to torch 2.10's Dynamo everything is
         operator = exported_conv
     if _is_recorded(input, weight, bias, log_diagonal) or not _is_direct(input, weight, bias, log_diagonal):
-        return operator(input, weight, bias, log_diagonal, stencils, dilation, unit_diagonal, False)
+        return operator(input, weight, bias, log_diagonal, stencils, dilation, unit_diagonal, False, repeats)
     name = "conv" if operator is conv else "solve"
-    kernel_size = weight.shape[2:]
-    return registry.run(
-        Problem(name, input, weight, stencils, bias, log_diagonal, unit_diagonal, False, kernel_size, dilation)
-    )
+    options = unit_diagonal, False, weight.shape[2:], dilation
+    return _run(Problem(name, input, weight, stencils, bias, log_diagonal, *options), repeats)
 
 
 def autocast_is_on(tensor: Tensor) -> bool:
@@ -447,24 +473,24 @@ def _is_direct(*tensors: Tensor | None) -> bool:
 def _evaluated(name: str, operator: Callable[..., Tensor], *args: Any) -> Tensor:
     tensors = [each for each in args if isinstance(each, Tensor)]
     if _is_direct(*tensors) and not is_differentiating_forward():
-        return registry.run(_problem(name, *args))
+        return _run(*_problem(name, args))
     # A function's forward runs with both modes of differentiation off, which would hide this call from the outer levels
     # of nested torch.func transforms.
     with torch.enable_grad(), forward_mode(True), below_autograd():
         return operator(*args)
 
 
-def _differentiable(operator: Callable[..., Tensor], function: Any, tensors: int) -> Callable[..., Tensor]:
+def _differentiable(name: str, operator: Callable[..., Tensor], function: Any) -> Callable[..., Tensor]:
     """Makes an operator's kernel of the Autograd key.
 
     `torch.library.register_autograd` silently drops tangents of forward mode, and does not serve torch.func.
     """
 
     def kernel(*args: Any) -> Tensor:
-        if not _is_recorded(*args[:tensors]):
+        if not _is_recorded(*args[: _NUM_TENSORS[name]]):
             with below_autograd():
                 return operator(*args)
-        output = apply_at_this_level(function, *args)
+        output = apply_at_this_level(function, *_complete(name, args))
         # `_Solve` saves its output; the copy is what a next layer may overwrite, as normflows' Shift does.
         return output.clone() if function is _Solve else output
 
@@ -485,19 +511,19 @@ def _batched_operator(operator: Callable[..., Tensor]) -> Callable[..., tuple[Te
         dilation: list[int],
         unit_diagonal: bool,
         transpose: bool,
+        repeats: int = 1,
     ) -> tuple[Tensor, int]:
         size = info.batch_size
         inputs = _mapped_first(input, in_dims[0], size)
         if in_dims[1] is None and in_dims[2] is None and in_dims[3] is None:
-            options = stencils, dilation, unit_diagonal, transpose
+            options = stencils, dilation, unit_diagonal, transpose, repeats
             output = operator(inputs.flatten(0, 1), weight, bias, log_diagonal, *options)
             return output.unflatten(0, (size, -1)), 0
         weights, biases, log_diagonals = (
             None if tensor is None else _mapped_first(tensor, dim, size).flatten(0, 1)
             for tensor, dim in zip((weight, bias, log_diagonal), in_dims[1:4], strict=True)
         )
-        groups = list(stencils) * size
-        options = groups, dilation, unit_diagonal, transpose
+        options = stencils, dilation, unit_diagonal, transpose, repeats * size
         output = operator(_into_channels(inputs), weights, biases, log_diagonals, *options)
         return output.unflatten(1, (size, -1)), 1
 
@@ -513,10 +539,11 @@ def _batched_weight_gradient(
     dilation: list[int],
     kernel_size: list[int],
     unit_diagonal: bool,
+    repeats: int = 1,
 ) -> tuple[Tensor, int]:
     size = info.batch_size
     inputs, grads = (_into_channels(_mapped_first(t, d, size)) for t, d in zip((input, grad), in_dims, strict=False))
-    output = weight_gradient(inputs, grads, list(stencils) * size, dilation, kernel_size, unit_diagonal)
+    output = weight_gradient(inputs, grads, stencils, dilation, kernel_size, unit_diagonal, repeats * size)
     return output.unflatten(0, (size, -1)), 0
 
 
@@ -528,13 +555,13 @@ def _into_channels(images: Tensor) -> Tensor:
     return images.transpose(0, 1).flatten(1, 2)
 
 
-for _name, _operator, _function, _tensors, _vmap, _flops in (
-    ("conv", conv, _Conv, 4, _batched_operator(conv), _operator_flops),
-    ("solve", solve, _Solve, 4, _batched_operator(solve), _operator_flops),
-    ("weight_gradient", weight_gradient, _WeightGradient, 2, _batched_weight_gradient, _weight_gradient_flops),
+for _name, _operator, _function, _vmap, _flops in (
+    ("conv", conv, _Conv, _batched_operator(conv), _operator_flops),
+    ("solve", solve, _Solve, _batched_operator(solve), _operator_flops),
+    ("weight_gradient", weight_gradient, _WeightGradient, _batched_weight_gradient, _weight_gradient_flops),
 ):
-    _library.impl(_name, _checked(_name, registry.run), "CompositeExplicitAutograd")
-    _library.impl(_name, _differentiable(_operator, _function, _tensors), "Autograd")
+    _library.impl(_name, _checked(_name, _run), "CompositeExplicitAutograd")
+    _library.impl(_name, _differentiable(_name, _operator, _function), "Autograd")
     torch.library.register_fake(_operator.name(), _checked(_name, _fake), lib=_library)
     torch.library.register_vmap(_operator.name(), _vmap, lib=_library)
     # Two operations a multiply-add, those with the border included: as F.conv2d counts them.

@@ -133,7 +133,7 @@ class PeriodicConv(KernelLayer):
         """Returns the weight in float32 at least."""
         dtype = torch.promote_types(self.raw_weight.dtype, torch.float32)
         raw_weight = self.raw_weight.to(dtype)
-        weight = raw_weight * bound.scale(raw_weight, self.groups, self.max_inverse_gain) + self._identity(raw_weight)
+        weight = raw_weight * bound.scale(raw_weight, self.max_inverse_gain) + self._identity(raw_weight)
         return weight if self.log_diagonal is None else weight * on_weight(self.log_diagonal.to(dtype).exp(), weight)
 
     def _identity(self, weight: Tensor) -> Tensor:

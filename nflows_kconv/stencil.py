@@ -204,9 +204,10 @@ def _canonical_pivot(code: int, kernel_size: Sequence[int]) -> tuple[int, ...]:
 
 
 def _of_groups(shape: Sequence[int], stencils: Sequence[int], at_pivot: Tensor, after_pivot: bool) -> Tensor:
-    """Returns a mask of a weight: this one at the pivot, and one value at all taps after it."""
+    """Returns a mask of a weight: this one at the pivot, one value at all taps after it; groups have stencils in turn."""
     masks = {code: _of_group(shape[2:], code, at_pivot, after_pivot) for code in set(stencils)}
-    return torch.cat([masks[code] for code in stencils])
+    mask = torch.cat([masks[code] for code in stencils])
+    return mask.expand(shape[0] // len(mask), *mask.shape).flatten(0, 1)
 
 
 def _of_group(kernel_size: Sequence[int], code: int, at_pivot: Tensor, after_pivot: bool) -> Tensor:

@@ -207,12 +207,21 @@ def test_half_precision_and_autocast(dtype: torch.dtype):
     torch.testing.assert_close((output.float(), log_det), expected, atol=0.1, rtol=0.1)
 
 
-def test_compiled_layers():
-    layer = trained(build(diagonal="learned"))
+@pytest.mark.parametrize(("name", "inverse"), [("network", False), ("sequences", False), ("bounded", True)])
+def test_graphs_leave_the_batch_open(name: str, inverse: bool):
+    torch.compiler.reset()
+    layer, direction, batch = trained(build(**OPTIONS[name])), {"inverse": inverse}, torch.export.Dim("batch")
+    sizes = {"input": {0: batch}, "context": {0: batch}, "inverse": None}
+    program = torch.export.export(layer, data(layer), direction, dynamic_shapes=sizes)
+    exported = [each.module() for each in (program, program.run_decompositions())]
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    for batch in (3, 5):
-        images, contexts = data(layer, batch)
-        assert_close(compiled(images, contexts)[0], layer(images, contexts)[0])
+    for index, count in enumerate((3, 5, 2, 17)):
+        arguments = data(layer, count)
+        expected = layer(*arguments, **direction)
+        with torch.compiler.set_stance("fail_on_recompile" if index > 1 else "default"):
+            for function in (compiled, *exported):
+                for actual, value in zip(function(*arguments, **direction), expected, strict=True):
+                    assert_close(actual, value)
 
 
 @pytest.mark.filterwarnings("ignore:raw_weight has .* entries other than zero")

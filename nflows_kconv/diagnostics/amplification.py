@@ -130,6 +130,6 @@ def _inverse_gain_bound(weight: Tensor, stencils: Sequence[int]) -> float:
     diagonal = stencil.pivot_diagonal(weight, stencils)
     on_diagonal = stencil.diagonal_entries(weight.shape, stencils, weight.device)
     relative = weight.masked_fill(on_diagonal, 0) / diagonal.view(-1, *[1] * (weight.dim() - 1))
-    norms = bound.off_diagonal_norm(relative, len(stencils))
+    norms = bound.off_diagonal_norm(relative)
     inverses = diagonal.abs().reciprocal().unflatten(0, (len(stencils), -1)).amax(1)
     return torch.where(norms < 1, inverses / (1 - norms), math.inf).max().item()
