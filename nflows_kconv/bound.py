@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nflows_kconv.backends.reference import without_autocast
+from nflows_kconv.backends.reference import in_own_precision
 
 # n x n matrices come out too large by a factor of n^(2^-6) at most: 1.06 for n = 48.
 _GRAM_STEPS = 5
@@ -32,7 +32,7 @@ def off_diagonal_norm(relative: Tensor) -> Tensor:
             pivot's diagonal.
     """
     dtype = torch.promote_types(relative.dtype, torch.float32)
-    with without_autocast(relative.device):
+    with in_own_precision(relative.device):
         taps = relative.to(dtype).unflatten(0, (-1, relative.shape[1])).flatten(3).permute(0, 3, 1, 2)
         return _spectral_norm(taps).sum(1)
 

@@ -106,9 +106,11 @@ def _check(problem: Problem, repeats: int) -> None:
                 f"{name} needs dense tensors of one of the dtypes {DTYPES}, got {tensor.layout} and {tensor.dtype}"
             )
     shape, stencils, kernel_size, dimensions = first.shape, problem.stencils, problem.kernel_size, problem.dimensions
-    known = stencil.STENCILS[dimensions].values() if dimensions in (2, 3) else ()
+    known = {*stencil.STENCILS[dimensions].values()} if dimensions in (2, 3) else set()
+    if name != "solve" and not problem.dilated:
+        known.add(stencil.PERIODIC)
     groups = len(stencils) * repeats
-    fits = known and groups > 0 and shape[1] % groups == 0 and set(stencils) <= set(known)
+    fits = known and groups > 0 and shape[1] % groups == 0 and set(stencils) <= known
     sizes = tuple(kernel_size), tuple(problem.dilation)
     if not (fits and all(len(each) == dimensions and min(each) > 0 for each in sizes)):
         raise ValueError(
@@ -181,10 +183,7 @@ def _plain_conv(problem: Problem, repeats: int) -> Tensor:
     for image, kernel, code in zip(images, kernels, problem.stencils, strict=True):
         if problem.transpose:
             kernel, code = kernel.transpose(1, 2).flip([*range(3, 3 + dimensions)]), stencil.opposite(code, dimensions)
-        # For each axis from the last on, before and after it.
-        steps = [step for step in reversed(problem.dilation) for _ in range(2)]
-        taps = stencil.padding(code, problem.kernel_size)
-        image = F.pad(image.flatten(1, 2), [amount * step for amount, step in zip(taps, steps, strict=True)])
+        image = stencil.pad(image.flatten(1, 2), code, problem.kernel_size, problem.dilation)
         options = dict(dilation=list(problem.dilation), groups=repeats)
         output = _CONVOLUTIONS[dimensions](image, kernel.flatten(0, 1), **options)
         outputs.append(output.unflatten(1, (repeats, -1)))

@@ -11,7 +11,7 @@ Any kernel would do, if no W(f) were singular. Here W = D (I + c N), see `bound`
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,14 @@ from torch import Tensor
 from nflows_kconv import bound, checks, functional, ops, stencil
 from nflows_kconv.backends.reference import in_own_precision
 from nflows_kconv.layer import KernelLayer, on_weight
+
+
+class _Operands(NamedTuple):
+    """What to compute with, the weight in float32 at least, and the dtype of the result."""
+
+    weight: Tensor
+    bias: Tensor | None
+    dtype: torch.dtype
 
 
 class PeriodicConv(KernelLayer):
@@ -62,18 +70,23 @@ class PeriodicConv(KernelLayer):
         """The index of the tap that reads the pixel itself, where torch's padding="same" has it."""
         return ..., *((size - 1) // 2 for size in self.kernel_size)
 
-    def _convolve(self, input: Tensor) -> Tensor:
-        weight, bias, dtype = self._prepare(input)
-        padding = [count for size in reversed(self.kernel_size) for count in ((size - 1) // 2, size // 2)]
-        with in_own_precision(input.device):
-            padded = F.pad(input.to(weight.dtype), padding, mode="circular")
-            convolution = getattr(F, f"conv{self.dimensions}d")
-            return convolution(padded, weight, bias, groups=self.groups).to(dtype)
+    def _run_forward(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
+        operands = self._prepare(input)
+        return self._convolve(input, operands), self._log_abs_det(input, 1, operands.weight)
 
-    def _solve(self, input: Tensor) -> Tensor:
-        weight, bias, dtype = self._prepare(input)
+    def _run_inverse(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
+        operands = self._prepare(input)
+        return self._solve(input, operands), self._log_abs_det(input, -1, operands.weight)
+
+    def _convolve(self, input: Tensor, operands: _Operands | None = None) -> Tensor:
+        weight, bias, dtype = operands or self._prepare(input)
+        options = (stencil.PERIODIC,), False, (1,) * self.dimensions, self.groups
+        return functional.run(ops.conv, input.to(weight.dtype), weight, bias, None, *options).to(dtype)
+
+    def _solve(self, input: Tensor, operands: _Operands | None = None) -> Tensor:
+        weight, bias, dtype = operands = operands or self._prepare(input)
         if input.shape[0] == 0:  # which MKL's FFT refuses
-            return self._convolve(input)
+            return self._convolve(input, operands)
         values = input.to(weight.dtype)
         if bias is not None:
             values = values - on_weight(bias, weight)[:, 0]
@@ -84,11 +97,11 @@ class PeriodicConv(KernelLayer):
             x, _ = torch.linalg.solve_ex(self._at_frequencies(weight, sizes), y)
             return torch.fft.irfftn(x.movedim((-1, -3, -2), (0, 1, 2)).flatten(1, 2), s=sizes, dim=axes).to(dtype)
 
-    def _log_abs_det(self, input: Tensor, sign: int = 1) -> Tensor:
-        self._check_size(input)
+    def _log_abs_det(self, input: Tensor, sign: int = 1, weight: Tensor | None = None) -> Tensor:
         sizes = input.shape[2:]
+        self._check_size(sizes)
         with in_own_precision(input.device):
-            matrices = self._at_frequencies(self._effective(), sizes)
+            matrices = self._at_frequencies(self._effective() if weight is None else weight, sizes)
             values = torch.linalg.slogdet(matrices).logabsdet
         # A frequency and its negative are conjugate. The last axis has one of both, which counts twice, except for 0
         # and, for even sizes, the middle, which are their own negatives.
@@ -104,8 +117,8 @@ class PeriodicConv(KernelLayer):
         matrices = torch.fft.rfftn(kernel, dim=axes).conj()
         return matrices.unflatten(0, (self.groups, -1)).movedim((0, 1, 2), (-3, -2, -1))
 
-    def _prepare(self, input: Tensor) -> tuple[Tensor, Tensor | None, torch.dtype]:
-        """Returns the weight and the bias to compute with, and the dtype of the result.
+    def _prepare(self, input: Tensor) -> _Operands:
+        """Returns the operands for an input.
 
         Raises:
             TypeError: If a tensor has the wrong type.
@@ -113,20 +126,20 @@ class PeriodicConv(KernelLayer):
         """
         log_diagonal = self.log_diagonal
         functional.check_arguments(input, self.raw_weight, self.bias, log_diagonal, self.groups, self.dimensions)
-        self._check_size(input)
+        self._check_size(input.shape[2:])
         dtype = torch.promote_types(input.dtype, torch.float32)
         if log_diagonal is not None and checks.can_inspect_values(log_diagonal):
             diagonal = log_diagonal.to(dtype).exp()
             if checks.can_inspect_values(diagonal):  # unlike those of what a mode for fake tensors computes
                 stencil.check_diagonal(diagonal)
         bias = None if self.bias is None else self.bias.to(dtype)
-        return self._effective().to(dtype), bias, dtype if ops.autocast_is_on(input) else input.dtype
+        return _Operands(self._effective().to(dtype), bias, dtype if ops.autocast_is_on(input) else input.dtype)
 
-    def _check_size(self, input: Tensor) -> None:
-        if any(size < kernel for size, kernel in zip(input.shape[2:], self.kernel_size, strict=True)):
+    def _check_size(self, sizes: Sequence[int]) -> None:
+        if any(size < kernel for size, kernel in zip(sizes, self.kernel_size, strict=True)):
             raise ValueError(
-                f"images must be at least as large as the kernel {self.kernel_size} along every axis, got shape "
-                f"{tuple(input.shape)}"
+                f"images must be at least as large as the kernel {self.kernel_size} along every axis, got "
+                f"{tuple(sizes)}"
             )
 
     def _effective(self) -> Tensor:
@@ -144,6 +157,10 @@ class PeriodicConv(KernelLayer):
         )
         return identity
 
+    def _relative(self, weight: Tensor, diagonal: Tensor | None) -> Tensor:
+        """The weight of c N, given that of A and D."""
+        return (weight if diagonal is None else weight / on_weight(diagonal, weight)) - self._identity(weight)
+
     def _weight(self) -> Tensor:
         return self._effective().to(self.raw_weight.dtype)
 
@@ -156,12 +173,12 @@ class PeriodicConv(KernelLayer):
     def _to_parameters(self, weight: Tensor) -> dict[str, Tensor]:
         self._check_shape(weight)
         if self.diagonal == "unit":
-            relative = weight - self._identity(weight)
+            relative = self._relative(weight, None)
             self._check_bound(relative)
             return {"raw_weight": relative}
         diagonal = weight[self._pivot].unflatten(0, (self.groups, -1)).diagonal(dim1=1, dim2=2).flatten()
         self._check_pivot(diagonal, "positive", diagonal > 0)
-        relative = weight / on_weight(diagonal, weight) - self._identity(weight)
+        relative = self._relative(weight, diagonal)
         self._check_bound(relative)
         return {"raw_weight": relative, "log_diagonal": diagonal.log()}
 

@@ -16,7 +16,8 @@ tau . lag > 0 for all free taps: pixels with equal tau . position can be solved 
 1974). The transposed operator has the same lags in the opposite stencil, and its channels exchanged.
 
 Inside the package a stencil is an integer: bit i mirrors the i-th axis from the last; `_SIDE` and `_EXCHANGED` are what
-they say. `csrc/cpu/stencil.h` says the same for C++.
+they say. `csrc/cpu/stencil.h` says the same for C++. `PERIODIC` has no name and no solution: its pivot is the middle
+tap, nothing is masked, and what it reads beyond a border is what enters at the opposite one.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ import math
 from collections.abc import Iterable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-_SIDE, _EXCHANGED = 8, 16
+_SIDE, _EXCHANGED, PERIODIC = 8, 16, 32
 _MIRRORS = 7
 
 STENCILS: dict[int, dict[str, int]] = {
@@ -129,11 +131,12 @@ def pivot(code: int, kernel_size: Sequence[int]) -> tuple[int, ...]:
     return tuple(_exchanged(code, place))
 
 
-def padding(code: int, kernel_size: Sequence[int]) -> list[int]:
-    """Returns what `F.pad` must add, from the last axis on, before a convolution of torch."""
-    axes = zip(pivot(code, kernel_size), kernel_size, strict=True)
-    before_after = [(place, size - 1 - place) for place, size in axes]
-    return [amount for pair in reversed(before_after) for amount in pair]
+def pad(images: Tensor, code: int, kernel_size: Sequence[int], dilation: Sequence[int] = ()) -> Tensor:
+    """Returns images [B, C, ...] with what a convolution of torch reads beyond their borders."""
+    axes = zip(pivot(code, kernel_size), kernel_size, dilation or [1] * len(kernel_size), strict=True)
+    before_after = [(place * step, (size - 1 - place) * step) for place, size, step in axes]
+    amounts = [amount for pair in reversed(before_after) for amount in pair]
+    return F.pad(images, amounts, mode="circular" if code & PERIODIC else "constant")
 
 
 def masked_entries(
@@ -200,11 +203,13 @@ def _exchanged(code: int, values: Sequence[int]) -> list[int]:
 
 def _canonical_pivot(code: int, kernel_size: Sequence[int]) -> tuple[int, ...]:
     *rest, last = [size - 1 for size in _exchanged(code, kernel_size)]
+    if code & PERIODIC:
+        return tuple(place // 2 for place in (*rest, last))
     return (*rest, last // 2 if code & _SIDE else last)
 
 
 def _of_groups(shape: Sequence[int], stencils: Sequence[int], at_pivot: Tensor, after_pivot: bool) -> Tensor:
-    """Returns a mask of a weight: this one at the pivot, one value at all taps after it; groups have stencils in turn."""
+    """Returns a mask of a weight: this one at the pivot, one value at all taps after it, for groups in turn."""
     masks = {code: _of_group(shape[2:], code, at_pivot, after_pivot) for code in set(stencils)}
     mask = torch.cat([masks[code] for code in stencils])
     return mask.expand(shape[0] // len(mask), *mask.shape).flatten(0, 1)
@@ -216,6 +221,8 @@ def _of_group(kernel_size: Sequence[int], code: int, at_pivot: Tensor, after_piv
     for length, index in zip(size, _canonical_pivot(code, kernel_size), strict=True):
         place = place * length + index
     taps = at_pivot.new_zeros(*at_pivot.shape, math.prod(size))
+    if after_pivot and code & PERIODIC:
+        return taps.unflatten(-1, size)
     taps[..., place] = at_pivot
     taps[..., place + 1 :].fill_(after_pivot)  # assigning a number would leave a constant in exported programs
     return from_canonical(taps.unflatten(-1, size), code, len(size))

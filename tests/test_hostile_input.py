@@ -16,7 +16,7 @@ from oracles import assert_close
 from torch import Tensor
 from torch.testing._internal.two_tensor import TwoTensor
 
-from nflows_kconv import use_backend
+from nflows_kconv import stencil, use_backend
 from nflows_kconv.backends import native
 from nflows_kconv.functional import conv2d, conv2d_inverse, log_abs_det
 
@@ -165,9 +165,11 @@ def test_operators_check_shapes_and_dtypes():
             operator(images(), weight()[:1], None, None, [0], [1, 1], False, False)
         with pytest.raises(ValueError, match=r"needs a bias of shape \(2,\), torch.float32 and cpu, got \(1,\)"):
             operator(images(), weight(), torch.zeros(1), None, [0], [1, 1], False, False)
-        for stencils in ([7], [32], [16], [-1], []):
+        periodic = [stencil.PERIODIC], [1, 1] if operator is OPERATORS.solve else [1, 2], 1
+        known = (([0], [1, 1], repeats) for repeats in (0, -1, 3))
+        for stencils, dilation, repeats in (periodic, *known, *(([code], [1, 1], 1) for code in (7, 64, 16, -1))):
             with pytest.raises(ValueError, match="one of their stencils for each group of channels"):
-                operator(images(), weight(), None, None, stencils, [1, 1], False, False)
+                operator(images(), weight(), None, None, stencils, dilation, False, False, repeats)
     with pytest.raises(ValueError, match="of positive size"):
         OPERATORS.weight_gradient(images(), images(), [0], [1, 1], [0, 3], False)
 

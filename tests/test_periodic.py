@@ -18,14 +18,16 @@ from hypothesis import strategies as st
 from oracles import assert_close
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
-from torch.func import functional_call, vmap
+from torch.func import functional_call, grad, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import nflows_kconv.distributions
 import nflows_kconv.freia
 import nflows_kconv.nflows
 import nflows_kconv.normflows
 import nflows_kconv.torchflows
-from nflows_kconv import InvertibleConv2d, PeriodicConv1d, PeriodicConv2d, PeriodicConv3d
+from nflows_kconv import InvertibleConv2d, PeriodicConv1d, PeriodicConv2d, PeriodicConv3d, bound
+from nflows_kconv.diagnostics import conditioning
 from nflows_kconv.periodic import PeriodicConv
 from nflows_kconv.testing import check_transform
 
@@ -140,6 +142,10 @@ def test_layers_are_dense_matrices(case: Case, device: str):
     diagonal = torch.ones(1).double() if exact.log_diagonal is None else exact.log_diagonal.exp()
     assert 1 / values.min() <= (1 + 1e-9) * case.gain / diagonal.min()
     assert values.max() <= (1 + 1e-9) * (2 - 1 / case.gain) * diagonal.max()
+    found = conditioning(exact, size)
+    assert_close(torch.tensor(found[:2], dtype=torch.float64), torch.stack([values.max(), 1 / values.min()]))
+    assert found.inverse_gain <= (1 + 1e-9) * found.inverse_gain_bound
+    assert found.inverse_gain_bound <= (1 + 1e-9) * case.gain / diagonal.min()
 
     condition = (values.max() / values.min()).item()
     output, log_det = layer(input)
@@ -163,6 +169,32 @@ def test_the_bound_is_reached():
     layer = PeriodicConv1d(1, 1, max_inverse_gain=4).double()
     nn.init.constant_(layer.raw_weight, -1000.0)
     assert layer.solve(torch.ones(1, 1, 5, dtype=torch.float64)).flatten().tolist() == [pytest.approx(4)] * 5
+
+
+def test_the_weight_is_computed_once_a_call(monkeypatch: pytest.MonkeyPatch):
+    calls, scale = [], bound.scale
+    monkeypatch.setattr(bound, "scale", lambda *arguments: calls.append(1) or scale(*arguments))
+    layer, input = PeriodicConv2d(4), torch.randn(2, 4, 5, 6)
+    for function in (layer, layer.inverse):
+        function(input)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("dimensions", LAYERS)
+def test_every_convolution_is_an_operator(dimensions: int):
+    """Derivatives of any order included: a GPU would compute torch's own in TF32, if asked or not."""
+    layer, input = LAYERS[dimensions](4, groups=2), torch.randn(2, 4, *(5, 4, 3)[:dimensions])
+
+    def second(input: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        def first(input: Tensor, weight: Tensor) -> Tensor:
+            output, log_det = functional_call(layer, {"raw_weight": weight}, input)
+            return output.pow(3).sum() + log_det.sum()
+
+        return grad(lambda *leaves: sum(d.square().sum() for d in grad(first, (0, 1))(*leaves)), (0, 1))(input, weight)
+
+    graph = make_fx(second, tracing_mode="fake")(input, layer.raw_weight.detach()).graph
+    called = {str(node.target) for node in graph.nodes if "conv" in str(node.target)}
+    assert called == {"nflows_kconv.conv.default", "nflows_kconv.weight_gradient.default"}
 
 
 def test_groups_are_layers_of_their_own():
@@ -202,12 +234,17 @@ def test_derivatives(case: Case, inverse: bool):
 
 
 @pytest.mark.parametrize("case", [CASES[1], CASES[2], CASES[5]], ids=lambda case: f"{len(case.size)}D")
-def test_compiled_layers(case: Case):
+def test_compiled_and_exported_layers(case: Case):
     layer, input = case.layer(), case.input()
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     for options in ({}, {"inverse": True}):
-        for actual, expected in zip(compiled(input, **options), layer(input, **options), strict=True):
-            assert_close(actual, expected)
+        sizes = {"input": {0: torch.export.Dim("batch")}} | {name: None for name in options}
+        program = torch.export.export(layer, (input,), options, dynamic_shapes=sizes).run_decompositions()
+        assert "nflows_kconv" not in str(program.graph)
+        for function in (compiled, program.module()):
+            images = torch.cat([input, 2 * input])
+            for actual, expected in zip(function(images, **options), layer(images, **options), strict=True):
+                assert_close(actual, expected)
 
 
 def test_autocast_does_not_reach_it():
@@ -284,7 +321,7 @@ WRONG_CALLS: dict[str, tuple[Any, type[Exception], str]] = {
     "small": (
         torch.zeros(2, 4, 2, 9),
         ValueError,
-        r"as large as the kernel \(3, 3\) along every axis, got shape \(2, 4",
+        r"as large as the kernel \(3, 3\) along every axis, got \(2, 9\)",
     ),
     "no pixels": (torch.zeros(2, 4, 0, 9), ValueError, "at least as large as the kernel"),
     "rank": (

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from unittest import mock
 
 import oracles
@@ -330,6 +331,13 @@ def test_the_reference_switches_tf32_off_and_leaves_the_setting(setting: str, ow
         raise KeyError
     with reference.in_own_precision(torch.device("cpu")):
         assert [operation.fp32_precision for operation in operations] == [setting, setting]
+
+    @partial(torch.compile, backend="eager", fullgraph=True)
+    def compiled(input: torch.Tensor) -> torch.Tensor:
+        with reference.in_own_precision(torch.device("cuda")):
+            return 2 * input
+
+    assert compiled(torch.ones(1)) == 2
 
 
 @over_cases()

@@ -29,7 +29,10 @@ def test_names_are_parsed_in_order(dimensions: int):
 def test_pivot_and_padding_are_those_of_the_definition(name: str, kernel_size: tuple[int, ...]):
     (code,) = stencil.parse(name, len(kernel_size))
     assert stencil.pivot(code, kernel_size) == oracles.pivot(name, kernel_size)
-    assert tuple(stencil.padding(code, kernel_size)) == oracles.padding(name, kernel_size)
+    image, dilation = torch.randn(1, 1, *(4, 5, 3)[: len(kernel_size)]), (2, 1, 3)[: len(kernel_size)]
+    for steps in ((), dilation):
+        expected = F.pad(image, oracles.padding(name, kernel_size, steps or 1))
+        assert torch.equal(stencil.pad(image, code, kernel_size, steps), expected)
 
 
 @every_stencil

@@ -69,7 +69,7 @@ def attempt(
     unit_diagonal: bool,
 ) -> Tensor | None:
     """Runs a problem with unchecked tensors, see `registry.Implementation`."""
-    if not input.is_cpu or input.layout is not torch.strided:
+    if not (input.is_cpu and input.layout is torch.strided and _STENCILS.issuperset(stencils)):
         return None
     options, output = _options(operation, stencils, dilation, unit_diagonal, False), torch.empty_like(input)
     return None if _call(options, input, output, weight, bias, log_diagonal) else output

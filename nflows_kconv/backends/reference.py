@@ -74,10 +74,10 @@ def _conv(problem: Problem) -> Tensor:
     )
     biases = None if problem.bias is None else problem.bias.to(weight.dtype).unflatten(0, shape)
     for code, groups in _by_stencil(stencils).items():
-        x, w = F.pad(images[:, groups], stencil.padding(code, weight.shape[2:])), kernels[groups]
+        x, w = stencil.pad(images[:, groups].flatten(1, 2), code, weight.shape[2:]), kernels[groups]
         b = None if biases is None else biases[groups].flatten()
         with in_own_precision(input.device):
-            y = _CONVOLUTIONS[dimensions](x.flatten(1, 2), w.flatten(0, 1), b, groups=len(w))
+            y = _CONVOLUTIONS[dimensions](x, w.flatten(0, 1), b, groups=len(w))
         results[:, groups] = y.unflatten(1, (-1, shape[1])).to(output.dtype)
     return output
 
@@ -145,10 +145,10 @@ def _weight_gradient(problem: Problem) -> Tensor:
     images, grads = input.to(dtype).unflatten(1, shape), grad.to(dtype).unflatten(1, shape)
     gradient = input.new_empty(channels, per_group, *kernel_size, dtype=dtype)
     for code, groups in _by_stencil(stencils).items():
-        x, g = F.pad(images[:, groups], stencil.padding(code, kernel_size)), grads[:, groups]
+        x, g = stencil.pad(images[:, groups].flatten(1, 2), code, kernel_size), grads[:, groups]
         size = g.shape[1] * per_group, per_group, *kernel_size
         with in_own_precision(input.device):
-            w = _WEIGHT_GRADIENTS[problem.dimensions](x.flatten(1, 2), size, g.flatten(1, 2), groups=g.shape[1])
+            w = _WEIGHT_GRADIENTS[problem.dimensions](x, size, g.flatten(1, 2), groups=g.shape[1])
         gradient.unflatten(0, shape)[groups] = w.unflatten(0, (-1, per_group))
     masked = _mask(gradient.shape, tuple(stencils), input.device, problem.unit_diagonal)
     return gradient.masked_fill_(masked, 0).to(input.dtype, memory_format=torch.contiguous_format)
@@ -197,9 +197,9 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
 
 @contextmanager
 def in_own_precision(device: torch.device) -> Iterator[None]:
-    """Shields what is computed inside from autocast and TF32."""
+    """Shields what is computed inside from autocast and TF32; a graph, which runs afterwards, from autocast alone."""
     settings: tuple[Any, ...] = ()
-    if device.type == "cuda":
+    if device.type == "cuda" and not torch.compiler.is_compiling():
         # Not allow_tf32, which raises an error where somebody else has set this newer name of it.
         settings = torch.backends.cudnn.conv, torch.backends.cuda.matmul  # type: ignore[attr-defined]
     before = [setting.fp32_precision for setting in settings]

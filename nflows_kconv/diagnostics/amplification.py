@@ -12,7 +12,8 @@ from torch import Tensor
 from nflows_kconv import bound, checks, functional, ops, stencil
 from nflows_kconv.conditional import ConditionalInvertibleConv
 from nflows_kconv.float64 import to_float64
-from nflows_kconv.layer import InvertibleConv
+from nflows_kconv.layer import InvertibleConv, on_weight
+from nflows_kconv.periodic import PeriodicConv
 
 Operator = Callable[[Tensor], Tensor]
 
@@ -26,7 +27,7 @@ class Conditioning(NamedTuple):
     Attributes:
         gain: ||A||_2, the largest factor by which the convolution amplifies.
         inverse_gain: ||A^-1||_2, that of the inverse. It never falls as the image grows, and may grow without limit,
-            even exponentially, where `inverse_gain_bound` is infinite.
+            even exponentially, where `inverse_gain_bound` is infinite. With circular borders it is always bounded.
         condition_number: ||A||_2 ||A^-1||_2; a round trip errs by up to this many roundings.
         inverse_gain_bound: An upper bound on ||A^-1||_2 at any image size, see `max_inverse_gain`; infinity if there is
             none to show. With `max_inverse_gain` and a unit diagonal it is at most that.
@@ -40,7 +41,7 @@ class Conditioning(NamedTuple):
 
 @torch.no_grad()
 def conditioning(
-    layer: InvertibleConv,
+    layer: InvertibleConv | PeriodicConv,
     image_size: Sequence[int],
     *,
     exact: bool = False,
@@ -51,9 +52,10 @@ def conditioning(
 
     The norms are estimated from below, by power iteration on A^T A and A^-T A^-1 from several vectors, the same ones at
     each call. Large norms are found quickly and to many digits; those close to 1 come out some thousandths too small.
+    Those of a `PeriodicConv2d` are the singular values of its matrices at all frequencies, and exact.
 
     Args:
-        layer: Of any library.
+        layer: Of any library. Of a conditional one take an `InvertibleConv2d` with one of its `weights(context)`.
         image_size: (L,), (H, W) or (D, H, W).
         exact: Whether to compute the largest singular values of the dense matrices, [CHW, CHW], instead; for small
             images.
@@ -64,9 +66,10 @@ def conditioning(
         The norms; infinity where they overflow.
 
     Raises:
-        TypeError: If `layer` is not an `InvertibleConv1d`, `2d` or `3d`, or a size or a number of iterations is not an
-            integer.
-        ValueError: If a size or a number of iterations is not positive, or `image_size` of another length.
+        TypeError: If `layer` is not an `InvertibleConv1d`, `2d` or `3d` or a `PeriodicConv1d`, `2d` or `3d`, or a size
+            or a number of iterations is not an integer.
+        ValueError: If a size or a number of iterations is not positive, or `image_size` of another length, or smaller
+            than the kernel of a `PeriodicConv2d`.
 
     Examples:
         >>> from nflows_kconv import InvertibleConv2d
@@ -76,14 +79,18 @@ def conditioning(
         >>> max(gains) < 4
         True
     """
-    if not isinstance(layer, InvertibleConv) or isinstance(layer, ConditionalInvertibleConv):
-        raise TypeError(f"layer must be an InvertibleConv1d, 2d or 3d, got {type(layer).__name__}")
+    if not isinstance(layer, InvertibleConv | PeriodicConv) or isinstance(layer, ConditionalInvertibleConv):
+        raise TypeError(
+            f"layer must be an InvertibleConv1d, 2d or 3d, or a PeriodicConv1d, 2d or 3d, got {type(layer).__name__}"
+        )
     if not isinstance(image_size, Sequence) or len(image_size) != layer.dimensions:
         raise ValueError(f"image_size must have the layer's {layer.dimensions} dimensions, got {image_size!r}")
     sizes = checks.per_axis("image_size", image_size, layer.dimensions)
     checks.positive("max_iterations", max_iterations)
 
     weight = to_float64(layer.weight)
+    if isinstance(layer, PeriodicConv):
+        return _of_periodic(layer, weight, sizes)
     start = torch.randn(
         _STARTS, layer.num_channels, *sizes, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
     ).to(weight.device)
@@ -96,7 +103,19 @@ def conditioning(
 
         norm = _dense_norm(function, start) if exact else _power_iteration(function, start, tolerance, max_iterations)
         norms.append(norm)
-    return Conditioning(norms[0], norms[1], norms[0] * norms[1], _inverse_gain_bound(weight, stencils))
+    diagonal = stencil.pivot_diagonal(weight, stencils)
+    on_diagonal = stencil.diagonal_entries(weight.shape, stencils, weight.device)
+    relative = weight.masked_fill(on_diagonal, 0) / on_weight(diagonal, weight)
+    return Conditioning(norms[0], norms[1], norms[0] * norms[1], _inverse_gain_bound(diagonal, relative))
+
+
+def _of_periodic(layer: PeriodicConv, weight: Tensor, sizes: Sequence[int]) -> Conditioning:
+    layer._check_size(sizes)
+    values = torch.linalg.svdvals(layer._at_frequencies(weight, sizes))
+    gain, inverse_gain = values.max().item(), 1 / values.min().item()
+    diagonal = weight.new_ones(len(weight)) if layer.log_diagonal is None else to_float64(layer.log_diagonal).exp()
+    relative = layer._relative(weight, diagonal)
+    return Conditioning(gain, inverse_gain, gain * inverse_gain, _inverse_gain_bound(diagonal, relative))
 
 
 def _dense_norm(operator: Operator, images: Tensor) -> float:
@@ -126,10 +145,8 @@ def _norms(images: Tensor) -> Tensor:
     return torch.linalg.vector_norm(images, dim=list(range(1, images.dim())), keepdim=True)
 
 
-def _inverse_gain_bound(weight: Tensor, stencils: Sequence[int]) -> float:
-    diagonal = stencil.pivot_diagonal(weight, stencils)
-    on_diagonal = stencil.diagonal_entries(weight.shape, stencils, weight.device)
-    relative = weight.masked_fill(on_diagonal, 0) / diagonal.view(-1, *[1] * (weight.dim() - 1))
+def _inverse_gain_bound(diagonal: Tensor, relative: Tensor) -> float:
+    """The bound of D (I + N), see `bound`, given D and the weight of N."""
     norms = bound.off_diagonal_norm(relative)
-    inverses = diagonal.abs().reciprocal().unflatten(0, (len(stencils), -1)).amax(1)
+    inverses = diagonal.abs().reciprocal().unflatten(0, (len(norms), -1)).amax(1)
     return torch.where(norms < 1, inverses / (1 - norms), math.inf).max().item()
