@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nflows_kconv import bijection, layer, periodic, stencil
+from nflows_kconv import bijection, conditional, layer, periodic, stencil
 
 try:
     from FrEIA.modules import InvertibleModule
@@ -16,6 +16,9 @@ except ImportError as error:
     raise ImportError('nflows_kconv.freia needs FrEIA, which comes with pip install "nflows-kconv[freia]"') from error
 
 __all__ = [
+    "ConditionalInvertibleConv1d",
+    "ConditionalInvertibleConv2d",
+    "ConditionalInvertibleConv3d",
     "InvertibleConv1d",
     "InvertibleConv2d",
     "InvertibleConv3d",
@@ -48,7 +51,7 @@ class _Module(InvertibleModule, layer.KernelLayer):
 
         Args:
             x_or_z: One tensor, [B, C, ...], in the dtype of the parameters.
-            c: Ignored.
+            c: The context of a conditional layer, [B, E], in a list; else ignored.
             rev: Whether to solve.
             jac: Ignored: the log-determinant costs nothing.
 
@@ -60,7 +63,7 @@ class _Module(InvertibleModule, layer.KernelLayer):
             ValueError: See `nflows_kconv.functional.conv2d`.
         """
         (input,) = x_or_z
-        output, log_abs_det = super(InvertibleModule, self).forward(input, inverse=rev)
+        output, log_abs_det = super(InvertibleModule, self).forward(input, c[0] if c else None, inverse=rev)
         return (output,), log_abs_det
 
     def inverse(self, x_or_z: Sequence[Tensor], c: Any = None) -> tuple[tuple[Tensor], Tensor]:  # type: ignore[override]
@@ -115,6 +118,38 @@ class PeriodicConv1d(_Module, periodic.PeriodicConv1d):
 
 class PeriodicConv3d(_Module, periodic.PeriodicConv3d):
     """`nflows_kconv.PeriodicConv3d` as a `FrEIA.modules.InvertibleModule`; see `PeriodicConv2d`."""
+
+
+class _ConditionalModule(_Module):
+    """A layer whose context is the one condition that FrEIA gives it."""
+
+    def __init__(
+        self, dims_in: Sequence[tuple[int, ...]], dims_c: Sequence[tuple[int, ...]] | None = None, **options: Any
+    ) -> None:
+        if [len(shape) for shape in dims_c or ()] != [1]:
+            raise ValueError(f"dims_c must be one shape, [(E,)], got {dims_c}")
+        super().__init__(dims_in, dims_c, context_features=dims_c[0][0], **options)  # type: ignore[index]
+
+
+class ConditionalInvertibleConv2d(_ConditionalModule, conditional.ConditionalInvertibleConv2d):  # type: ignore[misc]
+    """`nflows_kconv.ConditionalInvertibleConv2d` as a `FrEIA.modules.InvertibleModule`, E being that of `dims_c`.
+
+    Examples:
+        >>> import torch
+        >>> from FrEIA.framework import SequenceINN
+        >>> from nflows_kconv.freia import ConditionalInvertibleConv2d
+        >>> flow = SequenceINN(12, 16, 16)
+        >>> flow.append(ConditionalInvertibleConv2d, cond=0, cond_shape=(5,), diagonal="learned")
+        >>> latent, log_abs_det = flow(torch.randn(10, 12, 16, 16), c=[torch.randn(10, 5)])
+    """
+
+
+class ConditionalInvertibleConv1d(_ConditionalModule, conditional.ConditionalInvertibleConv1d):  # type: ignore[misc]
+    """`nflows_kconv.ConditionalInvertibleConv1d` as a `FrEIA.modules.InvertibleModule`."""
+
+
+class ConditionalInvertibleConv3d(_ConditionalModule, conditional.ConditionalInvertibleConv3d):  # type: ignore[misc]
+    """`nflows_kconv.ConditionalInvertibleConv3d` as a `FrEIA.modules.InvertibleModule`."""
 
 
 def _run(module: InvertibleModule, value: bijection.Value, context: Any, rev: bool) -> tuple[bijection.Value, Tensor]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nflows_kconv import bijection, layer, periodic, stencil
+from nflows_kconv import bijection, conditional, layer, periodic, stencil
 from nflows_kconv.batch import flatten_batch
 
 try:
@@ -20,6 +20,9 @@ except ImportError as error:
     ) from error
 
 __all__ = [
+    "ConditionalInvertibleConv1d",
+    "ConditionalInvertibleConv2d",
+    "ConditionalInvertibleConv3d",
     "InvertibleConv1d",
     "InvertibleConv2d",
     "InvertibleConv3d",
@@ -51,7 +54,7 @@ class _Bijection(Bijection, layer.KernelLayer):
 
         Args:
             x: x, or z if `inverse`, [..., C, H, W], in the dtype of the parameters.
-            context: Ignored.
+            context: That of a conditional layer, [..., E]; else ignored.
             inverse: Whether to solve for x.
 
         Returns:
@@ -61,7 +64,10 @@ class _Bijection(Bijection, layer.KernelLayer):
             TypeError: See `nflows_kconv.functional.conv2d`.
             ValueError: See `nflows_kconv.functional.conv2d`.
         """
-        output, log_abs_det = super(Bijection, self).forward(flatten_batch(x, self.dimensions), inverse=inverse)
+        if isinstance(context, Tensor) and context.dim() > 2:
+            context = context.flatten(0, -2)
+        images = flatten_batch(x, self.dimensions)
+        output, log_abs_det = super(Bijection, self).forward(images, context, inverse=inverse)
         return output.reshape(x.shape), log_abs_det.reshape(x.shape[: -1 - self.dimensions])
 
     def inverse(self, z: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
@@ -116,6 +122,36 @@ class PeriodicConv1d(_Bijection, periodic.PeriodicConv1d):
 
 class PeriodicConv3d(_Bijection, periodic.PeriodicConv3d):
     """`nflows_kconv.PeriodicConv3d` as a torchflows `Bijection`; see `PeriodicConv2d`."""
+
+
+class _ConditionalBijection(_Bijection):
+    """A layer whose context is that of torchflows."""
+
+    def __init__(self, event_shape: Sequence[int], context_shape: Sequence[int] | None = None, **options: Any) -> None:
+        if context_shape is None or len(context_shape) != 1:
+            raise ValueError(f"context_shape must be (E,), got {context_shape}")
+        super().__init__(event_shape, context_shape, context_features=context_shape[0], **options)
+
+
+class ConditionalInvertibleConv2d(_ConditionalBijection, conditional.ConditionalInvertibleConv2d):
+    """`nflows_kconv.ConditionalInvertibleConv2d` as a torchflows `Bijection`, with `context_shape` (E,).
+
+    Examples:
+        >>> import torch
+        >>> from torchflows.flows import Flow
+        >>> from nflows_kconv.torchflows import ConditionalInvertibleConv2d
+        >>> flow = Flow(ConditionalInvertibleConv2d((12, 8, 8), context_shape=(5,)))
+        >>> flow.log_prob(torch.randn(10, 12, 8, 8), context=torch.randn(10, 5)).shape
+        torch.Size([10])
+    """
+
+
+class ConditionalInvertibleConv1d(_ConditionalBijection, conditional.ConditionalInvertibleConv1d):
+    """`nflows_kconv.ConditionalInvertibleConv1d` as a torchflows `Bijection`."""
+
+
+class ConditionalInvertibleConv3d(_ConditionalBijection, conditional.ConditionalInvertibleConv3d):
+    """`nflows_kconv.ConditionalInvertibleConv3d` as a torchflows `Bijection`."""
 
 
 def _sample(flow: Flow, num_samples: int, context: Any) -> Tensor:

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 
 import nflows.distributions
 import nflows.flows
@@ -16,9 +17,12 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call, grad, vmap
 
+import nflows_kconv.freia
 import nflows_kconv.nflows
 import nflows_kconv.normflows
+import nflows_kconv.torchflows
 from nflows_kconv import conditional, functional, layer, ops
+from nflows_kconv.bijection import as_bijection
 from nflows_kconv.diagnostics import conditioning
 from nflows_kconv.testing import check_transform
 
@@ -295,18 +299,53 @@ class Zeros(nn.Module):
         return context.new_zeros(len(context), 4, 4, 4)
 
 
+# How a library builds the layer for a shape.
+LIBRARIES = {
+    nflows_kconv.nflows: lambda cls, shape: cls(shape[0], context_features=FEATURES, diagonal="learned"),
+    nflows_kconv.normflows: lambda cls, shape: cls(shape[0], context_features=FEATURES, diagonal="learned"),
+    nflows_kconv.freia: lambda cls, shape: cls([shape], dims_c=[(FEATURES,)], diagonal="learned"),
+    nflows_kconv.torchflows: lambda cls, shape: cls(shape, context_shape=(FEATURES,), diagonal="learned"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:raw_weight has .* entries other than zero")
+@pytest.mark.parametrize("library", LIBRARIES, ids=lambda library: library.__name__)
+def test_every_library_with_contexts_has_the_layer(library):
+    for dimensions in (1, 2, 3):
+        core = trained(build(dimensions, diagonal="learned"))
+        images, contexts = data(core)
+        adapter = getattr(library, f"ConditionalInvertibleConv{dimensions}d")
+        module = LIBRARIES[library](adapter, tuple(images.shape[1:])).double()
+        module.load_state_dict(core.state_dict())
+        bijection = as_bijection(module)
+        directions = [core.inverse, core] if library is nflows_kconv.normflows else [core, core.inverse]
+        for function, expected in zip((bijection.forward, bijection.inverse), directions, strict=True):
+            assert all(map(torch.equal, function(images, contexts), expected(images, contexts)))
+    check_transform(module, images, contexts)
+
+
+def test_what_is_no_context_is_refused():
+    for dims_c in (None, [(3,), (3,)], [(3, 4)]):
+        with pytest.raises(ValueError, match=re.escape(f"dims_c must be one shape, [(E,)], got {dims_c}")):
+            nflows_kconv.freia.ConditionalInvertibleConv2d([(4, 4, 4)], dims_c)
+    for shape in (None, (3, 4)):
+        with pytest.raises(ValueError, match=re.escape(f"context_shape must be (E,), got {shape}")):
+            nflows_kconv.torchflows.ConditionalInvertibleConv2d((4, 4, 4), shape)
+
+
+@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")
+def test_contexts_of_any_batch_shape():
+    """torchflows draws several samples for each context."""
+    layer = nflows_kconv.torchflows.ConditionalInvertibleConv2d((4, 4, 2), (FEATURES,))
+    images, contexts = torch.randn(5, 2, 4, 4, 2), torch.randn(5, 2, FEATURES)
+    output, log_det = layer(images, contexts)
+    expected, _ = layer(images.flatten(0, 1), contexts.flatten(0, 1))
+    assert torch.equal(output.flatten(0, 1), expected)
+    assert log_det.shape == (5, 2)
+
+
 @pytest.mark.filterwarnings("ignore:raw_weight has .* entries other than zero")
 def test_adapters_take_the_context_of_their_library():
-    layers = {}
-    for library in (nflows_kconv.nflows, nflows_kconv.normflows):
-        for dimensions in (1, 2, 3):
-            adapter = getattr(library, f"ConditionalInvertibleConv{dimensions}d")
-            layers[library] = trained(adapter(8, context_features=FEATURES, diagonal="learned"))
-            check_transform(layers[library], *data(layers[library]))
-    forward, backward = layers.values()
-    volumes, contexts = data(forward)
-    assert all(map(torch.equal, forward(volumes, contexts), backward.inverse(volumes, contexts)))
-
     options = dict(context_features=FEATURES, corners=("TL", "B"), diagonal="learned")
     transform = trained(nflows_kconv.nflows.ConditionalInvertibleConv2d(4, **options)).float()
     other = nflows_kconv.normflows.ConditionalInvertibleConv2d(4, **options)
