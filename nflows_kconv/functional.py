@@ -221,8 +221,17 @@ def run_each(
     # The images become groups of channels of one image, so one call computes them all.
     images, log_diagonal = input.flatten(0, 1)[None], None if log_diagonals is None else log_diagonals.flatten()
     options = stencils, log_diagonal is None, dilation, batch
-    output = run(operator, images, weights.flatten(0, 1), None, log_diagonal, *options)
-    return output.reshape(input.shape)
+    try:
+        output = run(operator, images, weights.flatten(0, 1), None, log_diagonal, *options).reshape(input.shape)
+    except ValueError:
+        if log_diagonals is not None and checks.can_inspect_values(log_diagonals):
+            dtype = torch.promote_types(log_diagonals.dtype, torch.float32)
+            stencil.check_diagonal(log_diagonals.to(dtype).exp())  # tells the image
+        raise
+    layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(input.dim())
+    if layout is not None and input.is_contiguous(memory_format=layout):
+        return output.contiguous(memory_format=layout)
+    return output
 
 
 def parse_dilation(dilation: int | Sequence[int], dimensions: int) -> tuple[int, ...]:

@@ -182,14 +182,19 @@ def effective(
 
 
 def check_diagonal(diagonal: Tensor) -> None:
-    """Raises a ValueError unless every entry and its reciprocal, in float32 at least, are finite and not zero."""
+    """Raises a ValueError unless every entry and its reciprocal, in float32 at least, are finite and not zero.
+
+    Args:
+        diagonal: [C], or one for each image, [B, C].
+    """
     diagonal = diagonal.to(torch.promote_types(diagonal.dtype, torch.float32))
     bad = ((diagonal * diagonal.reciprocal()).round() != 1).nonzero()  # NaN and infinity are not 1
     if len(bad):
-        channel = int(bad[0, 0])
+        *image, channel = index = bad[0].tolist()
+        place = f"channel {channel}" + "".join(f" of image {each}" for each in image)
         raise ValueError(
             "the pivot's diagonal must be finite and not zero (and its reciprocal, too) for the convolution to have an "
-            f"inverse, got {diagonal[channel].item():g} in channel {channel}"
+            f"inverse, got {diagonal[tuple(index)].item():g} in {place}"
         )
 
 

@@ -11,7 +11,7 @@ import normflows as nf
 import oracles
 import pytest
 import torch
-from cases import Case, over_cases
+from cases import LAYOUTS, Case, over_cases
 from oracles import assert_close
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
@@ -100,6 +100,12 @@ def test_each_image_has_its_own_layer(options: dict, backend: str, device: str):
             assert_close(actual, torch.cat(parts))
     assert torch.equal(layer.convolve(images, contexts), layer(images, contexts)[0])
     assert torch.equal(layer.solve(images, contexts), layer.inverse(images, contexts)[0])
+    if layer.dimensions > 1:
+        permuted = LAYOUTS["channels_last"](images)
+        for function in (layer, layer.inverse):
+            output = function(permuted, contexts)[0]
+            assert_close(output, function(images, contexts)[0])
+            assert output.stride() == twins[0](permuted)[0].stride()
 
 
 @over_cases(Case(("TL", "B"), per_group=3, batch=20), Case(("L",), per_group=16, batch=9))
@@ -290,6 +296,15 @@ def test_errors_of_arguments_and_networks():
         TypeError, match=r"layer must be an InvertibleConv1d, .* or 3d, got ConditionalInvertibleConv2d"
     ):
         conditioning(build(), (4, 4))
+
+
+def test_a_context_of_nan_is_told():
+    layer = trained(build(diagonal="learned"))
+    images, contexts = data(layer)
+    contexts[1] = torch.nan
+    for function in (layer, layer.inverse):
+        with pytest.raises(ValueError, match=r"finite and not zero .* got nan in channel 0 of image 1$"):
+            function(images, contexts)
 
 
 class Zeros(nn.Module):
