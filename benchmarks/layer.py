@@ -3,8 +3,8 @@
     python -m benchmarks.layer                      prints the tables of the CPU
     python -m benchmarks.layer --output FILE.json   and writes them, with machine, versions and date
     python -m benchmarks.layer --device cuda        prints the tables of the GPU, with floors and targets, and writes
-                                                    benchmarks/results/cuda-<GPU>.json with its plot, or FILE.json
-    python -m benchmarks.plots FILE.json            draws the plot again
+                                                    benchmarks/results/cuda-<GPU>.json, or FILE.json
+    python -m benchmarks.plots FILE.json            draws the plot
 
 The yardstick is what one would write without this package: for each group F.pad and F.conv2d, then torch.cat. Every
 row's contestants take turns, so whatever else the machine does slows all of them; the table shows their medians.
@@ -92,7 +92,7 @@ def on_cpu(workload: workloads.Workload, seconds: float, output: Path | None) ->
 
 
 def on_cuda(workload: workloads.Workload, seconds: float, output: Path | None) -> None:
-    """Prints the tables of the current GPU, and draws the plot."""
+    """Prints the tables of the current GPU."""
     # A graph cannot be captured on the default stream, and where all work is on one stream none waits for another.
     torch.cuda.set_stream(torch.cuda.Stream())
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -104,18 +104,6 @@ def on_cuda(workload: workloads.Workload, seconds: float, output: Path | None) -
     cuda_tables.print_summary(results)
     if output:
         print(f"\nwritten to {output}")
-        draw(results, output.with_suffix(".png"))
-
-
-def draw(results: dict[str, Any], picture: Path) -> None:
-    """Draws the plot, where matplotlib is installed."""
-    try:
-        from benchmarks import plots
-    except ModuleNotFoundError as error:
-        print(f"no plot, since {error}; benchmarks.plots draws it from the results")
-        return
-    plots.write(results, picture)
-    print(f"written to {picture}")
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
-"""Draws the curves of a result: `python -m benchmarks.plots FILE.json` writes FILE.png.
+"""Draws the curves of a result: `python -m benchmarks.plots FILE.json` writes FILE.png; the documentation has them too.
 
-Time against image side, channels and batch, whichever the file has: the inverse, F.conv2d's forward and a dense
-triangular solve.
+Time against image side, channels and batch, whichever the file has: the inverse, F.conv2d's forward, a dense triangular
+solve, and the inverse's floor.
 """
 
 from __future__ import annotations
@@ -9,23 +9,27 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
+from matplotlib import rcParams
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+Row = dict[str, Any]
 AXES = {
     "image side": lambda row: row["shape"][1],
     "channels": lambda row: row["shape"][0],
     "batch": lambda row: row["batch"],
 }
+INVERSE, FORWARD = "#e07b39", "#3a6ea5"
 # Mode (None where a file has only one), contestant: label, color, line.
 LINES = {
-    (None, "inverse"): ("inverse", "#e07b39", "-"),
-    (None, "conv2d"): ("F.conv2d, forward", "#3a6ea5", "-"),
-    ("graph", "inverse"): ("inverse, CUDA graph", "#e07b39", "-"),
-    ("eager", "inverse"): ("inverse, eager", "#e07b39", "--"),
-    ("graph", "conv2d"): ("F.conv2d forward, CUDA graph", "#3a6ea5", "-"),
-    ("eager", "conv2d"): ("F.conv2d forward, eager", "#3a6ea5", "--"),
+    (None, "inverse"): ("inverse", INVERSE, "-"),
+    (None, "conv2d"): ("F.conv2d, forward", FORWARD, "-"),
+    ("graph", "inverse"): ("inverse, CUDA graph", INVERSE, "-"),
+    ("eager", "inverse"): ("inverse, eager", INVERSE, "--"),
+    ("graph", "conv2d"): ("F.conv2d forward, CUDA graph", FORWARD, "-"),
+    ("eager", "conv2d"): ("F.conv2d forward, eager", FORWARD, "--"),
     ("eager", "dense_solve"): ("dense triangular solve, eager", "#7a7a7a", "--"),
     (None, "Glow"): ("Glow", "#7a7a7a", "--"),
     (None, "FInC unit"): ("FInC unit", "#e07b39", "-"),
@@ -37,57 +41,64 @@ LINES = {
 }
 
 
-def draw(results: dict) -> Figure:
+def draw(results: dict[str, Any]) -> Figure:
     """Returns one panel for each curve of a result."""
     names = [name for name in AXES if name in results]
     if not names:
         raise ValueError(f"the results must have at least one of the curves {tuple(AXES)}, got {tuple(results)}")
-    figure = Figure(figsize=(4 * len(names), 3.6), dpi=150)
+    figure = Figure(figsize=(5.2 * len(names), 3.4), dpi=150, layout="constrained")
     for panel, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         _draw_curve(panel, name, results[name])
-    machine = results["machine"]
-    figure.suptitle(f"{machine['device']}, torch {machine['torch']}, {machine['date']}", fontsize=9)
-    figure.tight_layout()
     return figure
 
 
-def write(results: dict, path: Path) -> None:
-    """Writes the picture of a result."""
-    draw(results).savefig(path, metadata={"Software": None})
+def modes_of(row: Row) -> list[str | None]:
+    """Returns the modes of a row: a GPU's has several, a CPU's one without a name."""
+    found: list[str | None] = [name for name, value in row["microseconds"].items() if isinstance(value, dict)]
+    return found or [None]
 
 
-def _draw_curve(panel: Axes, name: str, rows: list[dict]) -> None:
+def times_of(row: Row, mode: str | None) -> dict[str, float]:
+    """Returns microseconds by contestant."""
+    return row["microseconds"] if mode is None else row["microseconds"][mode]
+
+
+def _draw_curve(panel: Axes, name: str, rows: list[Row]) -> None:
+    positions = [AXES[name](row) for row in rows]
     for (mode, contestant), (label, color, style) in LINES.items():
         points = [
-            (AXES[name](row), times[contestant])
-            for row in rows
-            if contestant in (times := _times_of(row["microseconds"], mode))
+            (position, times_of(row, mode)[contestant])
+            for position, row in zip(positions, rows, strict=True)
+            if mode in modes_of(row) and contestant in times_of(row, mode)
         ]
         if points:
             panel.plot(*zip(*points, strict=True), style, color=color, label=label, marker=".")
+    if "floors" in rows[0]:
+        floors = [max(row["floors"]["inverse"].values()) for row in rows]
+        panel.plot(positions, floors, ":", color=rcParams["text.color"], label="floor of the inverse")
     panel.set_xscale("log", base=2)
     panel.set_yscale("log")
+    panel.set_xticks(positions, [str(position) for position in positions])
     panel.set_xlabel(name)
     panel.set_ylabel("microseconds")
     panel.grid(alpha=0.3)
-    panel.legend(fontsize=6)
-
-
-def _times_of(microseconds: dict, mode: str | None) -> dict[str, float]:
-    if mode is not None:
-        return microseconds.get(mode, {})
-    return {name: value for name, value in microseconds.items() if not isinstance(value, dict)}
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.legend(fontsize="x-small")
 
 
 def main() -> None:
     """Reads the JSON and writes the picture next to it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, help="a JSON file that layer.py has written")
+    parser.add_argument("results", type=Path, help="a JSON file that benchmarks.layer has written")
     path = parser.parse_args().results
     try:
-        write(json.loads(path.read_text()), path.with_suffix(".png"))
+        results = json.loads(path.read_text())
+        figure = draw(results)
     except (OSError, ValueError) as error:
         parser.error(f"{path}: {error}")
+    machine = results["machine"]
+    figure.suptitle(f"{machine['device']}, torch {machine['torch']}, {machine['date']}")
+    figure.savefig(path.with_suffix(".png"), metadata={"Software": None})
     print(f"written to {path.with_suffix('.png')}")
 
 

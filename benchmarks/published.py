@@ -3,7 +3,8 @@
     python -m benchmarks.published                     prints the tables of the CPU: all models, about an hour
     --models MNIST CIFAR-10 --images 1 --limit 10      some of it, cells of at most ten seconds
     --device cuda                                      on the GPU; writes benchmarks/results/published-cuda-<GPU>.json
-    --output FILE.json                                 writes there, with a plot of sampling times
+    --output FILE.json                                 writes there
+    python -m benchmarks.plots FILE.json               draws the sampling times
 
 Each model is nflows' `finc_flow` with couplings 512 wide, untrained, in evaluation mode without gradients; "forward" is
 `log_prob`, "sampling" is `sample`. What differs is the convolution. All convolutions of a model take turns; times are
@@ -214,8 +215,6 @@ def main() -> None:
     layer.run(results, sections(models, arguments.images, **settings), output)
     if output:
         print(f"\nwritten to {output}")
-        if DRAWN in models:
-            layer.draw(results, output.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import operator
-import sys
 from collections.abc import Callable
 
 import normflows as nf
@@ -25,7 +23,6 @@ from torch.nn.utils import prune
 import nflows_kconv.nflows
 import nflows_kconv.normflows
 from benchmarks import memory
-from benchmarks import reversible as benchmark
 from nflows_kconv import InvertibleConv2d, bijection
 from nflows_kconv.flows import reversible, steps
 from nflows_kconv.nflows import ReversibleCompositeTransform
@@ -685,16 +682,3 @@ def test_on_a_gpu(monkeypatch):
         assert error(gradients(other, inputs), gradients(ordinary, inputs)) < 1e-4
         peaks[count] = peak_bytes(other, inputs)
     assert peaks[64] < 1.05 * peaks[32] + 512 * len(list(other.parameters()))  # blocks are of 512 bytes
-
-
-def test_the_benchmark_runs(monkeypatch, tmp_path, capsys):
-    output = tmp_path / "results.json"
-    monkeypatch.setattr(sys, "argv", ["reversible.py", "--tiny", "--seconds", "0", "--output", str(output)])
-    benchmark.main()
-    results = json.loads(output.read_text())
-    (row,) = results["rows"]
-    assert results["tiny"] and row["steps"] == 9
-    for values in (row["bytes"], row["seconds"], *row["gradient errors"].values()):
-        assert set(values) == {"ordinary", "reversible", "checkpoint"}
-    assert max(row["gradient errors"]["ordinary"].values()) < 1e-4
-    assert "K = 9" in capsys.readouterr().out

@@ -191,8 +191,6 @@ def test_results_of_a_gpu_are_shown_with_floors(tmp_path: Path, monkeypatch: pyt
     assert "| 1, 12, 8 × 8 | 0.02 ms | 1.00 × | 1.00 × | 0.50 × | 0.50 × |" in shown
     assert "In mode graph:" in shown
     assert "| 1 | 0.02 |" in shown
-    figure = results._curve("image side", measured["image side"])
-    assert list(figure.axes[0].lines[-1].get_ydata()) == [5.0, 5.0]
     bars = results._bars([row], "graph").axes[0]
     assert [bar.get_width() for bar in bars.patches] == [0.5, 1.0]
     assert [line.get_xdata()[0] for line in bars.lines[:2]] == [0.25, 0.25]  # before the line at 1

@@ -13,15 +13,15 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from benchmarks import plots
+from benchmarks.plots import Row
+
 ROOT = Path(__file__).parent.parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 HEADLINE = RESULTS / "cpu-epyc-2-threads.json"
 
-from benchmarks.plots import AXES, LINES  # noqa: E402
-
-Row = dict[str, Any]
 HOSTS = ("nflows", "normflows")
-RATIOS = {"inverse": "#e07b39", "forward": "#3a6ea5"}  # to conv2d
+RATIOS = {"inverse": plots.INVERSE, "forward": plots.FORWARD}  # to conv2d
 # Stands for the colour of the page's text, which no plot can know.
 _TEXT = "#010203"
 _STYLE = {
@@ -95,12 +95,12 @@ def _section(path: Path) -> str:
 
 def _measurements(name: str, rows: list[Row]) -> Iterator[str]:
     first = rows[0]
-    if name in AXES:
+    if name in plots.AXES:
         yield f"### Growing {name}"
-        yield _svg(lambda: _curve(name, rows), f"time against {name}")
-    elif "corners" in first and "microseconds" in first and "conv2d" in _times(first, _modes(first)[0]):
+        yield _svg(lambda: plots.draw({name: rows}), f"time against {name}")
+    elif "corners" in first and "microseconds" in first and "conv2d" in plots.times_of(first, plots.modes_of(first)[0]):
         yield f"### {name.capitalize()}"
-        for mode in _modes(first):
+        for mode in plots.modes_of(first):
             yield from ([f"In mode {mode}:"] if mode else [])
             yield _ratio_table(rows, mode)
             yield _svg(lambda mode=mode: _bars(rows, mode), f"{name}: ratio to F.conv2d")
@@ -139,7 +139,7 @@ def _ratio_table(rows: list[Row], mode: str | None) -> str:
     """Times of F.conv2d, and the others as multiples of it."""
     lines = []
     for row in rows:
-        times = _times(row, mode)
+        times = plots.times_of(row, mode)
         line = [_shape(row), f"{times['conv2d'] / 1000:.3g} ms"]
         line += [f"{times[name] / times['conv2d']:.2f} ×" for name in RATIOS]
         line += [
@@ -245,7 +245,7 @@ def _bars(rows: list[Row], mode: str | None) -> Figure:
     axes = figure.subplots()
     for index, (name, color) in enumerate(RATIOS.items()):
         for position, row in enumerate(rows):
-            times = _times(row, mode)
+            times = plots.times_of(row, mode)
             place = position + 0.38 * (index - 0.5)
             label = f"{name} / F.conv2d" if position == 0 else None
             axes.barh(place, times[name] / times["conv2d"], 0.36, color=color, label=label)
@@ -260,33 +260,6 @@ def _bars(rows: list[Row], mode: str | None) -> Figure:
     return figure
 
 
-def _curve(name: str, rows: list[Row]) -> Figure:
-    """Times along one axis, and the inverse's floor where it was measured."""
-    figure = Figure(figsize=(5.2, 3.4), layout="constrained")
-    axes = figure.subplots()
-    positions = [AXES[name](row) for row in rows]
-    for (mode, contestant), (label, color, style) in LINES.items():
-        points = [
-            (position, _times(row, mode)[contestant])
-            for position, row in zip(positions, rows, strict=True)
-            if mode in _modes(row) and contestant in _times(row, mode)
-        ]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, color=color, label=label, marker=".")
-    if "floors" in rows[0]:
-        floors = [max(row["floors"]["inverse"].values()) for row in rows]
-        axes.plot(positions, floors, ":", color=_TEXT, label="floor of the inverse")
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xticks(positions, [str(position) for position in positions])
-    axes.set_xlabel(name)
-    axes.set_ylabel("microseconds")
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend()
-    return figure
-
-
 def _svg(draw: Callable[[], Figure], title: str) -> str:
     file = io.StringIO()
     with rc_context(_STYLE):
@@ -295,16 +268,6 @@ def _svg(draw: Callable[[], Figure], title: str) -> str:
     svg = svg[svg.index("<svg") :].replace(_TEXT, "currentcolor").replace("\n", " ")
     svg = svg.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
     return f'<figure class="drawing plot" markdown="0">{svg}</figure>'
-
-
-def _modes(row: Row) -> list[str | None]:
-    """Returns the modes of a row: a GPU's has several, a CPU's one without a name."""
-    modes: list[str | None] = [name for name, value in row["microseconds"].items() if isinstance(value, dict)]
-    return modes or [None]
-
-
-def _times(row: Row, mode: str | None) -> dict[str, float]:
-    return row["microseconds"] if mode is None else row["microseconds"][mode]
 
 
 def _shape(row: Row) -> str:
