@@ -168,6 +168,11 @@ def test_the_reference_is_complete(site: dict[Path, Page]):
     assert not [names for names in public_names() if not names & described]
 
 
+def test_the_picture_of_the_layer_is_what_is_drawn(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs" / "site"))
+    assert importlib.import_module("drawings").layer() == (ROOT / "docs" / "images" / "layer.svg").read_text()
+
+
 def test_results_of_a_gpu_are_shown_with_floors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(str(ROOT / "docs" / "site"))
     results = importlib.import_module("results")

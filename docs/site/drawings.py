@@ -1,9 +1,13 @@
-"""Drawings of the layer as SVG, which takes its text colour from the page."""
+"""Drawings of the layer as SVG, which takes its text colour from the page.
+
+`python docs/site/drawings.py` writes docs/images/layer.svg, with colours of its own.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -14,6 +18,10 @@ STEP_SECONDS = 0.7
 SIZE = 6  # of the image whose inverse is drawn
 KERNEL = 3
 SHOWN_STEPS = (0, 3, 5, 8)
+STYLE = (
+    "text{font:11px sans-serif;text-anchor:middle}rect{stroke:#d9d9d9}"
+    ".empty{fill:white}.tap{fill:#3a6ea5}.known{fill:#a9c4de}.pivot{fill:#e07b39}"
+)
 CORNERS, SIDES = ("TL", "TR", "BL", "BR"), ("T", "B", "L", "R")
 
 
@@ -55,6 +63,16 @@ def sides() -> str:
 
 def jacobian(channels: int = 2, side: int = 4) -> str:
     """Returns where the Jacobian of a layer with corner TL is not zero, in raster order, channels inside a pixel."""
+    return _figure(
+        [_jacobian(channels, side)],
+        "The Jacobian is lower triangular",
+        f"The Jacobian of a {KERNEL} × {KERNEL} layer with corner TL and {channels} channels on a {side} × {side} "
+        "image: outputs down, inputs across, pixel by pixel from the top left. Nothing is above the diagonal (orange).",
+        css="single",
+    )
+
+
+def _jacobian(channels: int, side: int) -> str:
     entries = side * side * channels
     parts = [f'<rect class="empty" x="0" y="0" width="{entries * CELL}" height="{entries * CELL}"/>']
     for output, input in _cells(entries, entries):
@@ -63,13 +81,7 @@ def jacobian(channels: int = 2, side: int = 4) -> str:
         if not (0 <= down < KERNEL and 0 <= right < KERNEL) or (down == right == 0 and in_channel > out_channel):
             continue
         parts.append(_square(input, output, "pivot" if input == output else "tap"))
-    return _figure(
-        [_panel(entries, parts)],
-        "The Jacobian is lower triangular",
-        f"The Jacobian of a {KERNEL} × {KERNEL} layer with corner TL and {channels} channels on a {side} × {side} "
-        "image: outputs down, inputs across, pixel by pixel from the top left. Nothing is above the diagonal (orange).",
-        css="single",
-    )
+    return _panel(entries, parts)
 
 
 def wavefront() -> str:
@@ -113,17 +125,39 @@ def frames() -> str:
     )
 
 
+def layer() -> str:
+    """Returns a picture by itself: how the layer reads, how its inverse runs, why its log-determinant is one line."""
+    panels = [
+        (_panel(5, _around_a_pixel(name), name), 5 + 110 * (place % 2), 34 + 110 * (place // 2), 100)
+        for place, name in enumerate(CORNERS)
+    ]
+    panels += [(_panel(8, _order(_steps("TL", 8))), 245, 42, 200), (_jacobian(3, 4), 475, 42, 200)]
+    drawn = [
+        panel.replace("<svg", f'<svg x="{x}" y="{y}" width="{size}" height="{size}"', 1) for panel, x, y, size in panels
+    ]
+    for x, lines in (
+        (110, ("a corner a channel group", "(orange: pivot, the pixel itself)")),
+        (345, ("the inverse, H + W - 1 steps:", "an anti-diagonal at once")),
+        (575, ("the Jacobian is triangular:", "log |det| = H W Σ log |diagonal|")),
+    ):
+        drawn += [f'<text x="{x}" y="{y}">{line}</text>' for y, line in zip((14, 28), lines, strict=True)]
+    head = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 680 255" style="background:white">'
+    return f"{head}<style>{STYLE}</style>{''.join(drawn)}</svg>\n"
+
+
 def _stencils(names: Iterable[str], title: str, caption: str) -> str:
-    panels = []
-    for name in names:
-        steps = _steps(name, 5)
-        shown = max(steps.values()) // 2
-        parts = _around_a_pixel(name)
-        for (row, column), step in steps.items():
-            kind = "pivot" if step == shown else "known" if step < shown else "empty"
-            parts += _square(column, row + 6, kind), _text(column, row + 6, str(step))
-        panels.append(_panel(5, parts, name, rows=11))
+    panels = [_panel(5, _around_a_pixel(name) + _order(_steps(name, 5), 6), name, rows=11) for name in names]
     return _figure(panels, title, caption)
+
+
+def _order(steps: dict[tuple[int, int], int], down: int = 0) -> list[str]:
+    """Returns the step in which each pixel is found, those of the middle one marked."""
+    shown = max(steps.values()) // 2
+    parts = []
+    for (row, column), step in steps.items():
+        kind = "pivot" if step == shown else "known" if step < shown else "empty"
+        parts += _square(column, row + down, kind), _text(column, row + down, str(step))
+    return parts
 
 
 def _around_a_pixel(name: str) -> list[str]:
@@ -204,3 +238,6 @@ DRAWINGS: dict[str, Callable[[], str]] = {
     "wavefront": wavefront,
     "frames": frames,
 }
+
+if __name__ == "__main__":
+    (Path(__file__).parent.parent / "images" / "layer.svg").write_text(layer())
