@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import command_line, layer, sampling, timing
+from benchmarks.contestants import Contestants
 from benchmarks.sampling import Size
 
 START = 4  # images of the batch that ActNorm starts with
@@ -101,34 +102,29 @@ def measure(
     size: Size, numbers: Sequence[int], calls: Sequence[str], device: str, seconds: float, limit: float
 ) -> list[dict[str, Any]]:
     """Returns a row for each convolution and number of images: the seconds of each call, or why it was skipped."""
-    flows, skipped = {}, {}
+    flows, impossible = {}, {}
     for name, options in CONVOLUTIONS.items():
         try:
             flows[name] = sampling.build_flow("nflows", options, size, device).eval()
         except ValueError as error:
-            skipped[name] = str(error)
-    rows: list[dict[str, Any]] = [
-        {"convolution": name, "images": number, "seconds": {}, "skipped": {}}
-        for name in CONVOLUTIONS
-        for number in numbers
-    ]
-    for row in rows:
-        if row["convolution"] in flows:
-            row["parameters"] = sum(parameter.numel() for parameter in flows[row["convolution"]].parameters())
+            impossible[name] = str(error)
+    rows = []
     for number in numbers:
         images = sampling.images(size._replace(batch=number), device)
+        times: dict[str, dict[str, float]] = {}
         for call in calls:
-            contestants = {
+            runs: Contestants = {
                 name: sampling.finishing(partial(CALLS[call], flow, images), device) for name, flow in flows.items()
             }
-            times = timing.wall_within(limit, contestants, seconds)
-            for row in rows:
-                if row["images"] == number:
-                    name = row["convolution"]
-                    if name in times:
-                        row["seconds"][call] = 1e-6 * times[name]
-                    else:
-                        row["skipped"][call] = skipped.get(name, f"more than {limit:g} s")
+            times[call] = timing.wall_within(limit, runs, seconds)
+        for name in CONVOLUTIONS:
+            row: dict[str, Any] = {"convolution": name, "images": number}
+            if name in flows:
+                row["parameters"] = sum(parameter.numel() for parameter in flows[name].parameters())
+            row["seconds"] = {call: 1e-6 * times[call][name] for call in calls if name in times[call]}
+            reason = impossible.get(name, f"more than {limit:g} s")
+            row["skipped"] = {call: reason for call in calls if name not in times[call]}
+            rows.append(row)
     return rows
 
 

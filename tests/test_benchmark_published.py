@@ -12,7 +12,6 @@ import torch
 pytest.importorskip("nflows")
 pytest.importorskip("normflows")
 
-
 import nflows_kconv.nflows
 from benchmarks import plots, published, timing
 
