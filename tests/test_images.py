@@ -10,14 +10,13 @@ import scipy.stats
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.functional import jacobian
 
 from nflows_kconv.flows.images import (
     Affine,
     Logit,
     UniformDequantization,
-    VariationalDequantization,
     bits_per_dim,
     grid,
     importance_weighted_bound,
@@ -33,12 +32,6 @@ PREPROCESSING = {
     "centre": Affine(),
     "affine": Affine(-2.5, 3.0),
 }
-DEQUANTIZATIONS = {
-    "uniform": lambda channels, levels: UniformDequantization(levels),
-    "variational": lambda channels, levels: randomized(
-        VariationalDequantization(channels, levels=levels, hidden_channels=8)
-    ),
-}
 
 
 @pytest.fixture(autouse=True)
@@ -46,22 +39,9 @@ def seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture(scope="session", params=DEQUANTIZATIONS.values(), ids=DEQUANTIZATIONS)
-def dequantization(request):
-    return request.param
-
-
 @pytest.fixture(scope="session", params=PREPROCESSING.values(), ids=PREPROCESSING)
 def preprocessing(request):
     return request.param
-
-
-def randomized(module: nn.Module, std: float = 0.3) -> nn.Module:
-    """Draws parameters as after training: at the start the couplings do nothing."""
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.normal_(std=std)
-    return module
 
 
 def random_images(*shape: int, levels: int = 256, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -72,18 +52,16 @@ def as_numpy(tensor: Tensor) -> np.ndarray:
     return tensor.detach().cpu().double().numpy()
 
 
-class TestDequantization:
-    """What holds for both."""
-
+class TestUniformDequantization:
     @given(
         levels=st.sampled_from(LEVELS),
         batch=st.integers(0, 3),
         size=st.tuples(st.integers(1, 3), st.integers(1, 6), st.integers(1, 6)),
         dtype=st.sampled_from([torch.float32, torch.float64]),
     )
-    def test_round_trip(self, dequantization, levels, batch, size, dtype, device):
+    def test_round_trip(self, levels, batch, size, dtype, device):
         x = random_images(batch, *size, levels=levels, dtype=dtype).to(device)
-        module = dequantization(size[0], levels).to(device, dtype)
+        module = UniformDequantization(levels).to(device, dtype)
         y, log_abs_det = module(x)
         restored, inverse_log_abs_det = module.inverse(y)
         assert y.dtype == restored.dtype == log_abs_det.dtype == dtype
@@ -94,9 +72,9 @@ class TestDequantization:
 
     @pytest.mark.parametrize("draw", [0.0, 1 - 2**-24])
     @pytest.mark.parametrize("levels", LEVELS)
-    def test_extreme_noise_stays_in_its_cell(self, dequantization, levels, draw, monkeypatch):
+    def test_extreme_noise_stays_in_its_cell(self, levels, draw, monkeypatch):
         x = torch.arange(levels).view(1, 1, 1, -1).float()
-        module = dequantization(1, levels)
+        module = UniformDequantization(levels)
         monkeypatch.setattr(torch, "rand_like", lambda input: torch.full_like(input, draw))
         y, _ = module(x)
         assert 0 < y.min() and y.max() < 1
@@ -105,9 +83,9 @@ class TestDequantization:
         assert torch.equal(module.inverse(y)[0], x)
 
     @pytest.mark.parametrize("dtype", REAL_DTYPES, ids=str)
-    def test_dtypes(self, dequantization, dtype):
+    def test_dtypes(self, dtype):
         x = random_images(2, 3, 4, 4, levels=100, dtype=dtype)
-        y, log_abs_det = dequantization(3, 100)(x)
+        y, log_abs_det = UniformDequantization(100)(x)
         assert y.dtype == log_abs_det.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         assert torch.equal((100 * y).floor(), x.to(y.dtype))
 
@@ -116,28 +94,15 @@ class TestDequantization:
         y, _ = UniformDequantization(2)(x)
         assert torch.equal(y >= 0.5, x)
 
-    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
-    def test_parameters_of_another_dtype(self, dtype):
-        """The noise keeps its precision."""
-        y, log_abs_det = DEQUANTIZATIONS["variational"](3, 256).to(dtype)(random_images(2, 3, 4, 4))
-        assert y.dtype == log_abs_det.dtype == torch.float32
-
-    def test_autocast(self):
-        module, x = DEQUANTIZATIONS["variational"](3, 256), random_images(2, 3, 4, 4)
-        with torch.autocast("cpu", torch.bfloat16):
-            y, log_abs_det = module(x)
-            assert torch.equal(module.inverse(y)[0], x)
-        assert y.dtype == log_abs_det.dtype == torch.float32
-
-    def test_inverse_clamps(self, dequantization):
+    def test_inverse_clamps(self):
         y = torch.tensor([-1e9, -1e-3, 0, 0.1, 0.999, 1, 2, math.inf, -math.inf, math.nan]).view(1, 1, 1, -1)
-        x, log_abs_det = dequantization(1, 10).inverse(y[..., :-1])
+        x, log_abs_det = UniformDequantization(10).inverse(y[..., :-1])
         assert log_abs_det.isfinite().all()
         assert x.flatten().tolist() == [0, 0, 0, 1, 9, 9, 9, 9, 0]
-        assert dequantization(1, 10).inverse(y)[0].flatten()[-1].isnan()
+        assert UniformDequantization(10).inverse(y)[0].flatten()[-1].isnan()
 
-    def test_compiles_and_maps(self, dequantization):
-        module, x = dequantization(3, 256), random_images(4, 3, 6, 6)
+    def test_compiles_and_maps(self):
+        module, x = UniformDequantization(), random_images(4, 3, 6, 6)
         compiled = torch.compile(module, backend="eager", fullgraph=True)
         torch.manual_seed(1)
         expected = module(x)
@@ -152,47 +117,47 @@ class TestDequantization:
         gradients = torch.vmap(torch.func.grad(loss), randomness="different")(x)
         assert gradients.shape == x.shape
 
-    def test_meta(self, dequantization):
-        y, log_abs_det = dequantization(3, 256).to("meta")(torch.empty(2, 3, 4, 6, device="meta"))
+    def test_meta(self):
+        y, log_abs_det = UniformDequantization().to("meta")(torch.empty(2, 3, 4, 6, device="meta"))
         assert y.device.type == log_abs_det.device.type == "meta"
         assert y.shape == (2, 3, 4, 6) and log_abs_det.shape == (2,)
 
-    def test_new_noise_at_each_call(self, dequantization):
-        module, x = dequantization(3, 256), random_images(2, 3, 4, 4)
+    def test_new_noise_at_each_call(self):
+        module, x = UniformDequantization(), random_images(2, 3, 4, 4)
         assert not torch.equal(module(x)[0], module(x)[0])
 
     @pytest.mark.parametrize("value", [-1.0, 256.0, 1e9, 0.5, 254.5, math.nan, math.inf])
-    def test_values(self, dequantization, value):
+    def test_values(self, value):
         x = torch.zeros(2, 1, 3, 3)
         x[1, 0, 2, 0] = value
         with pytest.raises(ValueError, match=rf"whole numbers in 0\.\.255, got {value}"):
-            dequantization(1, 256)(x)
+            UniformDequantization()(x)
         with pytest.raises(ValueError, match=r"whole numbers in 0\.\.9, got 10"):
-            dequantization(1, 10)(torch.full((1, 1, 1, 1), 10))
+            UniformDequantization(10)(torch.full((1, 1, 1, 1), 10))
 
-    def test_the_first_batch_is_looked_at_where_looking_waits(self, dequantization, monkeypatch):
+    def test_the_first_batch_is_looked_at_where_looking_waits(self, monkeypatch):
         monkeypatch.setattr("nflows_kconv.checks.can_inspect_values", lambda tensor: False)  # as on a GPU
-        module, wrong = dequantization(1, 256), torch.full((3, 1, 2, 2), 0.5)
+        module, wrong = UniformDequantization(), torch.full((3, 1, 2, 2), 0.5)
         for _ in range(2):
             with pytest.raises(ValueError, match=r"whole numbers in 0\.\.255, got 0\.5"):
                 module(wrong)
         module(2 * wrong.ceil())
         module(wrong)  # a second look would wait for the device again
 
-    def test_images_of_0_and_1_alone_get_a_warning(self, dequantization, recwarn):
+    def test_images_of_0_and_1_alone_get_a_warning(self, recwarn):
         x = random_images(2, 1, 4, 4, levels=2)
         for silent, levels in ((x.byte(), 256), (x, 2), (0 * x, 256), (x + 1, 256), (x[:0], 256)):
-            dequantization(1, levels)(silent)
+            UniformDequantization(levels)(silent)
         assert not recwarn
         with pytest.warns(UserWarning, match=r"0 and 1 alone .* scaled to 0\.\.1, multiply by 255"):
-            dequantization(1, 256)(x)
+            UniformDequantization()(x)
 
-    def test_images_in_0_to_1_get_a_hint(self, dequantization):
+    def test_images_in_0_to_1_get_a_hint(self):
         with pytest.raises(ValueError, match=r"got 0\.25; images in 0\.\.1 times 255, rounded, are such"):
-            dequantization(1, 256)(torch.full((1, 1, 1, 1), 0.25))
+            UniformDequantization()(torch.full((1, 1, 1, 1), 0.25))
 
-    def test_arguments(self, dequantization):
-        module = dequantization(3, 256)
+    def test_arguments(self):
+        module = UniformDequantization()
         for function in (module, module.inverse):
             with pytest.raises(ValueError, match=r"4 dimensions \[B, C, H, W\], got shape \(3, 4, 4\)"):
                 function(torch.zeros(3, 4, 4))
@@ -211,23 +176,16 @@ class TestDequantization:
             (dict(levels=65537), ValueError, "levels must be between 2 and 65536, got 65537"),
             (dict(levels=256.0), TypeError, r"levels must be an integer, got 256\.0"),
             (dict(levels=True), TypeError, "levels must be an integer, got True"),
-            (dict(channels=0), ValueError, "channels must be at least 1, got 0"),
-            (dict(hidden_channels=0), ValueError, "hidden_channels must be at least 1, got 0"),
         ],
     )
     def test_constructors(self, arguments, error, match):
-        if "levels" in arguments:
-            with pytest.raises(error, match=match):
-                UniformDequantization(**arguments)
         with pytest.raises(error, match=match):
-            VariationalDequantization(**{"channels": 3, **arguments})
+            UniformDequantization(**arguments)
 
     def test_levels_of_numpy(self):
         y, _ = UniformDequantization(np.int64(256))(random_images(1, 1, 2, 2))
         assert y.max() < 1
 
-
-class TestUniformDequantization:
     @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
     def test_values_under_compile_and_export(self, compiler):
         module, wrong = UniformDequantization(), torch.full((3, 1, 2, 2), 0.5)
@@ -267,135 +225,6 @@ class TestUniformDequantization:
 
     def test_nothing_to_save(self):
         assert not UniformDequantization().state_dict()
-
-
-class TestVariationalDequantization:
-    def test_starts_close_to_uniform(self):
-        x, module = random_images(3, 3, 5, 7, dtype=torch.float64), VariationalDequantization(3).double()
-        torch.manual_seed(1)
-        y, log_abs_det = module(x)
-        torch.manual_seed(1)
-        uniform_y, uniform_log_abs_det = UniformDequantization()(x)
-        torch.testing.assert_close(y, uniform_y, rtol=0, atol=0.02 / 256)
-        torch.testing.assert_close(log_abs_det, uniform_log_abs_det, rtol=0.02, atol=0)
-
-    def test_noise_cannot_shrink_to_a_point(self, monkeypatch):
-        """Where the couplings are driven as far as they go: the density stays below e^8, and the noise in its cell."""
-        module = VariationalDequantization(1)
-        x = torch.arange(256.0).view(4, 1, 8, 8)
-        log_densities = []
-        for draw, scale, shift in itertools.product((0.0, 0.1, 0.5, 0.9, 1 - 2**-24), (-100.0, 100.0), (-100.0, 100.0)):
-            monkeypatch.setattr(torch, "rand_like", lambda input, draw=draw: torch.full_like(input, draw))
-            with torch.no_grad():
-                for coupling in module.couplings:
-                    coupling.last.bias.copy_(torch.tensor([scale, shift]))
-                y, log_abs_det = module(x)
-            assert torch.equal(module.inverse(y)[0], x)
-            log_densities.append(-log_abs_det / 64 - math.log(256))
-        largest = torch.cat(log_densities).max()
-        assert 5 < largest < 8.001
-
-    @pytest.mark.parametrize("size", [(1, 1, 1), (1, 1, 2), (2, 1, 1)], ids=str)
-    def test_density_integrates_to_one(self, size):
-        """Of u given x, by the midpoint rule over the cells of all x; q is exp(inverse's log_abs_det) / levels^D."""
-        module = DEQUANTIZATIONS["variational"](size[0], 3).double()
-        dimensions = math.prod(size)
-        points = 3000 if dimensions == 1 else 120
-        u = (torch.arange(points, dtype=torch.float64) + 0.5) / points
-        u = torch.cartesian_prod(*[u] * dimensions).view(-1, *size)
-        densities = []
-        for values in itertools.product(range(3), repeat=dimensions):
-            x = torch.tensor(values, dtype=torch.float64).view(size)
-            _, log_abs_det = module.inverse((x + u) / 3)
-            densities.append((log_abs_det - dimensions * math.log(3)).exp())
-            assert densities[-1].mean().item() == pytest.approx(1, abs=1e-3)
-        assert (densities[0] - densities[-1]).abs().max() > 0.1, "q does not depend on x"
-
-    def test_noise_is_drawn_from_the_density(self):
-        """The distribution function of the drawn u against the integral of what `inverse` says."""
-        module = randomized(VariationalDequantization(1, levels=4, hidden_channels=8)).double()
-        x = torch.full((20000, 1, 1, 1), 2.0, dtype=torch.float64)
-        u = 4 * module(x)[0] - x
-        assert scipy.stats.kstest(as_numpy(u).ravel(), "uniform").pvalue < 1e-3, "the case is too easy"
-        edges = torch.linspace(0, 1, 4001, dtype=torch.float64)
-        middles = (edges[1:] + edges[:-1]) / 2
-        _, log_abs_det = module.inverse((2 + middles.view(-1, 1, 1, 1)) / 4)
-        density = (log_abs_det - math.log(4)).exp()
-        cumulative = np.concatenate([[0], np.cumsum(as_numpy(density))]) / 4000
-        result = scipy.stats.kstest(as_numpy(u).ravel(), lambda t: np.interp(t, as_numpy(edges), cumulative))
-        assert result.pvalue > 1e-3
-
-    def test_log_abs_det_is_of_the_noise_drawn(self):
-        """Log q(u | x) of the draw, against the change of variables with an autograd Jacobian, v being uniform."""
-        module = randomized(VariationalDequantization(2, hidden_channels=8)).double()
-        x = random_images(3, 2, 3, 3, dtype=torch.float64)
-        v = 0.02 + 0.96 * torch.rand_like(x)
-
-        def y_of_noise(noise, image):
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(
-                    "nflows_kconv.flows.images.dequantization._uniform_noise", lambda values, levels: noise[None]
-                )
-                return module(image[None])
-
-        for noise, image in zip(v, x, strict=True):
-            matrix = jacobian(lambda noise, image=image: y_of_noise(noise, image)[0], noise).reshape(18, 18)
-            torch.testing.assert_close(y_of_noise(noise, image)[1], matrix.slogdet().logabsdet[None])
-
-    def test_noise_depends_on_the_neighbours(self, monkeypatch):
-        """On their values, and on their noise."""
-        module = randomized(VariationalDequantization(1, hidden_channels=8)).double()
-        x, v = random_images(1, 1, 6, 6, dtype=torch.float64), torch.rand(1, 1, 6, 6, dtype=torch.float64)
-        other_x, other_v = x.clone(), v.clone()
-        other_x[0, 0, 3, 3], other_v[0, 0, 3, 3] = 255 - x[0, 0, 3, 3], 1 - v[0, 0, 3, 3]
-
-        def noise(x, v):
-            monkeypatch.setattr(torch, "rand_like", lambda input: v)
-            return (256 * module(x)[0] - x)[0, 0]
-
-        for other in (noise(other_x, v), noise(x, other_v)):
-            assert ((other - noise(x, v)).abs() > 1e-6)[1:6, 1:6].all()
-
-    def test_training_tightens_the_bound(self):
-        """For p(y) = 2 y with two levels; uniform noise loses 1 - log 2 nats where x = 0 and little where x = 1."""
-        x = torch.tensor([0.0, 1.0]).repeat_interleave(256).view(-1, 1, 1, 1)
-        exact = torch.tensor([0.25, 0.75]).log().repeat_interleave(256)
-
-        def gap(module):
-            y, log_abs_det = module(x)
-            return (exact - (2 * y).log().flatten() - log_abs_det).mean()
-
-        with torch.no_grad():
-            uniform = gap(UniformDequantization(2))
-        module = VariationalDequantization(1, levels=2, hidden_channels=8)
-        optimizer = torch.optim.Adam(module.parameters(), 0.02)
-        for _ in range(100):
-            optimizer.zero_grad()
-            gap(module).backward()
-            optimizer.step()
-        with torch.no_grad():
-            trained = torch.stack([gap(module) for _ in range(20)]).mean()
-        assert uniform > 0.1
-        assert 0 < trained < 0.3 * uniform
-
-    def test_state_dict(self):
-        module = DEQUANTIZATIONS["variational"](3, 256)
-        other = VariationalDequantization(3, hidden_channels=8)
-        other.load_state_dict(module.state_dict())
-        x = random_images(2, 3, 4, 4)
-        outputs = []
-        for each in (module, other):
-            torch.manual_seed(1)
-            outputs.append(each(x))
-        torch.testing.assert_close(outputs[0], outputs[1], rtol=0, atol=0)
-        with pytest.raises(RuntimeError, match="size mismatch"):
-            VariationalDequantization(1, hidden_channels=8).load_state_dict(module.state_dict())
-
-    def test_channels(self):
-        module = VariationalDequantization(3)
-        for function in (module, module.inverse):
-            with pytest.raises(ValueError, match=r"must have 3 channels, got shape \(1, 1, 4, 4\)"):
-                function(torch.zeros(1, 1, 4, 4))
 
 
 class TestPreprocessing:

@@ -4,7 +4,7 @@ The modules have `forward(x) -> (y, log_abs_det)` from data to latent and `inver
 log-determinants [B] in float32 at least, like those of `nflows_kconv.flows.steps`.
 """
 
-from nflows_kconv.flows.images.dequantization import UniformDequantization, VariationalDequantization
+from nflows_kconv.flows.images.dequantization import UniformDequantization
 from nflows_kconv.flows.images.evaluation import bits_per_dim, importance_weighted_bound
 from nflows_kconv.flows.images.pictures import grid, to_uint8
 from nflows_kconv.flows.images.preprocessing import Affine, Logit
@@ -13,7 +13,6 @@ __all__ = [
     "Affine",
     "Logit",
     "UniformDequantization",
-    "VariationalDequantization",
     "bits_per_dim",
     "grid",
     "importance_weighted_bound",

@@ -7,52 +7,15 @@ import warnings
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nflows_kconv import checks
 from nflows_kconv.flows.images.arguments import at_least_float32, check_images, for_each_image
-from nflows_kconv.flows.images.preprocessing import Logit
 from nflows_kconv.invertible import InvertibleModule
 from nflows_kconv.torch_internals import assert_async, is_under_torch_func
 
 
-class _Dequantization(InvertibleModule):
-    """Puts whole numbers somewhere into their cells; rounds down on the way back."""
-
-    def __init__(self, levels: int) -> None:
-        super().__init__()
-        self.levels = check_levels("levels", levels)
-        # Only saves repeated looks. A list, which the replicas of DataParallel share.
-        self._devices_looked_at: list[torch.device] = []
-
-    def _whole_numbers(self, input: Tensor) -> Tensor:
-        """Returns the images as floating-point numbers, checked."""
-        check_images(input)
-        values = at_least_float32(input)
-        if not _holds_nothing_else(input.dtype, self.levels):
-            if torch.compiler.is_compiling():
-                # vmap and devices such as MPS know no assertion.
-                if values.device.type in ("cpu", "cuda") and not is_under_torch_func():
-                    assert_async(_is_allowed(values, self.levels).all(), _expected(self.levels))
-            elif checks.can_inspect_values(values):
-                _look(values, self.levels, input.is_floating_point())
-            elif self._may_wait(values):
-                _look(values, self.levels, input.is_floating_point())
-                self._devices_looked_at.append(values.device)
-        return values
-
-    def _may_wait(self, values: Tensor) -> bool:
-        """Returns whether to wait for a device, once: a failed assertion, which does not wait, makes it unusable."""
-        capturing = values.is_cuda and torch.cuda.is_current_stream_capturing()
-        device_looked_at = values.device in self._devices_looked_at
-        return checks.is_plain(values) and values.device.type != "meta" and not capturing and not device_looked_at
-
-    def extra_repr(self) -> str:
-        """Returns the levels; submodules print themselves."""
-        return f"levels={self.levels}"
-
-
-class UniformDequantization(_Dequantization):
+class UniformDequantization(InvertibleModule):
     """y = (x + u) / levels with u uniform in [0, 1).
 
     With D numbers in an image, log p(y) + log_abs_det is in expectation a lower bound on the probability of x:
@@ -88,14 +51,20 @@ class UniformDequantization(_Dequantization):
     """
 
     def __init__(self, levels: int = 256) -> None:
-        super().__init__(levels)
+        super().__init__()
+        self.levels = check_levels("levels", levels)
+        # Only saves repeated looks. A list, which the replicas of DataParallel share.
+        self._devices_looked_at: list[torch.device] = []
 
     def _run_forward(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
         values = self._whole_numbers(input)
         return (values + _uniform_noise(values, self.levels)) / self.levels, -_log_levels(values, self.levels)
 
     def _run_inverse(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
-        values, _ = _cell(input, self.levels)
+        check_images(input)
+        if not input.is_floating_point():
+            raise TypeError(f"images in [0, 1) must be of floating-point numbers, got {input.dtype}")
+        values = (at_least_float32(input) * self.levels).floor().clamp(0, self.levels - 1)
         return values, _log_levels(values, self.levels)
 
     def middle(self, input: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,107 +72,31 @@ class UniformDequantization(_Dequantization):
         values = self._whole_numbers(input)
         return (values + 0.5) / self.levels, -_log_levels(values, self.levels)
 
+    def _whole_numbers(self, input: Tensor) -> Tensor:
+        """Returns the images as floating-point numbers, checked."""
+        check_images(input)
+        values = at_least_float32(input)
+        if not _holds_nothing_else(input.dtype, self.levels):
+            if torch.compiler.is_compiling():
+                # vmap and devices such as MPS know no assertion.
+                if values.device.type in ("cpu", "cuda") and not is_under_torch_func():
+                    assert_async(_is_allowed(values, self.levels).all(), _expected(self.levels))
+            elif checks.can_inspect_values(values):
+                _look(values, self.levels, input.is_floating_point())
+            elif self._may_wait(values):
+                _look(values, self.levels, input.is_floating_point())
+                self._devices_looked_at.append(values.device)
+        return values
 
-class VariationalDequantization(_Dequantization):
-    """y = (x + u) / levels with u drawn from a learned q(u | x), which tightens the bound.
+    def _may_wait(self, values: Tensor) -> bool:
+        """Returns whether to wait for a device, once: a failed assertion, which does not wait, makes it unusable."""
+        capturing = values.is_cuda and torch.cuda.is_current_stream_capturing()
+        device_looked_at = values.device in self._devices_looked_at
+        return checks.is_plain(values) and values.device.type != "meta" and not capturing and not device_looked_at
 
-        log P(x) >= E_q[log p(y) - log q(u | x)] - D log levels
-
-    (Ho et al. 2019, Flow++, arXiv 1902.00275, section 3.1). q is a flow conditioned on x,
-
-        u = sigmoid(f_x(logit(v))), v uniform in [0, 1)
-
-    with f_x four affine couplings between the two colours of a checkerboard, whose networks see x. It starts close to
-    uniform dequantisation and trains with the flow. Flow++ has normal noise in place of logit(v) and mixtures of
-    logistics in its couplings.
-
-    The couplings are bounded, so q(u | x) <= e^(8 D). Otherwise q could shrink to less than float32 resolves, a point
-    at which p(y) is free to grow: a bound that bounds nothing.
-
-    Both directions take and give what those of `UniformDequantization` do, except for the log-determinants:
-    -D log levels - log q(u | x) forward, and its negative, with u = levels y - x, back. They raise the same errors.
-
-    Args:
-        channels: C.
-        levels: Number of values that x takes, 2 to 65536.
-        hidden_channels: Width of the couplings' networks.
-
-    Raises:
-        TypeError: If an argument is not an integer.
-        ValueError: If an argument is out of its range; in a call, if the images have not C channels.
-    """
-
-    def __init__(self, channels: int, *, levels: int = 256, hidden_channels: int = 32) -> None:
-        super().__init__(levels)
-        checks.positive("channels", channels)
-        checks.positive("hidden_channels", hidden_channels)
-        self.channels = channels
-        self.logit = Logit(alpha=0)
-        self.couplings = nn.ModuleList(_ConditionalCoupling(channels, hidden_channels, index % 2) for index in range(4))
-
-    def _run_forward(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
-        values = self._whole_numbers(input)
-        condition = self._condition(values)
-        noise, total = self.logit(_uniform_noise(values, self.levels))
-        for coupling in self.couplings:
-            noise, log_abs_det = coupling(noise, condition)
-            total = total + log_abs_det
-        noise, log_abs_det = self.logit.inverse(noise)
-        margin = _margin(values.dtype, self.levels)
-        total = total + log_abs_det + for_each_image(values, math.log1p(-2 * margin) - math.log(self.levels))
-        return (values + (margin + (1 - 2 * margin) * noise)) / self.levels, total
-
-    def _run_inverse(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
-        values, noise = _cell(input, self.levels)
-        condition = self._condition(values)
-        margin, eps = _margin(values.dtype, self.levels), torch.finfo(values.dtype).eps
-        # What forward gives is between the margins; here anything may come.
-        noise, total = self.logit(((noise - margin) / (1 - 2 * margin)).clamp(eps, 1 - eps))
-        for coupling in reversed(self.couplings):
-            noise, log_abs_det = coupling.inverse(noise, condition)  # type: ignore[operator]
-            total = total + log_abs_det
-        _, log_abs_det = self.logit.inverse(noise)
-        return values, total + log_abs_det + for_each_image(values, math.log(self.levels) - math.log1p(-2 * margin))
-
-    def _condition(self, values: Tensor) -> Tensor:
-        """Returns the whole numbers as the networks see them, between -1 and 1."""
-        if values.shape[1] != self.channels:
-            raise ValueError(f"images must have {self.channels} channels, got shape {tuple(values.shape)}")
-        return values * (2 / (self.levels - 1)) - 1
-
-
-class _ConditionalCoupling(nn.Module):
-    """y_a = x_a, y_b = s(x_a, c) x_b + t(x_a, c) for the two colours a and b of a checkerboard and a condition c.
-
-    With e^-2 < s < 1 and -2 < t < 2, sigmoid(y_b) has at least e^-4 of the slope of sigmoid(x_b): scales above 1 would
-    flatten it without limit towards both ends.
-    """
-
-    def __init__(self, channels: int, hidden_channels: int, kept_color: int) -> None:
-        super().__init__()
-        self.kept_color = kept_color
-        self.first = nn.Conv2d(2 * channels, hidden_channels, 3, padding=1)
-        self.middle = nn.Conv2d(hidden_channels, hidden_channels, 1)
-        self.last = nn.Conv2d(hidden_channels, 2 * channels, 3, padding=1)
-        for parameter in self.last.parameters():
-            nn.init.zeros_(parameter)
-
-    def forward(self, input: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
-        log_scale, shift = self._scale_and_shift(input, condition)
-        return input * log_scale.exp() + shift, log_scale.sum((1, 2, 3))
-
-    def inverse(self, input: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
-        log_scale, shift = self._scale_and_shift(input, condition)
-        return (input - shift) * log_scale.neg().exp(), -log_scale.sum((1, 2, 3))
-
-    def _scale_and_shift(self, input: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
-        rows, columns = (torch.arange(size, device=input.device) for size in input.shape[2:])
-        kept = (rows[:, None] + columns) % 2 == self.kept_color
-        hidden = torch.cat([input * kept, condition], 1).to(self.first.weight.dtype)
-        hidden = self.last(self.middle(self.first(hidden).relu()).relu())
-        raw_scale, raw_shift = hidden.to(input.dtype).chunk(2, 1)
-        # At the start the last layer gives 0, and s is 0.96.
-        return -2 * torch.sigmoid(raw_scale - 4) * ~kept, 2 * torch.tanh(raw_shift / 2) * ~kept
+    def extra_repr(self) -> str:
+        """Returns the levels; submodules print themselves."""
+        return f"levels={self.levels}"
 
 
 def _holds_nothing_else(dtype: torch.dtype, levels: int) -> bool:
@@ -233,25 +126,11 @@ def _look(values: Tensor, levels: int, is_floating_point: bool) -> None:
         )
 
 
-def _cell(input: Tensor, levels: int) -> tuple[Tensor, Tensor]:
-    """Returns the x whose cell each y is in, and its place in the cell, which is outside [0, 1) where y is."""
-    check_images(input)
-    if not input.is_floating_point():
-        raise TypeError(f"images in [0, 1) must be of floating-point numbers, got {input.dtype}")
-    position = at_least_float32(input) * levels
-    values = position.floor().clamp(0, levels - 1)
-    return values, position - values
-
-
 def _uniform_noise(values: Tensor, levels: int) -> Tensor:
-    # torch.rand_like alone goes up to 1 - 2^-24, and 255 with that added rounds to 256.
-    margin = _margin(values.dtype, levels)
+    # torch.rand_like alone goes up to 1 - 2^-24, and 255 with that added rounds to 256. The margin is a power of 2
+    # above the rounding error of levels ((x + u) / levels) for every x below `levels`.
+    margin = 2 * torch.finfo(values.dtype).eps * 2 ** (levels - 1).bit_length()
     return torch.rand_like(values).div(2 * margin).floor() * (2 * margin) + margin
-
-
-def _margin(dtype: torch.dtype, levels: int) -> float:
-    """Returns a power of 2 above the rounding error of levels ((x + u) / levels) for every x below `levels`."""
-    return 2 * torch.finfo(dtype).eps * 2 ** (levels - 1).bit_length()
 
 
 def _log_levels(values: Tensor, levels: int) -> Tensor:
