@@ -217,29 +217,38 @@ class ImageFlow(image_flow.Interface, Flow):
         )
         self.architecture = architecture
 
-    def forward(self, inputs: Tensor, context: image_flow.Context | None = None) -> Tensor:
+    def forward(self, inputs: Tensor, context: image_flow.Context | None = None, noise: Tensor | None = None) -> Tensor:
         """Returns `log_prob`, for what wraps the flow, as DistributedDataParallel does."""
         numbers = self._to_numbers(inputs)
         classes, tensor = self._condition("context", context, numbers.shape[0])
-        latent, log_abs_det = self._transform(numbers, tensor)
+        if noise is None:
+            latent, log_abs_det = self._transform(numbers, tensor)
+        else:
+            numbers, first = self._with_noise(numbers, noise)
+            latent, second = self._to_latent(numbers, tensor)
+            log_abs_det = first + second
         return self._distribution.log_prob(latent, classes) + log_abs_det
 
-    def log_prob(self, inputs: Tensor, context: image_flow.Context | None = None) -> Tensor:
+    def log_prob(
+        self, inputs: Tensor, context: image_flow.Context | None = None, noise: Tensor | None = None
+    ) -> Tensor:
         """Returns the log-density of images, [B].
 
         Args:
             inputs: [B, *data_shape], whole numbers 0..num_levels - 1, or with `preprocessing=None` floating-point
                 numbers.
             context: See `ImageFlow`.
+            noise: Of the shape of the images, where in its level each number lies, from 0 to less than 1, in place of a
+                draw: `torch.rand` gives such.
 
         Raises:
-            TypeError: If the images, or a part of the context, have the wrong type, or the flow's parameters are of
-                half precision.
+            TypeError: If the images, the noise or a part of the context have the wrong type, or the flow's parameters
+                are of half precision.
             ValueError: If the images have another shape than those of the flow, or other values (see
-                `nflows_kconv.flows.images.UniformDequantization` for where they are looked at); if the context does not
-                fit, or is missing, or the flow takes none.
+                `nflows_kconv.flows.images.UniformDequantization` for where they are looked at); if the context or the
+                noise does not fit, or is missing, or the flow takes none.
         """
-        return self(inputs, context)
+        return self(inputs, context, noise)
 
     @torch.no_grad()
     def sample(

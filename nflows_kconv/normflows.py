@@ -250,9 +250,15 @@ class ImageFlow(image_flow.Interface, MultiscaleFlow):
         super().__init__(bases, latent_to_data, merges, preprocessing, class_cond=is_conditional)
         self.architecture = architecture
 
-    def forward(self, x: Tensor, y: Tensor | None = None, context: image_flow.Context | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        y: Tensor | None = None,
+        context: image_flow.Context | None = None,
+        noise: Tensor | None = None,
+    ) -> Tensor:
         """Returns the negative log-likelihood of each image, [B]: `-log_prob`, with the same arguments and errors."""
-        latents, log_abs_det, classes = self._analyzed(x, y, context)
+        latents, log_abs_det, classes = self._analyzed(x, y, context, noise)
         arguments = () if classes is None else (classes,)
         log_probs = [base.log_prob(latent, *arguments) for base, latent in zip(self.q0, latents, strict=True)]
         return -sum(log_probs, log_abs_det)
@@ -261,22 +267,30 @@ class ImageFlow(image_flow.Interface, MultiscaleFlow):
         """Returns the mean of `forward` over the images."""
         return self(x, y, context).mean()
 
-    def log_prob(self, x: Tensor, y: Tensor | None = None, context: image_flow.Context | None = None) -> Tensor:
+    def log_prob(
+        self,
+        x: Tensor,
+        y: Tensor | None = None,
+        context: image_flow.Context | None = None,
+        noise: Tensor | None = None,
+    ) -> Tensor:
         """Returns the log-density of images, [B].
 
         Args:
             x: [B, *data_shape], whole numbers 0..num_levels - 1, or with `preprocessing=None` floating-point numbers.
             y: The condition, see `ImageFlow`.
             context: The condition, or its tensor, see `ImageFlow`.
+            noise: Of the shape of the images, where in its level each number lies, from 0 to less than 1, in place of a
+                draw: `torch.rand` gives such.
 
         Raises:
-            TypeError: If the images, or a part of the condition, have the wrong type, or the flow's parameters are of
-                half precision.
+            TypeError: If the images, the noise or a part of the condition have the wrong type, or the flow's parameters
+                are of half precision.
             ValueError: If the images have another shape than those of the flow, or other values (see
-                `nflows_kconv.flows.images.UniformDequantization` for where they are looked at); if the condition does
-                not fit, or is missing, or the flow takes none.
+                `nflows_kconv.flows.images.UniformDequantization` for where they are looked at); if the condition or
+                the noise does not fit, or is missing, or the flow takes none.
         """
-        return -self(x, y, context)
+        return -self(x, y, context, noise)
 
     @torch.no_grad()
     def sample(
@@ -371,13 +385,15 @@ class ImageFlow(image_flow.Interface, MultiscaleFlow):
         return self._condition(name, given, count, classes_needed=classes_needed)
 
     def _analyzed(
-        self, x: Tensor, y: Any, context: Any, *, classes_needed: bool = True
+        self, x: Tensor, y: Any, context: Any, noise: Any = None, *, classes_needed: bool = True
     ) -> tuple[list[Tensor], Tensor, Tensor | None]:
         """Returns the latents of images in the order of `q0`, the log-determinant, and the classes."""
         numbers = self._to_numbers(x)
         classes, tensor = self._given(y, context, numbers.shape[0], classes_needed=classes_needed)
-        log_abs_det = 0
-        if self.transform is not None:  # as in any MultiscaleFlow
+        log_abs_det: Any = 0
+        if noise is not None:
+            numbers, log_abs_det = self._with_noise(numbers, noise)
+        elif self.transform is not None:  # as in any MultiscaleFlow
             numbers, log_abs_det = self.transform.inverse(numbers)
         latents, more = self._to_latents(numbers, tensor)
         return latents, log_abs_det + more, classes

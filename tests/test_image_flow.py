@@ -84,6 +84,29 @@ def test_both_libraries_have_the_same_density(shape):
         torch.testing.assert_close(of_nflows, of_normflows)
 
 
+@in_both
+@in_any_dimension
+def test_noise_may_be_given(library, shape):
+    flow, images = build(library, shape), random_images(3, shape)
+    torch.manual_seed(2)
+    torch.testing.assert_close(flow.log_prob(images, noise=torch.rand_like(images)), log_prob(flow, images))
+
+
+@in_both
+def test_noise_must_fit(library):
+    flow, images = build(library), random_images(2)
+    for wrong, error, message in (
+        (torch.rand(2, 3, 8), ValueError, r"noise must have the data's shape \(2, 3, 8, 12\), got \(2, 3, 8\)"),
+        (torch.ones_like(images), ValueError, "noise must be at least 0 and less than 1, got 1 to 1"),
+        (torch.zeros_like(images, dtype=torch.int64), TypeError, "tensor of floating-point numbers, got torch.int64"),
+        (0.5, TypeError, "tensor of floating-point numbers, got float"),
+    ):
+        with pytest.raises(error, match=message):
+            flow.log_prob(images, noise=wrong)
+    with pytest.raises(ValueError, match=r"noise must be None, as continuous data take none, got torch\.float64"):
+        build(library, preprocessing=None).log_prob(images, noise=torch.rand_like(images))
+
+
 def test_both_libraries_start_from_the_same_parameters():
     flows = [build(library, trained=False) for library in LIBRARIES]
     first, second = (sorted(p.double().sum().item() for p in flow.parameters()) for flow in flows)

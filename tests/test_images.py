@@ -206,6 +206,13 @@ class TestUniformDequantization:
         with pytest.raises(ValueError, match=r"whole numbers in 0\.\.6, got 0\.5"):
             module.middle(torch.full((1, 1, 1, 1), 0.5))
 
+    def test_noise_that_is_given_is_that_which_would_be_drawn(self):
+        module, x = UniformDequantization(), random_images(2, 1, 4, 4)
+        torch.manual_seed(1)
+        drawn = module(x)
+        torch.manual_seed(1)
+        assert all(map(torch.equal, module.with_noise(x, torch.rand_like(x)), drawn))
+
     def test_noise_is_uniform(self, device):
         x = torch.tensor([0.0, 1.0, 128.0, 255.0], device=device).view(1, 4, 1, 1).expand(5000, 4, 2, 1)
         y, _ = UniformDequantization()(x)

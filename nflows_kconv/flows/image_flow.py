@@ -269,11 +269,16 @@ class Preprocessing(steps.Sequence):
 
     def middle(self, input: Tensor) -> tuple[Tensor, Tensor]:
         """Does what `forward` does, with the middle of each level in place of noise."""
-        if not self.steps:
-            return self._run_forward(input, None)
+        return self._dequantized("middle", input) if self.steps else self._run_forward(input, None)
+
+    def with_noise(self, input: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Does what `forward` does to whole numbers, with this noise in [0, 1), of their shape."""
+        return self._dequantized("with_noise", input, noise)
+
+    def _dequantized(self, method: str, input: Tensor, *noise: Tensor) -> tuple[Tensor, Tensor]:
         self._check(input)
         dequantization, logit = self.steps
-        values, first = dequantization.middle(_as_images(input))  # type: ignore[operator]
+        values, first = getattr(dequantization, method)(*map(_as_images, (input, *noise)))
         numbers, second = logit(values)
         return numbers.reshape(input.shape), first + second
 
@@ -453,6 +458,21 @@ class Interface(nn.Module):
             sizes = ", ".join(map(str, self.architecture.data_shape))
             raise ValueError(f"data must have shape [B, {sizes}], got a single number")
         return images.to(self._parameter().dtype)
+
+    def _with_noise(self, numbers: Tensor, noise: Any) -> tuple[Tensor, Tensor]:
+        """Returns what the preprocessing gives with noise from the user."""
+        if self.architecture.preprocessing is None:
+            raise ValueError(f"noise must be None, as continuous data take none, got {_kind(noise)}")
+        if not isinstance(noise, Tensor) or not noise.is_floating_point():
+            raise TypeError(f"noise must be a tensor of floating-point numbers, got {_kind(noise)}")
+        if noise.shape != numbers.shape:
+            raise ValueError(f"noise must have the data's shape {tuple(numbers.shape)}, got {tuple(noise.shape)}")
+        noise = noise.to(numbers.dtype)
+        if checks.can_inspect_values(noise) and not ((noise >= 0) & (noise < 1)).all():
+            raise ValueError(
+                f"noise must be at least 0 and less than 1, got {noise.min().item():g} to {noise.max().item():g}"
+            )
+        return self._preprocessing.with_noise(numbers, noise)
 
     def _condition(self, name: str, given: Any, count: int | None, *, classes_needed: bool = True) -> Condition:
         """Returns the condition of `count` images, or of any number, from what the user passed as `name`.

@@ -72,6 +72,11 @@ class UniformDequantization(InvertibleModule):
         values = self._whole_numbers(input)
         return (values + 0.5) / self.levels, -_log_levels(values, self.levels)
 
+    def with_noise(self, input: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Does what `forward` does with this u in [0, 1), of the shape of x, moved to the midpoint of its grid cell."""
+        values = self._whole_numbers(input)
+        return (values + _on_grid(noise.to(values.dtype), self.levels)) / self.levels, -_log_levels(values, self.levels)
+
     def _whole_numbers(self, input: Tensor) -> Tensor:
         """Returns the images as floating-point numbers, checked."""
         check_images(input)
@@ -127,10 +132,14 @@ def _look(values: Tensor, levels: int, is_floating_point: bool) -> None:
 
 
 def _uniform_noise(values: Tensor, levels: int) -> Tensor:
-    # torch.rand_like alone goes up to 1 - 2^-24, and 255 with that added rounds to 256. The margin is a power of 2
-    # above the rounding error of levels ((x + u) / levels) for every x below `levels`.
-    margin = 2 * torch.finfo(values.dtype).eps * 2 ** (levels - 1).bit_length()
-    return torch.rand_like(values).div(2 * margin).floor() * (2 * margin) + margin
+    return _on_grid(torch.rand_like(values), levels)
+
+
+def _on_grid(noise: Tensor, levels: int) -> Tensor:
+    # torch.rand alone goes up to 1 - 2^-24, and 255 with that added rounds to 256. The margin is a power of 2 above the
+    # rounding error of levels ((x + u) / levels) for every x below `levels`.
+    margin = 2 * torch.finfo(noise.dtype).eps * 2 ** (levels - 1).bit_length()
+    return noise.div(2 * margin).floor() * (2 * margin) + margin
 
 
 def _log_levels(values: Tensor, levels: int) -> Tensor:
