@@ -4,17 +4,15 @@ import copy
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from itertools import product
+from random import Random
 from typing import Any
 
 import oracles
 import pytest
 import torch
-from cases import DTYPES
-from hypothesis import example, given
-from hypothesis import strategies as st
+from cases import Case, over_cases
 from oracles import assert_close
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
@@ -35,84 +33,31 @@ LAYERS = {1: PeriodicConv1d, 2: PeriodicConv2d, 3: PeriodicConv3d}
 TORCHS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
-@dataclass(frozen=True)
-class Case:
-    """A layer, and images for it."""
-
-    size: tuple[int, ...]  # of an image
-    kernel_size: tuple[int, ...]
-    per_group: int = 2
-    groups: int = 1
-    diagonal: str = "unit"
-    bias: bool = False
-    gain: float = 10
-    scale: float = 0.3  # of the weight
-    constant: bool = False  # whether all of it is the scale
-    batch: int = 2
-    dtype: torch.dtype = torch.float64
-
-    def layer(self) -> PeriodicConv:
-        layer = LAYERS[len(self.size)](
-            self.groups * self.per_group,
-            self.kernel_size,
-            groups=self.groups,
-            diagonal=self.diagonal,
-            bias=self.bias,
-            max_inverse_gain=self.gain,
-        )
-        scattered(layer, self.scale)
-        if self.constant:
-            nn.init.constant_(layer.raw_weight, self.scale)
-        return layer.to(self.dtype)
-
-    def input(self) -> Tensor:
-        shape = self.batch, self.groups * self.per_group, *self.size
-        return torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(self.dtype)
+SMALL = {
+    "1D": Case(("L",) * 3, per_group=1, size=(5,), kernel_size=(4,), dtype=torch.float64),
+    "2D": Case(("TL", "BR"), size=(3, 4), kernel_size=(2, 3), dtype=torch.float64),
+    "2D, full": Case(("T",), size=(4, 5), kernel_size=(4, 5), dtype=torch.float64),
+    "3D": Case(("NTL",), per_group=1, size=(2, 1, 4), kernel_size=(2, 1, 3), dtype=torch.float64),
+}
+every_small_case = pytest.mark.parametrize("case", SMALL.values(), ids=SMALL.keys())
 
 
-CASES = (
-    Case((4,), (3,), bias=True),
-    Case((5,), (4,), groups=3, per_group=1),
-    Case((3, 4), (2, 3), groups=2, diagonal="learned", bias=True),
-    Case((4, 5), (4, 5), scale=100),
-    Case((5, 6), (1, 2), diagonal="learned", scale=0.01),
-    Case((2, 1, 4), (2, 1, 3), per_group=1, diagonal="learned", bias=True),
-    Case((3, 2, 3), (2, 2, 2), groups=2),
-    Case((3, 3), (3, 3), diagonal="learned", bias=True, batch=0, dtype=torch.float32),
-    *(Case((5, 4), (3, 2), diagonal="learned", bias=True, dtype=dtype) for dtype in oracles.HALF_PRECISION),
-    # Where the bound is tight
-    Case((4,), (3,), per_group=1, scale=-1000, constant=True),
-    Case((3, 3), (3, 3), per_group=1, gain=1.01, scale=1000, constant=True),
-)
-over_whole_precision = pytest.mark.parametrize(
-    "case", [case for case in CASES if case.dtype == torch.float64], ids=lambda case: "x".join(map(str, case.size))
-)
-
-
-@st.composite
-def cases(draw: st.DrawFn) -> Case:
-    dimensions = draw(st.sampled_from((2, 2, 1, 3)))
-    size = draw(st.tuples(*[st.integers(1, {1: 12, 2: 6, 3: 3}[dimensions])] * dimensions))
-    return Case(
-        size=size,
-        kernel_size=tuple(draw(st.integers(1, min(length, 4))) for length in size),
-        per_group=draw(st.integers(1, 3)),
-        groups=draw(st.integers(1, 3)),
-        diagonal=draw(st.sampled_from(("unit", "learned"))),
-        bias=draw(st.booleans()),
-        gain=draw(st.sampled_from((1.01, 2, 10, 100))),
-        scale=draw(st.sampled_from((-1, 1))) * 10.0 ** draw(st.integers(-3, 3)),
-        constant=draw(st.booleans()),
-        batch=draw(st.integers(0, 3)),
-        dtype=draw(st.sampled_from(DTYPES)),
+def layer_of(case: Case, **options: Any) -> PeriodicConv:
+    """Makes a layer for the images of a case, one group for each corner; options not given vary with the case."""
+    random = Random(repr(case))
+    scale = random.choice((-1, 1)) * 10.0 ** random.randint(-3, 3)
+    drawn = dict(
+        groups=len(case.corners),
+        diagonal=random.choice(("unit", "learned")),
+        bias=random.choice((True, False)),
+        max_inverse_gain=random.choice((1.01, 2, 10, 100)),
     )
-
-
-def over_cases(test: Callable[..., None]) -> Callable[..., None]:
-    """Runs a property over the table and over drawn cases."""
-    for case in CASES:
-        test = example(case=case)(test)
-    return given(case=cases())(test)
+    kernel_size = tuple(map(min, case.kernel_size, case.size))
+    layer = LAYERS[case.dimensions](case.channels, kernel_size, **drawn | options)
+    scattered(layer, scale)
+    if random.random() < 0.3:  # one channel comes up to the bound
+        nn.init.constant_(layer.raw_weight, scale)
+    return layer.to(case.dtype)
 
 
 def scattered(layer: PeriodicConv, size: float = 0.3, seed: int = 0) -> PeriodicConv:
@@ -125,10 +70,12 @@ def scattered(layer: PeriodicConv, size: float = 0.3, seed: int = 0) -> Periodic
     return layer
 
 
-@over_cases
+@over_cases()
 def test_layers_are_dense_matrices(case: Case, device: str):
     """Both directions and log-determinants; the singular values stay in bounds; and it is torch's convolution."""
-    layer, input, size = case.layer().to(device), case.input().to(device), case.size
+    if not 0 < case.unknowns <= 400:
+        return
+    layer, input, size = layer_of(case).to(device), case.input(device), case.size
     exact = copy.deepcopy(layer).to("cpu", torch.float64)
     weight, x = exact.weight.detach(), input.cpu().double()
     bias = 0 if exact.bias is None else exact.bias.detach().view(-1, *[1] * len(size))
@@ -140,20 +87,21 @@ def test_layers_are_dense_matrices(case: Case, device: str):
 
     values = torch.cat([torch.linalg.svdvals(matrix) for matrix in matrices])
     diagonal = torch.ones(1).double() if exact.log_diagonal is None else exact.log_diagonal.exp()
-    assert 1 / values.min() <= (1 + 1e-9) * case.gain / diagonal.min()
-    assert values.max() <= (1 + 1e-9) * (2 - 1 / case.gain) * diagonal.max()
-    found = conditioning(exact, size)
-    assert_close(torch.tensor(found[:2], dtype=torch.float64), torch.stack([values.max(), 1 / values.min()]))
-    assert found.inverse_gain <= (1 + 1e-9) * found.inverse_gain_bound
-    assert found.inverse_gain_bound <= (1 + 1e-9) * case.gain / diagonal.min()
-
+    assert 1 / values.min() <= (1 + 1e-9) * layer.max_inverse_gain / diagonal.min()
+    assert values.max() <= (1 + 1e-9) * (2 - 1 / layer.max_inverse_gain) * diagonal.max()
     condition = (values.max() / values.min()).item()
+    found = conditioning(exact, size)
+    norms = torch.stack([values.max(), 1 / values.min()])
+    assert_close(torch.tensor(found[:2], dtype=torch.float64), norms, factor=condition)
+    assert found.inverse_gain <= (1 + 1e-9) * found.inverse_gain_bound
+    assert found.inverse_gain_bound <= (1 + 1e-9) * layer.max_inverse_gain / diagonal.min()
+
     output, log_det = layer(input)
     solution, inverse_log_det = layer.inverse(input)
     assert_close(output, dense(torch.matmul, x) + bias)
     assert_close(solution, dense(torch.linalg.solve, x - bias), factor=condition)
     expected = sum(torch.linalg.slogdet(matrix).logabsdet for matrix in matrices).expand(case.batch)
-    assert_close(log_det, expected, factor=condition)
+    assert_close(log_det, expected, factor=condition * case.unknowns**0.5)
     assert torch.equal(inverse_log_det, -log_det)
     assert log_det.dtype == torch.promote_types(case.dtype, torch.float32)
     log_det += 1  # users add to it
@@ -204,20 +152,22 @@ def test_groups_are_layers_of_their_own():
         assert_close(alone.weight, weight)
 
 
-@over_cases
+@over_cases()
 def test_shifts_of_the_input_shift_the_output(case: Case):
-    layer, input = case.layer().double(), case.input().double()
+    if not 0 < case.unknowns <= 400:
+        return
+    layer, input = layer_of(case).double(), case.input().double()
     for axis, function in product(range(2, input.dim()), (layer, layer.inverse)):
         output, log_det = function(input)
         shifted, same = function(input.roll(1, axis))
-        assert_close(shifted, output.roll(1, axis), factor=case.gain)
+        assert_close(shifted, output.roll(1, axis), factor=layer.max_inverse_gain)
         assert torch.equal(same, log_det)
 
 
-@over_whole_precision
+@every_small_case
 @pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
 def test_derivatives(case: Case, inverse: bool):
-    layer, input = case.layer(), case.input().requires_grad_()
+    layer, input = layer_of(case, diagonal="learned", bias=True), case.input().requires_grad_()
     parameters = dict(layer.named_parameters())
 
     def function(input: Tensor, *values: Tensor) -> tuple[Tensor, Tensor]:
@@ -233,9 +183,9 @@ def test_derivatives(case: Case, inverse: bool):
         assert_close(batched, torch.stack(singles), factor=10)
 
 
-@pytest.mark.parametrize("case", [CASES[1], CASES[2], CASES[5]], ids=lambda case: f"{len(case.size)}D")
+@every_small_case
 def test_compiled_layers(case: Case):
-    layer, input = case.layer(), case.input()
+    layer, input = layer_of(case), case.input()
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     for options in ({}, {"inverse": True}):
         for actual, expected in zip(compiled(input, **options), layer(input, **options), strict=True):
@@ -243,7 +193,7 @@ def test_compiled_layers(case: Case):
 
 
 def test_exported_layers_need_torch_alone():
-    layer, input = CASES[2].layer(), CASES[2].input()
+    layer, input = layer_of(SMALL["2D"]), SMALL["2D"].input()
     larger = torch.cat([input, 2 * input])
     for options in ({}, {"inverse": True}):
         sizes = {"input": {0: torch.export.Dim("batch")}} | dict.fromkeys(options)
@@ -269,8 +219,10 @@ def test_tensors_without_values():
         assert (output.shape, log_det.shape) == ((3, 4, 5, 6), (3,))
 
 
-def test_layers_are_sound_transforms():
-    check_transform(scattered(PeriodicConv2d(4, groups=2, diagonal="learned")), torch.randn(2, 4, 3, 4))
+@pytest.mark.parametrize("cls", [*LAYERS.values(), nflows_kconv.normflows.PeriodicConv2d])
+def test_layers_are_sound_transforms(cls: type[PeriodicConv]):
+    layer = scattered(cls(4, 2, groups=2, diagonal="learned", bias=True))
+    check_transform(layer, torch.randn(2, 4, *(3, 4, 2)[: layer.dimensions]))
 
 
 @pytest.mark.parametrize("options", [{}, dict(groups=4, diagonal="learned", bias=True), dict(kernel_size=7)], ids=str)
