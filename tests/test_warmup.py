@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nflows_kconv import InvertibleConv2d, ops, warmup
+from nflows_kconv import InvertibleConv2d, PeriodicConv2d, ops, warmup
+from nflows_kconv.flows.steps import Sequence
 from nflows_kconv.precompile import differentiate, problems
 
 
@@ -41,6 +42,10 @@ def test_every_kind_of_layer_and_every_shape_is_seen_once():
 
 def test_a_layer_alone_is_a_module():
     assert visited(InvertibleConv2d(8), (3, 8, 4, 5)) == [(8, (3, 8, 4, 5))]
+
+
+def test_periodic_layers_have_no_kernels():
+    assert visited(Sequence([InvertibleConv2d(4), PeriodicConv2d(4)]), (2, 4, 5, 6)) == [(4, (2, 4, 5, 6))]
 
 
 def test_nothing_changes():
