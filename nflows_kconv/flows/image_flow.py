@@ -6,6 +6,7 @@ import inspect
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
 
@@ -376,7 +377,8 @@ class Interface(nn.Module):
         if latent.dim() != 2 or latent.shape[1] != dimensions or latent.shape[0] == 0:
             raise ValueError(f"latent must have shape [B, {dimensions}], got {tuple(latent.shape)}")
         condition = self._condition("context", context, latent.shape[0], classes_needed=False)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.architecture.preprocessing is None):
+        # Not torch.set_grad_enabled, which leaves a region in exported programs that torch cannot save.
+        with nullcontext() if self.architecture.preprocessing is None else torch.no_grad():
             numbers = self._from_latent(latent.to(dtype), condition.tensor)
             return self._preprocessing.inverse(numbers)[0]
 
