@@ -1,0 +1,181 @@
+"""The table of docs/deploy.md, as it is observed: what runs, and gives the same numbers for another batch size."""
+
+import copy
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from documents import ROOT
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils import cpp_extension
+
+from nflows_kconv import InvertibleConv2d
+from nflows_kconv.nflows import finc_flow
+
+# Models whose parameters are all off their initial values.
+pytestmark = pytest.mark.filterwarnings("ignore:.* entries other than zero on or above the pivot's diagonal")
+
+COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+
+
+class Method(nn.Module):
+    """A method of a module in place of its `forward`."""
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        super().__init__()
+        self.module, self.name = module, name
+
+    def forward(self, input: Tensor) -> Tensor:
+        return getattr(self.module, self.name)(input)
+
+
+class Model(NamedTuple):
+    """A column of the table."""
+
+    module: nn.Module
+    input: Tensor
+    larger: Tensor  # of another batch size, for a layer also of another size
+
+    @property
+    def expected(self) -> Tensor:
+        with torch.no_grad():
+            return self.module(self.larger)
+
+    def exported(self) -> torch.export.ExportedProgram:
+        axes = (axis for axis, size in enumerate(self.larger.shape) if size != self.input.shape[axis])
+        sizes = {axis: torch.export.Dim(f"size_{axis}") for axis in axes}
+        return torch.export.export(self.module, (self.input,), dynamic_shapes=(sizes,))
+
+
+def models() -> list[Model]:
+    """In the order of the columns."""
+    torch.manual_seed(0)
+    layer = InvertibleConv2d(4, corners=("TL", "B"), diagonal="learned", bias=True)
+    flow = finc_flow((1, 4, 4), 1, 1, hidden_channels=4, preprocessing=None).eval()
+    with torch.no_grad():
+        for parameter in (*layer.parameters(), *flow.parameters()):
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    shapes = {"convolve": (4, 5, 6), "solve": (4, 5, 6), "log_prob": (1, 4, 4), "decode": (16,)}
+    larger = {"convolve": (4, 8, 7), "solve": (4, 8, 7)}
+    return [
+        Model(
+            Method(layer if name in larger else flow, name),
+            torch.randn(3, *shape),
+            torch.randn(5, *larger.get(name, shape)),
+        )
+        for name, shape in shapes.items()
+    ]
+
+
+def outcome(call: Callable[[Tensor], Any], model: Model) -> str:
+    torch.testing.assert_close(call(model.larger), model.expected)
+    return "yes"
+
+
+def outcomes_elsewhere(command: Sequence[str], files: Sequence[Path], models: Sequence[Model]) -> list[str]:
+    """Those that a process prints which is given pairs of files, a program and what it takes and gives."""
+    arguments = []
+    for file, model in zip(files, models, strict=True):
+        arguments += [file, file.with_suffix(".pt")]
+        torch.save((model.larger, model.expected), arguments[-1])
+    done = subprocess.run([*command, *arguments], cwd=files[0].parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "nflows_kconv" in done.stderr  # of what does not run
+    return done.stdout.split()
+
+
+WITH_TORCH_ALONE = """
+import sys, torch
+
+for file, tensors in zip(sys.argv[1::2], sys.argv[2::2]):
+    try:
+        program = torch.export.load(file).module()
+    except RuntimeError:
+        print("no")
+    else:
+        input, expected = torch.load(tensors)
+        torch.testing.assert_close(program(input), expected)
+        print("yes")
+assert "nflows_kconv" not in sys.modules
+"""
+
+
+def programs(models: Sequence[Model], folder: Path) -> list[list[str]]:
+    files, here = [], []
+    for index, model in enumerate(models):
+        program = model.exported()
+        files.append(folder / f"{index}.pt2")
+        torch.export.save(program, files[-1])
+        here.append(outcome(torch.export.load(files[-1]).module(), model))
+        torch.export.save(program.run_decompositions(), files[-1])
+    return [here, outcomes_elsewhere([sys.executable, "-c", WITH_TORCH_ALONE], files, models)]
+
+
+def packages(models: Sequence[Model], folder: Path) -> list[list[str]]:
+    if COMPILER is None:
+        pytest.skip("needs a C++ compiler")
+    files, here = [], []
+    for index, model in enumerate(models):
+        files.append(folder / f"{index}.pt2")
+        torch._inductor.aoti_compile_and_package(model.exported(), package_path=str(files[-1]))
+        here.append(outcome(torch._inductor.aoti_load_package(str(files[-1])), model))
+    includes = [f"-I{path}" for path in cpp_extension.include_paths()]
+    libraries = [option for path in cpp_extension.library_paths() for option in (f"-L{path}", f"-Wl,-rpath,{path}")]
+    source, program = ROOT / "tests" / "run_packages.cpp", folder / "run_packages"
+    libraries += ["-ltorch", "-ltorch_cpu", "-lc10"]
+    subprocess.run([COMPILER, "-std=c++20", *includes, source, "-o", program, *libraries], check=True)
+    return [here, outcomes_elsewhere([str(program)], files, models)]
+
+
+def compiled(models: Sequence[Model], folder: Path) -> list[list[str]]:
+    return [[outcome(torch.compile(model.module, backend="aot_eager"), model) for model in models]]
+
+
+def weights(models: Sequence[Model], folder: Path) -> list[list[str]]:
+    row = []
+    for model in models:
+        save_file(model.module.state_dict(), folder / "weights.safetensors")
+        other = copy.deepcopy(model.module)
+        for parameter in other.parameters():
+            nn.init.zeros_(parameter)
+        other.load_state_dict(load_file(folder / "weights.safetensors"))
+        row.append(outcome(other, model))
+    return [row]
+
+
+def scripted(models: Sequence[Model], folder: Path) -> list[list[str]]:
+    for model in models:
+        with pytest.raises((RuntimeError, ValueError)):
+            torch.jit.script(model.module)
+    return [["no"] * len(models)]
+
+
+# What fills which rows of the table.
+WAYS: dict[tuple[str, ...], Callable[[Sequence[Model], Path], list[list[str]]]] = {
+    ("`torch.export`", "`torch.export`, decomposed, where only torch is"): programs,
+    ("AOTInductor", "AOTInductor, from C++, where only libtorch is"): packages,
+    ("`torch.compile`",): compiled,
+    ("safetensors, the weights",): weights,
+    ("`torch.jit.script`",): scripted,
+}
+
+
+def table() -> dict[str, list[str]]:
+    lines = (ROOT / "docs" / "deploy.md").read_text().splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
+    return {name: cells for name, *cells in rows[2:]}
+
+
+def test_the_table_has_a_row_for_each_way():
+    assert list(table()) == [name for names in WAYS for name in names]
+
+
+@pytest.mark.parametrize("names", WAYS, ids=lambda names: names[0])
+def test_the_table_says_what_works(names: tuple[str, ...], tmp_path: Path):
+    assert [table()[name] for name in names] == WAYS[names](models(), tmp_path)
