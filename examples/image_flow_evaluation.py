@@ -1,4 +1,4 @@
-"""What `train_image_flow.py` prints and draws about a trained flow of `finc_flow`, of either library."""
+"""What `train_image_flow.py` prints and draws about a trained flow of `finc_flow`."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import functools
 import itertools
 import math
 import os
+import pkgutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -22,11 +23,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 from tqdm import tqdm
 
-import nflows_kconv.nflows
-import nflows_kconv.normflows
 from nflows_kconv.flows.images import bits_per_dim
-
-LIBRARIES = {"nflows": nflows_kconv.nflows.finc_flow, "normflows": nflows_kconv.normflows.finc_flow}
 
 
 def build_flow(configuration: dict[str, Any]) -> nn.Module:
@@ -37,7 +34,8 @@ def build_flow(configuration: dict[str, Any]) -> nn.Module:
     """
     torch.manual_seed(configuration["seed"])
     corners = tuple(tuple(layer.split(",")) for layer in configuration["corners"])
-    return LIBRARIES[configuration["library"]](
+    build = pkgutil.resolve_name(configuration["flow"])
+    return build(
         configuration["image_shape"],
         configuration["levels"],
         configuration["flow_steps"],

@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import pkgutil
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ from typing import Any, NamedTuple
 import image_data  # before lightning, which imports the torchvision that this may have to help
 import torch
 from image_flow_evaluation import evaluate
-from image_flow_training import LIBRARIES, Budget, ImageFlow, LastCheckpoint, growing_average
+from image_flow_training import Budget, ImageFlow, LastCheckpoint, growing_average
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, WeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -101,7 +102,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentP
     )
 
     group = parser.add_argument_group("flow, by default that of FInC Flow for the data set")
-    group.add_argument("--library", choices=LIBRARIES, default="nflows")
+    group.add_argument(
+        "--flow",
+        type=function_name,
+        default="nflows_kconv.nflows.finc_flow",
+        help="what builds it",
+    )
     group.add_argument("--levels", type=int, help="L; height and width must be multiples of 2^L")
     group.add_argument("--flow-steps", type=int, help="K, in each level")
     group.add_argument("--hidden-channels", type=int, help="width of the couplings' networks")
@@ -141,6 +147,15 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentP
         if getattr(parsed, name) is None:
             setattr(parsed, name, value)
     return parser, parsed
+
+
+def function_name(name: str) -> str:
+    """Checks that there is such a function, and returns the name, which a checkpoint holds."""
+    try:
+        pkgutil.resolve_name(name)
+    except (AttributeError, ImportError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return name
 
 
 def configuration_of(arguments: argparse.Namespace, data: image_data.ImageData) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import pkgutil
 import re
 import signal
 import subprocess
@@ -37,6 +38,7 @@ from nflows_kconv import InvertibleConv2d
 from nflows_kconv.flows import reversible
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+FLOWS = ("nflows_kconv.nflows.finc_flow", "nflows_kconv.normflows.finc_flow")
 SMALL = "--levels 1 --flow-steps 1 --hidden-channels 4 --warm-up 30 --validate-every 2 --accelerator cpu".split()
 
 
@@ -236,6 +238,10 @@ def test_images_with_other_values_or_sizes_are_refused(tmp_path, monkeypatch, ca
         (("--download",), "argument --download: not allowed with argument --output"),
         (("--resume",), "last.ckpt, which does not exist"),
         (("--corners", "TL,TR,BL"), "num_channels must be a multiple of the number of corners"),
+        (
+            ("--flow", "nflows_kconv.nflows.no_flow"),
+            "argument --flow: module 'nflows_kconv.nflows' has no attribute 'no_flow'",
+        ),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(arguments, message, tmp_path, capsys):
@@ -520,11 +526,10 @@ def test_nothing_is_overwritten(whole_run, tmp_path, capsys):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("library", ["nflows", "normflows"])
-def test_pictures_of_latents(library):
+@pytest.mark.parametrize("build", FLOWS)
+def test_pictures_of_latents(build):
     """Continuous data, which are not rounded."""
-    build = image_flow_training.LIBRARIES[library]
-    flow = build((1, 8, 8), 3, 1, hidden_channels=4, corners="TL", preprocessing=None)
+    flow = pkgutil.resolve_name(build)((1, 8, 8), 3, 1, hidden_channels=4, corners="TL", preprocessing=None)
     images, samples = torch.randn(2, 4, 1, 8, 8)
     (latents, _), (fresh, _) = flow.encode(images), flow.encode(samples)
     first, *levels, last = image_flow_evaluation.resampled(flow, images, samples).unflatten(0, (5, 4))
@@ -561,10 +566,21 @@ def test_bits_per_dim_of_a_known_distribution(tmp_path):
     torch.testing.assert_close(values, 8 + odd.float(), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("library", ["nflows", "normflows"])
-def test_what_a_run_prints_and_writes(library, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("build", FLOWS)
+def test_what_a_run_prints_and_writes(build, tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
-    train(run, 1, "--library", library, "--conditional", "--corners", "TL", "BR", "--importance-samples", "2")
+    train(
+        run,
+        1,
+        "--flow",
+        build,
+        "--conditional",
+        "--corners",
+        "TL",
+        "BR",
+        "--importance-samples",
+        "2",
+    )
     output = capsys.readouterr().out
     mean, error = re.search(r"test bits per dimension (\S+) \+- (\S+), .* over 397 images, 2 draws", output).groups()
     assert 6 < float(mean) < 9

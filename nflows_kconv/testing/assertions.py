@@ -167,8 +167,8 @@ def assert_shape_and_dtype_preserved(transform: Any, inputs: Tensor, context: An
     """Asserts that batch size, number of entries, dtype and device stay, and that the inverse restores the shape.
 
     torch.distributions' transforms may change the number of entries as their `forward_shape` says. Log-determinants
-    must be floating-point numbers [B] on the same device. One number for all samples is accepted from normflows' own
-    layers alone.
+    must be floating-point numbers [B] on the same device. One number for all samples is accepted only from layers of
+    libraries that give one.
 
     Arguments and errors are those of `assert_invertible`; the inverse is not needed.
     """

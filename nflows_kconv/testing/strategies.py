@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -206,22 +205,18 @@ def layers(
 
 
 @st.composite
-def flows(draw: DrawFn, image_shape: tuple[int, int, int] = (1, 4, 4), *, library: str | None = None) -> nn.Module:
-    """Draws small flows of images with values 0..255, by `finc_flow`, with changed parameters.
+def flows(draw: DrawFn, finc_flow: Callable[..., Any], image_shape: tuple[int, int, int] = (1, 4, 4)) -> nn.Module:
+    """Draws small flows of images with values 0..255, with changed parameters.
 
     Args:
         draw: Given by hypothesis.
+        finc_flow: What builds them, that of one of the adapters.
         image_shape: (C, H, W), H and W multiples of 4.
-        library: "nflows" or "normflows"; any that is installed if None.
-
-    Raises:
-        ImportError: If the library is not installed, or none is.
     """
-    build = draw(st.sampled_from(_builders(("nflows", "normflows") if library is None else (library,))))
     generator = draw(_GENERATORS)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(generator.initial_seed())
-        flow = build(
+        flow = finc_flow(
             image_shape,
             levels=draw(st.integers(1, 2)),
             steps=draw(st.integers(1, 2)),
@@ -235,15 +230,3 @@ def flows(draw: DrawFn, image_shape: tuple[int, int, int] = (1, 4, 4), *, librar
         for parameter in flow.parameters():
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
     return flow
-
-
-def _builders(libraries: Sequence[str]) -> list[Callable[..., Any]]:
-    found, missing = [], None
-    for library in libraries:
-        try:
-            found.append(import_module(f"nflows_kconv.{library}").finc_flow)
-        except ImportError as error:
-            missing = error
-    if not found:
-        raise missing or ValueError(f"flows need a library, got {libraries}")
-    return found
