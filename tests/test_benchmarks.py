@@ -9,6 +9,7 @@ import importlib
 import json
 import os
 import re
+import signal
 import struct
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from torch import nn
 pytest.importorskip("nflows")
 pytest.importorskip("normflows")
 
-import nflows_kconv
+import nflows_kconv.nflows
 from benchmarks import (
     accuracy,
     calibration,
@@ -35,7 +36,9 @@ from benchmarks import (
     evidence_training,
     floors,
     layer,
+    one_by_one,
     plots,
+    published,
     sampling,
     smoke,
     targets,
@@ -86,6 +89,8 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         ("reversible", "--tiny --seconds 0", {"machine", "tiny", "size", "rows"}),
         ("sampling", "--tiny --seconds 0", {"machine", "tiny", "model", "sampling", "training", "variants"}),
+        ("one_by_one", "--tiny --seconds 0", {"machine", "tiny", "1x1"}),
+        ("published", "--tiny --seconds 0 --models MNIST --images 1", {"machine", "tiny", "models"}),
         ("calibration", "", set()),  # compiles its kernels where there is no GPU
     ],
 )
@@ -181,6 +186,18 @@ def test_contestants_take_turns_and_the_median_counts():
     assert times == {"a": 3, "b": 60}
 
 
+def test_calls_beyond_the_limit_are_stopped_and_have_no_time():
+    def endless():
+        while True:
+            pass
+
+    handler = signal.getsignal(signal.SIGALRM)
+    assert list(timing.wall_within(1, {"endless": endless, "quick": lambda: None}, 0)) == ["quick"]
+    assert timing.wall_within(0.01, {"endless": endless}, 0) == {}
+    assert signal.getsignal(signal.SIGALRM) is handler
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
 # What is compared, and with what
 
 
@@ -190,6 +207,16 @@ def test_the_baseline_is_the_layer(corners):
     expected = functional.conv2d(x, weight, corners=corners)
     for baseline in (contestants.pad_conv_cat, contestants.mirrored_conv2d):
         torch.testing.assert_close(baseline(x, weight, corners), expected)
+
+
+def test_forward_is_from_data_to_latent_in_every_library():
+    x = torch.randn(2, 4, 3, 5)
+    for build in (one_by_one.YARDSTICKS | one_by_one.OURS).values():
+        ways = one_by_one.directions(build(4))
+        torch.testing.assert_close(ways["inverse"](ways["forward"](x)[0])[0], x, rtol=1e-4, atol=1e-4)
+    module = one_by_one.YARDSTICKS["normflows"](4)
+    expected = torch.nn.functional.conv2d(x, module._assemble_W()[..., None, None])
+    torch.testing.assert_close(one_by_one.directions(module)["forward"](x)[0], expected)
 
 
 @pytest.mark.parametrize("corners", [FOUR, ONE, ("BR",), ("TR", "BL")])
@@ -370,6 +397,26 @@ def test_lost_pixel_values_are_counted():
     assert sampling.values_lost(Rounding(), batch) == 2 / 8
     for model in sampling.COMPARED:
         assert sampling.values_lost(sampling.build("normflows", model, sampling.TINY, "cpu").eval(), batch) == 0
+
+
+@pytest.mark.parametrize(
+    ("model", "millions"), [("MNIST", 10), ("CIFAR-10", 44), ("ImageNet32", 113), ("ImageNet64", 44)]
+)
+def test_sizes_of_the_papers_models(model, millions):
+    size = published.MODELS[model].size
+    with torch.device("meta"):
+        flow = nflows_kconv.nflows.finc_flow(*size[:3], hidden_channels=size.hidden_channels)
+    assert round(sum(parameter.numel() for parameter in flow.parameters()) / 1e6) == millions
+
+
+def test_what_of_the_papers_models_is_skipped_says_why(monkeypatch):
+    monkeypatch.setattr(timing, "wall_within", lambda *_: {"FInC unit": 1e6})
+    rows = published.measure(sampling.TINY, [3], ["sampling"], "cpu", 0, 5)
+    found = {row["convolution"]: row for row in rows}
+    assert found["FInC unit"]["seconds"] == {"sampling": 1.0}
+    assert found["MaCow"]["skipped"] == {"sampling": "more than 5 s"}
+    assert "got 3 x 3" in found["periodic"]["skipped"]["sampling"]
+    assert {(None, name) for name in found} <= plots.LINES.keys()
 
 
 # The evidence

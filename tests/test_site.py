@@ -211,3 +211,18 @@ def test_ratios_to_the_libraries_are_ranges_over_shapes(monkeypatch: pytest.Monk
     assert "| operation | threads | batch | 3x3 |" in to_nflows
     assert "| inverse | 2 | 1 | 0.12 to 0.50 × |" in to_nflows
     assert "| inverse | 2 | 1 | 0.50 to 1.00 × |" in to_normflows
+
+
+def test_published_times_are_shown_with_what_was_skipped(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs" / "site"))
+    results = importlib.import_module("results")
+    measured = {"convolution": "MaCow", "images": 100, "parameters": 44268876, "model": "CIFAR-10"}
+    measured |= {"seconds": {"forward": 0.1234}, "skipped": {"sampling": "more than 5 s"}}
+    published = ("1.49 s (A)", "3.23 s (A)", "3.16")
+    unmeasured = {"convolution": "MintNet", "model": "CIFAR-10", "seconds": {}, "skipped": {}}
+    rows = [{**row, "published": published} for row in (measured, unmeasured)]
+    shown = "\n".join(results._measurements("models", rows))
+    assert "### CIFAR-10" in shown
+    assert "| MaCow, 44.3 M | 100 | 0.123 s | skipped | 1.49 s (A); 3.23 s (A) | 3.16 |" in shown
+    assert "| MintNet |  |  |  | 1.49 s (A); 3.23 s (A) | 3.16 |" in shown
+    assert "Skipped: more than 5 s." in shown
