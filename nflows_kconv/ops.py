@@ -106,9 +106,8 @@ def _check(problem: Problem, repeats: int) -> None:
                 f"{name} needs dense tensors of one of the dtypes {DTYPES}, got {tensor.layout} and {tensor.dtype}"
             )
     shape, stencils, kernel_size, dimensions = first.shape, problem.stencils, problem.kernel_size, problem.dimensions
-    known = {*stencil.STENCILS[dimensions].values()} if dimensions in (2, 3) else set()
-    if name != "solve" and not problem.dilated:
-        known.add(stencil.PERIODIC)
+    periodic = [stencil.PERIODIC] if name != "solve" and not problem.dilated else []
+    known = {*stencil.STENCILS[dimensions].values(), *periodic} if dimensions in (2, 3) else set()
     groups = len(stencils) * repeats
     fits = known and groups > 0 and shape[1] % groups == 0 and set(stencils) <= known
     sizes = tuple(kernel_size), tuple(problem.dilation)

@@ -101,7 +101,7 @@ def _wrong_operands(random: Random, first: Tensor, second: Tensor, corners: list
     pick, gradient = random.choice, isinstance(last, list)
     choice = random.randrange(9)
     if choice == 0:
-        return first, second, pick(([], [pick((-1, 4, 7, 12, 16, 32, 2**40, 2**63 - 1)), *corners[1:]])), last
+        return first, second, pick(([], [pick((-1, 4, 7, 12, 16, 64, 2**40, 2**63 - 1)), *corners[1:]])), last
     if choice == 1:
         other = pick([dtype for dtype in (*DTYPES, torch.int64, torch.complex64) if dtype != first.dtype])
         return first, second.detach().to(other), corners, last
