@@ -28,7 +28,6 @@ def run_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
 
     def run(script: str, *arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", [script, *arguments])
-        monkeypatch.syspath_prepend(EXAMPLES)
         with torch.random.fork_rng():
             runpy.run_path(str(EXAMPLES / script), run_name="__main__")
         output = capsys.readouterr().out

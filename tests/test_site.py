@@ -16,7 +16,9 @@ from pathlib import Path
 from threading import Thread
 from urllib.parse import unquote, urlsplit
 
+import drawings
 import pytest
+import results
 
 import nflows_kconv
 
@@ -168,14 +170,11 @@ def test_the_reference_is_complete(site: dict[Path, Page]):
     assert not [names for names in public_names() if not names & described]
 
 
-def test_the_picture_of_the_layer_is_what_is_drawn(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.syspath_prepend(str(ROOT / "docs" / "site"))
-    assert importlib.import_module("drawings").layer() == (ROOT / "docs" / "images" / "layer.svg").read_text()
+def test_the_picture_of_the_layer_is_what_is_drawn():
+    assert drawings.layer() == (ROOT / "docs" / "images" / "layer.svg").read_text()
 
 
 def test_results_of_a_gpu_are_shown_with_floors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.syspath_prepend(str(ROOT / "docs" / "site"))
-    results = importlib.import_module("results")
     monkeypatch.setattr(results, "ROOT", tmp_path)
     monkeypatch.setattr(results, "RESULTS", tmp_path)
     times = dict.fromkeys(["conv2d", "inverse", "forward", *(f"{name}_backward" for name in results.RATIOS)], 20.0)
@@ -201,9 +200,7 @@ def test_results_of_a_gpu_are_shown_with_floors(tmp_path: Path, monkeypatch: pyt
     assert [line.get_xdata()[0] for line in bars.lines[:2]] == [0.25, 0.25]  # before the line at 1
 
 
-def test_ratios_to_the_libraries_are_ranges_over_shapes(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.syspath_prepend(str(ROOT / "docs" / "site"))
-    results = importlib.import_module("results")
+def test_ratios_to_the_libraries_are_ranges_over_shapes():
     row = {"operation": "inverse", "threads": 2, "batch": 1}
     times = [{"nflows": 8, "normflows": 2, "3x3": 1}, {"nflows": 4, "normflows": 2, "3x3": 2}]
     shown = "\n".join(results._measurements("1x1", [{**row, "microseconds": each} for each in times]))
@@ -213,9 +210,7 @@ def test_ratios_to_the_libraries_are_ranges_over_shapes(monkeypatch: pytest.Monk
     assert "| inverse | 2 | 1 | 0.50 to 1.00 × |" in to_normflows
 
 
-def test_published_times_are_shown_with_what_was_skipped(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.syspath_prepend(str(ROOT / "docs" / "site"))
-    results = importlib.import_module("results")
+def test_published_times_are_shown_with_what_was_skipped():
     measured = {"convolution": "MaCow", "images": 100, "parameters": 44268876, "model": "CIFAR-10"}
     measured |= {"seconds": {"forward": 0.1234}, "skipped": {"sampling": "more than 5 s"}}
     published = ("1.49 s (A)", "3.23 s (A)", "3.16")
