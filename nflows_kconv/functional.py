@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nflows_kconv import checks, ops, stencil
+from nflows_kconv.torch_internals import is_exporting_to_onnx
 
 _KERNEL_AXES = {1: ("k",), 2: ("kh", "kw"), 3: ("kd", "kh", "kw")}
 
@@ -218,6 +219,13 @@ def run_each(
     batch = input.shape[0]
     if batch == 0:
         return input.clone()
+    # Dynamo, which the exporter tries after this error, takes open sizes for integers.
+    is_open = isinstance(batch, torch.SymInt) or torch.compiler.is_dynamo_compiling()
+    if is_open and is_exporting_to_onnx():
+        raise NotImplementedError(
+            "conditional layers must have a fixed batch to be exported to ONNX, where a convolution has a fixed number "
+            "of groups, got a dynamic batch"
+        )
     # The images become groups of channels of one image, so one call computes them all.
     images, log_diagonal = input.flatten(0, 1)[None], None if log_diagonals is None else log_diagonals.flatten()
     options = stencils, log_diagonal is None, dilation, batch

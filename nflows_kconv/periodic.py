@@ -20,6 +20,7 @@ from torch import Tensor
 from nflows_kconv import bound, checks, functional, ops, stencil
 from nflows_kconv.backends.reference import in_own_precision
 from nflows_kconv.layer import KernelLayer, on_weight
+from nflows_kconv.torch_internals import is_exporting_to_onnx
 
 
 class _Operands(NamedTuple):
@@ -110,6 +111,11 @@ class PeriodicConv(KernelLayer):
 
     def _at_frequencies(self, weight: Tensor, sizes: Sequence[int]) -> Tensor:
         """Computes W(f) at these sizes, [*F, G, C/G, C/G]: the last axis has the frequencies from 0 to the middle."""
+        if is_exporting_to_onnx():
+            raise NotImplementedError(
+                "a model must have no periodic layers to be exported to ONNX, which has neither solutions nor "
+                f"determinants of complex matrices, got {type(self).__name__}"
+            )
         axes = tuple(range(2, weight.dim()))
         padding = [count for k, size in zip(self.kernel_size, sizes, strict=True) for count in (size - k, 0)]
         kernel = F.pad(weight, padding[::-1]).roll([-place for place in self._pivot[1:]], axes)

@@ -90,18 +90,18 @@ def canonical(tensor: Tensor, code: int, dimensions: int) -> Tensor:
     """Returns an image or a kernel, the last dimensions of a tensor, in the canonical frame."""
     if code & _EXCHANGED:
         tensor = tensor.transpose(-1, -2)
-    return tensor.flip(_mirrored(code, dimensions))
+    return tensor.flip(mirrored(code, dimensions))
 
 
 def from_canonical(tensor: Tensor, code: int, dimensions: int) -> Tensor:
     """Undoes `canonical`."""
-    tensor = tensor.flip(_mirrored(code, dimensions))
+    tensor = tensor.flip(mirrored(code, dimensions))
     return tensor.transpose(-1, -2) if code & _EXCHANGED else tensor
 
 
 def lags(code: int, kernel_size: Sequence[int]) -> list[tuple[int, ...]]:
     """Returns how far back each free tap reads along the canonical axes, in raster order; the pivot comes last."""
-    size, pivot_ = _exchanged(code, kernel_size), _canonical_pivot(code, kernel_size)
+    size, pivot_ = exchanged(code, kernel_size), _canonical_pivot(code, kernel_size)
     taps = itertools.product(*map(range, size))
     return [tuple(p - t for p, t in zip(pivot_, tap, strict=True)) for tap in taps if tap <= pivot_]
 
@@ -125,10 +125,10 @@ def schedule(lags: Iterable[Sequence[int]]) -> tuple[int, ...]:
 
 def pivot(code: int, kernel_size: Sequence[int]) -> tuple[int, ...]:
     """Returns where the kernel has the tap that reads the pixel itself."""
-    size, place = _exchanged(code, kernel_size), list(_canonical_pivot(code, kernel_size))
-    for axis in _mirrored(code, len(size)):
+    size, place = exchanged(code, kernel_size), list(_canonical_pivot(code, kernel_size))
+    for axis in mirrored(code, len(size)):
         place[axis] = size[axis] - 1 - place[axis]
-    return tuple(_exchanged(code, place))
+    return tuple(exchanged(code, place))
 
 
 def pad(images: Tensor, code: int, kernel_size: Sequence[int], dilation: Sequence[int] = ()) -> Tensor:
@@ -198,16 +198,18 @@ def check_diagonal(diagonal: Tensor) -> None:
         )
 
 
-def _mirrored(code: int, dimensions: int) -> list[int]:
+def mirrored(code: int, dimensions: int) -> list[int]:
+    """Returns the axes that the canonical frame mirrors, counted from the last, -1."""
     return [-1 - bit for bit in range(dimensions) if code >> bit & 1]
 
 
-def _exchanged(code: int, values: Sequence[int]) -> list[int]:
+def exchanged(code: int, values: Sequence[int]) -> list[int]:
+    """Returns the numbers, one for each axis, in the order of the canonical frame's axes, or back."""
     return list(values)[::-1] if code & _EXCHANGED else list(values)  # of two axes
 
 
 def _canonical_pivot(code: int, kernel_size: Sequence[int]) -> tuple[int, ...]:
-    *rest, last = [size - 1 for size in _exchanged(code, kernel_size)]
+    *rest, last = [size - 1 for size in exchanged(code, kernel_size)]
     if code & PERIODIC:
         return tuple(place // 2 for place in (*rest, last))
     return (*rest, last // 2 if code & _SIDE else last)
@@ -221,7 +223,7 @@ def _of_groups(shape: Sequence[int], stencils: Sequence[int], at_pivot: Tensor, 
 
 
 def _of_group(kernel_size: Sequence[int], code: int, at_pivot: Tensor, after_pivot: bool) -> Tensor:
-    size = _exchanged(code, kernel_size)
+    size = exchanged(code, kernel_size)
     place = 0  # of the pivot in raster order
     for length, index in zip(size, _canonical_pivot(code, kernel_size), strict=True):
         place = place * length + index

@@ -31,6 +31,7 @@ __all__ = [
     "has_dispatch_mode",
     "is_any_autocast_on",
     "is_differentiating_forward",
+    "is_exporting_to_onnx",
     "is_functorch_wrapped_tensor",
     "is_intercepted",
     "is_sharded",
@@ -101,8 +102,14 @@ def is_under_torch_func() -> bool:
     return peek_interpreter_stack() is not None
 
 
+def is_exporting_to_onnx() -> bool:
+    """Returns whether `torch.onnx.export` is at work, also under torch.compile, which it tries after an error."""
+    return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+
+
 # What torch.compiler.assume_constant_result does, which would import the compiler along with this package.
-is_under_torch_func._dynamo_marked_constant = True  # type: ignore[attr-defined]
+for _function in (is_under_torch_func, is_exporting_to_onnx):
+    _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def process_group(module: nn.Module) -> distributed.ProcessGroup | None:

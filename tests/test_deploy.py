@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import onnxruntime
 import pytest
 import torch
 from documents import ROOT
@@ -17,9 +18,13 @@ from torch.utils import cpp_extension
 
 from nflows_kconv import InvertibleConv2d
 from nflows_kconv.nflows import finc_flow
+from nflows_kconv.onnx import translation_table
 
-# Models whose parameters are all off their initial values.
-pytestmark = pytest.mark.filterwarnings("ignore:.* entries other than zero on or above the pivot's diagonal")
+pytestmark = [
+    # Models whose parameters are all off their initial values.
+    pytest.mark.filterwarnings("ignore:.* entries other than zero on or above the pivot's diagonal"),
+    pytest.mark.filterwarnings("ignore:.*treespec:FutureWarning"),  # torch's own
+]
 
 COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
 
@@ -133,6 +138,18 @@ def packages(models: Sequence[Model], folder: Path) -> list[list[str]]:
     return [here, outcomes_elsewhere([str(program)], files, models)]
 
 
+def onnx(models: Sequence[Model], folder: Path) -> list[list[str]]:
+    row = []
+    for model in models:
+        options = dict(dynamo=True, custom_translation_table=translation_table(), verbose=False)
+        file = torch.onnx.export(model.exported(), **options).model_proto.SerializeToString()
+        session = onnxruntime.InferenceSession(file)
+        row.append(
+            outcome(lambda input, run=session.run: torch.from_numpy(*run(None, {"input": input.numpy()})), model)
+        )
+    return [row]
+
+
 def compiled(models: Sequence[Model], folder: Path) -> list[list[str]]:
     return [[outcome(torch.compile(model.module, backend="aot_eager"), model) for model in models]]
 
@@ -160,6 +177,7 @@ def scripted(models: Sequence[Model], folder: Path) -> list[list[str]]:
 WAYS: dict[tuple[str, ...], Callable[[Sequence[Model], Path], list[list[str]]]] = {
     ("`torch.export`", "`torch.export`, decomposed, where only torch is"): programs,
     ("AOTInductor", "AOTInductor, from C++, where only libtorch is"): packages,
+    ("ONNX Runtime",): onnx,
     ("`torch.compile`",): compiled,
     ("safetensors, the weights",): weights,
     ("`torch.jit.script`",): scripted,

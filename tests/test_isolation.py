@@ -43,7 +43,8 @@ sys.addaudithook(watch)
 import importlib, importlib.util, pkgutil
 
 # What the libraries do by themselves is theirs: matplotlib, which nflows imports, makes a list of fonts.
-libraries = ("FrEIA", "hypothesis", "nflows.transforms", "normflows", "pyro.distributions", "torchflows", "zuko")
+libraries = ("FrEIA", "hypothesis", "nflows.transforms", "normflows", "onnxscript")
+libraries += ("pyro.distributions", "torchflows", "zuko")
 for library in ("torch", "matplotlib.pyplot", *libraries):
     if importlib.util.find_spec(library.partition(".")[0]):
         importlib.import_module(library)
