@@ -127,7 +127,7 @@ def main() -> None:
         return
     torch.cuda.set_stream(torch.cuda.Stream())
     capability = torch.cuda.get_device_capability()
-    layer.run({"machine": layer.gpu_machine()}, sections(arguments.seconds, capability, "cuda"), arguments.output)
+    layer.run(arguments, lambda _: sections(arguments.seconds, capability, "cuda"))
 
 
 if __name__ == "__main__":

@@ -14,9 +14,10 @@ Results are written after each table, so an interrupted run keeps what it has me
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -63,47 +64,32 @@ def gpu_machine() -> dict[str, Any]:
     }
 
 
-def header(measured_on: dict[str, Any], workload: workloads.Workload) -> dict[str, Any]:
-    """Returns what results begin with; those of tiny sizes say so."""
-    return {"machine": measured_on, **({"tiny": True} if workload.tiny else {})}
+def run(
+    arguments: argparse.Namespace, sections: Callable[[str], Iterator[tuple[str, Any]]], prefix: str | None = None
+) -> dict[str, Any]:
+    """Takes the measurements, writes them after each section, and returns them; those of tiny sizes say so.
 
-
-def default_output(device_name: str) -> Path:
-    """Returns where the results of a GPU go: "NVIDIA H100 80GB HBM3" to results/cuda-h100-80gb-hbm3.json."""
-    words = device_name.lower().replace("nvidia", "").replace("/", " ").split()
-    return RESULTS / f"cuda-{'-'.join(words)}.json"
-
-
-def run(results: dict[str, Any], sections: Iterator[tuple[str, Any]], output: Path | None) -> None:
-    """Takes the measurements, and writes them after each section."""
+    Args:
+        arguments: What `command_line.parse` returns.
+        sections: Measures, given the device's name; yields the name of each section and what there is to store of it.
+        prefix: Of the file in `RESULTS` that a GPU's results go to unless told. None: to no file; "": those of "NVIDIA
+            H100 80GB HBM3" to cuda-h100-80gb-hbm3.json.
+    """
+    on_gpu, output = arguments.device == "cuda", arguments.output
+    results = {"machine": gpu_machine() if on_gpu else machine(), **({"tiny": True} if arguments.tiny else {})}
     for key, value in results["machine"].items():
         print(f"{key}: {value}")
-    for name, measured in sections:
-        results[name] = measured
+    name = results["machine"]["device"]
+    if on_gpu and prefix is not None and not output and not arguments.tiny:
+        words = name.lower().replace("nvidia", "").replace("/", " ").split()
+        output = RESULTS / f"{prefix}cuda-{'-'.join(words)}.json"
+    for section, measured in sections(name):
+        results[section] = measured
         if output:
             output.write_text(json.dumps(results, indent=1) + "\n")
-
-
-def on_cpu(workload: workloads.Workload, seconds: float, output: Path | None) -> None:
-    """Prints the tables of the CPU."""
-    run(header(machine(), workload), cpu_tables.sections(workload, seconds), output)
     if output:
         print(f"\nwritten to {output}")
-
-
-def on_cuda(workload: workloads.Workload, seconds: float, output: Path | None) -> None:
-    """Prints the tables of the current GPU."""
-    # A graph cannot be captured on the default stream, and where all work is on one stream none waits for another.
-    torch.cuda.set_stream(torch.cuda.Stream())
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cudnn.benchmark = True
-    results = header(gpu_machine(), workload)
-    name = results["machine"]["device"]
-    run(results, cuda_tables.sections(workload, seconds, "cuda", name), output)
-    cuda_tables.print_summary(results)
-    if output:
-        print(f"\nwritten to {output}")
+    return results
 
 
 def main() -> None:
@@ -114,12 +100,15 @@ def main() -> None:
         workload = workloads.tiny(workload)
     torch.manual_seed(0)
     if arguments.device == "cpu":
-        on_cpu(workload, arguments.seconds, arguments.output)
+        run(arguments, lambda _: cpu_tables.sections(workload, arguments.seconds))
         return
-    output = arguments.output
-    if output is None and not arguments.tiny:
-        output = default_output(torch.cuda.get_device_name())
-    on_cuda(workload, arguments.seconds, output)
+    # A graph cannot be captured on the default stream, and where all work is on one stream none waits for another.
+    torch.cuda.set_stream(torch.cuda.Stream())
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = True
+    results = run(arguments, lambda name: cuda_tables.sections(workload, arguments.seconds, "cuda", name), prefix="")
+    cuda_tables.print_summary(results)
 
 
 if __name__ == "__main__":

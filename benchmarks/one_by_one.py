@@ -106,11 +106,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", "torch.(lu|triangular_solve) is deprecated")  # of nflows and normflows
     arguments = command_line.parse(__doc__, seconds=2.0)
     torch.manual_seed(0)
-    machine = layer.gpu_machine() if arguments.device == "cuda" else layer.machine()
-    results = {"machine": machine, **({"tiny": True} if arguments.tiny else {})}
-    layer.run(results, sections(arguments.device, arguments.seconds, tiny=arguments.tiny), arguments.output)
-    if arguments.output:
-        print(f"\nwritten to {arguments.output}")
+    layer.run(arguments, lambda _: sections(arguments.device, arguments.seconds, tiny=arguments.tiny))
 
 
 if __name__ == "__main__":

@@ -200,17 +200,8 @@ def main() -> None:
     models = {name: MODELS[name] for name in arguments.models}
     if arguments.tiny:
         models = {name: model._replace(size=sampling.TINY) for name, model in models.items()}
-    machine, output = layer.machine(), arguments.output
-    if arguments.device == "cuda":
-        machine = layer.gpu_machine()
-        if output is None and not arguments.tiny:
-            path = layer.default_output(machine["device"])
-            output = path.with_name(f"published-{path.name}")
-    results = {"machine": machine, **({"tiny": True} if arguments.tiny else {})}
     settings = {"device": arguments.device, "seconds": arguments.seconds, "limit": arguments.limit}
-    layer.run(results, sections(models, arguments.images, **settings), output)
-    if output:
-        print(f"\nwritten to {output}")
+    layer.run(arguments, lambda _: sections(models, arguments.images, **settings), prefix="published-")
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ SiLU shows the rest.
 from __future__ import annotations
 
 import copy
-import json
 import time
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -153,6 +153,16 @@ def measure(size: Size, steps: int, device: str, seconds: float) -> dict[str, An
     return {**row, "gradient errors with SiLU": gradient_errors(stacks, batch)}
 
 
+def sections(size: Size, device: str, seconds: float) -> Iterator[tuple[str, Any]]:
+    """Measures and prints; yields the size, and the rows so far after each."""
+    yield "size", size._asdict()
+    rows = []
+    for count in size.steps:
+        rows.append(measure(size, count, device, seconds))
+        print_row(rows[-1])
+        yield "rows", rows
+
+
 def print_row(row: dict[str, Any]) -> None:
     """Prints a block of the table."""
     print(f"\nK = {row['steps']}, gradients of the parameters {row['gradient bytes'] / 2**20:.1f} MiB")
@@ -181,22 +191,7 @@ def main() -> None:
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.benchmark = True
     size = SIZES["tiny" if arguments.tiny else arguments.device]
-    results = {
-        "machine": layer.gpu_machine() if arguments.device == "cuda" else layer.machine(),
-        **({"tiny": True} if arguments.tiny else {}),
-        "size": size._asdict(),
-        "rows": [],
-    }
-    for key, value in results["machine"].items():
-        print(f"{key}: {value}")
-    for count in size.steps:
-        row = measure(size, count, arguments.device, arguments.seconds)
-        print_row(row)
-        results["rows"].append(row)
-        if arguments.output:
-            arguments.output.write_text(json.dumps(results, indent=1) + "\n")
-    if arguments.output:
-        print(f"\nwritten to {arguments.output}")
+    layer.run(arguments, lambda _: sections(size, arguments.device, arguments.seconds))
 
 
 if __name__ == "__main__":

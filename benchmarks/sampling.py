@@ -17,7 +17,7 @@ variables and back; for it, the last convolutions of the couplings, which start 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -295,22 +295,8 @@ def main() -> None:
     arguments = command_line.parse(__doc__, seconds=5.0)
     torch.backends.cudnn.benchmark = True
     size = TINY if arguments.tiny else SIZES[arguments.device]
-    output = arguments.output
-    if arguments.device == "cuda":
-        machine = layer.gpu_machine()
-        if output is None and not arguments.tiny:
-            path = layer.default_output(machine["device"])
-            output = path.with_name(f"sampling-{path.name}")
-    else:
-        machine = layer.machine()
-    results = {"machine": machine, **({"tiny": True} if arguments.tiny else {})}
-    measured = sections(size, arguments.device, arguments.seconds, machine["device"])
-    with ExitStack() as stack:
-        if arguments.tiny:  # nothing that takes minutes
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        layer.run(results, measured, output)
-    if output:
-        print(f"\nwritten to {output}")
+    with torch.compiler.set_stance("force_eager" if arguments.tiny else "default"):  # else tiny sizes take minutes
+        layer.run(arguments, lambda name: sections(size, arguments.device, arguments.seconds, name), prefix="sampling-")
 
 
 if __name__ == "__main__":

@@ -68,9 +68,7 @@ def main() -> None:
     """Parses the arguments and runs the problems."""
     arguments = command_line.parse(__doc__, seconds=0.0)
     torch.manual_seed(0)
-    machine = layer.gpu_machine() if arguments.device == "cuda" else layer.machine()
-    results: dict[str, Any] = {"machine": machine}
-    layer.run(results, sections(arguments.device), arguments.output)
+    results = layer.run(arguments, lambda _: sections(arguments.device))
     wrong = [row for row in results["cases"] if not row["right"]]
     print(f"\n{len(results['cases']) - len(wrong)} of {len(results['cases'])} problems are right")
     sys.exit(bool(wrong))
