@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import product
 from typing import Any
 
 import onnxruntime
@@ -114,6 +115,16 @@ def test_solutions():
     run = exported(module, operands, optimize=False)  # which takes most of the time
     for actual, expected in zip(run(*operands), module(*operands), strict=True):
         assert_close(actual, expected, factor=2)
+
+
+def test_triangular_systems():
+    torch.manual_seed(0)
+    keywords = ("upper", "left", "unitriangular")
+    options = [dict(zip(keywords, values, strict=True)) for values in product((False, True), repeat=3)]
+    solutions = Calls(nn.Identity(), *(partial(torch.linalg.solve_triangular, **each) for each in options))
+    systems = torch.eye(5) + 0.3 * torch.randn(2, 5, 5), torch.randn(2, 5, 5)
+    for actual, expected in zip(exported(solutions, systems)(*systems), solutions(*systems), strict=True):
+        assert_close(actual, expected)
 
 
 FLOWS = {"nflows": nflows_kconv.nflows.finc_flow, "normflows": nflows_kconv.normflows.finc_flow}
