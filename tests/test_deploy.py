@@ -128,7 +128,9 @@ def packages(models: Sequence[Model], folder: Path) -> list[list[str]]:
     files, here = [], []
     for index, model in enumerate(models):
         files.append(folder / f"{index}.pt2")
-        torch._inductor.aoti_compile_and_package(model.exported(), package_path=str(files[-1]))
+        quickly = {"aot_inductor.compile_wrapper_opt_level": "O0"}
+        program, path = model.exported(), str(files[-1])
+        torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=quickly)
         here.append(outcome(torch._inductor.aoti_load_package(str(files[-1])), model))
     includes = [f"-I{path}" for path in cpp_extension.include_paths()]
     libraries = [option for path in cpp_extension.library_paths() for option in (f"-L{path}", f"-Wl,-rpath,{path}")]
