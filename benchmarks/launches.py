@@ -78,7 +78,7 @@ def make_plan(
             launch.grid,
             launch.block,
             launch.shared,
-            bool(dict(launch.kernel.constants).get("BANDED")),
+            launch.kernel.name == "solve_tiles" or bool(dict(launch.kernel.constants).get("BANDED")),
             launch.kernel,
             launch.arguments,
         )

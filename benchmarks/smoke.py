@@ -34,11 +34,15 @@ CASES = {
         Case(1, (34, 40, 6), ("TR", "BL")),
         Case(2, (48, 3, 8), ("BR",)),
     ],
-    "products": [
+    "solve_tiles": [
         Case(2, (70, 6, 5), ONE),
         Case(5, (140, 5, 7), ("BL", "TR")),
         Case(1, (96, 9, 9), ONE),
         Case(3, (80, 3, 4), ("BR",)),
+    ],
+    "products": [
+        Case(2, (34, 6, 5), ("T", "B")),
+        Case(1, (516, 3, 4), ONE),
     ],
 }
 

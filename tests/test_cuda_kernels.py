@@ -59,6 +59,8 @@ TABLE = (
         H100,
     ),
     (Case((TR,), per_group=66, kernel_size=(1, 2), batch=9, size=(5, 7), biased=True), SMALL),
+    (Case((TL,), per_group=96, batch=9, size=(5, 4), biased=True), H100),
+    (Case((BR, TL), per_group=34, kernel_size=(5, 7), batch=3, size=(5, 6), dtype=torch.float16), H100),
 )
 WITH_SIDES = (
     (Case(("T", "B"), kernel_size=(2, 3), biased=True), H100),
@@ -216,6 +218,7 @@ def test_non_finite_values_stay_in_their_weights(case: Case, device: Device, whi
 BRANCHES = {
     "solve_rows": ("BANDED", "CHUNKED", "TRANSPOSE", "BIAS", "TAU"),
     "solve_channels": ("BANDED", "CHUNKED", "REPLICAS", "BIAS"),
+    "solve_tiles": ("PADDED", "BIAS"),
     "convolution": ("IMAGES", "SPLITS", "PIXELS", "OUTPUTS", "BIAS", "TAU"),
     "weight_gradient_parts": ("PARTS", "SPLITS", "WIDTH_REMAINDER"),
 }

@@ -33,7 +33,7 @@ B200 = Device((10, 0), multiprocessors=148, shared_memory=232448)
 DEVICES = (A100, H100, B200)
 
 SIDES = (1, 2, 3, 5)
-CHANNELS = (1, 3, 6, 12, 16, 48, 128)
+CHANNELS = (1, 3, 6, 12, 16, 48, 512)
 IMAGES = ((100, 16, 16), (1, 300, 500), (7, 4, 3))
 
 SOURCES = sorted(compiler.source_directory().glob("*.cu*"))

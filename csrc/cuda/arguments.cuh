@@ -45,7 +45,7 @@ struct Arguments {
 };
 
 __device__ inline int corner_of(const Arguments& arguments, int group) {
-  return arguments.corners[group / 16] >> (group % 16 * 2) & 3;
+  return arguments.corners[CORNER_WORDS > 1 ? group / 16 : 0] >> (group % 16 * 2) & 3;
 }
 
 // One image of one group: element (c, r, s) lies at data[c * channel + r * row + s * column].

@@ -11,7 +11,7 @@
 //
 // What bounds it: instructions, 60 to 80 % of them multiply-adds, on one SM an image; where diagonals are short the
 // 450 cycles of a step. Predicted by a model of an H100 for batch 100 in one group, premultiply included, in a graph:
-// 24 channels at 8 x 8 11.1 us, 48 at 4 x 4 10.0, 24 at 16 x 16 25.3, 48 at 8 x 8 19.1; before a replica took two rows
+// 24 channels at 8 x 8 11.3 us, 48 at 4 x 4 10.2, 24 at 16 x 16 25.5, 48 at 8 x 8 19.3; before a replica took two rows
 // and weights were read as vectors 18.5, 21.3, 37.0 and 33.1.
 //
 // Constants in addition to those of band.cuh:

@@ -2,7 +2,7 @@
 
 registry     what a problem is; asks the backends, in the order in which they are registered here
 reference    plain PyTorch: every stencil, dimension and device
-products     its solutions of images: also those of many channels on a GPU
+products     its solutions of images: also those on a GPU that no kernel computes
 cpu          the kernels under csrc/cpu, in the native library
 cuda         the kernels under csrc/cuda, compiled at run time
 planes       solutions in three dimensions by those in two

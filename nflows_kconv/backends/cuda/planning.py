@@ -46,9 +46,10 @@ def plan_solution(problem: Problem, device: Device) -> Plan | None:
 
     - `wavefront.plan_rows`, up to 16 channels a group, as long as a thread can hold the weights of an output channel;
     - `wavefront.plan_channels`, for corners, as long as a thread block can hold all weights of a group in registers,
-      about 64 channels at 3 x 3.
+      about 64 channels at 3 x 3;
+    - `wavefront.plan_tiles`, for corners, from 32 to 512 channels where sums are of 32 bits.
     """
     rows = wavefront.plan_rows(problem, device)
     if rows is None and all(map(stencil.is_corner, problem.stencils)):
-        return wavefront.plan_channels(problem, device)
+        return wavefront.plan_channels(problem, device) or wavefront.plan_tiles(problem, device)
     return rows

@@ -1,4 +1,4 @@
-"""Plans of the two wavefront solvers: one thread block a band of rows, one anti-diagonal a step."""
+"""Plans of the solvers: two of one thread block a band of rows, one anti-diagonal a step, and one of tiles of them."""
 
 from __future__ import annotations
 
@@ -21,6 +21,9 @@ _CHUNKS = (32, 16, 12, 8)
 # Rows of a band in each kernel where several bands should run at once, because the device has room for them. With few
 # channels a step takes as long for more rows, and waiting for the band above longer.
 _ROW_BAND, _CHANNEL_BAND = 128, 32
+
+# Of a tile of solve_tiles.cu. With more pixels fewer tiles run at once, and each is longer on its way.
+_TILE_THREADS, _TILE_PIXELS, _TILE_OUTPUTS = 128, 32, 64
 
 _PLACE_BYTES = 16  # sizeof(Place) of band.cuh
 _RESERVED_SHARED_MEMORY = 1024  # that a thread block takes in addition to its own
@@ -82,13 +85,7 @@ def plan_channels(problem: Problem, device: Device) -> Plan | None:
     replicas = ceil_div(band.rows, 2 * ceil_div(band.rows, 2 * (replicas // blocks)))
     band = replace(band, problem=problem)
     offset = aligned(band.scratch)
-    preparation = Launch(
-        kernel(problem, "prepare.cu", "premultiply", PADDED=padded, THREADS=256),
-        (len(problem.stencils) * ceil_div(reads * vector, 256 // 32), 1, 1),
-        256,
-        (problem.channels | 1) * problem.channels * problem.accumulator_bytes,
-        arguments(problem, offsets=(offset,)),
-    )
+    preparation, size = _premultiplication(problem, offset, padded, ceil_div(problem.channels, vector))
     if preparation.shared > device.shared_memory:
         return None
     constants = band.constants | {
@@ -106,8 +103,48 @@ def plan_channels(problem: Problem, device: Device) -> Plan | None:
         band.shared,
         arguments(problem, offsets=(*band.offsets, offset)),
     )
-    premultiplied = len(problem.stencils) * reads * vector * padded * problem.accumulator_bytes
-    return Plan((preparation, launch), offset + premultiplied, band.counters)
+    return Plan((preparation, launch), offset + size, band.counters)
+
+
+def plan_tiles(problem: Problem, device: Device) -> Plan | None:
+    """solve_tiles.cu: tiles of pixels and output channels. None where `products` has less to do or better units."""
+    batch, height, width = problem.shape[0], *problem.shape[2:]
+    # float64 has units for matrices, which cuBLAS uses; more channels than this premultiply would spill.
+    if problem.accumulator_bytes != 4 or not 32 <= problem.channels <= 512:
+        return None
+    groups, slices = len(problem.stencils), ceil_div(problem.channels, _TILE_OUTPUTS)
+    padded, tiles = slices * _TILE_OUTPUTS, ceil_div(batch * min(height, width), _TILE_PIXELS)
+    grid = (height + width - 1) * groups * tiles * slices
+    counters = aligned(4 * (1 + grid))
+    preparation, size = _premultiplication(problem, counters, padded, padded // 4)
+    given = counters + aligned(size)
+    solved = given + aligned(batch * groups * height * width * padded * 4)
+    tile = dict(THREADS=_TILE_THREADS, BLOCKS=3, PIXELS=_TILE_PIXELS, OUTPUTS=_TILE_OUTPUTS, PADDED=padded)
+    constants = dict(GROUPS=groups, BIAS=int(problem.bias), **tile)
+    packed = arguments(problem, (tiles,), (0, counters, given, solved))
+    shared = 16 + 16 * _TILE_PIXELS + 2 * 4 * (_TILE_PIXELS + _TILE_OUTPUTS) * (_TILE_OUTPUTS + 4)
+    arranging = ceil_div(8 * ceil_div(groups * batch * height * width, 8) * padded // 4, _TILE_THREADS)
+    arrange, solve = (kernel(problem, "solve_tiles.cu", name, **constants) for name in ("arrange", "solve_tiles"))
+    first = Launch(arrange, (arranging, 1, 1), _TILE_THREADS, 0, packed)
+    second = Launch(solve, (grid, 1, 1), _TILE_THREADS, shared, packed)
+    return Plan((preparation, first, second), 2 * solved - given, counters)
+
+
+def _premultiplication(problem: Problem, offset: int, padded: int, vectors: int) -> tuple[Launch, int]:
+    """prepare.cu, which writes so many outputs and vectors of inputs to this offset, and how many bytes these are."""
+    channels = problem.channels
+    # With 512 channels at 3 x 3 these are 128 blocks, one of which fills the registers of a multiprocessor.
+    threads, columns, panel = (288, 4, 32) if channels > 64 else (256, 1, channels)
+    products = problem.taps[0] * problem.taps[1] * vectors * 16 // problem.accumulator_bytes
+    constants = dict(PADDED=padded, VECTORS=vectors, THREADS=threads, COLUMNS=columns, PANEL=panel)
+    launch = Launch(
+        kernel(problem, "prepare.cu", "premultiply", **constants),
+        (len(problem.stencils) * ceil_div(products, threads // 32 * columns), 1, 1),
+        threads,
+        ((channels | 1) * panel + 32 * ceil_div(channels, 32)) * problem.accumulator_bytes,
+        arguments(problem, offsets=(offset,)),
+    )
+    return launch, len(problem.stencils) * products * padded * problem.accumulator_bytes
 
 
 @dataclass(frozen=True)
