@@ -482,6 +482,7 @@ void release(int* address, int value) {
 
 void copy_later(void* target, const void* source, int size) {
   if ((uintptr_t)target % size || (uintptr_t)source % size) fail("misaligned copy of %d bytes", size);
+  access(source, size, false, __builtin_return_address(0));
   access(target, size, true, __builtin_return_address(0));
   Copy copy{target, {}, size};
   memcpy(copy.bytes, source, size);
