@@ -39,7 +39,6 @@ from nflows_kconv.torch_internals import (
     apply_at_this_level,
     below_autograd,
     forward_mode,
-    has_dispatch_mode,
     is_any_autocast_on,
     is_differentiating_forward,
     is_intercepted,
@@ -106,8 +105,9 @@ def _check(problem: Problem, repeats: int) -> None:
                 f"{name} needs dense tensors of one of the dtypes {DTYPES}, got {tensor.layout} and {tensor.dtype}"
             )
     shape, stencils, kernel_size, dimensions = first.shape, problem.stencils, problem.kernel_size, problem.dimensions
-    periodic = [stencil.PERIODIC] if name != "solve" and not problem.dilated else []
-    known = {*stencil.STENCILS[dimensions].values(), *periodic} if dimensions in (2, 3) else set()
+    known = {*stencil.STENCILS[dimensions].values()} if dimensions in (2, 3) else set()
+    if stencil.PERIODIC in stencils and _may_wrap(problem):
+        known.add(stencil.PERIODIC)
     groups = len(stencils) * repeats
     fits = known and groups > 0 and shape[1] % groups == 0 and set(stencils) <= known
     sizes = tuple(kernel_size), tuple(problem.dilation)
@@ -128,6 +128,13 @@ def _check(problem: Problem, repeats: int) -> None:
                 f"{name} needs a {role} of shape {tuple(expected.get(role, shape[1:2]))}, {first.dtype} and "
                 f"{first.device}, got {tuple(operand.shape)}, {operand.dtype} and {operand.device}"
             )
+
+
+def _may_wrap(problem: Problem) -> bool:
+    """Returns whether borders may be circular: no solution, no dilation, and a free weight that fits the image."""
+    is_free = not problem.unit_diagonal and problem.log_diagonal is None
+    fits = all(size >= length for size, length in zip(problem.input.shape[2:], problem.kernel_size, strict=False))
+    return problem.operation != "solve" and not problem.dilated and is_free and fits
 
 
 def _checked(name: str, implementation: Callable[[Problem, int], Tensor]) -> Callable[..., Tensor]:
@@ -221,7 +228,7 @@ class _Operator(SingleLevelFunction):
 
     @staticmethod
     def options(ctx: Any, unit_diagonal: bool, transpose: bool) -> tuple[Any, ...]:
-        """Those of an operator on the same images."""
+        """Returns those of an operator on the same images."""
         return ctx.stencils, ctx.dilation, unit_diagonal, transpose, ctx.repeats
 
     @staticmethod
@@ -395,7 +402,7 @@ def attempt(
     repeats: int,
 ) -> Tensor | None:
     """Does `call` with unchecked arguments: returns the result if a backend finds that they fit, else None."""
-    if is_intercepted() or (attempt := registry.attempts()) is None:
+    if is_intercepted() or is_differentiating_forward() or (attempt := registry.attempts()) is None:
         return None
     records = torch.is_grad_enabled()
     tensors = [input, weight]
@@ -431,11 +438,11 @@ def call(
     if is_any_autocast_on() and input.dtype != torch.float64 and autocast_is_on(input):
         input, weight = input.float(), weight.float()
         bias, log_diagonal = (None if t is None else t.float() for t in (bias, log_diagonal))
+    name = "conv" if operator is conv else "solve"
     if operator is conv and torch.compiler.is_exporting():  # to torch 2.10's Dynamo everything is
         operator = exported_conv
     if _is_recorded(input, weight, bias, log_diagonal) or not _is_direct(input, weight, bias, log_diagonal):
         return operator(input, weight, bias, log_diagonal, stencils, dilation, unit_diagonal, False, repeats)
-    name = "conv" if operator is conv else "solve"
     options = unit_diagonal, False, weight.shape[2:], dilation
     return _run(Problem(name, input, weight, stencils, bias, log_diagonal, *options), repeats)
 
@@ -458,7 +465,7 @@ _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 def _is_direct(*tensors: Tensor | None) -> bool:
     """Returns whether a call may skip the dispatcher and let backends read the memory as it is."""
-    if torch.compiler.is_compiling() or has_dispatch_mode():
+    if is_intercepted():
         return False
     for tensor in tensors:
         if tensor is not None and (

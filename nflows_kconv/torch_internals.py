@@ -28,7 +28,6 @@ __all__ = [
     "assert_async",
     "below_autograd",
     "forward_mode",
-    "has_dispatch_mode",
     "is_any_autocast_on",
     "is_differentiating_forward",
     "is_exporting_to_onnx",
@@ -61,18 +60,12 @@ is_zero_tensor = torch.Tensor._is_zerotensor  # without memory, as tangents may 
 forward_mode = forward_ad._set_fwd_grad_enabled
 
 
-def has_dispatch_mode() -> bool:
-    """Returns whether a `TorchDispatchMode` looks at each operator."""
-    return torch._C._len_torch_dispatch_stack() > 0
-
-
 def is_intercepted() -> bool:
-    """Returns whether anything of torch takes calls of operators itself: its compiler, a mode, a transformation."""
+    """Returns whether something must see each operator: a compiler, a `TorchDispatchMode` or `torch.jit.trace`."""
     return (
         torch.compiler.is_compiling()
-        or has_dispatch_mode()
-        or forward_ad._current_level >= 0
-        or peek_interpreter_stack() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
     )
 
 

@@ -170,8 +170,14 @@ def test_operators_check_shapes_and_dtypes():
         for stencils, dilation, repeats in (periodic, *known, *(([code], [1, 1], 1) for code in (7, 64, 16, -1))):
             with pytest.raises(ValueError, match="one of their stencils for each group of channels"):
                 operator(images(), weight(), None, None, stencils, dilation, False, False, repeats)
+        circular = [stencil.PERIODIC], [1, 1]
+        for small, log_diagonal, unit in ((2, None, False), (4, None, True), (4, torch.zeros(2), False)):
+            with pytest.raises(ValueError, match="one of their stencils for each group of channels"):
+                operator(images()[..., :small, :], weight(), None, log_diagonal, *circular, unit, False)
         with pytest.raises(ValueError, match=r"needs images \[B, C, H, W\] .* got \(2,\)"):
             operator(images()[:, 0, 0, 0], weight(), None, None, [0], [1, 1], False, False)
+    with pytest.raises(ValueError, match="one of their stencils for each group of channels"):
+        OPERATORS.weight_gradient(images(), images(), [stencil.PERIODIC], [1, 1], [3, 3], True)
     with pytest.raises(ValueError, match="of positive size"):
         OPERATORS.weight_gradient(images(), images(), [0], [1, 1], [0, 3], False)
 
