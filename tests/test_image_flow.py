@@ -90,6 +90,10 @@ def test_noise_may_be_given(library, shape):
     flow, images = build(library, shape), random_images(3, shape)
     torch.manual_seed(2)
     torch.testing.assert_close(flow.log_prob(images, noise=torch.rand_like(images)), log_prob(flow, images))
+    # What float32 rounds to 1 stays in the cell.
+    flow, images, noise = flow.float(), images.float(), torch.full(images.shape, 1 - 2**-40, dtype=torch.float64)
+    expected = flow.log_prob(images, noise=torch.full_like(images, 1 - 2**-24))
+    assert torch.equal(flow.log_prob(images, noise=noise), expected)
 
 
 @in_both

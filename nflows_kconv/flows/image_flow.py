@@ -469,12 +469,13 @@ class Interface(nn.Module):
             raise TypeError(f"noise must be a tensor of floating-point numbers, got {_kind(noise)}")
         if noise.shape != numbers.shape:
             raise ValueError(f"noise must have the data's shape {tuple(numbers.shape)}, got {tuple(noise.shape)}")
-        noise = noise.to(numbers.dtype)
         if checks.can_inspect_values(noise) and not ((noise >= 0) & (noise < 1)).all():
             raise ValueError(
                 f"noise must be at least 0 and less than 1, got {noise.min().item():g} to {noise.max().item():g}"
             )
-        return self._preprocessing.with_noise(numbers, noise)
+        dtype = numbers.dtype
+        below_one = 1 - torch.finfo(dtype).eps / 2  # to which rounding may carry what is less
+        return self._preprocessing.with_noise(numbers, noise.to(dtype).clamp_max(below_one))
 
     def _condition(self, name: str, given: Any, count: int | None, *, classes_needed: bool = True) -> Condition:
         """Returns the condition of `count` images, or of any number, from what the user passed as `name`.
