@@ -64,8 +64,8 @@ class _Bijection(Bijection, layer.KernelLayer):
             TypeError: See `nflows_kconv.functional.conv2d`.
             ValueError: See `nflows_kconv.functional.conv2d`.
         """
-        if isinstance(context, Tensor) and context.dim() > 2:
-            context = context.flatten(0, -2)
+        if isinstance(context, Tensor) and context.dim() > 0:
+            context = context[None].flatten(0, -2)
         images = flatten_batch(x, self.dimensions)
         output, log_abs_det = super(Bijection, self).forward(images, context, inverse=inverse)
         return output.reshape(x.shape), log_abs_det.reshape(x.shape[: -1 - self.dimensions])

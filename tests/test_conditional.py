@@ -357,6 +357,7 @@ def test_contexts_of_any_batch_shape():
     expected, _ = layer(images.flatten(0, 1), contexts.flatten(0, 1))
     assert torch.equal(output.flatten(0, 1), expected)
     assert log_det.shape == (5, 2)
+    assert torch.equal(layer(images[0, 0], contexts[0, 0])[0], output[0, 0])
 
 
 @pytest.mark.filterwarnings("ignore:raw_weight has .* entries other than zero")
