@@ -1,7 +1,7 @@
 // Random problems for the CPU kernel without torch, to run under sanitizers and valgrind: `harness FIRST LAST THREADS`.
 //
 // Each seed is a problem on memory of exactly its size, with any strides, solved with every instruction set. Results
-// are compared with the formula in nflows_kconv/reference.py, a solution by its residual.
+// are compared with the formula in nflows_kconv/backends/reference.py, a solution by its residual.
 #include <algorithm>
 #include <array>
 #include <cmath>
