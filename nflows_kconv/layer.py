@@ -171,7 +171,7 @@ class KernelLayer(InvertibleModule):
         raise NotImplementedError
 
     def _tensors(self) -> tuple[Any, Any, Any]:
-        """Raw weight, log-diagonal and bias, faster than torch looks up three attributes."""
+        """Returns raw weight, log-diagonal and bias, faster than torch looks up three attributes."""
         own = self._parameters
         try:
             return own["raw_weight"], own["log_diagonal"], own["bias"]

@@ -69,7 +69,7 @@ class PeriodicConv(KernelLayer):
     @property
     def _pivot(self) -> tuple[Any, ...]:
         """The index of the tap that reads the pixel itself, where torch's padding="same" has it."""
-        return ..., *((size - 1) // 2 for size in self.kernel_size)
+        return ..., *stencil.pivot(stencil.PERIODIC, self.kernel_size)
 
     def _run_forward(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
         operands = self._prepare(input)
@@ -164,7 +164,7 @@ class PeriodicConv(KernelLayer):
         return identity
 
     def _relative(self, weight: Tensor, diagonal: Tensor | None) -> Tensor:
-        """The weight of c N, given that of A and D."""
+        """Returns the weight of c N, given that of A and D."""
         return (weight if diagonal is None else weight / on_weight(diagonal, weight)) - self._identity(weight)
 
     def _weight(self) -> Tensor:

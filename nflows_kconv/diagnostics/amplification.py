@@ -26,8 +26,8 @@ class Conditioning(NamedTuple):
 
     Attributes:
         gain: ||A||_2, the largest factor by which the convolution amplifies.
-        inverse_gain: ||A^-1||_2, that of the inverse. It never falls as the image grows, and may grow without limit,
-            even exponentially, where `inverse_gain_bound` is infinite. With circular borders it is always bounded.
+        inverse_gain: ||A^-1||_2, that of the inverse. With zero borders it never falls as the image grows, and may grow
+            without limit, even exponentially, where `inverse_gain_bound` is infinite.
         condition_number: ||A||_2 ||A^-1||_2; a round trip errs by up to this many roundings.
         inverse_gain_bound: An upper bound on ||A^-1||_2 at any image size, see `max_inverse_gain`; infinity if there is
             none to show. With `max_inverse_gain` and a unit diagonal it is at most that.
@@ -146,7 +146,7 @@ def _norms(images: Tensor) -> Tensor:
 
 
 def _inverse_gain_bound(diagonal: Tensor, relative: Tensor) -> float:
-    """The bound of D (I + N), see `bound`, given D and the weight of N."""
+    """Returns the bound of D (I + N), see `bound`, given D and the weight of N."""
     norms = bound.off_diagonal_norm(relative)
     inverses = diagonal.abs().reciprocal().unflatten(0, (len(norms), -1)).amax(1)
     return torch.where(norms < 1, inverses / (1 - norms), math.inf).max().item()

@@ -219,7 +219,7 @@ class InvertibleConv1x1(InvertibleModule):
         sign: Buffer, [C], the signs of s.
 
     Raises:
-        TypeError: If the number of channels is no integer.
+        TypeError: If the number of channels is not an integer.
         ValueError: If it is below 1; in a call, if the input has another shape than [B, C, ...].
     """
 

@@ -45,7 +45,7 @@ def why_not(problem: Problem) -> str | None:
 
 
 def run(problem: Problem) -> Tensor:
-    """Runs a problem; torch's own kernels do solutions of many channels, and convolutions in three dimensions."""
+    """Runs a problem; torch's own kernels do solutions that have no plan, and convolutions in three dimensions."""
     if problem.dilated:
         return polyphase.run(problem, run)
     if problem.dimensions == 3:

@@ -37,7 +37,7 @@ def plan(problem: Problem, device: Device) -> Plan:
         return plan_weight_gradient(problem, device)
     solution = plan_solution(problem, device)
     if solution is None:
-        raise RuntimeError(f"the weights of a group must fit the registers of a thread block, got {problem}")
+        raise RuntimeError(f"a solution must be one that `plan_solution` knows, got {problem}")
     return solution
 
 

@@ -107,7 +107,7 @@ def plan_channels(problem: Problem, device: Device) -> Plan | None:
 
 
 def plan_tiles(problem: Problem, device: Device) -> Plan | None:
-    """solve_tiles.cu: tiles of pixels and output channels. None where `products` has less to do or better units."""
+    """Plans solve_tiles.cu, tiles of pixels and outputs. None where `products` has less to do or better units."""
     batch, height, width = problem.shape[0], *problem.shape[2:]
     # float64 has units for matrices, which cuBLAS uses; more channels than this premultiply would spill.
     if problem.accumulator_bytes != 4 or not 32 <= problem.channels <= 512:
@@ -131,7 +131,7 @@ def plan_tiles(problem: Problem, device: Device) -> Plan | None:
 
 
 def _premultiplication(problem: Problem, offset: int, padded: int, vectors: int) -> tuple[Launch, int]:
-    """prepare.cu, which writes so many outputs and vectors of inputs to this offset, and how many bytes these are."""
+    """Returns the launch of prepare.cu, which writes outputs and vectors of inputs to this offset, and their bytes."""
     channels = problem.channels
     # With 512 channels at 3 x 3 these are 128 blocks, one of which fills the registers of a multiprocessor.
     threads, columns, panel = (288, 4, 32) if channels > 64 else (256, 1, channels)
