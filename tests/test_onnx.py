@@ -130,10 +130,10 @@ def test_triangular_systems():
 FLOWS = {"nflows": nflows_kconv.nflows.finc_flow, "normflows": nflows_kconv.normflows.finc_flow}
 
 
-# An export takes seconds: docs/deploy.md has one of several levels of nflows.
+# An export takes seconds: docs/deploy.md has others.
 @pytest.mark.parametrize(
     ("library", "direction", "levels"),
-    [("nflows", "forward", 1), ("nflows", "inverse", 1), ("normflows", "forward", 2), ("normflows", "inverse", 1)],
+    [("nflows", "inverse", 1), ("normflows", "forward", 2)],
 )
 def test_flows(library: str, direction: str, levels: int):
     torch.manual_seed(0)

@@ -30,13 +30,13 @@ _GENERATORS = _SEEDS.map(lambda seed: torch.Generator().manual_seed(seed))
 def register_profiles() -> None:
     """Registers hypothesis profiles by depth, for `pytest --hypothesis-profile NAME`, and loads one.
 
-    "default" draws 30 cases a test, "thorough" 1000. "ci" draws the same cases at every run, and tells how to reproduce
+    "default" draws 20 cases a test, "thorough" 1000. "ci" draws the same cases at every run, and tells how to reproduce
     a failure; it is loaded if the environment variable CI is set, else "default". None has a deadline, since a busy
     machine is not a failure. Call it in conftest.py.
     """
     phases = [phase for phase in Phase if phase != Phase.explain]  # which traces every line, of torch too
     settings.register_profile(
-        "default", max_examples=30, deadline=None, phases=phases, suppress_health_check=[HealthCheck.too_slow]
+        "default", max_examples=20, deadline=None, phases=phases, suppress_health_check=[HealthCheck.too_slow]
     )
     settings.register_profile("ci", settings.get_profile("default"), derandomize=True, print_blob=True)
     settings.register_profile("thorough", settings.get_profile("default"), max_examples=1000)
