@@ -5,16 +5,17 @@
     python -m benchmarks.evidence --report benchmarks/results/evidence-digits-cpu
 
 The methods are Glow, whose steps lack the layer and are the same elsewhere; the FInC unit of four groups; a pair of
-full layers in opposite corners; and both of these in the inverse direction. They are compared at one size with several
-seeds, then with other kernels, widths and numbers of steps with the first seed. Glow also gets couplings so wide that
-it has as many parameters as the pair.
+full layers in opposite corners; and a pair of sides, as in Emerging convolutions. They are compared at one size with
+several seeds. With the first seed come the unit and the pair in the inverse direction, the pair with dilation 2 in
+every second step, a Glow with couplings so wide that it has as many parameters as the pair, and other kernels, widths
+and numbers of steps.
 
 First the time of a training step of each flow is measured, all in turns; each is then trained for as many steps as fit
 into the given time, so it does not matter how busy the machine is during the trainings.
 
 The folder benchmarks/results/evidence-DATA-DEVICE, or --output, gets runs.json after each run, and at the end report.md
 and pictures. The same command goes on with what is missing there, after Ctrl-C too. A run takes --seconds and the time
-of its evaluation; by default there are 34 of them.
+of its evaluation; by default there are 32 of them.
 """
 
 from __future__ import annotations
@@ -31,38 +32,53 @@ from typing import Any
 import torch
 
 from benchmarks import evidence_report, evidence_training
-from benchmarks.evidence_training import Configuration, Timing
+from benchmarks.evidence_training import MAIN_METHODS, METHODS, Configuration, Timing
 from benchmarks.layer import RESULTS, gpu_machine, machine
 from examples import image_data
 
 LEVELS = {"digits": 2, "fashion-mnist": 2, "photographs": 3}
-KERNELS = (2, 5)  # in addition to 3
+WIDTHS_APART = 16  # of couplings; on CPUs others are slower for each channel
 
 
 def configurations(
-    image_shape: tuple[int, int, int], levels: int, steps: Sequence[int], widths: Sequence[int], seeds: Sequence[int]
+    image_shape: tuple[int, int, int],
+    levels: int,
+    methods: Sequence[str],
+    kernels: Sequence[int],
+    steps: Sequence[int],
+    widths: Sequence[int],
+    seeds: Sequence[int],
 ) -> Iterator[Configuration]:
     """Returns all flows to train: at the first size with all seeds, then at the others.
 
     Args:
         image_shape: (C, H, W).
         levels: L.
+        methods: Keys of `METHODS`.
+        kernels: Of the unit and the pair, the main one first.
         steps: Values of K, the main one first.
         widths: Of the couplings' networks, the main one first.
         seeds: The other sizes have the first.
     """
     seed, *_ = seeds
+    main = Configuration("pair", levels, steps[0], widths[0], kernels[0], seed)
+
+    def of(names: Sequence[str], **others: int) -> Iterator[Configuration]:
+        for name in methods:
+            if name in names:
+                each = main._replace(method=name, **others)
+                yield each._replace(kernel=0) if name == "Glow" else each
+
     for each in seeds:
-        for method in evidence_training.METHODS:
-            yield Configuration(method, levels, steps[0], widths[0], 0 if method == "Glow" else 3, each)
-        yield as_large_as(Configuration("pair", levels, steps[0], widths[0], 3, each), image_shape)
-    for method in ("FInC unit", "pair"):
-        for kernel in KERNELS:
-            yield Configuration(method, levels, steps[0], widths[0], kernel, seed)
+        yield from of(list(MAIN_METHODS), seed=each)
+    yield from of([name for name in METHODS if name not in MAIN_METHODS])
+    if "Glow" in methods:
+        yield as_large_as(main, image_shape)
+    for kernel in kernels[1:]:
+        yield from of(("FInC unit", "pair"), kernel=kernel)
     sizes = [(other, widths[0]) for other in steps[1:]] + [(steps[0], other) for other in widths[1:]]
     for number, width in sizes:
-        for method, kernel in (("Glow", 0), ("FInC unit", 3), ("pair", 3)):
-            yield Configuration(method, levels, number, width, kernel, seed)
+        yield from of(("Glow", "FInC unit", "pair"), steps=number, width=width)
 
 
 def as_large_as(other: Configuration, image_shape: tuple[int, int, int]) -> Configuration:
@@ -75,7 +91,7 @@ def as_large_as(other: Configuration, image_shape: tuple[int, int, int]) -> Conf
     wanted = parameters(other)
     glow = other._replace(method="Glow", kernel=0)
     while parameters(glow) < wanted:
-        glow = glow._replace(width=glow.width + 1)
+        glow = glow._replace(width=glow.width + WIDTHS_APART)
     return glow
 
 
@@ -86,6 +102,10 @@ def main() -> None:
     parser.add_argument("--data-root", type=Path, default=Path("data"), help="folder that holds Fashion-MNIST")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--seconds", type=float, default=60, help="of training for each flow")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
+    parser.add_argument(
+        "--kernels", type=int, nargs="+", default=[3, 2, 5], help="of the unit and the pair, the main one first"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, nargs="+", default=[4, 8, 16], help="K, in each level; the main one first")
     parser.add_argument(
@@ -111,10 +131,11 @@ def main() -> None:
         "timings": [],
         "runs": [],
     }
-    wanted = configurations(data.image_shape, LEVELS[options.data], options.steps, options.widths, options.seeds)
+    choices = options.methods, options.kernels, options.steps, options.widths, options.seeds
+    wanted = configurations(data.image_shape, LEVELS[options.data], *choices)
     done = {_configuration(run) for run in results["runs"]}
     wanted = list(dict.fromkeys(wanted))
-    with_picture = wanted[: len(evidence_training.METHODS)]
+    with_picture = wanted[: len(MAIN_METHODS.keys() & options.methods)]
     missing = [configuration for configuration in wanted if configuration not in done]
     minutes = len(missing) * options.seconds / options.jobs / 60
     print(

@@ -19,8 +19,10 @@ COLORS = {
     "Glow": "#3a6ea5",
     "FInC unit": "#e07b39",
     "pair": "#b5342b",
+    "pair of sides": "#4c9e8f",
     "FInC unit, inverse": "#6f9e4c",
     "pair, inverse": "#7a5195",
+    "pair, dilated": "#8a6d3b",
 }
 
 

@@ -16,19 +16,26 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from examples import image_data
+from nflows_kconv import InvertibleConv2d
 from nflows_kconv.diagnostics import round_trip
 from nflows_kconv.flows.images import bits_per_dim, grid
 from nflows_kconv.flows.sampling import GraphSampler
 from nflows_kconv.nflows import finc_flow
 
+UNIT = ("TL", "TR", "BL", "BR")
 PAIR = (("TL",), ("BR",))
-# Arguments of finc_flow; the kernel size is that of the configuration.
-METHODS: dict[str, dict[str, Any]] = {
+# Arguments of finc_flow; the kernel size, where it is not among them, is that of the configuration. Those of the first
+# dictionary are trained with all seeds, the others with one.
+MAIN_METHODS: dict[str, dict[str, Any]] = {
     "Glow": {"kernel_size": None},
-    "FInC unit": {"corners": ("TL", "TR", "BL", "BR")},
+    "FInC unit": {"corners": UNIT},
     "pair": {"corners": PAIR},
-    "FInC unit, inverse": {"corners": ("TL", "TR", "BL", "BR"), "direction": "inverse"},
+    "pair of sides": {"corners": (("T",), ("B",)), "kernel_size": (2, 3)},  # what a masked 3 x 3 kernel of Emerging has
+}
+METHODS = MAIN_METHODS | {
+    "FInC unit, inverse": {"corners": UNIT, "direction": "inverse"},
     "pair, inverse": {"corners": PAIR, "direction": "inverse"},
+    "pair, dilated": {"corners": PAIR},  # by 2 in every second step
 }
 BATCH = 64
 LEARNING_RATE = 1e-3  # of Adam; grows over the first 2 % of the steps, falls to zero over the last 30 %
@@ -62,7 +69,12 @@ class Configuration(NamedTuple):
         """Returns the untrained flow."""
         torch.manual_seed(self.seed)
         options = {"kernel_size": self.kernel, **METHODS[self.method]}
-        return finc_flow(image_shape, self.levels, self.steps, hidden_channels=self.width, **options)
+        flow = finc_flow(image_shape, self.levels, self.steps, hidden_channels=self.width, **options)
+        if self.method == "pair, dilated":
+            layers = [module for module in flow.modules() if isinstance(module, InvertibleConv2d)]
+            for layer in (*layers[2::4], *layers[3::4]):
+                layer.dilation = (2, 2)
+        return flow
 
 
 class Timing(NamedTuple):

@@ -120,7 +120,9 @@ def test_the_evidence_goes_on_where_it_was(monkeypatch, tmp_path):
     run(monkeypatch, "evidence", *arguments, "--seeds", "0", "1")
     again = json.loads((tmp_path / "runs.json").read_text())["runs"]
     assert again[: len(first)] == first
-    assert [one["step_seconds"] for one in again[len(first) :]] == [one["step_seconds"] for one in first[:6]]
+    assert [one["step_seconds"] for one in again[len(first) :]] == [
+        one["step_seconds"] for one in first[: len(again) - len(first)]
+    ]
     with pytest.raises(SystemExit, match="--output FOLDER writes elsewhere"):
         run(monkeypatch, "evidence", "--seconds", "0.06", "--output", str(tmp_path))
 
@@ -423,11 +425,11 @@ def test_what_of_the_papers_models_is_skipped_says_why(monkeypatch):
 
 
 def test_glow_of_equal_size_is_just_as_large_as_the_other():
-    pair = Configuration("pair", 2, 2, 8, 3, 0)
+    pair = Configuration("pair", 2, 2, 16, 3, 0)
     glow = evidence.as_large_as(pair, (1, 8, 8))
     sizes = [
         sum(parameter.numel() for parameter in configuration.build((1, 8, 8)).parameters())
-        for configuration in (glow, glow._replace(width=glow.width - 1), pair)
+        for configuration in (glow, glow._replace(width=glow.width - evidence.WIDTHS_APART), pair)
     ]
     assert glow.method == "Glow"
     assert sizes[1] < sizes[2] <= sizes[0]
