@@ -68,7 +68,7 @@ def make_plan(
     images = torch.empty(shape, device="meta").stride()
     weight = torch.empty(shape[1], shape[1] // len(corners), *kernel_size, device="meta").stride()
     second, output = (images, weight) if operation == "weight_gradient" else (weight, images)
-    problem = plan.Problem(
+    problem = plan.ProblemSpec(
         operation, torch.float32, shape, kernel_size, corners, False, transpose, images, second, output
     )
     chosen = planning.plan(problem, plan.Device(capability, multiprocessors, shared_memory))

@@ -84,7 +84,7 @@ template <typename T>
 Outcome run(const Options& options, const View& input, const View& output, const View& weight, const View& bias,
             const View& log_diagonal) {
   if (!options.solve && weight.count() * int64_t(sizeof(T)) > kCachedWeights * options.groups) return Outcome::declined;
-  kconv::Problem<T> problem{};
+  kconv::KernelProblem<T> problem{};
   problem.input = static_cast<const T*>(input.data);
   problem.output = static_cast<T*>(output.data);
   problem.weight = static_cast<const T*>(weight.data);

@@ -32,7 +32,7 @@ struct Launch {
   std::vector<char> arguments;  // begin with room for the pointers of a call
 };
 
-struct Plan {
+struct LoadedPlan {
   std::vector<Launch> launches;
   void* context = nullptr;
   int64_t scratch = 0, zeroed = 0;  // bytes
@@ -61,7 +61,7 @@ struct Hash {
 Driver driver;
 Planner planner;
 std::shared_mutex mutex;
-std::unordered_map<Key, std::shared_ptr<const Plan>, Hash> plans;
+std::unordered_map<Key, std::shared_ptr<const LoadedPlan>, Hash> plans;
 
 // torch passes on the text of an exception alone; Python asks of which type the last one was.
 enum class ErrorType { kOther, kMemory, kPython };
@@ -123,14 +123,14 @@ Tensor allocate(int64_t dimensions, const int64_t* sizes, const int64_t* strides
   return Tensor(handle);
 }
 
-std::shared_ptr<const Plan> find(const Key& key) {
+std::shared_ptr<const LoadedPlan> find(const Key& key) {
   const std::shared_lock lock(mutex);
   const auto found = plans.find(key);
   return found == plans.end() ? nullptr : found->second;
 }
 
-std::shared_ptr<const Plan> make(const Key& key, const int64_t* output_strides) {
-  const auto plan = std::make_shared<Plan>();
+std::shared_ptr<const LoadedPlan> make(const Key& key, const int64_t* output_strides) {
+  const auto plan = std::make_shared<LoadedPlan>();
   std::copy_n(output_strides, 4, plan->output_strides);
   STD_TORCH_CHECK(planner != nullptr, "nflows_kconv must be imported");
   planner(key.data(), int64_t(key.size()), output_strides, plan.get());
@@ -156,7 +156,7 @@ const void* data(const Tensor& tensor) {
 
 const void* data(const std::optional<Tensor>& tensor) { return tensor ? data(*tensor) : nullptr; }
 
-void launch(const Plan& plan, const Operands& operands, const Tensor& output, const View& like) {
+void launch(const LoadedPlan& plan, const Operands& operands, const Tensor& output, const View& like) {
   Tensor memory = output;  // stands for none
   const void* pointers[] = {data(operands.first), data(operands.second),      output.mutable_data_ptr(), nullptr,
                             data(operands.bias),  data(operands.log_diagonal)};
@@ -207,7 +207,7 @@ Tensor run(const Operator& op, const Operands& operands, const std::vector<int64
   key.insert(key.end(), a.strides, a.strides + 4);
   key.insert(key.end(), b.strides, b.strides + 4);
   key.insert(key.end(), stencils.begin(), stencils.end());
-  std::shared_ptr<const Plan> plan = find(key);
+  std::shared_ptr<const LoadedPlan> plan = find(key);
   if (plan == nullptr) {
     int64_t strides[4];
     if (images) {
@@ -277,18 +277,18 @@ KCONV_EXPORT void nflows_kconv_set_planner(Planner value) {
 // The rest is called by the planner.
 KCONV_EXPORT void nflows_kconv_set_driver(const Driver* value) { driver = *value; }
 
-KCONV_EXPORT void nflows_kconv_add_launch(Plan* plan, void* function, const unsigned* grid, unsigned block,
+KCONV_EXPORT void nflows_kconv_add_launch(LoadedPlan* plan, void* function, const unsigned* grid, unsigned block,
                                           unsigned shared, const char* arguments, uint64_t size) {
   plan->launches.push_back({function, {grid[0], grid[1], grid[2]}, block, shared, {arguments, arguments + size}});
 }
 
-KCONV_EXPORT void nflows_kconv_finish_plan(Plan* plan, void* context, int64_t scratch, int64_t zeroed) {
+KCONV_EXPORT void nflows_kconv_finish_plan(LoadedPlan* plan, void* context, int64_t scratch, int64_t zeroed) {
   plan->context = context;
   plan->scratch = scratch;
   plan->zeroed = zeroed;
 }
 
-KCONV_EXPORT void nflows_kconv_plan_error(Plan* plan, const char* error) { plan->error.emplace(error); }
+KCONV_EXPORT void nflows_kconv_plan_error(LoadedPlan* plan, const char* error) { plan->error.emplace(error); }
 
 // Called after an operator has thrown.
 KCONV_EXPORT int nflows_kconv_take_error() { return int(std::exchange(last_error, ErrorType::kOther)); }

@@ -22,12 +22,12 @@ struct Driver {
   int (*get_stream)(int device, void** stream);
 };
 
-struct Plan;
+struct LoadedPlan;
 
 // Asks Python to plan. All that a plan depends on comes as words, which `_read` of
 // nflows_kconv/backends/cuda/native_launcher.py takes apart: operation, dtype and device as numbers, flags for a unit
 // diagonal, the transpose and a bias, kernel size [2], shape [4], strides of the first and second tensor [4], and a
 // stencil for each group. The strides of the output follow from them.
-using Planner = void (*)(const int64_t* words, int64_t count, const int64_t* output_strides, Plan*);
+using Planner = void (*)(const int64_t* words, int64_t count, const int64_t* output_strides, LoadedPlan*);
 
 }  // namespace kconv::cuda

@@ -33,7 +33,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from nflows_kconv import stencil
 from nflows_kconv.backends import registry
-from nflows_kconv.backends.registry import Problem
+from nflows_kconv.backends.registry import OperatorCall
 from nflows_kconv.torch_internals import (
     SingleLevelFunction,
     apply_at_this_level,
@@ -75,42 +75,43 @@ def _complete(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return (*args, 1)[: _NUM_TENSORS[name] + 5]
 
 
-def _problem(name: str, args: tuple[Any, ...]) -> tuple[Problem, int]:
-    """Returns the problem without the repeats of its stencils, and these."""
+def _operator_call(name: str, args: tuple[Any, ...]) -> tuple[OperatorCall, int]:
+    """Returns the call without the repeats of its stencils, and these."""
     *arguments, repeats = _complete(name, args)
     if name == "weight_gradient":
         input, grad, stencils, dilation, kernel_size, unit_diagonal = arguments
-        return Problem(name, input, grad, stencils, None, None, unit_diagonal, False, kernel_size, dilation), repeats
+        options = None, None, unit_diagonal, False, kernel_size, dilation
+        return OperatorCall(name, input, grad, stencils, *options), repeats
     input, weight, bias, log_diagonal, stencils, dilation, unit_diagonal, transpose = arguments
     options = unit_diagonal, transpose, weight.shape[2:], dilation
-    return Problem(name, input, weight, stencils, bias, log_diagonal, *options), repeats
+    return OperatorCall(name, input, weight, stencils, bias, log_diagonal, *options), repeats
 
 
-def _run(problem: Problem, repeats: int) -> Tensor:
-    return registry.run(problem._replace(stencils=tuple(problem.stencils) * repeats))
+def _run(call: OperatorCall, repeats: int) -> Tensor:
+    return registry.run(call._replace(stencils=tuple(call.stencils) * repeats))
 
 
-def _check(problem: Problem, repeats: int) -> None:
+def _check(call: OperatorCall, repeats: int) -> None:
     """Checks what `functional` has checked, since backends trust it. Direct torch.ops calls are checked only here.
 
     Raises:
         ValueError: If the arguments do not fit.
     """
-    name, first = problem.operation, problem.input
-    others = {"second tensor": problem.other, "bias": problem.bias, "log-diagonal": problem.log_diagonal}
+    name, first = call.operation, call.input
+    others = {"second tensor": call.other, "bias": call.bias, "log-diagonal": call.log_diagonal}
     operands = {role: tensor for role, tensor in others.items() if tensor is not None}
     for tensor in (first, *operands.values()):
         if tensor.layout != torch.strided or tensor.is_nested or tensor.dtype not in DTYPES:
             raise ValueError(
                 f"{name} needs dense tensors of one of the dtypes {DTYPES}, got {tensor.layout} and {tensor.dtype}"
             )
-    shape, stencils, kernel_size, dimensions = first.shape, problem.stencils, problem.kernel_size, problem.dimensions
+    shape, stencils, kernel_size, dimensions = first.shape, call.stencils, call.kernel_size, call.dimensions
     known = {*stencil.STENCILS[dimensions].values()} if dimensions in (2, 3) else set()
-    if stencil.PERIODIC in stencils and _may_wrap(problem):
+    if stencil.PERIODIC in stencils and _may_wrap(call):
         known.add(stencil.PERIODIC)
     groups = len(stencils) * repeats
     fits = known and groups > 0 and shape[1] % groups == 0 and set(stencils) <= known
-    sizes = tuple(kernel_size), tuple(problem.dilation)
+    sizes = tuple(kernel_size), tuple(call.dilation)
     if not (fits and all(len(each) == dimensions and min(each) > 0 for each in sizes)):
         raise ValueError(
             f"{name} needs images [B, C, H, W] or [B, C, D, H, W], one of their stencils for each group of channels, "
@@ -130,27 +131,27 @@ def _check(problem: Problem, repeats: int) -> None:
             )
 
 
-def _may_wrap(problem: Problem) -> bool:
+def _may_wrap(call: OperatorCall) -> bool:
     """Returns whether borders may be circular: no solution, no dilation, and a free weight that fits the image."""
-    is_free = not problem.unit_diagonal and problem.log_diagonal is None
-    fits = all(size >= length for size, length in zip(problem.input.shape[2:], problem.kernel_size, strict=False))
-    return problem.operation != "solve" and not problem.dilated and is_free and fits
+    is_free = not call.unit_diagonal and call.log_diagonal is None
+    fits = all(size >= length for size, length in zip(call.input.shape[2:], call.kernel_size, strict=False))
+    return call.operation != "solve" and not call.dilated and is_free and fits
 
 
-def _checked(name: str, implementation: Callable[[Problem, int], Tensor]) -> Callable[..., Tensor]:
+def _checked(name: str, implementation: Callable[[OperatorCall, int], Tensor]) -> Callable[..., Tensor]:
     def operator(*args: Any) -> Tensor:
-        problem, repeats = _problem(name, args)
-        _check(problem, repeats)
-        return implementation(problem, repeats)
+        call, repeats = _operator_call(name, args)
+        _check(call, repeats)
+        return implementation(call, repeats)
 
     return operator
 
 
-def _fake(problem: Problem, repeats: int) -> Tensor:
-    if problem.operation != "weight_gradient":
-        return torch.empty_like(problem.input)
-    channels = problem.input.shape[1]
-    return problem.input.new_empty(channels, channels // (len(problem.stencils) * repeats), *problem.kernel_size)
+def _fake(call: OperatorCall, repeats: int) -> Tensor:
+    if call.operation != "weight_gradient":
+        return torch.empty_like(call.input)
+    channels = call.input.shape[1]
+    return call.input.new_empty(channels, channels // (len(call.stencils) * repeats), *call.kernel_size)
 
 
 def _operator_flops(input: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
@@ -176,21 +177,21 @@ def _exported_conv(*args: Any) -> Tensor:
     Its kernel is composite, which puts it into torch's default decompositions: where an exported program is decomposed,
     plain ATen is left of it. Elsewhere, torch.compile included, it is `conv`, with its kernels.
     """
-    return _plain_conv(*_problem("conv", args)) if torch.compiler.is_exporting() else conv(*args)
+    return _plain_conv(*_operator_call("conv", args)) if torch.compiler.is_exporting() else conv(*args)
 
 
-def _plain_conv(problem: Problem, repeats: int) -> Tensor:
+def _plain_conv(call: OperatorCall, repeats: int) -> Tensor:
     """Computes A x + b by torch's convolutions, one for each stencil: one trace for all sizes from 1 on."""
-    count, dimensions, dtype = len(problem.stencils), problem.dimensions, problem.input.dtype
-    input, weight, bias, log_diagonal = _widened(problem.input, problem.other, problem.bias, problem.log_diagonal)
-    weight = stencil.effective(weight, problem.stencils, log_diagonal, problem.unit_diagonal)
+    count, dimensions, dtype = len(call.stencils), call.dimensions, call.input.dtype
+    input, weight, bias, log_diagonal = _widened(call.input, call.other, call.bias, call.log_diagonal)
+    weight = stencil.effective(weight, call.stencils, log_diagonal, call.unit_diagonal)
     shape, outputs = (repeats, count, -1), []
     images, kernels = input.unflatten(1, shape).unbind(2), weight.unflatten(0, shape).unbind(1)
-    for image, kernel, code in zip(images, kernels, problem.stencils, strict=True):
-        if problem.transpose:
+    for image, kernel, code in zip(images, kernels, call.stencils, strict=True):
+        if call.transpose:
             kernel, code = kernel.transpose(1, 2).flip([*range(3, 3 + dimensions)]), stencil.opposite(code, dimensions)
-        image = stencil.pad(image.flatten(1, 2), code, problem.kernel_size, problem.dilation)
-        options = dict(dilation=list(problem.dilation), groups=repeats)
+        image = stencil.pad(image.flatten(1, 2), code, call.kernel_size, call.dilation)
+        options = dict(dilation=list(call.dilation), groups=repeats)
         output = _CONVOLUTIONS[dimensions](image, kernel.flatten(0, 1), **options)
         outputs.append(output.unflatten(1, (repeats, -1)))
     output = torch.stack(outputs, 2).flatten(1, 3)
@@ -444,7 +445,7 @@ def call(
     if _is_recorded(input, weight, bias, log_diagonal) or not _is_direct(input, weight, bias, log_diagonal):
         return operator(input, weight, bias, log_diagonal, stencils, dilation, unit_diagonal, False, repeats)
     options = unit_diagonal, False, weight.shape[2:], dilation
-    return _run(Problem(name, input, weight, stencils, bias, log_diagonal, *options), repeats)
+    return _run(OperatorCall(name, input, weight, stencils, bias, log_diagonal, *options), repeats)
 
 
 def autocast_is_on(tensor: Tensor) -> bool:
@@ -478,7 +479,7 @@ def _is_direct(*tensors: Tensor | None) -> bool:
 def _evaluated(name: str, operator: Callable[..., Tensor], *args: Any) -> Tensor:
     tensors = [each for each in args if isinstance(each, Tensor)]
     if _is_direct(*tensors) and not is_differentiating_forward():
-        return _run(*_problem(name, args))
+        return _run(*_operator_call(name, args))
     # A function's forward runs with both modes of differentiation off, which would hide this call from the outer levels
     # of nested torch.func transforms.
     with torch.enable_grad(), forward_mode(True), below_autograd():

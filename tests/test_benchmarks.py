@@ -301,7 +301,7 @@ def test_small_problems_reach_every_family_of_kernels(kernel):
     for case in smoke.CASES[kernel]:
         images = torch.empty(case.batch, *case.shape, device="meta")
         weight = torch.empty(case.shape[0], case.shape[0] // len(case.corners), 3, 3, device="meta")
-        problem = registry.Problem("solve", images, weight, stencil.parse(case.corners), kernel_size=(3, 3))
+        problem = registry.OperatorCall("solve", images, weight, stencil.parse(case.corners), kernel_size=(3, 3))
         plan = planning.plan_solution(cuda_emulator.planned(problem), cuda_emulator.H100)
         assert kernel in ({launch.kernel.name for launch in plan.launches} if plan else {"products"})
 

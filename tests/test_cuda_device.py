@@ -19,7 +19,7 @@ from nflows_kconv import InvertibleConv2d, functional, ops
 from nflows_kconv.backends import native
 from nflows_kconv.backends.cuda.python_launcher import PythonLauncher
 from nflows_kconv.backends.cuda.runtime import Runtime, runtime
-from nflows_kconv.backends.registry import Problem
+from nflows_kconv.backends.registry import OperatorCall
 
 pytestmark = pytest.mark.gpu
 
@@ -203,10 +203,10 @@ def test_launched_from_python(case: Case):
         for transpose in (False, True):
             for name in ("conv", "solve"):
                 options = (*vectors, transpose and vectors[1] is None, transpose)
-                output = launcher.run(Problem(name, input, weight, stencils, *options, size))
+                output = launcher.run(OperatorCall(name, input, weight, stencils, *options, size))
                 assert torch.equal(output, getattr(ops, name)(input, weight, *vectors, stencils, *options[2:]))
                 assert output.stride() == input.stride()
-    gradient = launcher.run(Problem("weight_gradient", input, grad, stencils, kernel_size=size))
+    gradient = launcher.run(OperatorCall("weight_gradient", input, grad, stencils, kernel_size=size))
     assert torch.equal(gradient, ops.weight_gradient(input, grad, stencils, [1, 1], size, False))
 
 

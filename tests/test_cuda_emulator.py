@@ -13,7 +13,7 @@ from cuda_emulator import DECREASING, INCREASING, ORDERS, EmulatorError
 from cuda_emulator.library import CACHE
 
 from nflows_kconv.backends.cuda import compiler
-from nflows_kconv.backends.cuda.plan import Launch, Plan, Problem, arguments, kernel
+from nflows_kconv.backends.cuda.plan import Launch, LaunchPlan, ProblemSpec, arguments, kernel
 
 pytestmark = emulator.needs_compiler
 
@@ -46,11 +46,13 @@ def run():
         source = written(HEAD + inspect.cleandoc(body) + "\n}\n")
         x = torch.arange(64.0 * blocks) if x is None else x
         x = x.view(1, 1, 1, -1)
-        problem = Problem("conv", x.dtype, x.shape, (1, 1), (0,), False, False, x.stride(), (1, 1, 1, 1), x.stride())
+        problem = ProblemSpec(
+            "conv", x.dtype, x.shape, (1, 1), (0,), False, False, x.stride(), (1, 1, 1, 1), x.stride()
+        )
         snippet = kernel(problem, str(source), "snippet")
         launch = Launch(snippet, (x.numel() // 64, 1, 1), 64, 256, arguments(problem))
         y = torch.empty_like(x)
-        emulator.run(Plan((launch,), scratch=256, zeroed=256), x, torch.ones(1, 1, 1, 1), y, seed=seed)
+        emulator.run(LaunchPlan((launch,), scratch=256, zeroed=256), x, torch.ones(1, 1, 1, 1), y, seed=seed)
         return y.flatten()
 
     return run
@@ -263,11 +265,11 @@ def test_the_instructions_are_those_of_the_kernels():
 
 def test_kernels_are_compiled_with_their_constants():
     x = torch.zeros(1, 6, 1, 64)
-    problem = Problem("conv", x.dtype, x.shape, (3, 99), (0, 3), False, True, x.stride(), (1, 1, 1, 1), x.stride())
+    problem = ProblemSpec("conv", x.dtype, x.shape, (3, 99), (0, 3), False, True, x.stride(), (1, 1, 1, 1), x.stride())
     body = "y[t] = CHANNELS == 3 && KERNEL_H == 1 && KERNEL_W == 64 && TRANSPOSE && corner_of(arguments, 1) == MORE; }"
     constants = kernel(problem, str(written(HEAD + body)), "snippet", MORE=3)
     y = torch.zeros(64)
-    emulator.run(Plan((Launch(constants, (1, 1, 1), 64, 0, arguments(problem)),)), x, torch.ones(1, 1, 1, 1), y)
+    emulator.run(LaunchPlan((Launch(constants, (1, 1, 1), 64, 0, arguments(problem)),)), x, torch.ones(1, 1, 1, 1), y)
     assert y.all()
 
 
@@ -283,8 +285,8 @@ def test_kernels_are_compiled_with_their_constants():
 )
 def test_launches_that_no_gpu_takes(change, what):
     x = torch.zeros(1, 1, 1, 64)
-    problem = Problem("conv", x.dtype, x.shape, (1, 1), (0,), False, False, x.stride(), (1, 1, 1, 1), x.stride())
+    problem = ProblemSpec("conv", x.dtype, x.shape, (1, 1), (0,), False, False, x.stride(), (1, 1, 1, 1), x.stride())
     snippet = kernel(problem, str(written(HEAD + "}")), "snippet")
     launch = replace(Launch(snippet, (1, 1, 1), 64, 0, arguments(problem)), **change)
     with pytest.raises(AssertionError, match=what):
-        emulator.run(Plan((launch,)), x, torch.ones(1, 1, 1, 1), torch.empty_like(x))
+        emulator.run(LaunchPlan((launch,)), x, torch.ones(1, 1, 1, 1), torch.empty_like(x))

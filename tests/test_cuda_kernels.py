@@ -24,7 +24,7 @@ from torch import Tensor
 from nflows_kconv.backends import reference
 from nflows_kconv.backends.cuda import compiler, planning
 from nflows_kconv.backends.cuda.plan import Device
-from nflows_kconv.backends.registry import Problem
+from nflows_kconv.backends.registry import OperatorCall
 
 pytestmark = emulator.needs_compiler
 
@@ -110,9 +110,9 @@ orders = st.sampled_from((DECREASING, *range(10)))
 few_examples = settings(max_examples=10 if thorough else 3)
 
 
-def problem(operation: str, case: Case, **changes: Any) -> Problem:
+def call_of(operation: str, case: Case, **changes: Any) -> OperatorCall:
     weights = operation == "weight_gradient"
-    own = Problem(
+    own = OperatorCall(
         operation,
         case.input(),
         case.input(seed=2) if weights else case.weight(),
@@ -130,7 +130,7 @@ def expected(operation: str, case: Case, weight: Tensor, transpose: bool) -> Ten
     bias = bias[:, None, None]
     if case.unknowns > MAX_UNKNOWNS:
         given = input - bias if solves else input
-        output = reference.run(problem(operation, case, input=given, other=weight, bias=None, transpose=transpose))
+        output = reference.run(call_of(operation, case, input=given, other=weight, bias=None, transpose=transpose))
     elif solves:
         output = oracles.solve(input - bias, weight, case.corners, transpose=transpose)
     else:
@@ -145,7 +145,7 @@ def expected(operation: str, case: Case, weight: Tensor, transpose: bool) -> Ten
 @few_examples
 def test_operators(case: Case, device: Device, operation: str, transpose: bool, diagonal: str, data: st.DataObject):
     case, order = data.draw(variants(case)), data.draw(orders)
-    asked, weight = problem(operation, case, transpose=transpose), case.weight().double()
+    asked, weight = call_of(operation, case, transpose=transpose), case.weight().double()
     broken = asked.other.masked_fill(oracles.masked(case.weight_shape, case.corners), float("nan"))
     if diagonal != "own":
         log_diagonal = torch.zeros(case.channels) if diagonal == "unit" else case.bias() / 8
@@ -166,7 +166,7 @@ def test_operators(case: Case, device: Device, operation: str, transpose: bool, 
 @few_examples
 def test_weight_gradient(case: Case, device: Device, data: st.DataObject):
     case, order = data.draw(variants(case)), data.draw(orders)
-    asked = problem("weight_gradient", case)
+    asked = call_of("weight_gradient", case)
     gradient = emulator.call(asked, device=device)
     assert_close(gradient, oracles.weight_gradient(asked.input, asked.other, case.weight(), case.corners), factor=4)
     oracles.set_diagonal(gradient, case.corners, torch.zeros(case.channels))
@@ -183,7 +183,7 @@ def test_a_non_finite_pixel_changes_only_its_quadrant(case: Case, device: Device
     changed[image, :, row, column] = -float("inf")
     for transpose in BOTH:
         before, after = (
-            emulator.call(problem(operation, case, input=each, transpose=transpose), device=device, seed=DECREASING)
+            emulator.call(call_of(operation, case, input=each, transpose=transpose), device=device, seed=DECREASING)
             for each in (input, changed)
         )
         differs = before != after
@@ -200,7 +200,7 @@ def test_a_non_finite_pixel_changes_only_its_quadrant(case: Case, device: Device
 @pytest.mark.parametrize("which", ["input", "grad"])
 @over_table
 def test_non_finite_values_stay_in_their_weights(case: Case, device: Device, which: str):
-    asked, channel = problem("weight_gradient", case), case.channels // 2
+    asked, channel = call_of("weight_gradient", case), case.channels // 2
     {"input": asked.input, "grad": asked.other}[which][0, channel] = float("inf")
     gradient = emulator.call(asked, device=device)
     finite = gradient.isfinite().flatten(2).all(2)
@@ -238,7 +238,7 @@ def test_the_table_reaches_every_kernel_and_branch():
     launched: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for case, device in TABLE + WITH_SIDES:
         operations = OPERATIONS[1:] if case.has_sides else OPERATIONS
-        asked = [problem(operation, case, transpose=transpose) for operation, transpose in operations]
+        asked = [call_of(operation, case, transpose=transpose) for operation, transpose in operations]
         sizes = dict(BATCH=case.batch, HEIGHT=case.size[0], WIDTH=case.size[1])
         for each in asked:
             for launch in planning.plan(emulator.planned(each), device).launches:

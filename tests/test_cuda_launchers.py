@@ -20,10 +20,10 @@ from oracles import assert_close
 from nflows_kconv.backends import cuda, native, reference
 from nflows_kconv.backends.cuda import driver, native_launcher, plan, planning, runtime
 from nflows_kconv.backends.cuda.native_launcher import NativeLauncher
-from nflows_kconv.backends.cuda.plan import POINTER_BYTES, Launch, Plan, arguments, kernel
+from nflows_kconv.backends.cuda.plan import POINTER_BYTES, Launch, LaunchPlan, arguments, kernel
 from nflows_kconv.backends.cuda.python_launcher import PythonLauncher
 from nflows_kconv.backends.cuda.runtime import Runtime
-from nflows_kconv.backends.registry import Problem
+from nflows_kconv.backends.registry import OperatorCall
 
 needs_native = pytest.mark.skipif(not native.available, reason=f"no native library: {native.reason}")
 
@@ -44,9 +44,9 @@ def launcher(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         connected.connect()
 
 
-def problem(case: Case, operation: str = "solve", **changes: Any) -> Problem:
+def call_of(case: Case, operation: str = "solve", **changes: Any) -> OperatorCall:
     other = case.input(seed=2) if operation == "weight_gradient" else case.weight()
-    own = Problem(operation, case.input(), other, case.stencils, kernel_size=case.kernel_size)
+    own = OperatorCall(operation, case.input(), other, case.stencils, kernel_size=case.kernel_size)
     return own._replace(**changes)
 
 
@@ -69,12 +69,12 @@ def test_results_are_those_of_the_reference(launcher: SimpleNamespace, case: Cas
     bias = case.bias().repeat_interleave(2)[::2]
     for changes in (dict(unit_diagonal=True, bias=bias), dict(transpose=True, log_diagonal=bias / 8)):
         for operation in ("conv", "solve"):
-            asked = problem(case, operation, **changes)
+            asked = call_of(case, operation, **changes)
             output = launcher.run(asked)
             assert_close(output, reference.run(asked))
             assert output.stride() == torch.empty_like(asked.input).stride()
     for unit_diagonal in (False, True):
-        asked = problem(case, "weight_gradient", unit_diagonal=unit_diagonal)
+        asked = call_of(case, "weight_gradient", unit_diagonal=unit_diagonal)
         gradient = launcher.run(asked)
         assert_close(gradient, reference.run(asked), factor=4)
         assert gradient.is_contiguous()
@@ -100,7 +100,7 @@ def test_what_kernels_do_a_part_of(launcher: SimpleNamespace, case: Case, monkey
     monkeypatch.setattr(cuda, "_python_launcher", launcher)
     for operation in ("conv", "solve"):
         for changes in (dict(unit_diagonal=True, bias=case.bias()), dict(transpose=True, log_diagonal=case.bias() / 8)):
-            asked = problem(case, operation, **changes)
+            asked = call_of(case, operation, **changes)
             output = cuda.run(asked)
             assert_close(output, reference.run(asked))
             assert output.stride() == torch.empty_like(asked.input).stride()
@@ -114,13 +114,13 @@ class Planner:
     """Plans two launches, with scratch memory, for every problem."""
 
     def __init__(self) -> None:
-        self.problems: list[plan.Problem] = []
+        self.problems: list[plan.ProblemSpec] = []
 
-    def __call__(self, problem: plan.Problem, device: object) -> Plan:
+    def __call__(self, problem: plan.ProblemSpec, device: object) -> LaunchPlan:
         self.problems.append(problem)
         first = Launch(kernel(problem, "made_up.cu", "first"), (3, 2, 1), 64, 1000, arguments(problem, (1, 2)))
         second = Launch(kernel(problem, "made_up.cu", "second"), (70000, 1, 1), 128, 0, arguments(problem, (3,), (16,)))
-        return Plan((first, second), scratch=1000, zeroed=600)
+        return LaunchPlan((first, second), scratch=1000, zeroed=600)
 
 
 @pytest.fixture
@@ -133,19 +133,19 @@ def planner(monkeypatch: pytest.MonkeyPatch, launcher: SimpleNamespace) -> Plann
 
 
 def call(launcher: SimpleNamespace, **options) -> torch.Tensor:
-    return launcher.run(problem(Case(**options)))
+    return launcher.run(call_of(Case(**options)))
 
 
 @pytest.mark.parametrize("name", ["conv", "solve", "weight_gradient"])
 def test_the_problem_is_that_of_the_call(launcher: SimpleNamespace, planner: Planner, name: str):
     case = Case((BR, TL, TL), per_group=2, kernel_size=(2, 3), layout="cropped", dtype=torch.float64)
     is_operator = name != "weight_gradient"
-    asked = problem(case, name, unit_diagonal=True)
+    asked = call_of(case, name, unit_diagonal=True)
     if is_operator:
         asked = asked._replace(bias=case.bias(), transpose=True)
     output = launcher.run(asked)
     assert planner.problems == [
-        plan.Problem(
+        plan.ProblemSpec(
             operation=name,
             dtype=torch.float64,
             shape=case.input_shape,
@@ -166,7 +166,7 @@ def test_the_problem_is_that_of_the_call(launcher: SimpleNamespace, planner: Pla
 def test_launches_are_those_of_the_plan(launcher: SimpleNamespace, planner: Planner):
     case = Case()
     bias, log_diagonal = case.bias(), case.bias()
-    asked = problem(case, bias=bias, log_diagonal=log_diagonal)
+    asked = call_of(case, bias=bias, log_diagonal=log_diagonal)
     seen = []
 
     def run(launch: Launch) -> None:
@@ -189,7 +189,7 @@ def test_launches_are_those_of_the_plan(launcher: SimpleNamespace, planner: Plan
 
 
 def test_every_call_has_pointers_of_its_own(launcher: SimpleNamespace, planner: Planner):
-    problems = [problem(Case(), input=Case().input(seed=seed)) for seed in range(3)]
+    problems = [call_of(Case(), input=Case().input(seed=seed)) for seed in range(3)]
     outputs = [launcher.run(asked) for asked in problems]
     firsts = [struct.unpack_from("=6q", launch.arguments) for launch, _, _ in launcher.driver.launches[::2]]
     assert [(*first[:3], *first[4:]) for first in firsts] == [
@@ -214,18 +214,18 @@ def test_a_problem_is_planned_once(launcher: SimpleNamespace, planner: Planner):
     for _ in range(3):
         for change in changes:
             call(launcher, **change)
-        launcher.run(problem(Case(), transpose=True))
-        launcher.run(problem(Case(), bias=Case().bias()))
-        launcher.run(problem(Case(), unit_diagonal=True))
-        launcher.run(problem(Case(), log_diagonal=Case().bias()))  # the kernels ask for it
-        launcher.run(problem(Case(), "conv"))
+        launcher.run(call_of(Case(), transpose=True))
+        launcher.run(call_of(Case(), bias=Case().bias()))
+        launcher.run(call_of(Case(), unit_diagonal=True))
+        launcher.run(call_of(Case(), log_diagonal=Case().bias()))  # the kernels ask for it
+        launcher.run(call_of(Case(), "conv"))
     assert len(planner.problems) == len(set(planner.problems)) == len(changes) + 4
 
 
 def test_plans_are_bounded_and_kernels_stay(launcher: SimpleNamespace, planner: Planner):
     weight = torch.ones(1, 1, 1, 1)
     images = torch.ones(1, 1, 1, 1).expand(5000, 1, 1, 1)
-    asked = Problem("solve", images, weight, [0], kernel_size=(1, 1))
+    asked = OperatorCall("solve", images, weight, [0], kernel_size=(1, 1))
     for batch in range(1, 4200):
         launcher.run(asked._replace(input=images[:batch]))
     assert len(planner.problems) == 4199
@@ -237,8 +237,8 @@ def test_plans_are_bounded_and_kernels_stay(launcher: SimpleNamespace, planner: 
 def test_empty_tensors_need_no_launch(launcher: SimpleNamespace, planner: Planner):
     for change in (dict(batch=0), dict(size=(0, 6)), dict(size=(5, 0))):
         case = Case(layout="channels_last", **change)
-        assert launcher.run(problem(case)).shape == case.input_shape
-        gradient = launcher.run(problem(case, "weight_gradient"))
+        assert launcher.run(call_of(case)).shape == case.input_shape
+        gradient = launcher.run(call_of(case, "weight_gradient"))
         assert torch.equal(gradient, torch.zeros(case.weight_shape))
     assert not planner.problems
 
@@ -247,7 +247,7 @@ def test_empty_tensors_need_no_launch(launcher: SimpleNamespace, planner: Planne
     "error", [error("it cannot be planned") for error in (RuntimeError, ValueError, KeyboardInterrupt)], ids=repr
 )
 def test_what_python_raises_comes_out(launcher: SimpleNamespace, planner: Planner, monkeypatch, error):
-    def fail(problem: plan.Problem, device: object) -> Plan:
+    def fail(problem: plan.ProblemSpec, device: object) -> LaunchPlan:
         raise error
 
     with monkeypatch.context() as broken:
@@ -268,7 +268,7 @@ def test_errors_of_the_driver_have_a_name(launcher: SimpleNamespace, planner: Pl
 
 
 def test_too_little_memory_says_so(launcher: SimpleNamespace, planner: Planner, monkeypatch):
-    monkeypatch.setattr(planning, "plan", lambda problem, device: Plan((), scratch=1 << 50))
+    monkeypatch.setattr(planning, "plan", lambda problem, device: LaunchPlan((), scratch=1 << 50))
     with pytest.raises(RuntimeError, match="memory"):
         call(launcher)
 

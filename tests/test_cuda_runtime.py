@@ -23,7 +23,7 @@ from cuda_emulator import H100, planned
 from nflows_kconv import stencil
 from nflows_kconv.backends import cuda, registry
 from nflows_kconv.backends.cuda import cache, compiler, driver, planning, runtime
-from nflows_kconv.backends.cuda.plan import Device, Kernel, Problem
+from nflows_kconv.backends.cuda.plan import Device, Kernel, ProblemSpec
 from nflows_kconv.backends.cuda.runtime import Runtime, why_not
 
 
@@ -36,7 +36,7 @@ def _why_no_compiler() -> str:
 
 
 needs_nvrtc = pytest.mark.skipif(bool(_why_no_compiler()), reason=f"no NVRTC: {_why_no_compiler()}")
-PROBLEM = Problem(
+PROBLEM = ProblemSpec(
     "solve", torch.float32, (2, 4, 5, 6), (3, 3), (0, 1), False, False, (120, 30, 6, 1), (18, 9, 3, 1), (120, 30, 6, 1)
 )
 KERNEL = Kernel("made_up.cu", "made_up", (("CHANNELS", 3), ("SCALAR", "float")))
@@ -70,7 +70,7 @@ def test_batches_share_kernels(operation: str, shape: tuple[int, int, int]):
     """Whatever the batch, few kernels run it, in as many blocks as it takes."""
     input = torch.empty(1, *shape, device="meta")
     other = input if operation == "weight_gradient" else torch.empty(shape[0], shape[0] // 4, 3, 3, device="meta")
-    asked = planned(registry.Problem(operation, input, other, (0, 1, 2, 3), kernel_size=(3, 3)))
+    asked = planned(registry.OperatorCall(operation, input, other, (0, 1, 2, 3), kernel_size=(3, 3)))
     plans = [planning.plan(replace(asked, shape=(batch, *shape)), H100).launches for batch in range(1, 129)]
     assert len({tuple((launch.kernel.source, launch.kernel.constants) for launch in plan) for plan in plans}) <= 4
     if operation != "weight_gradient":  # which shares the pixels among as many blocks as fill the device
@@ -293,7 +293,7 @@ def test_threads_compile_a_kernel_once_and_others_meanwhile(directory: Path, com
     waiting_compiler(monkeypatch, together=2)
     running, results, start = Runtime(CodeDriver()), [], threading.Barrier(8)
 
-    def load(problem: Problem) -> None:
+    def load(problem: ProblemSpec) -> None:
         start.wait()
         results.append(running.load(problem, 0).functions)
 
@@ -347,9 +347,9 @@ torch.testing.assert_close(torch.cat(list(loader)), expected)
 # Why kernels cannot run
 
 
-def problem_of(*corners: str, operation: str = "conv") -> registry.Problem:
+def call_of(*corners: str, operation: str = "conv") -> registry.OperatorCall:
     image, weight = torch.ones(1, len(corners), 1, 1), torch.ones(len(corners), 1, 1, 1)
-    return registry.Problem(operation, image, weight, stencil.parse(corners), kernel_size=(1, 1))
+    return registry.OperatorCall(operation, image, weight, stencil.parse(corners), kernel_size=(1, 1))
 
 
 @pytest.fixture
@@ -370,7 +370,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def test_nothing_is_wrong_on_a_gpu(gpu: None):
     assert why_not() is None
-    assert cuda.why_not(problem_of("TL", "BR")) is None
+    assert cuda.why_not(call_of("TL", "BR")) is None
     assert cuda.status().reason.startswith("NVIDIA H100 80GB HBM3, compiled at run time by NVRTC 13.0, launched from ")
 
 
@@ -403,24 +403,24 @@ def test_each_gpu_is_served_or_not(gpu: None, monkeypatch: pytest.MonkeyPatch):
     status = cuda.status()
     assert status.available
     assert status.reason.endswith(f"; not on NVIDIA GTX 1080: {reason}")
-    problem = problem_of("TL")
+    call = call_of("TL")
     monkeypatch.setattr(torch.Tensor, "get_device", lambda tensor: 1)
     with pytest.warns(RuntimeWarning, match=r"the slow reference implementation: the GPU must have compute capability"):
-        assert cuda.why_not(problem) == reason
+        assert cuda.why_not(call) == reason
 
 
 @pytest.mark.parametrize(
-    ("problem", "reason"),
+    ("call", "reason"),
     [
-        (problem_of("T", "B"), None),
-        (problem_of("L", "R", operation="solve"), None),
-        (problem_of("TL", "B"), "its kernels take stencils of one family in a call: corners, T and B, or L and R"),
-        (problem_of("T", "R"), "its kernels take stencils of one family in a call: corners, T and B, or L and R"),
-        (problem_of("T", operation="weight_gradient"), "its kernel of the weight gradient is for corners"),
+        (call_of("T", "B"), None),
+        (call_of("L", "R", operation="solve"), None),
+        (call_of("TL", "B"), "its kernels take stencils of one family in a call: corners, T and B, or L and R"),
+        (call_of("T", "R"), "its kernels take stencils of one family in a call: corners, T and B, or L and R"),
+        (call_of("T", operation="weight_gradient"), "its kernel of the weight gradient is for corners"),
     ],
 )
-def test_reasons_of_stencils(gpu: None, problem: registry.Problem, reason: str | None):
-    assert cuda.why_not(problem) == reason
+def test_reasons_of_stencils(gpu: None, call: registry.OperatorCall, reason: str | None):
+    assert cuda.why_not(call) == reason
 
 
 def test_reasons(gpu: None, monkeypatch: pytest.MonkeyPatch):
@@ -448,12 +448,12 @@ def test_without_cuda_bindings(gpu: None, monkeypatch: pytest.MonkeyPatch):
 
 def test_running_on_the_reference_is_told_once(gpu: None, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.version, "hip", "7.0")
-    problem = problem_of("TL")
+    call = call_of("TL")
     with pytest.warns(RuntimeWarning, match="CUDA tensors run on the slow reference implementation: this torch is bui"):
-        assert cuda.why_not(problem) == "this torch is built for ROCm"
+        assert cuda.why_not(call) == "this torch is built for ROCm"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert cuda.why_not(problem) == "this torch is built for ROCm"
+        assert cuda.why_not(call) == "this torch is built for ROCm"
 
 
 def test_importing_imports_nothing_of_cuda():

@@ -26,7 +26,7 @@ from hypothesis import settings
 
 from nflows_kconv.backends import registry
 from nflows_kconv.backends.cuda import compiler, planning
-from nflows_kconv.backends.cuda.plan import Device, Kernel, Launch, Problem
+from nflows_kconv.backends.cuda.plan import Device, Kernel, Launch, ProblemSpec
 
 A100 = Device((8, 0), multiprocessors=108, shared_memory=166912)
 B200 = Device((10, 0), multiprocessors=148, shared_memory=232448)
@@ -45,7 +45,7 @@ thorough = settings.default.max_examples > 100
 
 def problems(
     channels: int, side: int, image: tuple[int, int, int], dtype: torch.dtype, device: Device
-) -> Iterator[Problem]:
+) -> Iterator[ProblemSpec]:
     corners, sides = ((0, 1, 2, 3), (8, 11, 8, 11)) if channels <= 6 else ((0,), (8,))
     batch, height, width = image
     total = channels * len(corners)
@@ -57,10 +57,10 @@ def problems(
             # A bias takes registers: where it fits, so does the same without one.
             bias = None if transpose else torch.empty(total, device="meta")
             called = operation, input, weight, stencils, bias
-            problem = emulator.planned(registry.Problem(*called, transpose=transpose, kernel_size=size))
+            problem = emulator.planned(registry.OperatorCall(*called, transpose=transpose, kernel_size=size))
             if operation == "conv" or planning.plan_solution(problem, device):
                 yield problem
-    yield emulator.planned(registry.Problem("weight_gradient", input, input, corners, kernel_size=(side, side)))
+    yield emulator.planned(registry.OperatorCall("weight_gradient", input, input, corners, kernel_size=(side, side)))
 
 
 def launches(device: Device) -> Iterator[Launch]:

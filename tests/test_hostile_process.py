@@ -13,9 +13,9 @@ from cuda_double import DriverDouble
 from nflows_kconv.backends import native
 from nflows_kconv.backends.cuda import native_launcher, planning, runtime
 from nflows_kconv.backends.cuda.native_launcher import NativeLauncher
-from nflows_kconv.backends.cuda.plan import Plan
+from nflows_kconv.backends.cuda.plan import LaunchPlan
 from nflows_kconv.backends.cuda.runtime import Runtime
-from nflows_kconv.backends.registry import Problem
+from nflows_kconv.backends.registry import OperatorCall
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="needs the limits of Linux")
 needs_native = pytest.mark.skipif(not native.available, reason=f"no native library: {native.reason}")
@@ -157,13 +157,13 @@ def launcher(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def call() -> torch.Tensor:
     image, weight = torch.randn(2, 4, 5, 6), torch.eye(4)[:, :, None, None].contiguous()
-    return native_launcher.run(Problem("solve", image, weight, [0], kernel_size=[1, 1]))
+    return native_launcher.run(OperatorCall("solve", image, weight, [0], kernel_size=[1, 1]))
 
 
 @needs_native
 def test_out_of_gpu_memory_is_torchs_error(launcher: None, monkeypatch: pytest.MonkeyPatch):
     with monkeypatch.context() as context:
-        context.setattr(planning, "plan", lambda problem, device: Plan((), scratch=1 << 50))
+        context.setattr(planning, "plan", lambda problem, device: LaunchPlan((), scratch=1 << 50))
         for _ in range(2):
             with pytest.raises(torch.OutOfMemoryError, match=r"^out of memory: .*"):
                 call()

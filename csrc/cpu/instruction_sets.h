@@ -10,10 +10,10 @@ template <typename T>
 struct Kernels {
   Target target;
   // Packs the weights of one tile of a group; `packed` is of the group, and of the block where images differ.
-  void (*pack_weights)(const Problem<T>&, const Plan&, int64_t group, int64_t block, int64_t tile, T* packed);
+  void (*pack_weights)(const KernelProblem<T>&, const TaskPlan&, int64_t group, int64_t block, int64_t tile, T* packed);
   // Runs one task; `buffer` has plan.buffer_size elements, `places` one for each pixel of the rows that are moved at
   // once.
-  void (*run_task)(const Problem<T>&, const Plan&, const T* packed, int64_t group, int64_t block, T* buffer,
+  void (*run_task)(const KernelProblem<T>&, const TaskPlan&, const T* packed, int64_t group, int64_t block, T* buffer,
                    int64_t* places);
 };
 

@@ -228,7 +228,7 @@ ChannelsKernel<T> channels_kernel(int64_t vectors, int64_t pixels) {
 // the square that the triangle is in. The weights of an output lie in memory as a row of [input, tap]; squares of them
 // are transposed.
 template <typename T>
-void pack_columns(const Problem<T>& problem, const Plan& plan, int64_t stencil, const Tile& tile, int64_t own,
+void pack_columns(const KernelProblem<T>& problem, const TaskPlan& plan, int64_t stencil, const Tile& tile, int64_t own,
                   const T* outputs, int64_t output_stride, const T* scales, T* to) {
   constexpr int n = kLanes<T>;
   const int64_t channels = plan.channels, kernel_taps = problem.kernel_taps(), count = channels * kernel_taps;
@@ -257,11 +257,11 @@ void pack_columns(const Problem<T>& problem, const Plan& plan, int64_t stencil, 
 // origin[o * output_stride + i * input_stride + problem.tap(stencil, lag)]; and the diagonal.
 template <typename T>
 struct GroupWeights {
-  const Problem<T>& problem;
+  const KernelProblem<T>& problem;
   int64_t channels, stencil, first_channel, output_stride, input_stride;
   const T* origin;
 
-  GroupWeights(const Problem<T>& problem, int64_t group, int64_t image)
+  GroupWeights(const KernelProblem<T>& problem, int64_t group, int64_t image)
       : problem(problem), channels(problem.group_channels()), stencil(problem.stencils[group]) {
     const int64_t taps = problem.kernel_taps(), sign = problem.transpose ? -1 : 1;
     first_channel = image * problem.channels + group * channels;
@@ -281,7 +281,8 @@ struct GroupWeights {
 
 // Where each lane has weights of its own: packs a vector of each, those of the images of a block.
 template <typename T>
-void pack_lanes(const Problem<T>& problem, const Plan& plan, int64_t group, int64_t block, const Tile& tile, T* to) {
+void pack_lanes(const KernelProblem<T>& problem, const TaskPlan& plan, int64_t group, int64_t block, const Tile& tile,
+                T* to) {
   constexpr int n = kLanes<T>;
   const GroupWeights<T> first(problem, group, block * n);
   const int64_t channels = plan.channels, size = tile.size,
@@ -310,7 +311,8 @@ void pack_lanes(const Problem<T>& problem, const Plan& plan, int64_t group, int6
 }
 
 template <typename T>
-void pack_weights(const Problem<T>& problem, const Plan& plan, int64_t group, int64_t block, int64_t index, T* packed) {
+void pack_weights(const KernelProblem<T>& problem, const TaskPlan& plan, int64_t group, int64_t block, int64_t index,
+                  T* packed) {
   if (plan.weight_lanes > 1) {
     const Tile& tile = plan.tiles[index];
     return pack_lanes(problem, plan, group, block, tile, packed + tile.weights * plan.weight_lanes);
@@ -365,8 +367,8 @@ void pack_weights(const Problem<T>& problem, const Plan& plan, int64_t group, in
 // Canonical rows [begin, end) of all planes of one group of some images, and where they lie in the buffer.
 template <typename T>
 struct Strip {
-  const Problem<T>& problem;
-  const Plan& plan;
+  const KernelProblem<T>& problem;
+  const TaskPlan& plan;
   bool flip_planes, flip_rows, flip_columns, by_columns;
   int64_t images;  // lanes in use, where lanes are images
   const T* bias;   // of the group's channels, or null
@@ -501,7 +503,7 @@ struct Strip {
 // ---- Tasks ---------------------------------------------------------------------------------------------------------
 
 template <bool kSolve, typename T>
-void compute_position(T* position, const Plan& plan, const T* packed, const TileKernel<T>* kernels) {
+void compute_position(T* position, const TaskPlan& plan, const T* packed, const TileKernel<T>* kernels) {
   const int64_t inputs = (plan.tap_count - 1) * plan.channels;
   for (int64_t t = 0; t < plan.tile_count; ++t) {
     const Tile& tile = plan.tiles[kSolve ? t : plan.tile_count - 1 - t];
@@ -520,7 +522,8 @@ struct Wavefront {
 
 // Where lanes are channels: computes all pixels of a plane of some images, the first at `corner`.
 template <bool kSolve, typename T>
-void compute_wavefronts(T* corner, int64_t images, int64_t height, int64_t width, const Plan& plan, const T* packed) {
+void compute_wavefronts(T* corner, int64_t images, int64_t height, int64_t width, const TaskPlan& plan,
+                        const T* packed) {
   const int64_t n = plan.lanes_per_vector, inputs = (plan.tap_count - 1) * plan.channels;
   const int64_t steps = width + plan.skew * (height - 1);
   const int64_t next_row = (plan.row_positions - plan.skew) * plan.position_pitch;
@@ -556,7 +559,7 @@ void compute_wavefronts(T* corner, int64_t images, int64_t height, int64_t width
 }
 
 template <typename T>
-void clear_borders(const Plan& plan, int64_t images, T* buffer) {
+void clear_borders(const TaskPlan& plan, int64_t images, T* buffer) {
   if (plan.lanes == Lanes::rows) {
     __builtin_memset(buffer, 0, plan.buffer_size * sizeof(T));
     return;
@@ -576,7 +579,7 @@ void clear_borders(const Plan& plan, int64_t images, T* buffer) {
 // Moves the rows that the strip before this one has in the buffer to where this one has them: its last rows, solved,
 // are above this one, or those above it, to be convolved, the last of this one.
 template <bool kSolve, typename T>
-void keep_shared_rows(const Plan& plan, T* buffer) {
+void keep_shared_rows(const TaskPlan& plan, T* buffer) {
   const int64_t row = plan.row_positions * plan.position_pitch, rows = plan.rows_above * row * sizeof(T);
   for (int64_t plane = plan.first_plane; plane < plan.image_pitch; plane += plan.plane_pitch) {
     T *above = buffer + plane, *last = above + plan.strip_rows * row;
@@ -586,7 +589,7 @@ void keep_shared_rows(const Plan& plan, T* buffer) {
 
 // Where taps read to the right, a solution must not leave anything beyond the ends of the rows that are lanes.
 template <typename T>
-void clear_outside(T* position, const Plan& plan, Wavefront rows) {
+void clear_outside(T* position, const TaskPlan& plan, Wavefront rows) {
   for (int64_t channel = 0; channel < plan.channels; ++channel, position += plan.channel_pitch) {
     for (int64_t lane = 0; lane < rows.first; ++lane) position[lane] = 0;
     for (int64_t lane = rows.last; lane < plan.lanes_per_vector; ++lane) position[lane] = 0;
@@ -596,8 +599,8 @@ void clear_outside(T* position, const Plan& plan, Wavefront rows) {
 // A convolution goes through strips, positions and channels in the reverse order of a solution: each output then takes
 // the place of an input that no later output reads.
 template <bool kSolve, typename T>
-void run_task(const Problem<T>& problem, const Plan& plan, const T* packed, int64_t group, int64_t block, T* buffer,
-              int64_t* places) {
+void run_task(const KernelProblem<T>& problem, const TaskPlan& plan, const T* packed, int64_t group, int64_t block,
+              T* buffer, int64_t* places) {
   const int64_t stencil = problem.transpose ? opposite(problem.stencils[group]) : problem.stencils[group];
   const int64_t first_image = block * plan.block_images;
   const int64_t images = smaller(plan.block_images, problem.batch - first_image);
@@ -668,8 +671,8 @@ void run_task(const Problem<T>& problem, const Plan& plan, const T* packed, int6
 }
 
 template <typename T>
-void run_either_task(const Problem<T>& problem, const Plan& plan, const T* packed, int64_t group, int64_t block,
-                     T* buffer, int64_t* places) {
+void run_either_task(const KernelProblem<T>& problem, const TaskPlan& plan, const T* packed, int64_t group,
+                     int64_t block, T* buffer, int64_t* places) {
   if (problem.solve)
     run_task<true>(problem, plan, packed, group, block, buffer, places);
   else

@@ -44,8 +44,9 @@ int64_t image_blocks(int64_t image_vectors, int64_t groups, int64_t threads, int
 }  // namespace
 
 template <typename T>
-OwnedPlan make_plan(const Problem<T>& problem, int64_t family, int64_t groups, const Target& target, int64_t threads) {
-  OwnedPlan plan{};
+OwnedTaskPlan make_plan(const KernelProblem<T>& problem, int64_t family, int64_t groups, const Target& target,
+                        int64_t threads) {
+  OwnedTaskPlan plan{};
   const int64_t depth = problem.depth, height = problem.height, width = problem.width;
   plan.channels = problem.group_channels();
   const Lag step = problem.dilation;
@@ -172,7 +173,7 @@ OwnedPlan make_plan(const Problem<T>& problem, int64_t family, int64_t groups, c
   return plan;  // moved or built in place: the pointers stay
 }
 
-template OwnedPlan make_plan(const Problem<float>&, int64_t, int64_t, const Target&, int64_t);
-template OwnedPlan make_plan(const Problem<double>&, int64_t, int64_t, const Target&, int64_t);
+template OwnedTaskPlan make_plan(const KernelProblem<float>&, int64_t, int64_t, const Target&, int64_t);
+template OwnedTaskPlan make_plan(const KernelProblem<double>&, int64_t, int64_t, const Target&, int64_t);
 
 }  // namespace kconv

@@ -44,7 +44,7 @@ struct Tile {  // output channels [first, first + size) and their packed weights
   int64_t first, size, weights;
 };
 
-struct Plan {
+struct TaskPlan {
   Lanes lanes;
   int64_t channels;                                // of a group
   int64_t planes_before, rows_above, left, right;  // how far taps reach, clipped to the image
@@ -79,7 +79,7 @@ struct Plan {
   const int64_t* places;
 };
 
-struct OwnedPlan : Plan {
+struct OwnedTaskPlan : TaskPlan {
   std::vector<Tile> owned_tiles;
   std::vector<Lag> owned_taps;
   std::vector<int64_t> owned_offsets, owned_places;
@@ -87,6 +87,7 @@ struct OwnedPlan : Plan {
 
 // For so many groups of a family; the problem is in the family's frame.
 template <typename T>
-OwnedPlan make_plan(const Problem<T>& problem, int64_t family, int64_t groups, const Target& target, int64_t threads);
+OwnedTaskPlan make_plan(const KernelProblem<T>& problem, int64_t family, int64_t groups, const Target& target,
+                        int64_t threads);
 
 }  // namespace kconv

@@ -18,7 +18,7 @@ inline double exponential(double x) { return __builtin_exp(x); }
 // output = A input + bias, A^T input + bias, A^-1 (input - bias) or A^-T (input - bias), see nflows_kconv/ops.py for A.
 // Images are volumes of one plane.
 template <typename T>
-struct Problem {
+struct KernelProblem {
   const T* input;           // [batch, channels, depth, height, width]
   T* output;                // the same shape, not overlapping the input
   const T* weight;          // [channels, channels / groups, kernel_depth, kernel_height, kernel_width], contiguous
@@ -39,12 +39,12 @@ struct Problem {
   int64_t kernel_taps() const { return kernel_depth * kernel_height * kernel_width; }
 
   // One image whose groups repeat their stencils, as many images with weights of their own.
-  Problem with_images_of_groups() const {
+  KernelProblem with_images_of_groups() const {
     int64_t period = 1;
     for (int64_t group = 1; group < groups; ++group)
       if (stencils[group] != stencils[group % period]) period = group + 1;
     if (batch != 1 || period == groups || groups % period) return *this;
-    Problem split = *this;
+    KernelProblem split = *this;
     split.batch = groups / period;
     split.groups = period;
     split.channels = channels / split.batch;
@@ -57,8 +57,8 @@ struct Problem {
   bool stores_columns() const { return output_strides.row < output_strides.column; }
 
   // The same problem with the rows and columns that a family's canonical frame has before it is mirrored.
-  Problem in_frame_of(int64_t family) const {
-    Problem framed = *this;
+  KernelProblem in_frame_of(int64_t family) const {
+    KernelProblem framed = *this;
     if (family & kExchanged) {
       for (Strides* strides : {&framed.input_strides, &framed.output_strides}) exchange(strides->row, strides->column);
       exchange(framed.height, framed.width);
@@ -100,7 +100,7 @@ enum class Outcome : int { done, bad_diagonal, out_of_memory, freed, declined };
 // Solves the problem with the selected instruction set, or does nothing: the diagonal of a solution, and what
 // log_diagonal stands for, must be finite and not zero, its reciprocal too.
 template <typename T>
-Outcome run(const Problem<T>& problem, int64_t threads, ParallelFor parallel_for);
+Outcome run(const KernelProblem<T>& problem, int64_t threads, ParallelFor parallel_for);
 
 // "avx512", "avx2" or "baseline": the widest that the machine has, unless another was selected.
 const char* instruction_set();

@@ -83,7 +83,7 @@ class Scratch {
 thread_local Scratch scratch;
 
 template <typename T>
-bool has_reciprocals(const Problem<T>& problem) {
+bool has_reciprocals(const KernelProblem<T>& problem) {
   const int64_t channels = problem.group_channels(), taps = problem.kernel_taps();
   const int64_t count = problem.channels * (problem.images_differ ? problem.batch : 1);
   for (int64_t channel = 0; channel < count; ++channel) {
@@ -98,8 +98,8 @@ bool has_reciprocals(const Problem<T>& problem) {
 
 template <typename T>
 struct Run {
-  const Problem<T>& problem;
-  const Plan& plan;
+  const KernelProblem<T>& problem;
+  const TaskPlan& plan;
   const Kernels<T>& kernels;
   const int64_t* groups;
   T* packed;
@@ -125,7 +125,7 @@ void pack_tiles(int64_t begin, int64_t end, void* context) {
 template <typename T>
 void run_tasks(int64_t begin, int64_t end, void* context) {
   Run<T>& run = *static_cast<Run<T>*>(context);
-  const Plan& plan = run.plan;
+  const TaskPlan& plan = run.plan;
   const size_t buffer_bytes = (plan.buffer_size * sizeof(T) + 63) / 64 * 64;
   const int64_t rows = plan.strip_rows + plan.rows_above;
   char* memory;
@@ -145,11 +145,11 @@ void run_tasks(int64_t begin, int64_t end, void* context) {
 
 // Runs the groups of one family; the problem is in its frame.
 template <typename T>
-void run_family(const Problem<T>& problem, int64_t family, const std::vector<int64_t>& groups, int64_t threads,
+void run_family(const KernelProblem<T>& problem, int64_t family, const std::vector<int64_t>& groups, int64_t threads,
                 ParallelFor parallel_for) {
   const Kernels<T>& kernels = current().kernels(T());
   const int64_t count = int64_t(groups.size());
-  const OwnedPlan plan = make_plan(problem, family, count, kernels.target, threads);
+  const OwnedTaskPlan plan = make_plan(problem, family, count, kernels.target, threads);
   const int64_t packings = count * plan.weight_blocks, packing = plan.group_weights * plan.weight_lanes;
   const Memory packed = allocate(packings * packing * sizeof(T));
   Run<T> run{problem, plan, kernels, groups.data(), static_cast<T*>(packed.get())};
@@ -164,8 +164,8 @@ void run_family(const Problem<T>& problem, int64_t family, const std::vector<int
 }  // namespace
 
 template <typename T>
-Outcome run(const Problem<T>& given, int64_t threads, ParallelFor parallel_for) try {
-  const Problem<T> problem = given.with_images_of_groups();
+Outcome run(const KernelProblem<T>& given, int64_t threads, ParallelFor parallel_for) try {
+  const KernelProblem<T> problem = given.with_images_of_groups();
   if ((problem.solve || problem.log_diagonal) && !has_reciprocals(problem)) return Outcome::bad_diagonal;
   for (const int64_t one : kFamilies) {
     std::vector<int64_t> groups;
@@ -178,8 +178,8 @@ Outcome run(const Problem<T>& given, int64_t threads, ParallelFor parallel_for) 
   return Outcome::out_of_memory;
 }
 
-template Outcome run(const Problem<float>&, int64_t, ParallelFor);
-template Outcome run(const Problem<double>&, int64_t, ParallelFor);
+template Outcome run(const KernelProblem<float>&, int64_t, ParallelFor);
+template Outcome run(const KernelProblem<double>&, int64_t, ParallelFor);
 
 const char* instruction_set() { return current().name; }
 

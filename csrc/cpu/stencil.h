@@ -2,9 +2,9 @@
 //
 // Bits 0 to 2 mirror columns, rows and planes; kSide tells sides from corners, kExchanged that rows and columns are
 // exchanged before they are mirrored. Stencils that differ in their mirrors alone are a family; its canonical frame has
-// rows, columns and kernel as `Problem::in_frame_of` gives them. There the pivot is in the last row of the last plane
-// of the kernel, the lag of a tap is how many planes, rows and columns back it reads, and the transposed operator has
-// the same lags in `opposite`. An image is a volume of one plane, mirrored or not.
+// rows, columns and kernel as `KernelProblem::in_frame_of` gives them. There the pivot is in the last row of the last
+// plane of the kernel, the lag of a tap is how many planes, rows and columns back it reads, and the transposed operator
+// has the same lags in `opposite`. An image is a volume of one plane, mirrored or not.
 #pragma once
 
 #include <cstdint>

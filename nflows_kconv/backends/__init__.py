@@ -1,6 +1,6 @@
 """Implementations of the primitive: which can run here, which will, and why. New ones register below.
 
-registry     what a problem is; asks the backends, in the order in which they are registered here
+registry     what an operator call is; asks the backends in the order of registration here
 reference    plain PyTorch: every stencil, dimension and device
 products     its solutions of images: also those on a GPU that no kernel computes
 cpu          the kernels under csrc/cpu, in the native library

@@ -11,7 +11,7 @@ from torch import Tensor
 from nflows_kconv import stencil
 from nflows_kconv.backends import native, reference
 from nflows_kconv.backends.native import Options, Outcome
-from nflows_kconv.backends.registry import Problem, Status
+from nflows_kconv.backends.registry import OperatorCall, Status
 from nflows_kconv.torch_internals import address
 
 # What csrc/cpu/stencil.h has.
@@ -28,18 +28,18 @@ def status() -> Status:
     return Status(True, f"{name}, {threads} thread{'s' * (threads != 1)}")
 
 
-def why_not(problem: Problem) -> str | None:
+def why_not(call: OperatorCall) -> str | None:
     """Returns None where the native library is there and knows the stencils."""
     if not native.available:
         return native.reason
-    return None if _STENCILS.issuperset(problem.stencils) else "it has no kernel for a stencil"
+    return None if _STENCILS.issuperset(call.stencils) else "it has no kernel for a stencil"
 
 
-def run(problem: Problem) -> Tensor:
-    """Runs a problem; what torch's own convolutions do as fast, they do."""
-    if problem.operation == "weight_gradient":
-        return reference.run(problem)
-    operation, input, weight, stencils, bias, log_diagonal, unit_diagonal, transpose, _, dilation = problem
+def run(call: OperatorCall) -> Tensor:
+    """Runs a call; what torch's own convolutions do as fast, they do."""
+    if call.operation == "weight_gradient":
+        return reference.run(call)
+    operation, input, weight, stencils, bias, log_diagonal, unit_diagonal, transpose, _, dilation = call
     dtype = torch.promote_types(input.dtype, torch.float32)
     images = input.to(dtype)
     output = torch.empty_like(images)
@@ -55,7 +55,7 @@ def run(problem: Problem) -> Tensor:
             raise RuntimeError("not enough memory for the buffers of the CPU kernel")
         case Outcome.FREED:  # under the tensor, as sharding libraries do
             raise RuntimeError("the memory of the tensors must not have been freed")
-    return reference.run(problem)  # which is as fast, or tells about the diagonal
+    return reference.run(call)  # which is as fast, or tells about the diagonal
 
 
 def attempt(
@@ -68,7 +68,7 @@ def attempt(
     dilation: tuple[int, ...],
     unit_diagonal: bool,
 ) -> Tensor | None:
-    """Runs a problem with unchecked tensors, see `registry.Implementation`."""
+    """Runs a call with unchecked tensors, see `registry.Implementation`."""
     if not (input.is_cpu and input.layout is torch.strided and _STENCILS.issuperset(stencils)):
         return None
     options, output = _options(operation, stencils, dilation, unit_diagonal, False), torch.empty_like(input)

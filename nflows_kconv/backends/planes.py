@@ -1,4 +1,4 @@
-"""Solves problems of three dimensions plane by plane: one problem of two dimensions for each."""
+"""Solves problems of three dimensions plane by plane: one call of two dimensions for each."""
 
 from __future__ import annotations
 
@@ -10,34 +10,34 @@ from torch import Tensor
 
 from nflows_kconv import stencil
 from nflows_kconv.backends import reference
-from nflows_kconv.backends.registry import Problem
+from nflows_kconv.backends.registry import OperatorCall
 
 
-def solve(problem: Problem, solve_planes: Callable[[Problem], Tensor]) -> Tensor:
+def solve(call: OperatorCall, solve_planes: Callable[[OperatorCall], Tensor]) -> Tensor:
     """Computes x = A^-1 (y - b), or x = A^-T (y - b), for corners in three dimensions.
 
     A plane reads earlier planes through an unmasked convolution, with planes and channels as one dimension, and itself
     through the taps of the pivot's plane. All groups are in their canonical frames, so one convolution does for all.
 
     Args:
-        problem: A solution in three dimensions.
+        call: A solution in three dimensions.
         solve_planes: Solves problems of two dimensions.
     """
-    if problem.input.numel() == 0:
-        return torch.empty_like(problem.input)
+    if call.input.numel() == 0:
+        return torch.empty_like(call.input)
     # Half precision is rounded once: all planes are solved in float32.
-    dtype = torch.promote_types(problem.input.dtype, torch.float32)
-    bias, log_diagonal = (None if t is None else t.to(dtype) for t in (problem.bias, problem.log_diagonal))
-    stencils, count, transpose = problem.stencils, len(problem.stencils), problem.transpose
+    dtype = torch.promote_types(call.input.dtype, torch.float32)
+    bias, log_diagonal = (None if t is None else t.to(dtype) for t in (call.bias, call.log_diagonal))
+    stencils, count, transpose = call.stencils, len(call.stencils), call.transpose
     frames = [stencil.opposite(code, 3) if transpose else code for code in stencils]
-    images = zip(problem.input.to(dtype).chunk(count, 1), frames, strict=True)
+    images = zip(call.input.to(dtype).chunk(count, 1), frames, strict=True)
     y = torch.stack([stencil.canonical(image, frame, 3) for image, frame in images], 1)  # [B, G, C/G, D, H, W]
-    weights = zip(problem.other.to(dtype).chunk(count), stencils, strict=True)
+    weights = zip(call.other.to(dtype).chunk(count), stencils, strict=True)
     kernels = torch.stack([stencil.canonical(kernel, code, 3) for kernel, code in weights])
 
     # The corner of two dimensions whose operator, or transposed one, reads as the canonical frame does.
     corner = stencil.opposite(0, 2) if transpose else 0
-    of_plane = problem._replace(
+    of_plane = call._replace(
         other=stencil.from_canonical(kernels[:, :, :, -1], corner, 2).flatten(0, 1).contiguous(),
         stencils=[corner] * count,
         bias=bias,
@@ -56,4 +56,4 @@ def solve(problem: Problem, solve_planes: Callable[[Problem], Tensor]) -> Tensor
                 rhs = rhs - F.conv2d(bordered[:, :, :, d - known : d].flatten(1, 3), weight, groups=count)
         x[:, :, :, d] = solve_planes(of_plane._replace(input=rhs)).unflatten(1, (count, -1))
     solved = [stencil.from_canonical(x[:, g], frame, 3) for g, frame in enumerate(frames)]
-    return torch.empty_like(problem.input).copy_(torch.cat(solved, 1))
+    return torch.empty_like(call.input).copy_(torch.cat(solved, 1))

@@ -8,20 +8,20 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from nflows_kconv.backends.registry import Problem
+from nflows_kconv.backends.registry import OperatorCall
 
 
-def run(problem: Problem, run_undilated: Callable[[Problem], Tensor]) -> Tensor:
-    """Runs a dilated problem on the phases of its images, those of equal size as one batch.
+def run(call: OperatorCall, run_undilated: Callable[[OperatorCall], Tensor]) -> Tensor:
+    """Runs a dilated call on the phases of its images, those of equal size as one batch.
 
     Of n pixels, the first n mod d phases have one more than the others, so there are at most two sizes an axis. Phases
     are not padded: a side reads both ways, and would read solutions in the padding.
     """
-    undilated, dilation = problem._replace(dilation=[1] * len(problem.dilation)), problem.dilation
-    if problem.operation != "weight_gradient":
-        output = torch.empty_like(problem.input)
+    undilated, dilation = call._replace(dilation=[1] * len(call.dilation)), call.dilation
+    if call.operation != "weight_gradient":
+        output = torch.empty_like(call.input)
         count = len(dilation)
-        for phases, outputs in zip(_phases(problem.input, dilation), _phases(output, dilation), strict=True):
+        for phases, outputs in zip(_phases(call.input, dilation), _phases(output, dilation), strict=True):
             solved = run_undilated(undilated._replace(input=_batch(phases, dilation)))
             solved = solved.unflatten(
                 0, phases.shape[: count + 1]
@@ -33,12 +33,12 @@ def run(problem: Problem, run_undilated: Callable[[Problem], Tensor]) -> Tensor:
             outputs.copy_(solved)
         return output
     # Half precision is rounded once, after the sum.
-    input, grad = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (problem.input, problem.other))
+    input, grad = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (call.input, call.other))
     channels = input.shape[1]
-    total = input.new_zeros(channels, channels // len(problem.stencils), *problem.kernel_size)
+    total = input.new_zeros(channels, channels // len(call.stencils), *call.kernel_size)
     for phases, grads in zip(_phases(input, dilation), _phases(grad, dilation), strict=True):
         total += run_undilated(undilated._replace(input=_batch(phases, dilation), other=_batch(grads, dilation)))
-    return total.to(problem.input.dtype)
+    return total.to(call.input.dtype)
 
 
 def _phases(images: Tensor, dilation: Sequence[int]) -> Iterator[Tensor]:

@@ -24,7 +24,7 @@ from torch.nn import grad as convolution_gradients
 
 from nflows_kconv import stencil
 from nflows_kconv.backends import polyphase, products
-from nflows_kconv.backends.registry import Problem
+from nflows_kconv.backends.registry import OperatorCall
 
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _WEIGHT_GRADIENTS = {
@@ -34,12 +34,12 @@ _WEIGHT_GRADIENTS = {
 }
 
 
-def why_not(problem: Problem) -> None:
+def why_not(call: OperatorCall) -> None:
     """Returns None: it runs everything."""
 
 
-def run(problem: Problem) -> Tensor:
-    """Returns the result of a problem.
+def run(call: OperatorCall) -> Tensor:
+    """Returns the result of a call.
 
     Returns:
         For "conv" and "solve" with the shape, dtype and memory format of the input, for "weight_gradient" a contiguous
@@ -49,20 +49,20 @@ def run(problem: Problem) -> Tensor:
         ValueError: If, on the CPU, an entry of the pivot's diagonal is zero or not finite, in a solution or if the
             diagonal is exp(log_diagonal).
     """
-    if problem.dilated:
-        return polyphase.run(problem, run)
-    return {"conv": _conv, "solve": _solve, "weight_gradient": _weight_gradient}[problem.operation](problem)
+    if call.dilated:
+        return polyphase.run(call, run)
+    return {"conv": _conv, "solve": _solve, "weight_gradient": _weight_gradient}[call.operation](call)
 
 
-def _conv(problem: Problem) -> Tensor:
-    input, dimensions, count = problem.input, problem.dimensions, len(problem.stencils)
+def _conv(call: OperatorCall) -> Tensor:
+    input, dimensions, count = call.input, call.dimensions, len(call.stencils)
     output = torch.empty_like(input)
     if input.numel() == 0:
         return output
-    weight, stencils = _effective(problem), list(problem.stencils)
-    if problem.log_diagonal is not None:
+    weight, stencils = _effective(call), list(call.stencils)
+    if call.log_diagonal is not None:
         _check_diagonal(weight, stencils)
-    if problem.transpose:
+    if call.transpose:
         axes = list(range(-dimensions, 0))
         weight = weight.unflatten(0, (count, -1)).transpose(1, 2).flip(axes).flatten(0, 1)
         stencils = [stencil.opposite(code, dimensions) for code in stencils]
@@ -72,7 +72,7 @@ def _conv(problem: Problem) -> Tensor:
         weight.unflatten(0, shape),
         output.unflatten(1, shape),
     )
-    biases = None if problem.bias is None else problem.bias.to(weight.dtype).unflatten(0, shape)
+    biases = None if call.bias is None else call.bias.to(weight.dtype).unflatten(0, shape)
     for code, groups in _by_stencil(stencils).items():
         x, w = stencil.pad(images[:, groups].flatten(1, 2), code, weight.shape[2:]), kernels[groups]
         b = None if biases is None else biases[groups].flatten()
@@ -82,26 +82,26 @@ def _conv(problem: Problem) -> Tensor:
     return output
 
 
-def _solve(problem: Problem) -> Tensor:
-    input, dimensions, stencils = problem.input, problem.dimensions, problem.stencils
+def _solve(call: OperatorCall) -> Tensor:
+    input, dimensions, stencils = call.input, call.dimensions, call.stencils
     if input.numel() == 0:
         return torch.empty_like(input)
-    weight = _effective(problem)
+    weight = _effective(call)
     _check_diagonal(weight, stencils)
     rhs = input.to(weight.dtype)
-    if problem.bias is not None:
-        rhs = rhs - problem.bias.to(weight.dtype).view(-1, *[1] * dimensions)
+    if call.bias is not None:
+        rhs = rhs - call.bias.to(weight.dtype).view(-1, *[1] * dimensions)
     output = torch.empty_like(input)
     images, outputs, kernels = rhs.chunk(len(stencils), 1), output.chunk(len(stencils), 1), weight.chunk(len(stencils))
     substitute = products.substitute if dimensions == 2 else _substitute
-    frames = [stencil.opposite(code, dimensions) if problem.transpose else code for code in stencils]
+    frames = [stencil.opposite(code, dimensions) if call.transpose else code for code in stencils]
     for family in {stencil.family(code) for code in stencils}:
         members = [group for group, code in enumerate(stencils) if stencil.family(code) == family]
         y = torch.stack([stencil.canonical(images[g], frames[g], dimensions) for g in members], 1)
         taps = torch.stack([stencil.canonical(kernels[g], stencils[g], dimensions) for g in members])
         lags = stencil.lags(family, weight.shape[2:])
         with in_own_precision(input.device):
-            x = substitute(y, taps.flatten(3)[..., : len(lags)], lags, problem.transpose)
+            x = substitute(y, taps.flatten(3)[..., : len(lags)], lags, call.transpose)
         for index, g in enumerate(members):
             outputs[g].copy_(stencil.from_canonical(x[:, index], frames[g], dimensions))
     return output
@@ -134,8 +134,8 @@ def _substitute(y: Tensor, taps: Tensor, lags: Sequence[Sequence[int]], transpos
     return x
 
 
-def _weight_gradient(problem: Problem) -> Tensor:
-    input, grad, stencils, kernel_size = problem.input, problem.other, problem.stencils, list(problem.kernel_size)
+def _weight_gradient(call: OperatorCall) -> Tensor:
+    input, grad, stencils, kernel_size = call.input, call.other, call.stencils, list(call.kernel_size)
     channels, count = input.shape[1], len(stencils)
     per_group = channels // count
     if input.numel() == 0:
@@ -148,9 +148,9 @@ def _weight_gradient(problem: Problem) -> Tensor:
         x, g = stencil.pad(images[:, groups].flatten(1, 2), code, kernel_size), grads[:, groups]
         size = g.shape[1] * per_group, per_group, *kernel_size
         with in_own_precision(input.device):
-            w = _WEIGHT_GRADIENTS[problem.dimensions](x, size, g.flatten(1, 2), groups=g.shape[1])
+            w = _WEIGHT_GRADIENTS[call.dimensions](x, size, g.flatten(1, 2), groups=g.shape[1])
         gradient.unflatten(0, shape)[groups] = w.unflatten(0, (-1, per_group))
-    masked = _mask(gradient.shape, tuple(stencils), input.device, problem.unit_diagonal)
+    masked = _mask(gradient.shape, tuple(stencils), input.device, call.unit_diagonal)
     return gradient.masked_fill_(masked, 0).to(input.dtype, memory_format=torch.contiguous_format)
 
 
@@ -182,11 +182,11 @@ def _check_diagonal(weight: Tensor, stencils: Sequence[int]) -> None:
         stencil.check_diagonal(stencil.pivot_diagonal(weight, stencils))
 
 
-def _effective(problem: Problem) -> Tensor:
+def _effective(call: OperatorCall) -> Tensor:
     """Returns the weight that counts, in float32 at least."""
-    dtype = torch.promote_types(problem.other.dtype, torch.float32)
-    log_diagonal = None if problem.log_diagonal is None else problem.log_diagonal.to(dtype)
-    return stencil.effective(problem.other.to(dtype), problem.stencils, log_diagonal, problem.unit_diagonal)
+    dtype = torch.promote_types(call.other.dtype, torch.float32)
+    log_diagonal = None if call.log_diagonal is None else call.log_diagonal.to(dtype)
+    return stencil.effective(call.other.to(dtype), call.stencils, log_diagonal, call.unit_diagonal)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:

@@ -1,4 +1,4 @@
-"""What a call of the primitive is, and who can run it: each backend tells why it cannot, or does."""
+"""Calls of the operators, and the backends that run them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 
-class Problem(NamedTuple):
+class OperatorCall(NamedTuple):
     """One call of an operator, its arguments checked.
 
     Attributes:
@@ -61,18 +61,18 @@ class Implementation(NamedTuple):
         name: How users choose it.
         device: The type of the tensors that it runs, "any" for all.
         status: Tells whether it can run here, and with what or why not.
-        why_not: Tells why it cannot run a problem on a device of its type; None where it can.
-        run: Runs a problem.
+        why_not: Tells why it cannot run a call on a device of its type; None where it can.
+        run: Runs a call.
         attempt: Given the first arguments of an operator, checked only to be plain tensors, with its name before
             them: the result, or None, whatever the reason. It saves the checks in Python, which cost more than a small
-            problem.
+            call.
     """
 
     name: str
     device: str
     status: Callable[[], Status]
-    why_not: Callable[[Problem], str | None]
-    run: Callable[[Problem], Tensor]
+    why_not: Callable[[OperatorCall], str | None]
+    run: Callable[[OperatorCall], Tensor]
     attempt: Callable[..., Tensor | None] | None = None
 
 
@@ -82,7 +82,7 @@ _chosen: Implementation | None = None  # for all threads: backward passes have t
 
 
 def register(implementation: Implementation) -> None:
-    """Adds a backend. Of those that can run a problem, the one registered first does."""
+    """Adds a backend. Of those that can run a call, the one registered first does."""
     _registered[implementation.name] = implementation
     global _attempts
     _attempts = _attempts or implementation.attempt
@@ -93,24 +93,24 @@ def registered() -> Sequence[Implementation]:
     return tuple(_registered.values())
 
 
-def run(problem: Problem) -> Tensor:
-    """Runs a problem on the chosen backend, or on the first that can.
+def run(call: OperatorCall) -> Tensor:
+    """Runs a call on the chosen backend, or on the first that can.
 
     Raises:
         RuntimeError: If the chosen one cannot, or none.
     """
-    device, chosen = problem.input.device.type, _chosen
+    device, chosen = call.input.device.type, _chosen
     if chosen is not None:
-        reason = f"it runs {chosen.device} tensors" if chosen.device not in ("any", device) else chosen.why_not(problem)
+        reason = f"it runs {chosen.device} tensors" if chosen.device not in ("any", device) else chosen.why_not(call)
         if reason is not None:
-            raise RuntimeError(f'backend "{chosen.name}" must be able to run this {device} problem: {reason}')
-        return chosen.run(problem)
-    for _, for_device, _, why_not, run_problem, _ in _registered.values():
-        if for_device in (device, "any") and why_not(problem) is None:
-            return run_problem(problem)
-    reasons = [f"{each.name}: {each.why_not(problem)}" for each in _registered.values() if each.device == device]
+            raise RuntimeError(f'backend "{chosen.name}" must be able to run this call on {device} tensors: {reason}')
+        return chosen.run(call)
+    for _, for_device, _, why_not, run_call, _ in _registered.values():
+        if for_device in (device, "any") and why_not(call) is None:
+            return run_call(call)
+    reasons = [f"{each.name}: {each.why_not(call)}" for each in _registered.values() if each.device == device]
     raise RuntimeError(
-        f"{problem.operation} of {device} tensors needs the native library or the reference, got {reasons or 'neither'}"
+        f"{call.operation} of {device} tensors needs the native library or the reference, got {reasons or 'neither'}"
     )
 
 

@@ -22,7 +22,7 @@ from cuda_emulator import library
 from cuda_emulator.memory import Memory, once, span
 from nflows_kconv.backends import registry
 from nflows_kconv.backends.cuda import planning
-from nflows_kconv.backends.cuda.plan import POINTER_BYTES, Device, Launch, Plan, Problem
+from nflows_kconv.backends.cuda.plan import POINTER_BYTES, Device, Launch, LaunchPlan, ProblemSpec
 
 H100 = Device((9, 0), 132, 232448)
 
@@ -45,7 +45,7 @@ class EmulatorError(RuntimeError):
     """A kernel did what no CUDA kernel may do."""
 
 
-def call(problem: registry.Problem, *, device: Device = H100, seed: int = INCREASING) -> Tensor:
+def call(problem: registry.OperatorCall, *, device: Device = H100, seed: int = INCREASING) -> Tensor:
     """Plans and runs one call of the primitive as the CUDA backend does.
 
     Args:
@@ -64,12 +64,12 @@ def call(problem: registry.Problem, *, device: Device = H100, seed: int = INCREA
     return output
 
 
-def planned(problem: registry.Problem) -> Problem:
+def planned(problem: registry.OperatorCall) -> ProblemSpec:
     """Returns what is planned for a call; tensors on the device "meta" will do."""
-    return Problem.of(problem, _output(problem))
+    return ProblemSpec.of(problem, _output(problem))
 
 
-def _output(problem: registry.Problem) -> Tensor:
+def _output(problem: registry.OperatorCall) -> Tensor:
     if problem.operation != "weight_gradient":
         return torch.empty_like(problem.input)
     channels = problem.input.shape[1]
@@ -77,7 +77,7 @@ def _output(problem: registry.Problem) -> Tensor:
 
 
 def run(
-    plan: Plan,
+    plan: LaunchPlan,
     first: Tensor,
     second: Tensor,
     output: Tensor,

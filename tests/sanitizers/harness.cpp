@@ -85,8 +85,9 @@ std::array<int64_t, 2> pivot(int64_t stencil, int64_t rows, int64_t columns) {
 
 // The entry of y = A x, or A^T x, and of |A| |x|.
 template <typename T>
-UNCHECKED std::array<double, 2> product(const kconv::Problem<T>& problem, const T* x, const kconv::Strides& strides,
-                                        int64_t b, int64_t channel, int64_t d, int64_t h, int64_t w) {
+UNCHECKED std::array<double, 2> product(const kconv::KernelProblem<T>& problem, const T* x,
+                                        const kconv::Strides& strides, int64_t b, int64_t channel, int64_t d, int64_t h,
+                                        int64_t w) {
   const int64_t channels = problem.group_channels(), group = channel / channels, o = channel % channels;
   const int64_t planes = problem.kernel_depth, rows = problem.kernel_height, columns = problem.kernel_width;
   const int64_t stencil = problem.stencils[group];
@@ -116,7 +117,7 @@ UNCHECKED std::array<double, 2> product(const kconv::Problem<T>& problem, const 
 }
 
 template <typename T>
-void check(const kconv::Problem<T>& problem, const T* input, const T* output, uint64_t seed) {
+void check(const kconv::KernelProblem<T>& problem, const T* input, const T* output, uint64_t seed) {
   const double roundings = 4.0 * (problem.group_channels() * problem.kernel_taps() + 8);
   for (int64_t b = 0; b < problem.batch; ++b)
     for (int64_t c = 0; c < problem.channels; ++c)
@@ -183,10 +184,10 @@ void run(uint64_t seed) {
   for (const char* name : {"baseline", "avx2", "avx512"}) {
     if (!kconv::select_instruction_set(name)) continue;
     const std::unique_ptr<T[]> output(new T[span(sizes, output_strides)]);
-    const kconv::Problem<T> problem{input.get(),   output.get(),   weight.get(), bias.get(), nullptr,  stencils.get(),
-                                    input_strides, output_strides, sizes[2],     sizes[0],   sizes[1], sizes[3],
-                                    sizes[4],      groups,         planes,       rows,       columns,  dilation,
-                                    false,         transpose,      solve,        false};
+    const kconv::KernelProblem<T> problem{
+        input.get(), output.get(), weight.get(), bias.get(), nullptr,  stencils.get(), input_strides, output_strides,
+        sizes[2],    sizes[0],     sizes[1],     sizes[3],   sizes[4], groups,         planes,        rows,
+        columns,     dilation,     false,        transpose,  solve,    false};
     if (kconv::run(problem, thread_count, parallel_for) != kconv::Outcome::done) std::abort();
     check(problem, input.get(), output.get(), seed);
   }

@@ -18,7 +18,7 @@ from nflows_kconv import stencil
 from nflows_kconv.backends import native, planes, polyphase, reference
 from nflows_kconv.backends.cuda import compiler, driver, native_launcher, plan, planning, runtime
 from nflows_kconv.backends.cuda.python_launcher import PythonLauncher
-from nflows_kconv.backends.registry import Problem, Status
+from nflows_kconv.backends.registry import OperatorCall, Status
 
 if native.available:
     native_launcher.NativeLauncher(native.loaded(), runtime.runtime).connect()
@@ -39,30 +39,30 @@ def status() -> Status:
     return Status(True, "; not on ".join([f"{', '.join(served)}, {nvrtc}, launched from {launcher}", *refused]))
 
 
-def why_not(problem: Problem) -> str | None:
+def why_not(call: OperatorCall) -> str | None:
     """Returns None where kernels can run here, and there is one for the stencils."""
-    return runtime.told_why_not(problem.input.get_device()) or planning.why_not(problem.operation, problem.stencils)
+    return runtime.told_why_not(call.input.get_device()) or planning.why_not(call.operation, call.stencils)
 
 
-def run(problem: Problem) -> Tensor:
-    """Runs a problem; torch's own kernels do solutions that have no plan, and convolutions in three dimensions."""
-    if problem.dilated:
-        return polyphase.run(problem, run)
-    if problem.dimensions == 3:
-        return planes.solve(problem, run) if problem.operation == "solve" else reference.run(problem)
-    if stencil.family(problem.stencils[0]) == _LEFT:  # kernels exchange no axes, views do
-        upright = problem._replace(
-            input=problem.input.mT,
-            other=problem.other.mT,
-            stencils=[code ^ _LEFT ^ _TOP for code in problem.stencils],
-            kernel_size=problem.kernel_size[::-1],
+def run(call: OperatorCall) -> Tensor:
+    """Runs a call; torch's own kernels do solutions that have no plan, and convolutions in three dimensions."""
+    if call.dilated:
+        return polyphase.run(call, run)
+    if call.dimensions == 3:
+        return planes.solve(call, run) if call.operation == "solve" else reference.run(call)
+    if stencil.family(call.stencils[0]) == _LEFT:  # kernels exchange no axes, views do
+        upright = call._replace(
+            input=call.input.mT,
+            other=call.other.mT,
+            stencils=[code ^ _LEFT ^ _TOP for code in call.stencils],
+            kernel_size=call.kernel_size[::-1],
         )
         return run(upright).mT
-    if problem.operation == "solve" and not _has_solver(
-        problem.input.shape, problem.other.shape, problem.stencils[0], problem.input.dtype, problem.input.get_device()
+    if call.operation == "solve" and not _has_solver(
+        call.input.shape, call.other.shape, call.stencils[0], call.input.dtype, call.input.get_device()
     ):
-        return reference.run(problem)
-    return native_launcher.run(problem) if native.available else _python_launcher.run(problem)
+        return reference.run(call)
+    return native_launcher.run(call) if native.available else _python_launcher.run(call)
 
 
 @lru_cache(4096)
@@ -72,7 +72,7 @@ def _has_solver(shape: torch.Size, weight_shape: torch.Size, code: int, dtype: t
         return True
     groups = weight_shape[0] // weight_shape[1]
     none = (0, 0, 0, 0)  # strides do not matter
-    problem = plan.Problem(
+    problem = plan.ProblemSpec(
         "solve", dtype, (*shape,), (*weight_shape[2:],), (code,) * groups, False, False, none, none, none
     )
     return planning.plan_solution(problem, driver.describe(device)) is not None

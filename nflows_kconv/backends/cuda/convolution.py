@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from nflows_kconv.backends.cuda.plan import Device, Launch, Plan, Problem, arguments, ceil_div, kernel
+from nflows_kconv.backends.cuda.plan import Device, Launch, LaunchPlan, ProblemSpec, arguments, ceil_div, kernel
 from nflows_kconv.backends.cuda.tiling import MAX_THREADS, SHARED_MEMORY, evenly
 
 _MAX_COLUMNS = 32
@@ -22,12 +22,12 @@ _SPLIT_CHANNELS = 3
 _PIXEL_THREADS = 128  # of a block at most, and at least 8: x is copied once for all output channels of a block
 
 
-def plan_convolution(problem: Problem, device: Device) -> Plan:
+def plan_convolution(problem: ProblemSpec, device: Device) -> LaunchPlan:
     """Plans the launch for y = A x or y = A^T x."""
-    return Plan((replace(_choose(problem.typical, device), problem=problem).launch(),))
+    return LaunchPlan((replace(_choose(problem.typical, device), problem=problem).launch(),))
 
 
-def _choose(problem: Problem, device: Device) -> _Tiles:
+def _choose(problem: ProblemSpec, device: Device) -> _Tiles:
     """Chooses a tile for each thread. Larger tiles need fewer loads; more threads hide latencies better.
 
     The numbers above are predictions of a model of a multiprocessor, not measured.
@@ -52,7 +52,7 @@ def _choose(problem: Problem, device: Device) -> _Tiles:
     return tiles
 
 
-def _cut(problem: Problem, outputs: int, pixels: int, splits: int, threads: int) -> _Tiles:
+def _cut(problem: ProblemSpec, outputs: int, pixels: int, splits: int, threads: int) -> _Tiles:
     """Blocks of about so many threads: first all output channels, then a part of an image, or whole ones."""
     columns, lines = evenly(problem.shape[3], _MAX_COLUMNS), ceil_div(problem.shape[2], pixels)
     slots = evenly(ceil_div(problem.channels, outputs), max(1, threads // (splits * max(8, columns))))
@@ -66,7 +66,7 @@ def _cut(problem: Problem, outputs: int, pixels: int, splits: int, threads: int)
 class _Tiles:
     """One way to cut a problem; the fields are the constants of the kernel."""
 
-    problem: Problem
+    problem: ProblemSpec
     outputs: int
     pixels: int
     output_slots: int

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nflows_kconv.backends import native, registry
 from nflows_kconv.backends.cuda import driver
-from nflows_kconv.backends.cuda.plan import Problem
+from nflows_kconv.backends.cuda.plan import ProblemSpec
 from nflows_kconv.backends.cuda.runtime import Runtime
 
 _OPERATIONS = ("conv", "solve", "weight_gradient")
@@ -22,9 +22,9 @@ _WORDS = ctypes.POINTER(ctypes.c_int64)
 _Planner = ctypes.CFUNCTYPE(None, _WORDS, ctypes.c_int64, _WORDS, ctypes.c_void_p)
 
 
-def run(problem: registry.Problem) -> Tensor:
-    """Returns the result of a problem."""
-    operation, input, other, stencils, bias, log_diagonal, unit_diagonal, transpose, kernel_size, _ = problem
+def run(call: registry.OperatorCall) -> Tensor:
+    """Returns the result of a call."""
+    operation, input, other, stencils, bias, log_diagonal, unit_diagonal, transpose, kernel_size, _ = call
     if operation == "weight_gradient":
         return native.call("weight_gradient_cuda", input, other, stencils, kernel_size, unit_diagonal)
     return native.call(f"{operation}_cuda", input, other, bias, log_diagonal, stencils, unit_diagonal, transpose)
@@ -88,10 +88,10 @@ class NativeLauncher:
         )
 
 
-def _read(words: Any, output_strides: Any) -> tuple[Problem, int]:
+def _read(words: Any, output_strides: Any) -> tuple[ProblemSpec, int]:
     """Returns the problem and its device, from what `Planner` of csrc/cuda_launcher.h passes."""
     operation, dtype, device, unit_diagonal, transpose, bias, *sizes = words
-    problem = Problem(
+    problem = ProblemSpec(
         operation=_OPERATIONS[operation],
         dtype=_DTYPES[dtype],
         shape=tuple(sizes[2:6]),

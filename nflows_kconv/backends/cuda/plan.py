@@ -55,7 +55,7 @@ class Device:
 
 
 @dataclass(frozen=True)
-class Problem:
+class ProblemSpec:
     """One call of the primitive, as far as its kernels depend on it. No size is zero.
 
     Attributes:
@@ -85,7 +85,7 @@ class Problem:
     bias: bool = False
 
     @classmethod
-    def of(cls, call: registry.Problem, output: Tensor) -> Problem:
+    def of(cls, call: registry.OperatorCall, output: Tensor) -> ProblemSpec:
         """Returns the problem of a call, of two dimensions and without dilation, that writes this output."""
         sizes = map(tuple, (call.input.shape, call.kernel_size, call.stencils))
         strides = (tensor.stride() for tensor in (call.input, call.other, output))
@@ -93,7 +93,7 @@ class Problem:
         return cls(call.operation, call.input.dtype, *fields)
 
     @property
-    def typical(self) -> Problem:
+    def typical(self) -> ProblemSpec:
         """The same with a typical batch. Kernels are chosen by it; grids, scratch and arguments follow the real one."""
         batch = min(_TYPICAL_BATCHES, key=lambda typical: max(typical / self.shape[0], self.shape[0] / typical))
         return replace(self, shape=(batch, *self.shape[1:]))
@@ -173,7 +173,7 @@ class Launch:
 
 
 @dataclass(frozen=True)
-class Plan:
+class LaunchPlan:
     """The launches of a problem, in order on one stream.
 
     Attributes:
@@ -205,7 +205,7 @@ _SCALARS = {
 }
 
 
-def kernel(problem: Problem, source: str, name: str, **constants: int | str) -> Kernel:
+def kernel(problem: ProblemSpec, source: str, name: str, **constants: int | str) -> Kernel:
     """Returns the kernel for this problem; `constants` are those in addition to what arguments.cuh documents."""
     constants |= {
         "SCALAR": _SCALARS[problem.dtype],
@@ -219,11 +219,11 @@ def kernel(problem: Problem, source: str, name: str, **constants: int | str) -> 
     return Kernel(source, name, tuple(sorted(constants.items())))
 
 
-def _corner_words(problem: Problem) -> int:
+def _corner_words(problem: ProblemSpec) -> int:
     return ceil_div(len(problem.stencils), 16)
 
 
-def arguments(problem: Problem, parameters: Sequence[int] = (), offsets: Sequence[int] = ()) -> bytes:
+def arguments(problem: ProblemSpec, parameters: Sequence[int] = (), offsets: Sequence[int] = ()) -> bytes:
     """Returns `struct Arguments` of arguments.cuh as bytes, its pointers zero."""
     batch, _, height, width = problem.shape
     words = [0] * _corner_words(problem)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from nflows_kconv import stencil
 from nflows_kconv.backends.cuda import wavefront
 from nflows_kconv.backends.cuda.convolution import plan_convolution
-from nflows_kconv.backends.cuda.plan import Device, Plan, Problem
+from nflows_kconv.backends.cuda.plan import Device, LaunchPlan, ProblemSpec
 from nflows_kconv.backends.cuda.weight_gradient import plan_weight_gradient
 
 _FAMILIES = frozenset(map(stencil.family, stencil.parse(("TL", "T", "L"))))
@@ -25,7 +25,7 @@ def why_not(operation: str, stencils: Sequence[int]) -> str | None:
     return "its kernel of the weight gradient is for corners" if operation == "weight_gradient" else None
 
 
-def plan(problem: Problem, device: Device) -> Plan:
+def plan(problem: ProblemSpec, device: Device) -> LaunchPlan:
     """Returns the launches that solve a problem on this GPU. Convolutions and weight gradients have one kernel each.
 
     Raises:
@@ -41,7 +41,7 @@ def plan(problem: Problem, device: Device) -> Plan:
     return solution
 
 
-def plan_solution(problem: Problem, device: Device) -> Plan | None:
+def plan_solution(problem: ProblemSpec, device: Device) -> LaunchPlan | None:
     """Returns the launches that compute a solution; None where no kernel can.
 
     - `wavefront.plan_rows`, up to 16 channels a group, as long as a thread can hold the weights of an output channel;

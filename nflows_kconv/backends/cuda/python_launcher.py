@@ -11,13 +11,13 @@ from torch import Tensor
 
 from nflows_kconv.backends.cuda import driver, plan
 from nflows_kconv.backends.cuda.runtime import Runtime
-from nflows_kconv.backends.registry import Problem
+from nflows_kconv.backends.registry import OperatorCall
 
 _MAX_PLANS = 4096
 
 
 class PythonLauncher:
-    """Runs problems on tensors of CUDA devices.
+    """Runs operator calls on CUDA tensors.
 
     Args:
         runtime: Where plans come from.
@@ -28,19 +28,19 @@ class PythonLauncher:
         self._load = lru_cache(_MAX_PLANS)(runtime.load)
         self._driver = driver
 
-    def run(self, problem: Problem) -> Tensor:
-        """Returns the result of a problem."""
-        first, second, kernel_size = problem.input, problem.other, problem.kernel_size
-        if problem.operation == "weight_gradient":
+    def run(self, call: OperatorCall) -> Tensor:
+        """Returns the result of a call."""
+        first, second, kernel_size = call.input, call.other, call.kernel_size
+        if call.operation == "weight_gradient":
             channels = first.shape[1]
-            output = first.new_zeros(channels, channels // len(problem.stencils), *kernel_size)
+            output = first.new_zeros(channels, channels // len(call.stencils), *kernel_size)
         else:
             output = torch.empty_like(first)
         if first.numel() == 0:
             return output
-        bias, log_diagonal = (None if t is None else t.contiguous() for t in (problem.bias, problem.log_diagonal))
+        bias, log_diagonal = (None if t is None else t.contiguous() for t in (call.bias, call.log_diagonal))
         device = first.get_device()
-        loaded = self._load(plan.Problem.of(problem, output), device)
+        loaded = self._load(plan.ProblemSpec.of(call, output), device)
         stream = self._driver.current_stream(device)
         scratch = first.new_empty(loaded.plan.scratch, dtype=torch.uint8)
         if loaded.plan.zeroed:

@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 import torch
 
 from nflows_kconv.backends.cuda import cache, compiler, driver, planning
-from nflows_kconv.backends.cuda.plan import Kernel, Plan, Problem
+from nflows_kconv.backends.cuda.plan import Kernel, LaunchPlan, ProblemSpec
 
 
 class LoadedPlan(NamedTuple):
     """A plan, and the loaded function of each launch as the driver knows it."""
 
-    plan: Plan
+    plan: LaunchPlan
     functions: tuple[int, ...]
 
 
@@ -36,7 +36,7 @@ class Runtime:
         self._driver = driver
         self.forget()
 
-    def load(self, problem: Problem, device: int) -> LoadedPlan:
+    def load(self, problem: ProblemSpec, device: int) -> LoadedPlan:
         """Plans a problem, and compiles and loads what its plan needs and nothing needed before.
 
         Raises:

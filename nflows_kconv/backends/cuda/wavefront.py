@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from nflows_kconv.backends.cuda.plan import Device, Launch, Plan, Problem, aligned, arguments, ceil_div, kernel
+from nflows_kconv.backends.cuda.plan import (
+    Device,
+    Launch,
+    LaunchPlan,
+    ProblemSpec,
+    aligned,
+    arguments,
+    ceil_div,
+    kernel,
+)
 
 # Registers of 32 bits full of weights that a thread may hold in each kernel. It has 255 at most, and a multiprocessor
 # 65536; with more weights, sums and addresses spill to memory.
@@ -29,7 +38,7 @@ _PLACE_BYTES = 16  # sizeof(Place) of band.cuh
 _RESERVED_SHARED_MEMORY = 1024  # that a thread block takes in addition to its own
 
 
-def plan_rows(problem: Problem, device: Device) -> Plan | None:
+def plan_rows(problem: ProblemSpec, device: Device) -> LaunchPlan | None:
     """Plans solve_rows.cu: one thread a row and output channel. None if its weights do not fit registers."""
     words = problem.accumulator_bytes // 4
     column = problem.taps[0] * problem.taps[1] * problem.channels * words  # registers an output
@@ -55,10 +64,10 @@ def plan_rows(problem: Problem, device: Device) -> Plan | None:
         band.shared,
         arguments(problem, offsets=band.offsets),
     )
-    return Plan((launch,), band.scratch, band.counters)
+    return LaunchPlan((launch,), band.scratch, band.counters)
 
 
-def plan_channels(problem: Problem, device: Device) -> Plan | None:
+def plan_channels(problem: ProblemSpec, device: Device) -> LaunchPlan | None:
     """Plans solve_channels.cu: the weights spread over a block's registers. None if they do not fit."""
     vector = 16 // problem.accumulator_bytes
     reads = problem.taps[0] * problem.taps[1] * ceil_div(problem.channels, vector)
@@ -103,10 +112,10 @@ def plan_channels(problem: Problem, device: Device) -> Plan | None:
         band.shared,
         arguments(problem, offsets=(*band.offsets, offset)),
     )
-    return Plan((preparation, launch), offset + size, band.counters)
+    return LaunchPlan((preparation, launch), offset + size, band.counters)
 
 
-def plan_tiles(problem: Problem, device: Device) -> Plan | None:
+def plan_tiles(problem: ProblemSpec, device: Device) -> LaunchPlan | None:
     """Plans solve_tiles.cu, tiles of pixels and outputs. None where `products` has less to do or better units."""
     batch, height, width = problem.shape[0], *problem.shape[2:]
     # float64 has units for matrices, which cuBLAS uses; more channels than this premultiply would spill.
@@ -127,10 +136,10 @@ def plan_tiles(problem: Problem, device: Device) -> Plan | None:
     arrange, solve = (kernel(problem, "solve_tiles.cu", name, **constants) for name in ("arrange", "solve_tiles"))
     first = Launch(arrange, (arranging, 1, 1), _TILE_THREADS, 0, packed)
     second = Launch(solve, (grid, 1, 1), _TILE_THREADS, shared, packed)
-    return Plan((preparation, first, second), 2 * solved - given, counters)
+    return LaunchPlan((preparation, first, second), 2 * solved - given, counters)
 
 
-def _premultiplication(problem: Problem, offset: int, padded: int, vectors: int) -> tuple[Launch, int]:
+def _premultiplication(problem: ProblemSpec, offset: int, padded: int, vectors: int) -> tuple[Launch, int]:
     """Returns the launch of prepare.cu, which writes outputs and vectors of inputs to this offset, and their bytes."""
     channels = problem.channels
     # With 512 channels at 3 x 3 these are 128 blocks, one of which fills the registers of a multiprocessor.
@@ -151,7 +160,7 @@ def _premultiplication(problem: Problem, offset: int, padded: int, vectors: int)
 class _Band:
     """How band.cuh cuts the image: bands of `rows` rows, chunks of `steps` steps, `shared` bytes of shared memory."""
 
-    problem: Problem
+    problem: ProblemSpec
     rows: int
     steps: int
     shared: int
@@ -200,7 +209,7 @@ class _Band:
         return ceil_div(self.problem.shape[2], self.rows)
 
 
-def _fitted_band(problem: Problem, device: Device, rows: int, more_shared: int, most_blocks: int) -> _Band | None:
+def _fitted_band(problem: ProblemSpec, device: Device, rows: int, more_shared: int, most_blocks: int) -> _Band | None:
     """Returns the band of at most `rows` rows that fits shared memory next to `more_shared` bytes; None if none does.
 
     If possible, as many blocks as there are, `most_blocks` at most, share a multiprocessor.
@@ -232,12 +241,12 @@ def _fitted_band(problem: Problem, device: Device, rows: int, more_shared: int, 
     return None
 
 
-def _times(problem: Problem) -> int:
+def _times(problem: ProblemSpec) -> int:
     """Steps of a whole image."""
     return problem.tau * (problem.shape[2] - 1) + problem.shape[3]
 
 
-def _narrowed(rows: int, least: int, problem: Problem, device: Device) -> int:
+def _narrowed(rows: int, least: int, problem: ProblemSpec, device: Device) -> int:
     """Rows of a band, fewer but `least` where the device would otherwise have multiprocessors without one."""
     problems = problem.shape[0] * len(problem.stencils)
     while rows > least and problems * ceil_div(problem.shape[2], rows) < device.multiprocessors:
@@ -245,22 +254,22 @@ def _narrowed(rows: int, least: int, problem: Problem, device: Device) -> int:
     return rows
 
 
-def _most_threads(weight_registers: int, problem: Problem) -> int:
+def _most_threads(weight_registers: int, problem: ProblemSpec) -> int:
     """Returns the most threads of a block with this many registers of weights each, a multiple of 128."""
     registers = weight_registers + _OTHER_REGISTERS + 20 * problem.accumulator_bytes // 4
     return min(1024, _REGISTERS // registers // 128 * 128)
 
 
-def _row_threads(problem: Problem, rows: int) -> int:
+def _row_threads(problem: ProblemSpec, rows: int) -> int:
     return 32 * ceil_div(rows * problem.channels, 32)
 
 
-def _premultiplied_bytes(problem: Problem) -> int:
+def _premultiplied_bytes(problem: ProblemSpec) -> int:
     columns = problem.taps[0] * problem.taps[1] * problem.channels
     return (columns + problem.channels) * problem.channels * problem.accumulator_bytes
 
 
-def _pixel_bytes(problem: Problem) -> int:
+def _pixel_bytes(problem: ProblemSpec) -> int:
     """Returns kPitch of band.cuh, in bytes."""
     vector = 16 // problem.accumulator_bytes
     return 16 * (ceil_div(problem.channels, vector) | 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from nflows_kconv.backends.cuda.plan import Device, Launch, Plan, Problem, arguments, ceil_div, kernel
+from nflows_kconv.backends.cuda.plan import Device, Launch, LaunchPlan, ProblemSpec, arguments, ceil_div, kernel
 from nflows_kconv.backends.cuda.tiling import MAX_THREADS, SHARED_MEMORY, evenly
 
 _SCRATCH = 32 * 2**20
@@ -21,15 +21,15 @@ _MOST_BLOCKS = 4
 _TILES_OF_A_CHUNK = 1.5
 
 
-def plan_weight_gradient(problem: Problem, device: Device) -> Plan:
+def plan_weight_gradient(problem: ProblemSpec, device: Device) -> LaunchPlan:
     """Plans the weight gradient's launches: sums over chunks of the pixels, then over the chunks."""
     chosen = _choose(problem.typical, device)
     tiles = replace(chosen, sums=_Sums(problem))
     tiles = replace(tiles, chunks=min(chosen.chunks, tiles.count))  # none empty
-    return Plan(tiles.launches(parts=8 if chosen.chunks >= 16 else 1), tiles.chunks * tiles.sums.bytes)
+    return LaunchPlan(tiles.launches(parts=8 if chosen.chunks >= 16 else 1), tiles.chunks * tiles.sums.bytes)
 
 
-def _choose(problem: Problem, device: Device) -> _Tiles:
+def _choose(problem: ProblemSpec, device: Device) -> _Tiles:
     """Gives a thread as many sums as registers hold, a tile as many pixels as fit, all multiprocessors tiles.
 
     The numbers above are predictions of a model of a multiprocessor, not measured.
@@ -66,7 +66,7 @@ def _choose(problem: Problem, device: Device) -> _Tiles:
 class _Sums:
     """Which sums a thread and a block have."""
 
-    problem: Problem
+    problem: ProblemSpec
 
     @cached_property
     def taps(self) -> tuple[int, int]:
