@@ -119,13 +119,17 @@ class ConditionalInvertibleConv(layer.InvertibleConv):
 
     def _run_each(self, operator: Any, input: Tensor, context: Any) -> tuple[Tensor, Tensor | None]:
         """Returns the output, and the log-diagonal of each image."""
-        functional.check_arguments(
-            input, self.raw_weight, None, self.log_diagonal, len(self._stencils), self.dimensions
-        )
+        self._check_images(input)
         functional.check_context(context, input, input.shape[0], self.context_features)
         weights, log_diagonals = self._parameters_of_each(context)
         output = functional.run_each(operator, input, weights, log_diagonals, self._stencils, self.dilation)
         return output, log_diagonals
+
+    def _check_images(self, input: Tensor) -> None:
+        """Raises a TypeError or a ValueError for an input that is no batch of images for this layer."""
+        functional.check_arguments(
+            input, self.raw_weight, None, self.log_diagonal, len(self._stencils), self.dimensions
+        )
 
     def _parameters_of_each(self, context: Tensor) -> tuple[Tensor, Tensor | None]:
         """Returns each image's raw weight and log-diagonal: [B, C, C/G, ...] and [B, C]."""

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.distributions import ComposeTransform, Transform, constraints
 
-from nflows_kconv import bijection, layer, periodic
-from nflows_kconv.batch import flatten_batch
+from nflows_kconv import bijection, conditional, functional, layer, ops, periodic
+from nflows_kconv.batch import flatten_batch, flatten_contexts
 
 __all__ = [
+    "ConditionalInvertibleConv1d",
+    "ConditionalInvertibleConv2d",
+    "ConditionalInvertibleConv3d",
     "InvertibleConv1d",
     "InvertibleConv2d",
     "InvertibleConv3d",
@@ -23,11 +28,27 @@ __all__ = [
 ]
 
 
-class _Transform(layer.KernelLayer, Transform):
-    """A layer with the interface of torch.distributions."""
+class _Bijective(Transform):
+    """What all transforms here share."""
 
     bijective = True
     sign = 1  # the Jacobian is triangular, its diagonal positive; or periodic, on a path of invertible ones to such
+
+    def with_cache(self, cache_size: Literal[0, 1] = 1) -> _Bijective:
+        """Returns the transform with another cache, and the same parameters.
+
+        Raises:
+            ValueError: If `cache_size` is neither 0 nor 1.
+        """
+        if cache_size == self._cache_size:
+            return self
+        twin = copy.copy(self)  # shares the dictionaries of parameters and buffers
+        Transform.__init__(twin, cache_size)
+        return twin
+
+
+class _Transform(layer.KernelLayer, _Bijective):
+    """A layer with the interface of torch.distributions."""
 
     __hash__ = object.__hash__  # which Transform takes away, and modules need
 
@@ -42,18 +63,6 @@ class _Transform(layer.KernelLayer, Transform):
         super().__init__(num_channels, kernel_size, **options)
         Transform.__init__(self, cache_size)
         self._cached_state: list[tuple[int, int]] = []
-
-    def with_cache(self, cache_size: Literal[0, 1] = 1) -> _Transform:
-        """Returns the transform with another cache, and the same parameters.
-
-        Raises:
-            ValueError: If `cache_size` is neither 0 nor 1.
-        """
-        if cache_size == self._cache_size:
-            return self
-        twin = copy.copy(self)  # shares the dictionaries of parameters and buffers
-        Transform.__init__(twin, cache_size)
-        return twin
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """Returns log |det dy/dx|, [...], in float32 at least.
@@ -159,6 +168,124 @@ class PeriodicConv3d(_Transform, periodic.PeriodicConv3d):
     """`nflows_kconv.PeriodicConv3d` as a `torch.distributions.Transform`; see `InvertibleConv2d`."""
 
     domain = codomain = constraints.independent(constraints.real, 4)
+
+
+class _OfContexts(_Bijective):
+    """What a conditional layer is for contexts, [*batch, E]: weights [*batch, C, ...], log-diagonals [*batch, C]."""
+
+    def __init__(
+        self,
+        layer: conditional.ConditionalInvertibleConv,
+        batch: torch.Size,
+        weights: Tensor,
+        log_diagonals: Tensor | None,
+    ) -> None:
+        super().__init__()
+        self.domain = self.codomain = constraints.independent(constraints.real, layer.dimensions + 1)
+        self._layer, self._batch, self._weights, self._log_diagonals = layer, batch, weights, log_diagonals
+
+    def forward_shape(self, shape: Sequence[int]) -> torch.Size:
+        """Returns the shape of results, whose batch is what those of the images and of the contexts broadcast to.
+
+        Raises:
+            ValueError: If they do not broadcast.
+        """
+        batch, event = tuple(shape[: -self.event_dim]), shape[-self.event_dim :]
+        try:
+            return torch.Size((*torch.broadcast_shapes(batch, self._batch), *event))
+        except RuntimeError:
+            found = f"{batch} and {tuple(self._batch)}"
+            raise ValueError(f"the batches of images and contexts must broadcast, got {found}") from None
+
+    inverse_shape = forward_shape
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """Does what that of `InvertibleConv2d` does."""
+        x, log_diagonals = self._broadcast(x), self._log_diagonals
+        batch = x.shape[: -self.event_dim]
+        if log_diagonals is not None:
+            log_diagonals = log_diagonals.expand(1, *batch, -1).flatten(0, -2)
+        return layer.log_abs_det(flatten_batch(x, self._layer.dimensions), log_diagonals).view(batch)
+
+    def _call(self, x: Tensor) -> Tensor:
+        return self._run(ops.conv, x)
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return self._run(ops.solve, y)
+
+    def _broadcast(self, images: Tensor) -> Tensor:
+        self._layer._check_images(flatten_batch(images, self._layer.dimensions))
+        return images.expand(self.forward_shape(images.shape))
+
+    def _run(self, operator: Any, images: Tensor) -> Tensor:
+        images, own, axes = self._broadcast(images), self._layer, len(self._batch)
+        at = images.dim() - self.event_dim - axes  # where the axes begin that the contexts have
+        samples, batch, event = images.shape[:at], images.shape[at : at + axes], images.shape[at + axes :]
+
+        def of_each(tensor: Tensor) -> Tensor:
+            return tensor.expand(1, *batch, *tensor.shape[axes:]).flatten(0, axes)
+
+        # Several images of one context are a batch for its weight.
+        output = functional.run_each(
+            operator,
+            images.reshape(math.prod(samples), math.prod(batch), *event),
+            of_each(self._weights),
+            None if self._log_diagonals is None else of_each(self._log_diagonals),
+            own._stencils,
+            own.dilation,
+        )
+        return output.reshape(images.shape)
+
+
+class _Conditional(conditional.ConditionalInvertibleConv):
+    """A layer that makes transforms of contexts."""
+
+    def condition(self, context: Tensor) -> Transform:
+        """Returns the `torch.distributions.Transform` of contexts, whose weights it computes now.
+
+        Args:
+            context: [..., E], in the dtype of the parameters. What is in front of E and of an image broadcasts.
+
+        Raises:
+            TypeError: If the context is not a tensor of that dtype.
+            ValueError: If it has another shape.
+        """
+        rows = flatten_contexts(context)
+        functional.check_context(rows, self.raw_weight, None, self.context_features)
+        batch, (weights, log_diagonals) = context.shape[:-1], self._parameters_of_each(rows)
+        weights = weights.view(*batch, *self.raw_weight.shape)
+        return _OfContexts(
+            self, batch, weights, None if log_diagonals is None else log_diagonals.view(*batch, self.num_channels)
+        )
+
+
+class ConditionalInvertibleConv2d(_Conditional, conditional.ConditionalInvertibleConv2d):
+    """`nflows_kconv.ConditionalInvertibleConv2d`, which makes a `torch.distributions.Transform` of contexts.
+
+    `condition(context)` is the transform, in the directions of `InvertibleConv2d`: it computes the weights, once for
+    both. The shapes in front of a context, [..., E], and of an image broadcast, so one context may be that of all
+    images, and each of several that of many samples. Arguments, parameters, state_dict, `forward` and `inverse` are
+    those of `nflows_kconv.ConditionalInvertibleConv2d`. A distribution does not hold the parameters: keep the layer in
+    a module. Pyro and zuko have classes of their own, in `nflows_kconv.pyro` and `nflows_kconv.zuko`.
+
+    Examples:
+        >>> import torch
+        >>> from torch.distributions import Normal, TransformedDistribution
+        >>> from nflows_kconv.distributions import ConditionalInvertibleConv2d
+        >>> layer = ConditionalInvertibleConv2d(12, context_features=5)
+        >>> noise = Normal(torch.zeros(12, 8, 8), torch.ones(12, 8, 8))
+        >>> images = TransformedDistribution(noise, [layer.condition(torch.randn(10, 5)).inv])
+        >>> images.log_prob(images.sample()).shape
+        torch.Size([10])
+    """
+
+
+class ConditionalInvertibleConv1d(_Conditional, conditional.ConditionalInvertibleConv1d):
+    """`ConditionalInvertibleConv2d` for sequences."""
+
+
+class ConditionalInvertibleConv3d(_Conditional, conditional.ConditionalInvertibleConv3d):
+    """`ConditionalInvertibleConv2d` for volumes."""
 
 
 def run_transform(transform: Transform, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -215,8 +215,11 @@ def run_each(
     stencils: tuple[int, ...],
     dilation: tuple[int, ...],
 ) -> Tensor:
-    """Does `run` with a weight, [B, C, C/G, ...], and a log-diagonal, [B, C], or ones, for each image."""
-    batch = input.shape[0]
+    """Does `run` with a weight, [B, C, C/G, ...], and a log-diagonal, [B, C], or ones, for each image.
+
+    The images are [B, C, ...], or [S, B, C, ...] where a weight has several.
+    """
+    batch = weights.shape[0]
     if batch == 0:
         return input.clone()
     # Dynamo, which the exporter tries after this error, takes open sizes for integers.
@@ -227,7 +230,8 @@ def run_each(
             "of groups, got a dynamic batch"
         )
     # The images become groups of channels of one image, so one call computes them all.
-    images, log_diagonal = input.flatten(0, 1)[None], None if log_diagonals is None else log_diagonals.flatten()
+    images = (input if input.dim() == len(dilation) + 3 else input[None]).flatten(1, 2)
+    log_diagonal = None if log_diagonals is None else log_diagonals.flatten()
     options = stencils, log_diagonal is None, dilation, batch
     try:
         output = run(operator, images, weights.flatten(0, 1), None, log_diagonal, *options).reshape(input.shape)
@@ -236,7 +240,7 @@ def run_each(
             dtype = torch.promote_types(log_diagonals.dtype, torch.float32)
             stencil.check_diagonal(log_diagonals.to(dtype).exp())  # tells the image
         raise
-    layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(input.dim())
+    layout = {2: torch.channels_last, 3: torch.channels_last_3d}.get(len(dilation))
     if layout is not None and input.is_contiguous(memory_format=layout):
         return output.contiguous(memory_format=layout)
     return output

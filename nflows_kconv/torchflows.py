@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from nflows_kconv import bijection, conditional, layer, periodic, stencil
-from nflows_kconv.batch import flatten_batch
+from nflows_kconv.batch import flatten_batch, flatten_contexts
 
 try:
     from torchflows.bijections.base import Bijection
@@ -64,10 +64,8 @@ class _Bijection(Bijection, layer.KernelLayer):
             TypeError: See `nflows_kconv.functional.conv2d`.
             ValueError: See `nflows_kconv.functional.conv2d`.
         """
-        if isinstance(context, Tensor) and context.dim() > 0:
-            context = context[None].flatten(0, -2)
-        images = flatten_batch(x, self.dimensions)
-        output, log_abs_det = super(Bijection, self).forward(images, context, inverse=inverse)
+        images, contexts = flatten_batch(x, self.dimensions), flatten_contexts(context)
+        output, log_abs_det = super(Bijection, self).forward(images, contexts, inverse=inverse)
         return output.reshape(x.shape), log_abs_det.reshape(x.shape[: -1 - self.dimensions])
 
     def inverse(self, z: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:

@@ -1,12 +1,13 @@
-"""What zuko's modules are: they make a transform of a context."""
+"""The layer among zuko's lazy transforms, which make a transform of a context."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from torch import Tensor
+from torch.distributions import Transform
 
-from nflows_kconv import bijection
+from nflows_kconv import bijection, distributions
 from nflows_kconv.distributions import run_transform
 
 try:
@@ -15,7 +16,45 @@ try:
 except ImportError as error:
     raise ImportError("nflows_kconv.zuko needs zuko, which comes with pip install zuko") from error
 
-__all__: list[str] = []
+__all__ = ["ConditionalInvertibleConv1d", "ConditionalInvertibleConv2d", "ConditionalInvertibleConv3d"]
+
+
+class _Lazy(distributions._Conditional, LazyTransform):
+    """A layer with the interface of zuko."""
+
+    def forward(self, c: Tensor) -> Transform:  # type: ignore[override]
+        """Returns the transform of contexts; see `nflows_kconv.distributions.ConditionalInvertibleConv2d.condition`."""
+        return self.condition(c)
+
+    def inverse(self, y: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """Does what that of `nflows_kconv.ConditionalInvertibleConv2d` does; no hooks run."""
+        return self._run_inverse(y, c)
+
+
+class ConditionalInvertibleConv2d(_Lazy, distributions.ConditionalInvertibleConv2d):
+    """`nflows_kconv.distributions.ConditionalInvertibleConv2d` as a `zuko.lazy.LazyTransform`.
+
+    zuko's flows run from data to noise: they convolve for the density and solve for samples, with `layer.inv` the
+    other way round. The unconditional layer is that of `nflows_kconv.distributions`.
+
+    Examples:
+        >>> import torch, zuko
+        >>> from nflows_kconv.zuko import ConditionalInvertibleConv2d
+        >>> noise = zuko.lazy.UnconditionalDistribution(
+        ...     zuko.distributions.DiagNormal, torch.zeros(12, 8, 8), torch.ones(12, 8, 8), ndims=3
+        ... )
+        >>> flow = zuko.flows.Flow([ConditionalInvertibleConv2d(12, context_features=5)], noise)
+        >>> flow(torch.randn(10, 5)).sample().shape
+        torch.Size([10, 12, 8, 8])
+    """
+
+
+class ConditionalInvertibleConv1d(_Lazy, distributions.ConditionalInvertibleConv1d):
+    """`ConditionalInvertibleConv2d` for sequences."""
+
+
+class ConditionalInvertibleConv3d(_Lazy, distributions.ConditionalInvertibleConv3d):
+    """`ConditionalInvertibleConv2d` for volumes."""
 
 
 def _sample(flow: Flow, num_samples: int, context: Any) -> Tensor:

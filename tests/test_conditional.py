@@ -9,18 +9,24 @@ import nflows.flows
 import nflows.transforms
 import normflows as nf
 import oracles
+import pyro
 import pytest
 import torch
+import zuko
 from cases import LAYOUTS, Case, over_cases
 from oracles import assert_close
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
+from torch.distributions import Independent, Normal, TransformedDistribution
 from torch.func import functional_call, grad, vmap
 
+import nflows_kconv.distributions
 import nflows_kconv.freia
 import nflows_kconv.nflows
 import nflows_kconv.normflows
+import nflows_kconv.pyro
 import nflows_kconv.torchflows
+import nflows_kconv.zuko
 from nflows_kconv import conditional, functional, layer, ops
 from nflows_kconv.bijection import as_bijection
 from nflows_kconv.diagnostics import conditioning
@@ -315,9 +321,12 @@ class Zeros(nn.Module):
 
 
 # How a library builds the layer for a shape.
+BY_CHANNELS = ("distributions", "nflows", "normflows", "pyro", "zuko")
 LIBRARIES = {
-    nflows_kconv.nflows: lambda cls, shape: cls(shape[0], context_features=FEATURES, diagonal="learned"),
-    nflows_kconv.normflows: lambda cls, shape: cls(shape[0], context_features=FEATURES, diagonal="learned"),
+    **{
+        getattr(nflows_kconv, name): lambda cls, shape: cls(shape[0], context_features=FEATURES, diagonal="learned")
+        for name in BY_CHANNELS
+    },
     nflows_kconv.freia: lambda cls, shape: cls([shape], dims_c=[(FEATURES,)], diagonal="learned"),
     nflows_kconv.torchflows: lambda cls, shape: cls(shape, context_shape=(FEATURES,), diagonal="learned"),
 }
@@ -360,6 +369,59 @@ def test_contexts_of_any_batch_shape():
     assert torch.equal(layer(images[0, 0], contexts[0, 0])[0], output[0, 0])
 
 
+@pytest.mark.parametrize("diagonal", ["unit", "learned"])
+@pytest.mark.parametrize(
+    ("of_images", "of_contexts"),
+    [
+        ((), ()),
+        ((4,), ()),
+        ((), (5,)),
+        ((2, 3), (2, 3)),
+        ((4, 2, 3), (2, 3)),
+        ((4, 1, 3), (2, 1)),
+        ((0, 3), (3,)),
+        ((4, 0), (0,)),
+    ],
+    ids=str,
+)
+def test_batches_of_images_and_contexts_broadcast(of_images: tuple, of_contexts: tuple, diagonal: str):
+    layer = trained(nflows_kconv.distributions.ConditionalInvertibleConv2d(4, context_features=3, diagonal=diagonal))
+    images = torch.randn(*of_images, 4, 3, 2, dtype=torch.float64)
+    contexts = torch.randn(*of_contexts, 3, dtype=torch.float64)
+    noise, batch = Normal(torch.zeros_like(images), 1.0), torch.broadcast_shapes(of_images, of_contexts)
+    each = images.expand(1, *batch, 4, 3, 2).flatten(0, -4), contexts.expand(1, *batch, 3).flatten(0, -2)
+    (output, log_det), (solution, _) = layer(*each), layer.inverse(*each)
+    transform = layer.condition(contexts)
+    assert_close(transform(images), output.view(*batch, 4, 3, 2))
+    assert_close(transform.inv(images), solution.view(*batch, 4, 3, 2))
+    assert_close(transform.log_abs_det_jacobian(images, None), log_det.view(batch))
+    for inverse in (transform.inv, transform.inv.with_cache()) if len(output) else ():  # of which torch has no density
+        density = TransformedDistribution(noise, [inverse])
+        assert density.batch_shape == density.sample().shape[:-3] == batch
+        expected = Normal(0, 1).log_prob(output).sum((1, 2, 3)) + log_det
+        assert_close(density.log_prob(images), expected.view(batch))
+
+
+@pytest.mark.parametrize("name", ["distributions", "pyro", "zuko"])
+def test_errors_of_contexts_and_of_images_for_them(name: str):
+    layer = getattr(nflows_kconv, name).ConditionalInvertibleConv2d(4, context_features=3)
+    make = layer if name == "zuko" else layer.condition
+    with pytest.raises(TypeError, match="context must be a tensor, got NoneType"):
+        make(None)
+    with pytest.raises(ValueError, match=r"context must have shape \[B, 3\], a row for each image, got \(10, 4\)"):
+        make(torch.zeros(5, 2, 4))
+    transform = make(torch.zeros(5, 3))
+    for function in (transform, transform.inv, lambda x: transform.log_abs_det_jacobian(x, x)):
+        with pytest.raises(
+            ValueError, match=r"the batches of images and contexts must broadcast, got \(2,\) and \(5,\)"
+        ):
+            function(torch.zeros(2, 4, 3, 3))
+        with pytest.raises(ValueError, match="input must have the weight's 4 channels, got 3"):
+            function(torch.zeros(5, 3, 3, 3))
+        with pytest.raises(ValueError, match=r"input must have the dimensions \[..., C, H, W\], got shape \(4, 3\)"):
+            function(torch.zeros(4, 3))
+
+
 @pytest.mark.filterwarnings("ignore:raw_weight has .* entries other than zero")
 def test_adapters_take_the_context_of_their_library():
     options = dict(context_features=FEATURES, corners=("TL", "B"), diagonal="learned")
@@ -375,6 +437,19 @@ def test_adapters_take_the_context_of_their_library():
     assert_close(flow.log_prob(drawn[:, 0], contexts), log_prob[:, 0])
     drawn, log_prob = model.sample(3, contexts)
     assert_close(model.log_prob(drawn, contexts), log_prob)
+    noise = Independent(Normal(torch.zeros(4, 4, 2), 1.0), 3)
+    of_pyro, of_zuko = (
+        getattr(nflows_kconv, name).ConditionalInvertibleConv2d(4, **options) for name in ("pyro", "zuko")
+    )
+    for each in (of_pyro, of_zuko):
+        each.load_state_dict(transform.state_dict())
+    assert all(map(torch.equal, of_zuko.inverse(images, contexts), of_pyro.inverse(images, contexts)))
+    stack = pyro.distributions.conditional.ConditionalComposeTransformModule([of_pyro.inv], cache_size=1)
+    conditional_density = pyro.distributions.ConditionalTransformedDistribution(noise, [stack])
+    lazy = zuko.flows.Flow([of_zuko], zuko.lazy.UnconditionalDistribution(lambda: noise))
+    for density in (conditional_density.condition(contexts), lazy(contexts)):
+        assert_close(density.log_prob(images), flow.log_prob(images, contexts))
+        assert density.sample((5,)).shape == (5, 3, 4, 4, 2)
 
 
 def test_it_is_shown():
