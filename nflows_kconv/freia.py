@@ -132,7 +132,16 @@ class _ConditionalModule(_Module):
 
 
 class ConditionalInvertibleConv2d(_ConditionalModule, conditional.ConditionalInvertibleConv2d):  # type: ignore[misc]
-    """`nflows_kconv.ConditionalInvertibleConv2d` as a `FrEIA.modules.InvertibleModule`, E being that of `dims_c`.
+    """`nflows_kconv.ConditionalInvertibleConv2d` as a `FrEIA.modules.InvertibleModule`.
+
+    Args:
+        dims_in: [(C, H, W)], which FrEIA fills in.
+        dims_c: [(E,)], the shape of a context, which FrEIA fills in.
+        options: Those of `nflows_kconv.ConditionalInvertibleConv2d` but `context_features`, which is E.
+
+    Raises:
+        TypeError: See `nflows_kconv.ConditionalInvertibleConv2d`.
+        ValueError: See there; and if there is not one input, an image, and one context, a vector.
 
     Examples:
         >>> import torch
@@ -145,11 +154,11 @@ class ConditionalInvertibleConv2d(_ConditionalModule, conditional.ConditionalInv
 
 
 class ConditionalInvertibleConv1d(_ConditionalModule, conditional.ConditionalInvertibleConv1d):  # type: ignore[misc]
-    """`nflows_kconv.ConditionalInvertibleConv1d` as a `FrEIA.modules.InvertibleModule`."""
+    """`nflows_kconv.ConditionalInvertibleConv1d` in FrEIA; see `ConditionalInvertibleConv2d`."""
 
 
 class ConditionalInvertibleConv3d(_ConditionalModule, conditional.ConditionalInvertibleConv3d):  # type: ignore[misc]
-    """`nflows_kconv.ConditionalInvertibleConv3d` as a `FrEIA.modules.InvertibleModule`."""
+    """`nflows_kconv.ConditionalInvertibleConv3d` in FrEIA; see `ConditionalInvertibleConv2d`."""
 
 
 def _run(module: InvertibleModule, value: bijection.Value, context: Any, rev: bool) -> tuple[bijection.Value, Tensor]:

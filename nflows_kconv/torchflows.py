@@ -132,7 +132,16 @@ class _ConditionalBijection(_Bijection):
 
 
 class ConditionalInvertibleConv2d(_ConditionalBijection, conditional.ConditionalInvertibleConv2d):
-    """`nflows_kconv.ConditionalInvertibleConv2d` as a torchflows `Bijection`, with `context_shape` (E,).
+    """`nflows_kconv.ConditionalInvertibleConv2d` as a torchflows `Bijection`.
+
+    Args:
+        event_shape: (C, H, W).
+        context_shape: (E,).
+        options: Those of `nflows_kconv.ConditionalInvertibleConv2d` but `context_features`, which is E.
+
+    Raises:
+        TypeError: See `nflows_kconv.ConditionalInvertibleConv2d`.
+        ValueError: See there; and if `event_shape` is not that of an image, or `context_shape` not that of a vector.
 
     Examples:
         >>> import torch
@@ -145,11 +154,11 @@ class ConditionalInvertibleConv2d(_ConditionalBijection, conditional.Conditional
 
 
 class ConditionalInvertibleConv1d(_ConditionalBijection, conditional.ConditionalInvertibleConv1d):
-    """`nflows_kconv.ConditionalInvertibleConv1d` as a torchflows `Bijection`."""
+    """`nflows_kconv.ConditionalInvertibleConv1d` as a torchflows `Bijection`; see `ConditionalInvertibleConv2d`."""
 
 
 class ConditionalInvertibleConv3d(_ConditionalBijection, conditional.ConditionalInvertibleConv3d):
-    """`nflows_kconv.ConditionalInvertibleConv3d` as a torchflows `Bijection`."""
+    """`nflows_kconv.ConditionalInvertibleConv3d` as a torchflows `Bijection`; see `ConditionalInvertibleConv2d`."""
 
 
 def _sample(flow: Flow, num_samples: int, context: Any) -> Tensor:
