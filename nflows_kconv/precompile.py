@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nflows_kconv import ops, stencil
 from nflows_kconv.bijection import as_bijection, is_bijection
-from nflows_kconv.layer import InvertibleConv
+from nflows_kconv.layer import KernelLayer
 from nflows_kconv.torch_internals import TorchDispatchMode, tree_map_only
 
 
@@ -20,14 +20,15 @@ def warmup(module: nn.Module, input_shape: Sequence[int], context: Any = None) -
 
     Kernels are otherwise compiled when first needed. That takes up to a second each, and fails inside the capture of a
     CUDA graph. After the warm-up, the convolution, its inverse and their first derivatives compile nothing more at the
-    shape that each layer is given. Another shape may need more kernels; another batch size rarely does.
+    shape that each layer is given. Another shape may need more kernels; another batch size rarely does. Periodic layers
+    have none.
 
     Calls a copy of the module once, in evaluation mode, on images of 0.5: a flow from data to latent, as
     `nflows_kconv.bijection` runs it. The module, its gradients and random number generators stay as they are. Layers
     that are not on a CUDA device need no kernels, so nothing happens.
 
     Args:
-        module: Anything that contains an `InvertibleConv1d`, `2d` or `3d`, or is one.
+        module: Anything that contains layers of this package, or is one.
         input_shape: [B, C, ...] of what the module is called with.
         context: If given, the second argument of the call.
 
@@ -47,9 +48,7 @@ def warmup(module: nn.Module, input_shape: Sequence[int], context: Any = None) -
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
     layers = _layers(module)
     if not layers:
-        raise ValueError(
-            f"module must contain an InvertibleConv1d, 2d or 3d, got a {type(module).__name__} without one"
-        )
+        raise ValueError(f"module must contain a layer of nflows-kconv, got a {type(module).__name__} without one")
     if any(layer.raw_weight.is_cuda for layer in layers):
         for problem in problems(module, input_shape, context):
             differentiate(problem)
@@ -109,5 +108,5 @@ def differentiate(problem: tuple[Any, ...]) -> None:
             torch.autograd.grad(output, leaves, torch.ones_like(output))
 
 
-def _layers(module: nn.Module) -> list[InvertibleConv]:
-    return [layer for layer in module.modules() if isinstance(layer, InvertibleConv)]
+def _layers(module: nn.Module) -> list[KernelLayer]:
+    return [layer for layer in module.modules() if isinstance(layer, KernelLayer)]

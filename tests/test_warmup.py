@@ -46,6 +46,8 @@ def test_a_layer_alone_is_a_module():
 
 def test_periodic_layers_have_no_kernels():
     assert visited(Sequence([InvertibleConv2d(4), PeriodicConv2d(4)]), (2, 4, 5, 6)) == [(4, (2, 4, 5, 6))]
+    assert not visited(PeriodicConv2d(4), (2, 4, 5, 6))
+    warmup(PeriodicConv2d(4), (2, 4, 5, 6))
 
 
 def test_nothing_changes():
@@ -114,7 +116,7 @@ def test_on_the_cpu_nothing_happens():
 def test_wrong_arguments():
     with pytest.raises(TypeError, match=r"module must be a torch\.nn\.Module, got function"):
         warmup(lambda x: x, (1, 4, 4, 4))
-    with pytest.raises(ValueError, match="module must contain an InvertibleConv1d, 2d or 3d, got a Conv2d without one"):
+    with pytest.raises(ValueError, match="module must contain a layer of nflows-kconv, got a Conv2d without one"):
         warmup(nn.Conv2d(4, 4, 3), (1, 4, 4, 4))
 
 
