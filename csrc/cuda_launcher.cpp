@@ -107,11 +107,11 @@ struct View {  // what launching needs to know of a tensor of 4 dimensions
 
 View view(const Tensor& tensor) {
   View view;
-  check_torch(aoti_torch_get_dtype(tensor.get(), &view.dtype), "tell a dtype");
-  check_torch(aoti_torch_get_device_type(tensor.get(), &view.device_type), "tell a device");
-  check_torch(aoti_torch_get_device_index(tensor.get(), &view.device), "tell a device");
-  check_torch(aoti_torch_get_sizes(tensor.get(), &view.sizes), "tell sizes");
-  check_torch(aoti_torch_get_strides(tensor.get(), &view.strides), "tell strides");
+  check_torch(aoti_torch_get_dtype(tensor.get(), &view.dtype), "read a dtype");
+  check_torch(aoti_torch_get_device_type(tensor.get(), &view.device_type), "read a device");
+  check_torch(aoti_torch_get_device_index(tensor.get(), &view.device), "read a device");
+  check_torch(aoti_torch_get_sizes(tensor.get(), &view.sizes), "read sizes");
+  check_torch(aoti_torch_get_strides(tensor.get(), &view.strides), "read strides");
   return view;
 }
 
@@ -150,7 +150,7 @@ struct Operands {
 
 const void* data(const Tensor& tensor) {
   // Freed under the tensor, as sharding libraries do.
-  STD_TORCH_CHECK(tensor.const_data_ptr(), "the memory of the tensors must not have been freed");
+  STD_TORCH_CHECK(tensor.const_data_ptr(), "the memory of a tensor must not have been freed");
   return tensor.const_data_ptr();
 }
 
@@ -161,7 +161,7 @@ void launch(const LoadedPlan& plan, const Operands& operands, const Tensor& outp
   const void* pointers[] = {data(operands.first), data(operands.second),      output.mutable_data_ptr(), nullptr,
                             data(operands.bias),  data(operands.log_diagonal)};
   void* stream;
-  check_torch(driver.get_stream(like.device, &stream), "tell the current stream");
+  check_torch(driver.get_stream(like.device, &stream), "find the current stream");
   if (plan.scratch > 0) {
     const int64_t stride = 1;
     memory = allocate(1, &plan.scratch, &stride, aoti_torch_dtype_uint8(), like);

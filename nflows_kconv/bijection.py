@@ -37,8 +37,8 @@ _ADAPTERS = {
 
 _EXPECTED = (
     "must have forward(x) -> (y, log_abs_det) and inverse, as in nflows and normflows, be a transform or a flow of "
-    "nflows, normflows, torch.distributions, Pyro, zuko, FrEIA or torchflows, or be of a class that "
-    "nflows_kconv.bijection.register has been told of"
+    "nflows, normflows, torch.distributions, Pyro, zuko, FrEIA or torchflows, or have a class registered with "
+    "nflows_kconv.bijection.register"
 )
 
 # What each class tells. A class that tells nothing of a kind is asked for that of its bases, in the order of its MRO.

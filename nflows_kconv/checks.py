@@ -38,8 +38,8 @@ def per_axis(name: str, value: int | Sequence[int], dimensions: int) -> tuple[in
     """
     values = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,) * dimensions
     if len(values) != dimensions:
-        axes = "axis" if dimensions == 1 else f"of {dimensions} axes"
-        raise ValueError(f"{name} must be an integer or one for each {axes}, got {value!r}")
+        axes = "axis" if dimensions == 1 else f"axis, {dimensions} in all"
+        raise ValueError(f"{name} must be an integer or one per {axes}, got {value!r}")
     return tuple(positive(name, each) for each in values)
 
 

@@ -13,7 +13,7 @@ from nflows_kconv import bijection, conditional, layer, periodic, stencil
 try:
     from FrEIA.modules import InvertibleModule
 except ImportError as error:
-    raise ImportError('nflows_kconv.freia needs FrEIA, which comes with pip install "nflows-kconv[freia]"') from error
+    raise ImportError('nflows_kconv.freia needs FrEIA: pip install "nflows-kconv[freia]"') from error
 
 __all__ = [
     "ConditionalInvertibleConv1d",

@@ -226,8 +226,8 @@ def run_each(
     is_open = isinstance(batch, torch.SymInt) or torch.compiler.is_dynamo_compiling()
     if is_open and is_exporting_to_onnx():
         raise NotImplementedError(
-            "conditional layers must have a fixed batch to be exported to ONNX, where a convolution has a fixed number "
-            "of groups, got a dynamic batch"
+            "conditional layers must have a fixed batch size for export to ONNX, where a convolution has a fixed "
+            "number of groups, got a dynamic batch size"
         )
     # The images become groups of channels of one image, so one call computes them all.
     images = (input if input.dim() == len(dilation) + 3 else input[None]).flatten(1, 2)
@@ -282,7 +282,7 @@ def check_rows(name: str, tensor: Tensor, count: int | None, length: int, like: 
     shape = tensor.shape
     if len(shape) != 2 or shape[1] != length or count not in (None, shape[0]):
         rows = "B" if count is None else count
-        raise ValueError(f"{name} must have shape [{rows}, {length}], a row for each image, got {tuple(shape)}")
+        raise ValueError(f"{name} must have shape [{rows}, {length}], one row per image, got {tuple(shape)}")
     _check_match(name, tensor, like)
 
 
@@ -318,9 +318,7 @@ def _check_weight(weight: Tensor, groups: int, dimensions: int) -> None:
     shape = weight.shape
     if len(shape) != dimensions + 2 or 0 in shape or shape[0] != shape[1] * groups:
         axes = ", ".join(("C", "C/G", *_KERNEL_AXES[dimensions]))
-        raise ValueError(
-            f"weight must have shape [{axes}], none of it 0, with G = {groups} for the corners, got {tuple(shape)}"
-        )
+        raise ValueError(f"weight must have shape [{axes}], no size 0, for G = {groups} corners, got {tuple(shape)}")
 
 
 def _check_tensor(name: str, tensor: Tensor) -> None:
@@ -344,9 +342,9 @@ def _integer(name: str, value: int) -> int:
 
 def _check_match(name: str, tensor: Tensor, input: Tensor) -> None:
     if tensor.device != input.device:
-        raise ValueError(f"input and {name} must be on one device, got {input.device} and {tensor.device}")
+        raise ValueError(f"input and {name} must be on the same device, got {input.device} and {tensor.device}")
     if tensor.dtype != input.dtype and not _autocast_unites(tensor, input):
-        raise TypeError(f"input and {name} must have one dtype, got {input.dtype} and {tensor.dtype}")
+        raise TypeError(f"input and {name} must have the same dtype, got {input.dtype} and {tensor.dtype}")
 
 
 def _autocast_unites(*tensors: Tensor) -> bool:

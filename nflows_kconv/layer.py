@@ -118,13 +118,13 @@ class KernelLayer(InvertibleModule):
     def weight(self, value: Tensor) -> None:
         if not isinstance(value, Tensor) or not value.is_floating_point():
             kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
-            raise TypeError(f"weight must be a tensor of floating-point numbers, got {kind}")
+            raise TypeError(f"weight must be a floating-point tensor, got {kind}")
         value = value.detach()
         parameters = self._to_parameters(value)
         self._check_masked(value)
         for name in parameters:
             if not isinstance(self._parameters.get(name), nn.Parameter):
-                raise RuntimeError(f"{name} must be a parameter for weight to be assigned, but something computes it")
+                raise RuntimeError(f"{name} must be a parameter for weight to be assigned, got a computed tensor")
         with torch.no_grad():
             for name, tensor in parameters.items():
                 getattr(self, name).copy_(tensor)
@@ -215,8 +215,8 @@ class KernelLayer(InvertibleModule):
         scale = bound.scale(relative, self.max_inverse_gain).min().item()
         if scale < 1 - 1e-5:
             raise ValueError(
-                f"the weight must keep max_inverse_gain={self.max_inverse_gain:g}, got one whose entries off the "
-                f"diagonal are larger than that allows by a factor of {1 / scale:.3g}"
+                f"weight must respect max_inverse_gain={self.max_inverse_gain:g}, got off-diagonal entries "
+                f"{1 / scale:.3g} times too large"
             )
 
     def get_extra_state(self) -> Tensor:
@@ -261,13 +261,13 @@ class KernelLayer(InvertibleModule):
         version = metadata.get("version") or self._version
         if version > self._version:
             raise ValueError(
-                f"the version must be at most {self._version}, got {version} from a later release of nflows-kconv"
+                f"version must be at most {self._version}, got {version}, from a later release of nflows-kconv"
             )
         for name, own in self._structure().items():
             saved = metadata.get(name, own)
             saved = tuple(saved) if isinstance(saved, (list, tuple)) else saved
             if saved != own:
-                raise ValueError(f"the {name} must be the layer's {own}, got {saved}")
+                raise ValueError(f"{name} must match the layer's {own}, got {saved}")
 
     def _convert_weight(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Makes parameters of a plain weight."""
@@ -290,8 +290,8 @@ class KernelLayer(InvertibleModule):
         gain = metadata.get("max_inverse_gain", self.max_inverse_gain)
         if gain != self.max_inverse_gain:
             warnings.warn(
-                f"{prefix}raw_weight was saved with max_inverse_gain={gain} and is loaded with "
-                f"{self.max_inverse_gain}: where the bound is active, it makes another weight",
+                f"{prefix}raw_weight was saved with max_inverse_gain={gain} but is loaded with "
+                f"{self.max_inverse_gain}: where the bound is active, the weight differs",
                 stacklevel=2,
             )
 
@@ -409,8 +409,8 @@ class InvertibleConv(KernelLayer):
         masked = weight[stencil.masked_entries(weight.shape, self._stencils, weight.device)]
         if masked.any():
             raise ValueError(
-                "weight must be zero where it is masked, above the pivot's diagonal and at a side's taps after the "
-                f"pivot, got {int(masked.count_nonzero())} entries other than zero there"
+                "weight must be zero where it is masked (above the pivot's diagonal and, for a side, at the taps after "
+                f"the pivot), got {int(masked.count_nonzero())} nonzero entries"
             )
 
     def _check_metadata(self, metadata: dict[str, Any]) -> None:
@@ -430,8 +430,8 @@ class InvertibleConv(KernelLayer):
         ignored = int(self.raw_weight[_ignored(self.raw_weight, self._stencils)].count_nonzero())
         if ignored:
             warnings.warn(
-                f"{prefix}raw_weight has {ignored} entries other than zero where the layer ignores them: on and above "
-                "the pivot's diagonal, and at masked taps",
+                f"{prefix}raw_weight has {ignored} nonzero entries that the layer ignores: on and above the pivot's "
+                "diagonal, and at masked taps",
                 stacklevel=2,
             )
 
@@ -451,8 +451,7 @@ class InvertibleConv(KernelLayer):
             found.append(own if own in fitting and len(most) > 1 else most[0])
         if tuple(found) != self.corners:
             raise ValueError(
-                f"the corners must be the layer's {self.corners}, got a raw_weight whose zeros are those of "
-                f"{tuple(found)}"
+                f"corners must match the layer's {self.corners}, got a raw_weight with the zeros of {tuple(found)}"
             )
 
 
@@ -556,8 +555,8 @@ class _ComputedWeight(Tensor):
             if func.__name__ == "__set__" or [weight._version for weight in own] != versions:
                 # No TypeError, after which Python would go on from `weight *= 2` to `weight * 2`.
                 raise RuntimeError(
-                    f"weight must not be changed in place, got {func.__name__}: it is computed from the parameter "
-                    "raw_weight; change that, or assign a tensor, layer.weight = ..."
+                    f"weight must not be modified in place, got {func.__name__}: it is computed from raw_weight; "
+                    "modify that parameter, or assign a tensor to layer.weight"
                 )
             # What shares its memory refuses, too, but `detach()`, which is how one takes the values, and `_base`, at
             # whose end the compiler looks for a tensor without one.
@@ -572,7 +571,7 @@ class _ComputedWeight(Tensor):
 
 
 _HALF_PRECISION = (torch.float16, torch.bfloat16)
-_NO_PARAMETER = "{} cannot be a parameter: weight is computed, and the parameter is raw_weight"
+_NO_PARAMETER = "{} cannot be a parameter: weight is computed from the parameter raw_weight"
 
 
 class _Parameters(dict[str, Any]):
@@ -616,7 +615,7 @@ def _recorded(extra: Any) -> dict[str, Any]:
     try:
         return dict(json.loads(bytes(extra.tolist())))
     except (AttributeError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"the extra state must be JSON as bytes, got a damaged one: {error}") from error
+        raise ValueError(f"extra state must be JSON bytes, got damaged data: {error}") from error
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

@@ -23,9 +23,7 @@ try:
     from nflows.transforms.coupling import CouplingTransform
     from nflows.transforms.linear import Linear
 except ImportError as error:
-    raise ImportError(
-        'nflows_kconv.nflows needs nflows, which comes with pip install "nflows-kconv[nflows]"'
-    ) from error
+    raise ImportError('nflows_kconv.nflows needs nflows: pip install "nflows-kconv[nflows]"') from error
 
 __all__ = [
     "ConditionalInvertibleConv1d",
@@ -394,6 +392,6 @@ bijection.register(CouplingTransform, networks=("transform_net",))
 bijection.register(
     Linear,
     why_not_captured=lambda layer: (
-        "would go on using the matrices that it has cached: call use_cache(False)" if layer.using_cache else None
+        "keeps using its cached matrices: call use_cache(False)" if layer.using_cache else None
     ),
 )

@@ -23,9 +23,7 @@ try:
     from normflows.distributions import ClassCondDiagGaussian, DiagGaussian
     from normflows.flows.neural_spline.coupling import Coupling
 except ImportError as error:
-    raise ImportError(
-        'nflows_kconv.normflows needs normflows, which comes with pip install "nflows-kconv[normflows]"'
-    ) from error
+    raise ImportError('nflows_kconv.normflows needs normflows: pip install "nflows-kconv[normflows]"') from error
 
 __all__ = [
     "ConditionalInvertibleConv1d",
@@ -529,7 +527,7 @@ def _sample(flow: NormalizingFlow, num_samples: int, context: Any) -> Tensor:
     for name in ("context", "y"):
         if name in parameters and getattr(flow, "class_cond", True):
             return flow.sample(num_samples, **{name: context})[0]
-    raise ValueError(f"context must be None, as {type(flow).__name__} is not conditional")
+    raise ValueError(f"context must be None for a {type(flow).__name__}, which is not conditional")
 
 
 bijection.register(flows.Flow, forward=_forward, inverse=_inverse)

@@ -25,9 +25,7 @@ try:
     from onnxscript import opset18 as op
     from onnxscript.values import Opset
 except ImportError as error:
-    raise ImportError(
-        'nflows_kconv.onnx needs onnxscript, which comes with pip install "nflows-kconv[onnx]"'
-    ) from error
+    raise ImportError('nflows_kconv.onnx needs onnxscript: pip install "nflows-kconv[onnx]"') from error
 
 __all__ = ["translation_table"]
 

@@ -50,9 +50,11 @@ class PeriodicConv(KernelLayer):
     ) -> None:
         num_channels, groups = checks.positive("num_channels", num_channels), checks.positive("groups", groups)
         if num_channels % groups:
-            raise ValueError(f"num_channels must be a multiple of groups, got {num_channels} and {groups}")
+            raise ValueError(
+                f"num_channels must be a multiple of groups, got {num_channels} channels and {groups} groups"
+            )
         if max_inverse_gain is None:
-            raise TypeError("max_inverse_gain must be a number, got None: without a bound there may be no inverse")
+            raise TypeError("max_inverse_gain must be a number, got None: without the bound an inverse may not exist")
         super().__init__(
             num_channels,
             kernel_size,
@@ -113,8 +115,8 @@ class PeriodicConv(KernelLayer):
         """Computes W(f) at these sizes, [*F, G, C/G, C/G]: the last axis has the frequencies from 0 to the middle."""
         if is_exporting_to_onnx():
             raise NotImplementedError(
-                "a model must have no periodic layers to be exported to ONNX, which has neither solutions nor "
-                f"determinants of complex matrices, got {type(self).__name__}"
+                "a model must have no periodic layers for export to ONNX, which can neither solve with complex "
+                f"matrices nor compute their determinants, got {type(self).__name__}"
             )
         axes = tuple(range(2, weight.dim()))
         padding = [count for k, size in zip(self.kernel_size, sizes, strict=True) for count in (size - k, 0)]

@@ -8,7 +8,7 @@ from nflows_kconv.distributions import has_cached_none, run_transform
 try:
     from pyro.distributions.conditional import ConditionalTransform, ConditionalTransformModule
 except ImportError as error:
-    raise ImportError("nflows_kconv.pyro needs Pyro, which comes with pip install pyro-ppl") from error
+    raise ImportError("nflows_kconv.pyro needs Pyro: pip install pyro-ppl") from error
 
 __all__ = ["ConditionalInvertibleConv1d", "ConditionalInvertibleConv2d", "ConditionalInvertibleConv3d"]
 

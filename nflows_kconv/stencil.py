@@ -67,7 +67,7 @@ def parse(corners: str | Sequence[str], dimensions: int = 2) -> tuple[int, ...]:
     side = any(name in STENCILS[2] and STENCILS[2][name] & _SIDE for name in names if name not in known)
     raise ValueError(
         f"corners must name at least one stencil, each out of {tuple(known)} in {dimensions} "
-        f"dimension{'s' * (dimensions > 1)}, got {corners!r}{'; sides are for two dimensions' * side}"
+        f"dimension{'s' * (dimensions > 1)}, got {corners!r}{'; sides need two dimensions' * side}"
     )
 
 
@@ -193,7 +193,7 @@ def check_diagonal(diagonal: Tensor) -> None:
         *image, channel = index = bad[0].tolist()
         place = f"channel {channel}" + "".join(f" of image {each}" for each in image)
         raise ValueError(
-            "the pivot's diagonal must be finite and not zero (and its reciprocal, too) for the convolution to have an "
+            "the pivot's diagonal and its reciprocal must be finite and nonzero for the convolution to have an "
             f"inverse, got {diagonal[tuple(index)].item():g} in {place}"
         )
 

@@ -15,9 +15,7 @@ try:
     from torchflows.bijections.base import Bijection
     from torchflows.flows import Flow
 except ImportError as error:
-    raise ImportError(
-        'nflows_kconv.torchflows needs torchflows, which comes with pip install "nflows-kconv[torchflows]"'
-    ) from error
+    raise ImportError('nflows_kconv.torchflows needs torchflows: pip install "nflows-kconv[torchflows]"') from error
 
 __all__ = [
     "ConditionalInvertibleConv1d",

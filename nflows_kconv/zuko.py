@@ -14,7 +14,7 @@ try:
     from zuko.lazy import Flow, LazyTransform
     from zuko.transforms import ComposedTransform
 except ImportError as error:
-    raise ImportError("nflows_kconv.zuko needs zuko, which comes with pip install zuko") from error
+    raise ImportError("nflows_kconv.zuko needs zuko: pip install zuko") from error
 
 __all__ = ["ConditionalInvertibleConv1d", "ConditionalInvertibleConv2d", "ConditionalInvertibleConv3d"]
 

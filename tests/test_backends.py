@@ -168,7 +168,7 @@ def test_what_a_backend_cannot_run_the_next_one_does(runs, monkeypatch):
 def test_a_solution_tells_what_it_needs_and_why_it_is_missing(library_missing, monkeypatch):
     monkeypatch.setattr(registry, "_chosen", None)
     monkeypatch.delitem(registry._registered, "reference")
-    expected = "solve of cpu tensors needs the native library or the reference, got ['cpu: it was not built: because']"
+    expected = "solve on cpu tensors needs a backend that can run it, got ['cpu: it was not built: because']"
     with pytest.raises(RuntimeError, match=re.escape(expected)):
         InvertibleConv2d(4).inverse(torch.randn(2, 4, 5, 6))
 

@@ -240,7 +240,7 @@ def test_graphs_leave_the_batch_open(name: str, inverse: bool):
                     assert_close(actual, value)
 
 
-@pytest.mark.filterwarnings("ignore:raw_weight has .* entries other than zero")
+@pytest.mark.filterwarnings("ignore:raw_weight has .* nonzero entries")
 def test_weights_of_an_unconditional_layer_load():
     trained_layer = trained(layer.InvertibleConv2d(8, diagonal="learned"))
     for module in (build(diagonal="learned").double(), build(diagonal="learned").double()):
@@ -258,11 +258,11 @@ def test_weights_of_an_unconditional_layer_load():
         (lambda x, c: (x, None), TypeError, "context must be a tensor, got NoneType"),
         (lambda x, c: (x, c.tolist()), TypeError, "context must be a tensor, got list"),
         (lambda x, c: (x, c.long()), TypeError, "context must have one of the dtypes .*, got torch.int64"),
-        (lambda x, c: (x, c.double()), TypeError, "input and context must have one dtype, got .*32 and .*64"),
-        (lambda x, c: (x, c.to("meta")), ValueError, "input and context must be on one device, got cpu and meta"),
-        (lambda x, c: (x, c[:, 1:]), ValueError, r"context must have shape \[3, 3\], a row .*, got \(3, 2\)"),
-        (lambda x, c: (x, c[:2]), ValueError, r"context must have shape \[3, 3\], a row .*, got \(2, 3\)"),
-        (lambda x, c: (x, c[0]), ValueError, r"context must have shape \[3, 3\], a row .*, got \(3,\)"),
+        (lambda x, c: (x, c.double()), TypeError, "input and context must have the same dtype, got .*32 and .*64"),
+        (lambda x, c: (x, c.to("meta")), ValueError, "input and context must be on the same device, got cpu and meta"),
+        (lambda x, c: (x, c[:, 1:]), ValueError, r"context must have shape \[3, 3\], one row per image, got \(3, 2\)"),
+        (lambda x, c: (x, c[:2]), ValueError, r"context must have shape \[3, 3\], one row per image, got \(2, 3\)"),
+        (lambda x, c: (x, c[0]), ValueError, r"context must have shape \[3, 3\], one row per image, got \(3,\)"),
         (lambda x, c: (x[:, 1:], c), ValueError, "input must have the weight's 8 channels, got 7"),
         (lambda x, c: (x[0], c), ValueError, r"input must have the 4 dimensions \[B, C, H, W\], got shape \(8, 3, 4\)"),
     ],
@@ -290,7 +290,9 @@ def test_errors_of_arguments_and_networks():
         ):
             layer(*data(layer))
     layer = build(weight_network=nn.Sequential(nn.Linear(FEATURES, 144), Double()))
-    with pytest.raises(TypeError, match=r"output of weight_network must have one dtype, got .*float32 and .*float64"):
+    with pytest.raises(
+        TypeError, match=r"output of weight_network must have the same dtype, got .*float32 and .*float64"
+    ):
         layer(*data(layer))
     with pytest.raises(TypeError, match=r"weight_network must be a torch.nn.Module or None, got function"):
         build(weight_network=lambda context: context)
@@ -309,7 +311,7 @@ def test_a_context_of_nan_is_told():
     images, contexts = data(layer)
     contexts[1] = torch.nan
     for function in (layer, layer.inverse):
-        with pytest.raises(ValueError, match=r"finite and not zero .* got nan in channel 0 of image 1$"):
+        with pytest.raises(ValueError, match=r"finite and nonzero .* got nan in channel 0 of image 1$"):
             function(images, contexts)
 
 
@@ -332,7 +334,7 @@ LIBRARIES = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:raw_weight has .* entries other than zero")
+@pytest.mark.filterwarnings("ignore:raw_weight has .* nonzero entries")
 @pytest.mark.parametrize("library", LIBRARIES, ids=lambda library: library.__name__)
 def test_every_library_with_contexts_has_the_layer(library):
     for dimensions in (1, 2, 3):
@@ -408,7 +410,7 @@ def test_errors_of_contexts_and_of_images_for_them(name: str):
     make = layer if name == "zuko" else layer.condition
     with pytest.raises(TypeError, match="context must be a tensor, got NoneType"):
         make(None)
-    with pytest.raises(ValueError, match=r"context must have shape \[B, 3\], a row for each image, got \(10, 4\)"):
+    with pytest.raises(ValueError, match=r"context must have shape \[B, 3\], one row per image, got \(10, 4\)"):
         make(torch.zeros(5, 2, 4))
     transform = make(torch.zeros(5, 3))
     for function in (transform, transform.inv, lambda x: transform.log_abs_det_jacobian(x, x)):
@@ -422,7 +424,7 @@ def test_errors_of_contexts_and_of_images_for_them(name: str):
             function(torch.zeros(4, 3))
 
 
-@pytest.mark.filterwarnings("ignore:raw_weight has .* entries other than zero")
+@pytest.mark.filterwarnings("ignore:raw_weight has .* nonzero entries")
 def test_adapters_take_the_context_of_their_library():
     options = dict(context_features=FEATURES, corners=("TL", "B"), diagonal="learned")
     transform = trained(nflows_kconv.nflows.ConditionalInvertibleConv2d(4, **options)).float()

@@ -238,7 +238,7 @@ def test_autocast(dtype: torch.dtype):
 def test_arguments_on_two_devices():
     case = Case()
     for input, weight in ((case.input("cuda"), case.weight()), (case.input(), case.weight("cuda"))):
-        with pytest.raises(ValueError, match="input and weight must be on one device"):
+        with pytest.raises(ValueError, match="input and weight must be on the same device"):
             functional.conv2d(input, weight, corners=case.corners)
         with pytest.raises((RuntimeError, ValueError)):
             ops.solve(input, weight, None, None, [0, 1, 2, 3], [1, 1], False, False)

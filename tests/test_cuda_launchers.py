@@ -275,7 +275,9 @@ def test_too_little_memory_says_so(launcher: SimpleNamespace, planner: Planner, 
 
 def test_nothing_is_compiled_inside_a_capture(launcher: SimpleNamespace, planner: Planner):
     launcher.driver.capturing = True
-    with pytest.raises(RuntimeError, match=r"first is first needed inside .* call nflows_kconv\.warmup\(module, "):
+    with pytest.raises(
+        RuntimeError, match=r"kernel first must be compiled before .* call nflows_kconv\.warmup\(module, "
+    ):
         call(launcher)
     assert not launcher.driver.loaded
     launcher.driver.capturing = False

@@ -104,7 +104,7 @@ def test_a_gpu_newer_than_the_compiler_gets_ptx(sources: Path):
 @needs_nvrtc
 def test_a_gpu_older_than_the_compiler_is_not_served():
     reason = compiler.why_not((2, 0), (99, 0))
-    assert re.fullmatch(r"the GPU must have compute capability [\d.]+ at least for NVRTC [\d.]+, it has 2\.0", reason)
+    assert re.fullmatch(r"the GPU must have compute capability [\d.]+ or higher for NVRTC [\d.]+, got 2\.0", reason)
 
 
 @needs_nvrtc
@@ -391,12 +391,12 @@ def test_the_driver_must_be_new_enough(gpu: None, monkeypatch, nvrtc, supported,
     reason = why_not(0)
     assert (reason is None) == (needed is None)
     if needed:
-        assert reason.startswith(f"the driver must support CUDA {needed} at least for NVRTC 13.")
+        assert reason.startswith(f"the driver must support CUDA {needed} or higher for NVRTC 13.")
         assert cuda.status() == (False, f"NVIDIA H100 80GB HBM3: {reason}")
 
 
 def test_each_gpu_is_served_or_not(gpu: None, monkeypatch: pytest.MonkeyPatch):
-    reason = "the GPU must have compute capability 7.5 at least for NVRTC 13.0, it has 6.1"
+    reason = "the GPU must have compute capability 7.5 or higher for NVRTC 13.0, got 6.1"
     monkeypatch.setattr(driver, "device_names", lambda: ["NVIDIA H100", "NVIDIA GTX 1080"])
     monkeypatch.setattr(driver, "describe", lambda index: H100 if index == 0 else Device((6, 1), 20, 49152))
     assert (why_not(0), why_not(1)) == (None, reason)
@@ -513,5 +513,5 @@ for call in (lambda: driver.load(b"bad\\0", 0), lambda: driver.describe(1), driv
         "cuModuleLoadData failed: CUDA_ERROR_INVALID_IMAGE",
         "cuDeviceGet failed: CUDA_ERROR_INVALID_DEVICE",
     ]
-    missing = "a function that launches kernels is missing: libtorch_cuda.so"
+    missing = "a function that kernel launches need is missing: libtorch_cuda.so"
     assert addresses == "7 addresses" if torch.version.cuda else addresses.startswith(missing)

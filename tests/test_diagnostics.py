@@ -633,7 +633,7 @@ class Straight(nn.Module):
         (
             torch.exp,
             TypeError,
-            r"builtin_function_or_method must have forward\(x\) -> .* or be of a class that .*register",
+            r"builtin_function_or_method must have forward\(x\) -> .* or have a class registered with .*register",
         ),
         (
             nn.Linear(2, 2),
@@ -643,14 +643,14 @@ class Straight(nn.Module):
         (
             Straight(steps.ActNorm(4), InvertibleConv2d(4)),
             ValueError,
-            r"got \[steps.0, steps.1\] there and, reversed, \[st",
+            r"got \[steps.0, steps.1\] forward and, reversed, \[st",
         ),
         (
             nf.MultiscaleFlow(
                 [nf.distributions.DiagGaussian((2, 8, 8))] * 2, [[], []], [nf.flows.Merge()], None, False
             ),
             ValueError,
-            r"got \[\] there and, reversed, \[\] back",
+            r"got \[\] forward and, reversed, \[\] back",
         ),
     ],
     ids=["function", "one direction", "not in reverse", "no steps"],

@@ -70,9 +70,9 @@ DILATION_ERRORS = {
     "dilation None": Wrong(dict(dilation=None), TypeError, "dilation must be an integer, got None"),
     "dilation a string": Wrong(dict(dilation="12"), TypeError, "dilation must be an integer, got '12'"),
     "dilation of one axis": Wrong(
-        dict(dilation=(2,)), ValueError, "dilation must be an integer or one for each of 2 axes, got (2,)"
+        dict(dilation=(2,)), ValueError, "dilation must be an integer or one per axis, 2 in all, got (2,)"
     ),
-    "dilation of three axes": Wrong(dict(dilation=(1, 1, 1)), ValueError, "one for each of 2 axes, got (1, 1, 1)"),
+    "dilation of three axes": Wrong(dict(dilation=(1, 1, 1)), ValueError, "one per axis, 2 in all, got (1, 1, 1)"),
 }
 WEIGHT_ERRORS = {
     "weight a number": Wrong(dict(weight=1.0), TypeError, "weight must be a tensor, got float"),
@@ -80,12 +80,12 @@ WEIGHT_ERRORS = {
     "weight of integers": Wrong(
         dict(weight=weight(dtype=torch.int32)), TypeError, "weight must have one of the dtypes .*, got torch.int32"
     ),
-    "weight without taps": Wrong(dict(weight=weight()[..., :0]), ValueError, "none of it 0, .*, got (8, 2, 3, 0)"),
-    "weight without channels": Wrong(dict(weight=weight()[:0]), ValueError, "none of it 0, .*, got (0, 2, 3, 3)"),
+    "weight without taps": Wrong(dict(weight=weight()[..., :0]), ValueError, "no size 0, .*, got (8, 2, 3, 0)"),
+    "weight without channels": Wrong(dict(weight=weight()[:0]), ValueError, "no size 0, .*, got (0, 2, 3, 3)"),
     "corners of other groups": Wrong(
         dict(corners=("TL", "BR")),
         ValueError,
-        "[C, C/G, kh, kw], .*, with G = 2 for the corners, got (8, 2, 3, 3)",
+        "[C, C/G, kh, kw], .*, for G = 2 corners, got (8, 2, 3, 3)",
     ),
 }
 INPUT_ERRORS = {
@@ -115,15 +115,15 @@ INPUT_ERRORS = {
     "weight's dtype": Wrong(
         dict(weight=weight(dtype=torch.float64)),
         TypeError,
-        "input and weight must have one dtype, got torch.float32 and torch.float64",
+        "input and weight must have the same dtype, got torch.float32 and torch.float64",
     ),
     "weight's half precision": Wrong(
         dict(weight=weight(dtype=torch.float16)),
         TypeError,
-        "input and weight must have one dtype, got torch.float32 and torch.float16",
+        "input and weight must have the same dtype, got torch.float32 and torch.float16",
     ),
     "weight's device": Wrong(
-        dict(weight=weight(device="meta")), ValueError, "input and weight must be on one device, got cpu and meta"
+        dict(weight=weight(device="meta")), ValueError, "input and weight must be on the same device, got cpu and meta"
     ),
     "bias of rank 2": Wrong(dict(bias=torch.zeros(8, 1)), ValueError, "bias must have shape (8,), got (8, 1)"),
     "bias of other channels": Wrong(dict(bias=torch.zeros(2)), ValueError, "bias must have shape (8,), got (2,)"),
@@ -135,10 +135,12 @@ INPUT_ERRORS = {
     "bias's dtype": Wrong(
         dict(bias=torch.zeros(8).double()),
         TypeError,
-        "input and bias must have one dtype, got torch.float32 and torch.float64",
+        "input and bias must have the same dtype, got torch.float32 and torch.float64",
     ),
     "bias's device": Wrong(
-        dict(bias=torch.zeros(8, device="meta")), ValueError, "input and bias must be on one device, got cpu and meta"
+        dict(bias=torch.zeros(8, device="meta")),
+        ValueError,
+        "input and bias must be on the same device, got cpu and meta",
     ),
 }
 LOG_DET_ERRORS = {
@@ -169,9 +171,9 @@ LAYER_ERRORS = {
     "kernel of rank 3": Wrong(
         dict(kernel_size=(3, 3, 3)),
         ValueError,
-        "an integer or one for each of 2 axes, got (3, 3, 3)",
+        "an integer or one per axis, 2 in all, got (3, 3, 3)",
     ),
-    "kernel of rank 1": Wrong(dict(kernel_size=(3,)), ValueError, "an integer or one for each of 2 axes, got (3,)"),
+    "kernel of rank 1": Wrong(dict(kernel_size=(3,)), ValueError, "an integer or one per axis, 2 in all, got (3,)"),
     "kernel a string": Wrong(dict(kernel_size="33"), TypeError, "kernel_size must be an integer, got '33'"),
     "kernel a pair of strings": Wrong(
         dict(kernel_size=("3", "3")), TypeError, "kernel_size must be an integer, got '3'"
@@ -218,11 +220,11 @@ def test_layer(wrong: Wrong):
 
 OTHER_DIMENSIONS = [
     (1, dict(corners="TL"), ValueError, "each out of ('L', 'R') in 1 dimension, got 'TL'"),
-    (1, dict(corners="T"), ValueError, "each out of ('L', 'R') in 1 dimension, got 'T'; sides are for two dimensions"),
+    (1, dict(corners="T"), ValueError, "each out of ('L', 'R') in 1 dimension, got 'T'; sides need two dimensions"),
     (3, dict(corners="TL"), ValueError, "'FBL', 'FBR') in 3 dimensions, got 'TL'"),
-    (3, dict(corners=("NTL", "L")), ValueError, "got ('NTL', 'L'); sides are for two dimensions"),
-    (1, dict(dilation=(1, 2)), ValueError, "dilation must be an integer or one for each axis, got (1, 2)"),
-    (3, dict(dilation=(1, 2)), ValueError, "dilation must be an integer or one for each of 3 axes, got (1, 2)"),
+    (3, dict(corners=("NTL", "L")), ValueError, "got ('NTL', 'L'); sides need two dimensions"),
+    (1, dict(dilation=(1, 2)), ValueError, "dilation must be an integer or one per axis, got (1, 2)"),
+    (3, dict(dilation=(1, 2)), ValueError, "dilation must be an integer or one per axis, 3 in all, got (1, 2)"),
     (1, dict(input=torch.zeros(2, 1, 4, 5)), ValueError, "the 3 dimensions [B, C, L], got shape (2, 1, 4, 5)"),
     (3, dict(input=torch.zeros(2, 1, 4, 5)), ValueError, "the 5 dimensions [B, C, D, H, W], got shape (2, 1, 4, 5)"),
 ]
@@ -256,9 +258,9 @@ def test_layers_check_their_input(inverse: bool):
         (
             images(dtype=torch.float64),
             TypeError,
-            "input and weight must have one dtype, got torch.float64 and torch.float32",
+            "input and weight must have the same dtype, got torch.float64 and torch.float32",
         ),
-        (images(device="meta"), ValueError, "input and weight must be on one device, got meta and cpu"),
+        (images(device="meta"), ValueError, "input and weight must be on the same device, got meta and cpu"),
     ):
         with pytest.raises(error, match=message(match)):
             function(input)
@@ -270,7 +272,9 @@ def test_diagonals_without_an_inverse(channel: int, value: float, backend: str):
     broken = weight()
     row, column = ((2, 2), (2, 0), (0, 2), (0, 0))[channel // 2]
     broken[channel, channel % 2, row, column] = value
-    match = message(f"diagonal must be finite and not zero .*, got {value:.0f}.* in channel {channel}")
+    match = message(
+        f"diagonal and its reciprocal must be finite and nonzero .*, got {value:.0f}.* in channel {channel}"
+    )
     with pytest.raises(ValueError, match=match):
         log_abs_det(broken, corners=CORNERS, size=(4, 5))
     with pytest.raises(ValueError, match=match):
@@ -284,7 +288,7 @@ def test_diagonals_without_an_inverse(channel: int, value: float, backend: str):
 def test_diagonals_without_an_inverse_in_any_dtype(dtype: torch.dtype, backend: str):
     broken = weight(dtype=dtype)
     broken[3, 1, 2, 0] = 0
-    with pytest.raises(ValueError, match=message("finite and not zero .*, got 0.* in channel 3")):
+    with pytest.raises(ValueError, match=message("finite and nonzero .*, got 0.* in channel 3")):
         conv2d_inverse(images(dtype=dtype), broken, corners=CORNERS)
 
 
@@ -295,7 +299,9 @@ def test_layers_with_a_broken_log_diagonal(value: float, backend: str):
     with torch.no_grad():
         layer.log_diagonal[3] = value
     for function in (layer, layer.inverse):
-        with pytest.raises(ValueError, match=message("diagonal must be finite and not zero .* in channel 3")):
+        with pytest.raises(
+            ValueError, match=message("diagonal and its reciprocal must be finite and nonzero .* in channel 3")
+        ):
             function(images())
 
 

@@ -23,7 +23,7 @@ import nflows_kconv.normflows
 
 LIBRARIES = {"nflows": nflows_kconv.nflows, "normflows": nflows_kconv.normflows}
 # Parameters drawn at random are not zero where a layer ignores them.
-pytestmark = pytest.mark.filterwarnings("ignore:.*where the layer ignores them")
+pytestmark = pytest.mark.filterwarnings("ignore:.*nonzero entries that the layer ignores")
 in_both = pytest.mark.parametrize("library", LIBRARIES.values(), ids=LIBRARIES.keys())
 
 FLOWS: dict[str, dict[str, Any]] = {
@@ -133,7 +133,11 @@ def test_flows_load_into_flows(library, tmp_path: Path):
     wrong = build(library, steps=2, **options)
     unchanged(wrong, lambda: wrong.load(path), r"with the same options, steps=2, got steps=1$")
     torch.save(flow.state_dict(), path)
-    unchanged(wrong, lambda: wrong.load(path), r"got one of torch\.save, which flow\.load_state_dict\(torch\.load")
+    unchanged(
+        wrong,
+        lambda: wrong.load(path),
+        r"got one written by torch\.save; load it with flow\.load_state_dict\(torch\.load",
+    )
 
 
 def unchanged(flow: nn.Module, act: Callable[[], Any], match: str, error: type[Exception] = ValueError) -> None:
@@ -170,7 +174,7 @@ def _missing(tensors: dict, entry: dict) -> None:
 # Made with a right checksum, as by a program of the wrong kind.
 CHANGES: dict[str, tuple[Callable[[dict, dict], Any], str]] = {
     "a later version": (_entry(version=2), "must be at most 1, got 2, from a later release"),
-    "no version": (lambda tensors, entry: entry.pop("version"), "metadata are damaged"),
+    "no version": (lambda tensors, entry: entry.pop("version"), "damaged metadata"),
     "an option more": (_option(colour="red"), "options that finc_flow does not take: .*'colour'"),
     "an option less": (lambda tensors, entry: entry["options"].pop("levels"), "does not take: .*'levels'"),
     "a wrong option": (_option(direction="up"), "does not take: direction must be"),
@@ -216,7 +220,7 @@ def test_files_of_others(tmp_path: Path):
     path = tmp_path / "flow"
     flow = build(nflows_kconv.nflows)
     save_file(flow.state_dict(), path)
-    with pytest.raises(ValueError, match=r"got tensors without the flow's options, which flow\.load_state_dict\("):
+    with pytest.raises(ValueError, match=r"got tensors without options; load them with flow\.load_state_dict\("):
         nflows_kconv.nflows.load_flow(path)
     flow.load_state_dict(load_file(path))
     nflows_kconv.normflows.finc_flow((1, 8, 8), 2, 1, hidden_channels=4).load_state_dict(load_file(path))
@@ -263,9 +267,9 @@ def _weight_norm(flow: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_other_activation, "got Tanh in place of ReLU"),
-        (_other_width, "got nothing in place of floating-point .*"),
-        (_weight_norm, "got ParametrizedConv2d in place of Conv2d"),
+        (_other_activation, "got Tanh instead of ReLU"),
+        (_other_width, "got nothing instead of floating-point .*"),
+        (_weight_norm, "got ParametrizedConv2d instead of Conv2d"),
     ],
 )
 def test_flows_that_the_options_do_not_describe_are_not_saved(library, change, message: str, tmp_path: Path):

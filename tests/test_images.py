@@ -149,11 +149,11 @@ class TestUniformDequantization:
         for silent, levels in ((x.byte(), 256), (x, 2), (0 * x, 256), (x + 1, 256), (x[:0], 256)):
             UniformDequantization(levels)(silent)
         assert not recwarn
-        with pytest.warns(UserWarning, match=r"0 and 1 alone .* scaled to 0\.\.1, multiply by 255"):
+        with pytest.warns(UserWarning, match=r"only 0 and 1 .* scaled to 0\.\.1, multiply by 255"):
             UniformDequantization()(x)
 
     def test_images_in_0_to_1_get_a_hint(self):
-        with pytest.raises(ValueError, match=r"got 0\.25; images in 0\.\.1 times 255, rounded, are such"):
+        with pytest.raises(ValueError, match=r"got 0\.25; multiply images in 0\.\.1 by 255 and round"):
             UniformDequantization()(torch.full((1, 1, 1, 1), 0.25))
 
     def test_arguments(self):
@@ -163,9 +163,9 @@ class TestUniformDequantization:
                 function(torch.zeros(3, 4, 4))
             with pytest.raises(TypeError, match="must be a tensor, got ndarray"):
                 function(np.zeros((1, 3, 4, 4)))
-            with pytest.raises(TypeError, match=r"real numbers, got torch\.complex64"):
+            with pytest.raises(TypeError, match=r"must be real, got torch\.complex64"):
                 function(torch.zeros(1, 3, 4, 4, dtype=torch.complex64))
-        with pytest.raises(TypeError, match=r"floating-point numbers, got torch\.uint8"):
+        with pytest.raises(TypeError, match=r"must be floating-point, got torch\.uint8"):
             module.inverse(torch.zeros(1, 3, 4, 4, dtype=torch.uint8))
 
     @pytest.mark.parametrize(
@@ -301,11 +301,11 @@ class TestPreprocessing:
             with pytest.raises(ValueError, match=f"alpha must be at least 0 and below 1/2, got {alpha}"):
                 Logit(alpha)
         for function in (Logit(), Logit().inverse, Affine(2, 1), Affine(2, 1).inverse):
-            with pytest.raises(TypeError, match=r"numbers must be .* floating-point dtype, got torch\.int64"):
+            with pytest.raises(TypeError, match=r"input must be a floating-point tensor, got torch\.int64"):
                 function(torch.tensor([[0, 1]]))
-            with pytest.raises(TypeError, match="numbers must be a tensor of a floating-point dtype, got list"):
+            with pytest.raises(TypeError, match="input must be a floating-point tensor, got list"):
                 function([0.5])
-            with pytest.raises(ValueError, match=r"numbers must have the dimensions \[B, \.\.\.\], got shape \(\)"):
+            with pytest.raises(ValueError, match=r"input must have the dimensions \[B, \.\.\.\], got shape \(\)"):
                 function(torch.tensor(0.5))
             assert function(torch.tensor([0.25, 0.5]))[1].shape == (2,)
         for scale, shift in ((0, 0), (math.inf, 0), (math.nan, 0), (1, math.nan), (1, -math.inf)):
@@ -441,7 +441,7 @@ class TestImportanceWeightedBound:
             importance_weighted_bound(self.log_prob, x, 0)
         with pytest.raises(TypeError, match=r"num_samples must be an integer, got 2\.0"):
             importance_weighted_bound(self.log_prob, x, 2.0)
-        with pytest.raises(ValueError, match=r"one number an image, \[2\], got \(\)"):
+        with pytest.raises(ValueError, match=r"one number per image, \[2\], got \(\)"):
             importance_weighted_bound(lambda images: images.mean(), x, 1)
         with pytest.raises(ValueError, match=r"\[B, C, H, W\], got shape \(1, 2, 2\)"):
             importance_weighted_bound(self.log_prob, x[0], 1)

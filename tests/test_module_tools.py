@@ -132,7 +132,7 @@ TOOLS = {
 
 @in_both
 @pytest.mark.parametrize("tool", TOOLS)
-@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning", "ignore:.*entries other than zero")
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning", "ignore:.*nonzero entries")
 def test_tools_that_compute_parameters(library: str, tool: str):
     """The flow is then that of the parameters computed, before and after a step of training, and after a file."""
     flow = build(library, diagonal="learned")

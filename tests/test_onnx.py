@@ -175,7 +175,7 @@ def test_conditional_layers():
         (
             ConditionalInvertibleConv2d(4, context_features=3),
             [torch.randn(2, 4, 8, 8), torch.randn(2, 3)],
-            "conditional layers must have a fixed batch .*, got a dynamic batch",
+            "conditional layers must have a fixed batch size .*, got a dynamic batch size",
         ),
     ],
 )

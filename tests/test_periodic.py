@@ -251,16 +251,22 @@ def test_the_weight_can_be_assigned_and_loaded():
             loaded.load_state_dict(state_dict | {"weight": layer.weight.detach()})
         for each in (other, loaded):
             torch.testing.assert_close(each.weight, layer.weight)
-        with pytest.raises(ValueError, match=r"must keep max_inverse_gain=10, got one .* by a factor of"):
+        with pytest.raises(
+            ValueError, match=r"must respect max_inverse_gain=10, got off-diagonal entries .* times too large"
+        ):
             other.weight = 1000 * torch.ones(4, 4, 3, 2).cumsum(0)
     with pytest.raises(ValueError, match="the pivot's diagonal must be positive for diagonal='learned', got -1"):
         other.weight = -torch.ones(4, 4, 3, 2)
-    with pytest.raises(RuntimeError, match="weight must not be changed in place"):
+    with pytest.raises(RuntimeError, match="weight must not be modified in place"):
         other.weight.zero_()
     grouped, corner = PeriodicConv2d(4, groups=2), InvertibleConv2d(4, corners=("TL", "BR"))
-    with pytest.raises(RuntimeError, match=r"corners must be the layer's \('periodic', 'periodic'\), got \('TL', 'BR'"):
+    with pytest.raises(
+        RuntimeError, match=r"corners must match the layer's \('periodic', 'periodic'\), got \('TL', 'BR'"
+    ):
         grouped.load_state_dict(corner.state_dict())
-    with pytest.raises(RuntimeError, match=r"corners must be the layer's \('TL', 'BR'\), got \('periodic', 'periodic'"):
+    with pytest.raises(
+        RuntimeError, match=r"corners must match the layer's \('TL', 'BR'\), got \('periodic', 'periodic'"
+    ):
         corner.load_state_dict(grouped.state_dict())
 
 
@@ -268,7 +274,7 @@ def test_the_weight_can_be_assigned_and_loaded():
 
 WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "channels": (dict(num_channels=0), ValueError, "num_channels must be at least 1, got 0"),
-    "groups": (dict(groups=3), ValueError, "num_channels must be a multiple of groups, got 4 and 3"),
+    "groups": (dict(groups=3), ValueError, "num_channels must be a multiple of groups, got 4 channels and 3 groups"),
     "no groups": (dict(groups=0), ValueError, "groups must be at least 1, got 0"),
     "kernel": (dict(kernel_size=(3, 0)), ValueError, "kernel_size must be at least 1, got 0"),
     "diagonal": (dict(diagonal="free"), ValueError, 'diagonal must be "unit" or "learned", got \'free\''),
@@ -288,7 +294,11 @@ WRONG_CALLS: dict[str, tuple[Any, type[Exception], str]] = {
         r"input must have the 4 dimensions \[B, C, H, W\], got shape \(4, 5, 5\)",
     ),
     "channels": (torch.zeros(2, 6, 5, 5), ValueError, "input must have the weight's 4 channels, got 6"),
-    "dtype": (torch.zeros(2, 4, 5, 5).double(), TypeError, "input and weight must have one dtype, got torch.float64"),
+    "dtype": (
+        torch.zeros(2, 4, 5, 5).double(),
+        TypeError,
+        "input and weight must have the same dtype, got torch.float64",
+    ),
     "list": ([0.0], TypeError, "input must be a tensor, got list"),
 }
 
@@ -310,7 +320,7 @@ def test_errors_of_calls(input: Any, error: type[Exception], match: str):
 def test_a_diagonal_without_reciprocal():
     layer = PeriodicConv2d(4, diagonal="learned")
     nn.init.constant_(layer.log_diagonal, -math.inf)
-    with pytest.raises(ValueError, match="the pivot's diagonal must be finite and not zero"):
+    with pytest.raises(ValueError, match="the pivot's diagonal and its reciprocal must be finite and nonzero"):
         layer.solve(torch.zeros(1, 4, 3, 3))
 
 

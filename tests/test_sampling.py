@@ -403,7 +403,7 @@ def test_handwritten_flows_and_labels_of_several_tensors(place: torch.device):
     for order in ([0, 1, 2], [2, 0, 1]):
         images = sampler(labels=(classes[order], vectors[order]), temperature=0).cpu()
         assert torch.equal(images, torch.tensor([[14.0, 25], [30, 41], [52, 63]])[order])
-    with pytest.raises(ValueError, match="labels must have one row for each of the 3 images, got 2 rows"):
+    with pytest.raises(ValueError, match="labels must have one row for each of 3 images, got 2 rows"):
         sampler(labels=(classes, vectors[:2]))
 
 
@@ -493,12 +493,12 @@ def test_temperature_needs_normal_numbers(place: torch.device):
 
     sampler = GraphSampler(Uniform().to(place), 3)
     assert len(sampler()) == 3
-    with pytest.raises(ValueError, match=r"temperature must be 1, as the flow draws no normal numbers, got 0\.5"):
+    with pytest.raises(ValueError, match=r"temperature must be 1 for a flow that draws no normal numbers, got 0\.5"):
         sampler(temperature=0.5)
 
 
 def test_wrong_flows():
-    with pytest.raises(TypeError, match=r"flow must be a torch\.nn\.Module with a method sample, .* got Linear"):
+    with pytest.raises(TypeError, match=r"flow must be a torch\.nn\.Module with a sample method, .* got Linear"):
         GraphSampler(nn.Linear(2, 2), 3)
     with pytest.raises(TypeError, match="got function"):
         GraphSampler(lambda: None, 3)
@@ -522,8 +522,8 @@ def test_wrong_numbers(num_samples: Any, error: type[Exception]):
         ({"temperature": float("nan")}, ValueError, "temperature must be finite and not negative, got nan"),
         ({"temperature": "hot"}, TypeError, "temperature must be a number, got 'hot'"),
         ({"labels": [1, 2]}, TypeError, "labels must be a tensor, or a tuple of tensors, got list"),
-        ({"labels": torch.tensor(1)}, ValueError, r"labels must have one row for each image, got shape \(\)"),
-        ({"n": 3, "labels": torch.tensor([1, 2])}, ValueError, "one row for each of the 3 images, got 2 rows"),
+        ({"labels": torch.tensor(1)}, ValueError, r"labels must have one row per image, got shape \(\)"),
+        ({"n": 3, "labels": torch.tensor([1, 2])}, ValueError, "one row for each of 3 images, got 2 rows"),
     ],
 )
 def test_wrong_arguments(arguments: dict[str, Any], error: type[Exception], match: str):
@@ -533,7 +533,7 @@ def test_wrong_arguments(arguments: dict[str, Any], error: type[Exception], matc
 
 @pytest.mark.parametrize("name", ["normflows images", "normflows vectors"])
 def test_labels_for_a_flow_without_classes(name: str):
-    with pytest.raises(ValueError, match=r"context must be None, as .*Flow is not conditional"):
+    with pytest.raises(ValueError, match=r"context must be None for a .*Flow, which is not conditional"):
         GraphSampler(FLOWS[name](), 2)(labels=torch.tensor([0, 1]))
 
 
@@ -647,7 +647,9 @@ def test_what_caches_its_matrices_is_refused(monkeypatch: pytest.MonkeyPatch):
     cuda = CudaDouble(monkeypatch)
     layer = nflows.transforms.NaiveLinear(4, orthogonal_initialization=False, using_cache=True)
     flow = nflows_flows.Flow(layer, nflows.distributions.StandardNormal([4]))
-    with pytest.raises(RuntimeError, match=r"as _transform would go on using the matrices .* call use_cache\(False\)"):
+    with pytest.raises(
+        RuntimeError, match=r"because _transform keeps using its cached matrices: call use_cache\(False\)"
+    ):
         GraphSampler(flow, 2)()
     assert not cuda.log
 

@@ -52,10 +52,10 @@ def run(call: OperatorCall) -> Tensor:
         case Outcome.DONE:
             return output.to(input.dtype)
         case Outcome.OUT_OF_MEMORY:
-            raise RuntimeError("not enough memory for the buffers of the CPU kernel")
-        case Outcome.FREED:  # under the tensor, as sharding libraries do
-            raise RuntimeError("the memory of the tensors must not have been freed")
-    return reference.run(call)  # which is as fast, or tells about the diagonal
+            raise RuntimeError("out of memory for the buffers of the CPU kernel")
+        case Outcome.FREED:  # sharding libraries free the memory of a live tensor
+            raise RuntimeError("the memory of a tensor must not have been freed")
+    return reference.run(call)  # as fast, or raises the error about the diagonal
 
 
 def attempt(

@@ -109,9 +109,7 @@ def run(call: OperatorCall) -> Tensor:
         if for_device in (device, "any") and why_not(call) is None:
             return run_call(call)
     reasons = [f"{each.name}: {each.why_not(call)}" for each in _registered.values() if each.device == device]
-    raise RuntimeError(
-        f"{call.operation} of {device} tensors needs the native library or the reference, got {reasons or 'neither'}"
-    )
+    raise RuntimeError(f"{call.operation} on {device} tensors needs a backend that can run it, got {reasons or 'none'}")
 
 
 def attempts() -> Callable[..., Tensor | None] | None:

@@ -134,8 +134,8 @@ def round_trip(flow: Any, images: Tensor, context: Any = None) -> RoundTrip:
         if not encoding or [id(call.module) for call in encoding] != [id(call.module) for call in decoding]:
             there_and_back = (", ".join(names[id(call.module)] for call in calls) for calls in (encoding, decoding))
             raise ValueError(
-                "flow must consist of bijections that the way back calls in reverse order, got [{}] there and, "
-                "reversed, [{}] back".format(*there_and_back)
+                "flow must call its bijections in reverse order on the way back, got [{}] forward and, reversed, "
+                "[{}] back".format(*there_and_back)
             )
         undone = [second.repeat(first.output.clone()) for first, second in zip(encoding, decoding, strict=True)]
 

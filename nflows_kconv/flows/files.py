@@ -55,30 +55,30 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
     with open(path, "rb") as file:
         is_archive = file.read(4) == b"PK\x03\x04"
     if is_archive:
-        raise refusal(path, "one of torch.save, which flow.load_state_dict(torch.load(path)) loads")
+        raise refusal(path, "one written by torch.save; load it with flow.load_state_dict(torch.load(path))")
     try:
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
     except Exception as error:  # each version of safetensors has other ones
-        raise refusal(path, f"a damaged one, or one of another format: {error}") from error
+        raise refusal(path, f"one that is damaged or has another format: {error}") from error
     if _ENTRY not in metadata:
         raise refusal(
             path,
-            "tensors without the flow's options, which flow.load_state_dict(safetensors.torch.load_file(path)) loads",
+            "tensors without options; load them with flow.load_state_dict(safetensors.torch.load_file(path))",
         )
     try:
         entry = json.loads(metadata[_ENTRY])
         version, options, checksum = entry["version"], entry.get("options"), entry.get("checksum")
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-        raise refusal(path, f"one whose metadata are damaged: {error!r}") from error
+        raise refusal(path, f"one with damaged metadata: {error!r}") from error
     if not isinstance(version, int) or version > _VERSION:
         raise ValueError(
-            f"{os.fspath(path)}: the version of the format must be at most {_VERSION}, got {version!r}, from a later "
-            "release of nflows-kconv"
+            f"{os.fspath(path)}: the format version must be at most {_VERSION}, got {version!r}, from a later release "
+            "of nflows-kconv"
         )
     if not isinstance(options, dict) or checksum != _checksum(options, tensors):
-        raise refusal(path, "a damaged one, whose checksum is wrong")
+        raise refusal(path, "a damaged one: its checksum is wrong")
     return as_read(options), tensors
 
 
@@ -89,7 +89,7 @@ def as_read(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def refusal(path: str | os.PathLike[str], got: str) -> ValueError:
     """Returns the error that says what a file is in place of one of ours."""
-    return ValueError(f"{os.fspath(path)} must be a file that the save() of a flow of finc_flow wrote, got {got}")
+    return ValueError(f"{os.fspath(path)} must be a file written by save() of a finc_flow flow, got {got}")
 
 
 def _safetensors() -> Any:
@@ -97,7 +97,7 @@ def _safetensors() -> Any:
         import safetensors.torch
     except ImportError as error:
         raise ImportError(
-            "files of flows need safetensors, which comes with pip install "
+            "saving and loading flows needs safetensors: pip install "
             '"nflows-kconv[nflows]" or "nflows-kconv[normflows]"'
         ) from error
     return safetensors

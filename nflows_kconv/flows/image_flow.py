@@ -133,9 +133,7 @@ class Architecture:
             n = self.dimensions
             _check_shape("context_shape", self.context_shape, {1: "(E,)", n + 1: f"(E, {_SIZES[n]})"})
         if self.conditional_kernels and (self.context_shape is None or len(self.context_shape) > 1):
-            raise ValueError(
-                f"conditional_kernels needs vectors as context, context_shape=(E,), got {self.context_shape!r}"
-            )
+            raise ValueError(f"conditional_kernels needs context_shape=(E,), got {self.context_shape!r}")
         if self.conditional_kernels and self.kernel_size is None:
             raise ValueError("conditional_kernels needs a kernel_size, got None")
         if self.conditional_kernels and self.padding_mode == "circular":
@@ -373,7 +371,7 @@ class Interface(nn.Module):
         dimensions, dtype = math.prod(self.architecture.data_shape), self._parameter().dtype
         if not isinstance(latent, Tensor) or not latent.is_floating_point():
             kind = latent.dtype if isinstance(latent, Tensor) else type(latent).__name__
-            raise TypeError(f"latent must be a tensor of floating-point numbers, got {kind}")
+            raise TypeError(f"latent must be a floating-point tensor, got {kind}")
         if latent.dim() != 2 or latent.shape[1] != dimensions or latent.shape[0] == 0:
             raise ValueError(f"latent must have shape [B, {dimensions}], got {tuple(latent.shape)}")
         condition = self._condition("context", context, latent.shape[0], classes_needed=False)
@@ -415,7 +413,7 @@ class Interface(nn.Module):
         different = [name for name in own if name != "reversible" and own[name] != other[name]]
         if different:
             raise ValueError(
-                f"{os.fspath(path)} must be of a flow with the same options, "
+                f"{os.fspath(path)} must hold a flow with the same options, "
                 f"{', '.join(f'{name}={own[name]!r}' for name in different)}, got "
                 f"{', '.join(f'{name}={other[name]!r}' for name in different)}"
             )
@@ -442,8 +440,8 @@ class Interface(nn.Module):
         parameter = next(module for module in self.modules() if isinstance(module, steps.ActNorm)).log_scale
         if parameter.dtype not in (torch.float32, torch.float64):
             raise TypeError(
-                f"a flow's parameters must be float32 or float64, as its inverse needs their digits, got "
-                f"{parameter.dtype}; for speed run a float32 flow under torch.autocast, where its networks alone use "
+                f"a flow's parameters must be float32 or float64, because its inverse needs their precision, got "
+                f"{parameter.dtype}; for speed, run a float32 flow under torch.autocast: only its networks then use "
                 "half precision"
             )
         return parameter
@@ -453,20 +451,20 @@ class Interface(nn.Module):
         if not isinstance(images, Tensor):
             raise TypeError(f"data must be a tensor, got {type(images).__name__}")
         if images.is_complex():
-            raise TypeError(f"data must be of real numbers, got {images.dtype}")
+            raise TypeError(f"data must be real, got {images.dtype}")
         if self.architecture.preprocessing is None and not images.is_floating_point():
-            raise TypeError(f"continuous data must be of floating-point numbers, got {images.dtype}")
+            raise TypeError(f"continuous data must be floating-point, got {images.dtype}")
         if images.dim() == 0:
             sizes = ", ".join(map(str, self.architecture.data_shape))
-            raise ValueError(f"data must have shape [B, {sizes}], got a single number")
+            raise ValueError(f"data must have shape [B, {sizes}], got ()")
         return images.to(self._parameter().dtype)
 
     def _with_noise(self, numbers: Tensor, noise: Any) -> tuple[Tensor, Tensor]:
         """Returns what the preprocessing gives with noise from the user."""
         if self.architecture.preprocessing is None:
-            raise ValueError(f"noise must be None, as continuous data take none, got {_kind(noise)}")
+            raise ValueError(f"noise must be None for continuous data, got {_kind(noise)}")
         if not isinstance(noise, Tensor) or not noise.is_floating_point():
-            raise TypeError(f"noise must be a tensor of floating-point numbers, got {_kind(noise)}")
+            raise TypeError(f"noise must be a floating-point tensor, got {_kind(noise)}")
         if noise.shape != numbers.shape:
             raise ValueError(f"noise must have the data's shape {tuple(numbers.shape)}, got {tuple(noise.shape)}")
         if checks.can_inspect_values(noise) and not ((noise >= 0) & (noise < 1)).all():
@@ -492,8 +490,7 @@ class Interface(nn.Module):
         if num_classes is not None:
             if not isinstance(given, (tuple, list)) or len(given) != 2:
                 raise TypeError(
-                    f"{name} must be (classes, tensor), as the flow has classes and a context, got "
-                    f"{type(given).__name__}"
+                    f"{name} must be (classes, tensor) for a flow with classes and a context, got {_kind(given)}"
                 )
             classes, given = given
         of_tensor = name if num_classes is None else f"{name}[1]"
@@ -508,14 +505,13 @@ class Interface(nn.Module):
         if num_classes is None:
             if classes is not None:
                 raise ValueError(
-                    f"{name}, the labels, must be None, as the flow has no classes and no context, "
-                    f"got {type(classes).__name__}"
+                    f"{name} must be None for a flow without classes or context, got {type(classes).__name__}"
                 )
             return None
         if classes is None:
             if not needed:
                 return None
-            raise ValueError(f"{name} must give the classes of the images, as the flow has classes, got None")
+            raise ValueError(f"{name} must give the classes of the images for a flow with classes, got None")
         wanted = f"{name} must be a tensor of whole numbers, the classes of the images"
         if not isinstance(classes, Tensor):
             raise TypeError(f"{wanted}, got {type(classes).__name__}")
@@ -526,7 +522,7 @@ class Interface(nn.Module):
             raise TypeError(f"{wanted}, got {classes.dtype}")
         if classes.dim() != 1 or not of_each_image:
             expected = "B" if count is None else count
-            raise ValueError(f"{name} must have shape [{expected}], a class for each image, got {tuple(classes.shape)}")
+            raise ValueError(f"{name} must have shape [{expected}], one class per image, got {tuple(classes.shape)}")
         if checks.can_inspect_values(classes) and not ((classes >= 0) & (classes < num_classes)).all():
             raise ValueError(f"{name} must be classes from 0 to {num_classes - 1}, got {classes.tolist()}")
         if self._takes_one_hot:  # normflows makes such of others by their number, which fixes it in torch.export
@@ -580,9 +576,9 @@ def _check_as_built(flow: Any) -> None:
     for name in [*found, *expected]:
         if expected.get(name) != found.get(name):
             raise TypeError(
-                "a flow must be as finc_flow makes it to be saved with its options, got "
-                f"{found.get(name, 'nothing')} in place of {expected.get(name, 'nothing')} for "
-                f"{name or 'the flow'}: save its state_dict() in place of it, gathered if it is sharded"
+                "a flow must be as finc_flow made it to be saved with its options, got "
+                f"{found.get(name, 'nothing')} instead of {expected.get(name, 'nothing')} for "
+                f"{name or 'the flow'}: save its state_dict() instead, gathered if it is sharded"
             )
 
 
@@ -597,11 +593,11 @@ def _parts(flow: nn.Module) -> dict[str, str]:
 def _as_context(name: str, tensor: Any, shape: Sequence[int], count: int | None) -> Tensor:
     expected = f"[{', '.join(map(str, ('B' if count is None else count, *shape)))}]"
     if tensor is None:
-        raise ValueError(f"{name} must be given, a tensor of shape {expected}, as the flow has a context, got None")
+        raise ValueError(f"{name} must be a tensor of shape {expected} for a flow with a context, got None")
     if not isinstance(tensor, Tensor) or tensor.is_complex():
-        raise TypeError(f"{name} must be a tensor of real numbers of shape {expected}, got {_kind(tensor)}")
+        raise TypeError(f"{name} must be a real tensor of shape {expected}, got {_kind(tensor)}")
     if tensor.dim() == 0 or tuple(tensor.shape[1:]) != tuple(shape) or count not in (None, tensor.shape[0]):
-        raise ValueError(f"{name} must have shape {expected}, a row for each image, got {tuple(tensor.shape)}")
+        raise ValueError(f"{name} must have shape {expected}, one row per image, got {tuple(tensor.shape)}")
     return tensor
 
 

@@ -94,7 +94,7 @@ def cascade(
     if not torch.is_grad_enabled():
         return _run(input, steps)
     if input.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"input must be float32 or float64, so that steps can be undone, got {input.dtype}")
+        raise TypeError(f"input must be float32 or float64 for the steps to be undone, got {input.dtype}")
     _check_that_parameters_are_whole(steps)
     sources = dict.fromkeys(source for one in steps for source in one.sources())
     return _Cascade.apply(steps, input, *sources)
@@ -106,8 +106,8 @@ def _check_that_parameters_are_whole(steps: Sequence[_Step]) -> None:
         for name, parameter in one.module.named_parameters():
             if hasattr(parameter, "device_mesh"):  # a DTensor
                 raise TypeError(
-                    "parameters of steps must be whole when the steps are called: give fully_shard what holds the "
-                    f"steps, not the steps, got a {type(parameter).__name__} for {name} of {type(one.module).__name__}"
+                    "parameters must be unsharded when steps run: apply fully_shard to the module that holds them, "
+                    f"got a {type(parameter).__name__} for {name} of {type(one.module).__name__}"
                 )
 
 
@@ -163,7 +163,9 @@ class _Cascade(torch.autograd.Function):
             if _changed(buffers, _buffers(steps)):
                 _check_that_buffers_stay(input, steps)
             if not all(map(torch.equal, random_state, _random_state(input))):
-                raise RuntimeError("steps must not draw random numbers, as dropout does, since they are computed again")
+                raise RuntimeError(
+                    "steps must not draw random numbers, as dropout does: the backward pass recomputes them"
+                )
         ctx.save_for_backward(*kept, *sources)  # the sources, so autograd notices if they have changed since
         return kept[-1], total
 
@@ -241,7 +243,7 @@ def _run(input: Tensor, steps: Sequence[_Step], keep_dtype: bool = False) -> tup
         output, log_abs_det = one.run(output)
         if keep_dtype and output.dtype != input.dtype:
             raise TypeError(
-                f"steps must keep the dtype of the input, {input.dtype}, so that they can be undone, "
+                f"steps must keep the input's dtype, {input.dtype}, to be undone, "
                 f"got {output.dtype} from {type(one.module).__name__}"
             )
         total = total + log_abs_det
@@ -311,6 +313,6 @@ def _check_that_buffers_stay(input: Tensor, steps: Sequence[_Step]) -> None:
     changed = _changed(before, _buffers(steps))
     if changed:
         raise RuntimeError(
-            "steps must not change buffers whenever they are called, as BatchNorm and spectral_norm do in training "
-            f"mode, since they are computed again, got changes of {'; '.join(changed)}"
+            "steps must not change buffers at every call, as BatchNorm and spectral_norm do in training mode: the "
+            f"backward pass recomputes them; got changes of {'; '.join(changed)}"
         )

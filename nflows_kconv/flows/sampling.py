@@ -72,8 +72,8 @@ class GraphSampler:
         self._flow = Bijection(flow)  # which need not have the direction to the latent variable
         if not isinstance(self._flow.module, nn.Module) or not self._flow.can_sample:
             raise TypeError(
-                "flow must be a torch.nn.Module with a method sample, or one that nflows_kconv.bijection knows to draw "
-                f"from, got {type(flow).__name__}"
+                "flow must be a torch.nn.Module with a sample method, or one that nflows_kconv.bijection can sample, "
+                f"got {type(flow).__name__}"
             )
         self._num_samples = checks.positive("num_samples", num_samples)
         self._graph: _Graph | None = None
@@ -118,10 +118,10 @@ class GraphSampler:
             if not isinstance(label, Tensor):
                 raise TypeError(f"labels must be a tensor, or a tuple of tensors, got {type(label).__name__}")
             if label.dim() == 0 or len(label) == 0:
-                raise ValueError(f"labels must have one row for each image, got shape {tuple(label.shape)}")
+                raise ValueError(f"labels must have one row per image, got shape {tuple(label.shape)}")
             rows = len(several[0]) if n is None else checks.positive("n", n)
             if rows != len(label):
-                raise ValueError(f"labels must have one row for each of the {rows} images, got {len(label)} rows")
+                raise ValueError(f"labels must have one row for each of {rows} images, got {len(label)} rows")
         return rows
 
     def _drawer(self, labels: Labels | None) -> Callable[[int, Labels | None, float], Tensor]:
@@ -151,7 +151,7 @@ class _Drawn(NamedTuple):
 
     def check_temperature(self, temperature: float) -> None:
         if temperature != 1 and not self.normal:
-            raise ValueError(f"temperature must be 1, as the flow draws no normal numbers, got {temperature}")
+            raise ValueError(f"temperature must be 1 for a flow that draws no normal numbers, got {temperature}")
 
 
 class _Graph:
@@ -216,7 +216,9 @@ def _capture(flow: Bijection, draw: Callable[[], _Drawn], device: torch.device) 
     for name, module in flow.module.named_modules():
         reason = Bijection(module).why_not_captured
         if reason is not None:
-            raise RuntimeError(f"{type(flow.module).__name__} cannot be captured in a CUDA graph, as {name} {reason}")
+            raise RuntimeError(
+                f"{type(flow.module).__name__} cannot be captured in a CUDA graph, because {name} {reason}"
+            )
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     graph = torch.cuda.CUDAGraph()

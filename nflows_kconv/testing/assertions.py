@@ -83,7 +83,7 @@ def assert_log_abs_det_matches_jacobian(
     """
     with _probe(transform, inputs, context, tolerance) as probe:
         if probe.discrete:
-            raise ValueError("inputs must be real numbers for a Jacobian to exist, got whole numbers alone")
+            raise ValueError("inputs must be real numbers for a Jacobian to exist, got only whole numbers")
 
         def log_dets(t: Subject, x: Tensor) -> Values:
             results = probe.results(t, x)
@@ -380,14 +380,11 @@ def _has_jacobian(probe: Probe) -> bool:
     """Returns whether there is a Jacobian to compare with; warns where that depends on the choice of inputs."""
     entries, reason = probe.inputs[0].numel(), None
     if probe.discrete and probe.takes_fractions:
-        reason = (
-            f"for which inputs must be floating-point numbers, got {probe.dtype}: give such, unless the transform "
-            "dequantises"
-        )
+        reason = f"inputs must be floating-point unless the transform dequantises, got {probe.dtype}"
     elif not probe.discrete and entries > MAX_JACOBIAN:
-        reason = f"which inputs of more than {MAX_JACOBIAN} entries a sample make too large, got {entries}"
+        reason = f"samples must have at most {MAX_JACOBIAN} entries, got {entries}"
     if reason:
-        warnings.warn(f"the log-determinants were not compared with the Jacobian, {reason}", stacklevel=4)
+        warnings.warn(f"log-determinants were not compared with the Jacobian: {reason}", stacklevel=4)
     return not (probe.discrete or reason) and probe.given.forward(probe.inputs)[0].numel() == probe.inputs.numel()
 
 

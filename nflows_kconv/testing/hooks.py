@@ -47,4 +47,4 @@ def check_hooks(t: Subject, direction: str, argument: Tensor) -> None:
     t.call(direction, argument)
     if around:
         calls = " and ".join(sorted(around))
-        raise AssertionError(f"in direction {direction} {calls}, around its hooks: call the module instead")
+        raise AssertionError(f"in direction {direction} {calls}, bypassing its hooks: call the module instead")

@@ -65,11 +65,11 @@ class Probe:
 
     def __init__(self, transform: Any, inputs: Tensor, context: Any, tolerance: dict[str, float | None]) -> None:
         if unknown := sorted(tolerance.keys() - {"atol", "rtol"}):
-            raise TypeError(f"tolerances are atol and rtol, got {', '.join(unknown)}")
+            raise TypeError(f"tolerance must be atol or rtol, got {', '.join(unknown)}")
         if not isinstance(inputs, Tensor):
             raise TypeError(f"inputs must be a tensor [B, ...], got {type(inputs).__name__}")
         if inputs.dim() == 0 or not inputs.numel() or not inputs.isfinite().all():
-            raise ValueError(f"inputs must be finite numbers [B, ...], at least one, got {describe(inputs)}")
+            raise ValueError(f"inputs must be [B, ...], not empty and finite, got {describe(inputs)}")
         self.tolerance = tolerance
         self.transform, self.given, self.inputs = transform, Subject(transform, context), inputs.detach()
         self.no_inverse: AssertionError | None = None
@@ -126,7 +126,7 @@ class Probe:
         told = "\n  also: ".join(str(failure) for failure in failures)
         raise AssertionError(
             f"{told}\n  tested: {self.given.describe()}\n  inputs: {show(self.inputs)}"
-            "\n  replay: the call fails again with these inputs, as its random numbers have a fixed seed"
+            "\n  replay: the call fails again with these inputs, because its random seed is fixed"
         ) from failures[0].__cause__
 
     def need_inverse(self) -> None:

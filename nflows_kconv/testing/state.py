@@ -113,8 +113,8 @@ def check_for_lost_tensors(probe: Probe, t: Subject, x: Tensor) -> None:
                 if lost:
                     full_name = f"{path}.{name}".lstrip(".")
                     raise AssertionError(
-                        f"results depend on {full_name}, which is not in the state_dict: make it a buffer, or give "
-                        "rebuild if the same arguments always make the same of it"
+                        f"results depend on {full_name}, which is not in the state_dict: make it a buffer, or pass "
+                        "rebuild if the constructor always makes the same one"
                     )
 
 

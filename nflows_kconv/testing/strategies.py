@@ -18,7 +18,7 @@ try:
     from hypothesis.strategies import DrawFn, SearchStrategy
 except ImportError as error:
     raise ImportError(
-        'nflows_kconv.testing.strategies needs hypothesis, which comes with pip install "nflows-kconv[testing]"'
+        'nflows_kconv.testing.strategies needs hypothesis: pip install "nflows-kconv[testing]"'
     ) from error
 
 __all__ = ["corners", "flows", "images", "kernel_sizes", "layers", "noise", "register_profiles", "weight", "weights"]

@@ -49,9 +49,7 @@ class Subject:
             with _CopyOfNonLeaves(), torch.inference_mode(False):
                 transform, context = copy.deepcopy((transform, context))
         except Exception as error:
-            raise TypeError(
-                f"a transform must be deep-copyable, to be left as it is by its tests; got {error!r}"
-            ) from error
+            raise TypeError(f"a transform must be deep-copyable, for tests to work on copies, got {error!r}") from error
         self.bijection, self.context = bijection.as_bijection(transform), context
         self.transform = self.bijection.module
         self.module = self.transform if isinstance(self.transform, nn.Module) else None
@@ -127,7 +125,7 @@ class Subject:
             outputs = torch.cat([part.flatten(1) for part in outputs], 1)
         for what, value in {"outputs": outputs, "log-determinants": log_abs_det}.items():
             if not value.is_floating_point():
-                raise AssertionError(f"{name} must return tensors of floating-point numbers, got {describe(value)}")
+                raise AssertionError(f"{name} must return floating-point tensors, got {describe(value)}")
             if not value.isfinite().all():
                 index = value.isfinite().logical_not().nonzero()[0].tolist()
                 got = f"{name} returns {what} that are not finite, {value[tuple(index)].item()} at {index}"

@@ -42,12 +42,12 @@ def why_not(capability: tuple[int, int], supported: tuple[int, int]) -> str | No
     """
     nvrtc, least = version(), divmod(min(_architectures()), 10)
     if capability < least:
-        what = "the GPU must have compute capability {}.{} at least for NVRTC {}.{}, it has {}.{}"
+        what = "the GPU must have compute capability {}.{} or higher for NVRTC {}.{}, got {}.{}"
         return what.format(*least, *nvrtc, *capability)
     # A driver loads machine code of its whole major version, but assembles what earlier compilers wrote alone.
     needed = nvrtc if _architecture(capability)[1] else (nvrtc[0], 0)
     if supported < needed:
-        what = "the driver must support CUDA {}.{} at least for NVRTC {}.{} and a GPU of {}.{}, it supports {}.{}"
+        what = "the driver must support CUDA {}.{} or higher for NVRTC {}.{} and compute capability {}.{}, got {}.{}"
         return what.format(*needed, *nvrtc, *capability, *supported)
     return None
 

@@ -124,7 +124,7 @@ def function_addresses() -> tuple[int, ...]:
             libraries["libtorch_cuda.so"].aoti_torch_get_current_cuda_stream,
         ]
     except (OSError, AttributeError) as error:
-        raise RuntimeError(f"a function that launches kernels is missing: {error}") from error
+        raise RuntimeError(f"a function that kernel launches need is missing: {error}") from error
     return tuple(ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions)
 
 

@@ -37,7 +37,7 @@ def plan(problem: ProblemSpec, device: Device) -> LaunchPlan:
         return plan_weight_gradient(problem, device)
     solution = plan_solution(problem, device)
     if solution is None:
-        raise RuntimeError(f"a solution must be one that `plan_solution` knows, got {problem}")
+        raise RuntimeError(f"a solution must have a kernel, got {problem}")
     return solution
 
 

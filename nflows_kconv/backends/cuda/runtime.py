@@ -59,8 +59,8 @@ class Runtime:
     def _add(self, kernels: Sequence[Kernel], device: int) -> None:
         if self._driver.is_capturing(device):
             raise RuntimeError(
-                f"the kernel {kernels[0].name} is first needed inside the capture of a CUDA graph, where nothing can "
-                "be compiled; call nflows_kconv.warmup(module, input_shape), or the module itself, before the capture"
+                f"kernel {kernels[0].name} must be compiled before the capture of a CUDA graph: first call "
+                "nflows_kconv.warmup(module, input_shape), or the module itself"
             )
         # The kernels of a source are compiled together, and the sources side by side.
         sources = dict.fromkeys(replace(kernel, name="") for kernel in kernels)

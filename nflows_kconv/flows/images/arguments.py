@@ -11,7 +11,7 @@ def check_images(input: Tensor) -> None:
     if not isinstance(input, Tensor):
         raise TypeError(f"images must be a tensor, got {type(input).__name__}")
     if input.is_complex():
-        raise TypeError(f"images must be of real numbers, got {input.dtype}")
+        raise TypeError(f"images must be real, got {input.dtype}")
     if input.dim() != 4:
         raise ValueError(f"images must have the 4 dimensions [B, C, H, W], got shape {tuple(input.shape)}")
 
@@ -20,9 +20,9 @@ def check_numbers(input: Tensor) -> None:
     """Raises an error unless it is a tensor [B, ...] of floating-point numbers."""
     if not isinstance(input, Tensor) or not input.is_floating_point():
         kind = input.dtype if isinstance(input, Tensor) else type(input).__name__
-        raise TypeError(f"numbers must be a tensor of a floating-point dtype, got {kind}")
+        raise TypeError(f"input must be a floating-point tensor, got {kind}")
     if input.dim() == 0:
-        raise ValueError("numbers must have the dimensions [B, ...], got shape ()")
+        raise ValueError("input must have the dimensions [B, ...], got shape ()")
 
 
 def at_least_float32(input: Tensor) -> Tensor:

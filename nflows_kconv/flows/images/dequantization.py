@@ -63,7 +63,7 @@ class UniformDequantization(InvertibleModule):
     def _run_inverse(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
         check_images(input)
         if not input.is_floating_point():
-            raise TypeError(f"images in [0, 1) must be of floating-point numbers, got {input.dtype}")
+            raise TypeError(f"images in [0, 1) must be floating-point, got {input.dtype}")
         values = (at_least_float32(input) * self.levels).floor().clamp(0, self.levels - 1)
         return values, _log_levels(values, self.levels)
 
@@ -122,11 +122,11 @@ def _expected(levels: int) -> str:
 def _look(values: Tensor, levels: int, is_floating_point: bool) -> None:
     wrong = values[~_is_allowed(values, levels)]
     if wrong.numel():
-        hint = f"; images in 0..1 times {levels - 1}, rounded, are such" if 0 < wrong[0] < 1 else ""
+        hint = f"; multiply images in 0..1 by {levels - 1} and round" if 0 < wrong[0] < 1 else ""
         raise ValueError(f"{_expected(levels)}, got {wrong[0].item()}{hint}")
     if is_floating_point and levels > 2 and values.numel() and values.max() == 1:
         warnings.warn(
-            f"images hold 0 and 1 alone out of 0..{levels - 1}; if they are scaled to 0..1, multiply by {levels - 1}",
+            f"images hold only 0 and 1 out of 0..{levels - 1}; if they are scaled to 0..1, multiply by {levels - 1}",
             stacklevel=2,
         )
 

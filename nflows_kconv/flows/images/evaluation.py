@@ -62,7 +62,7 @@ def importance_weighted_bound(log_prob: Callable[[Tensor], Tensor], images: Tens
     def draw() -> Tensor:
         sample = log_prob(images)
         if sample.shape != images.shape[:1]:
-            raise ValueError(f"log_prob must give one number an image, [{len(images)}], got {tuple(sample.shape)}")
+            raise ValueError(f"log_prob must return one number per image, [{len(images)}], got {tuple(sample.shape)}")
         return at_least_float32(sample)
 
     total = draw()
