@@ -1,4 +1,4 @@
-"""The layer with a weight of its own for each image, which a network makes of the image's context."""
+"""The layer with a weight per image, which a network computes from the image's context."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nflows_kconv import checks, functional, layer, ops, stencil
 
 
 class ConditionalInvertibleConv(layer.InvertibleConv):
-    """What `ConditionalInvertibleConv1d`, `2d` and `3d` share."""
+    """Base of `ConditionalInvertibleConv1d`, `2d` and `3d`."""
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class ConditionalInvertibleConv(layer.InvertibleConv):
             raise TypeError(f"weight_network must be a torch.nn.Module or None, got {type(weight_network).__name__}")
 
     def convolve(self, input: Tensor, context: Any = None) -> Tensor:
-        """Computes y = A x alone, whichever direction the library calls forward. No hooks of the layer run.
+        """Computes y = A x without the log-determinant, in every library. Runs no hooks of the layer.
 
         Args:
             input: x, [B, C, ...], in the dtype of the parameters.
@@ -61,7 +61,7 @@ class ConditionalInvertibleConv(layer.InvertibleConv):
         return self._run_each(ops.conv, input, context)[0]
 
     def solve(self, input: Tensor, context: Any = None) -> Tensor:
-        """Computes x = A^-1 y alone, whichever direction the library calls forward. No hooks of the layer run.
+        """Computes x = A^-1 y without the log-determinant, in every library. Runs no hooks of the layer.
 
         Args:
             input: y, [B, C, ...], in the dtype of the parameters.
@@ -92,7 +92,7 @@ class ConditionalInvertibleConv(layer.InvertibleConv):
         return weight.view(raw_weights.shape)
 
     def forward(self, input: Tensor, context: Any = None, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
-        """Convolves, or solves, each image with its own weight.
+        """Convolves each image with its own weight, or solves for it.
 
         Args:
             input: x, or y if `inverse`, [B, C, ...], in the dtype of the parameters.
@@ -104,8 +104,8 @@ class ConditionalInvertibleConv(layer.InvertibleConv):
 
         Raises:
             TypeError: If the context is not a tensor of the input's dtype; see also `functional.conv2d`.
-            ValueError: If the context, or what `weight_network` makes of it, has another shape or is elsewhere; see
-                also `functional.conv2d`.
+            ValueError: If the context or the output of `weight_network` has another shape or device; see also
+                `functional.conv2d`.
         """
         return super().forward(input, context, inverse=inverse)
 
@@ -118,7 +118,7 @@ class ConditionalInvertibleConv(layer.InvertibleConv):
         return output, layer.log_abs_det(input, log_diagonals, -1)
 
     def _run_each(self, operator: Any, input: Tensor, context: Any) -> tuple[Tensor, Tensor | None]:
-        """Returns the output, and the log-diagonal of each image."""
+        """Returns the output and the log-diagonal of each image."""
         self._check_images(input)
         functional.check_context(context, input, input.shape[0], self.context_features)
         weights, log_diagonals = self._parameters_of_each(context)
@@ -126,7 +126,7 @@ class ConditionalInvertibleConv(layer.InvertibleConv):
         return output, log_diagonals
 
     def _check_images(self, input: Tensor) -> None:
-        """Raises a TypeError or a ValueError for an input that is no batch of images for this layer."""
+        """Raises a TypeError or a ValueError unless the input is a batch of images for this layer."""
         functional.check_arguments(
             input, self.raw_weight, None, self.log_diagonal, len(self._stencils), self.dimensions
         )
@@ -150,27 +150,25 @@ class ConditionalInvertibleConv(layer.InvertibleConv):
 
 
 class ConditionalInvertibleConv2d(ConditionalInvertibleConv):
-    """`InvertibleConv2d` with a weight for each image, made of its context.
+    """`InvertibleConv2d` with a weight per image, computed from its context.
 
-    A network maps the contexts, [B, E], to what is added to `raw_weight` for each image, and with a learned diagonal to
-    h, [B, C], which makes the image's diagonal exp(log_diagonal + 2 tanh(h / 2)): between e^-2 and e^2 times the
-    layer's own. So no context can make a layer singular, which 1 x 1 convolutions with weights from a network cannot
-    promise. One call of the operator computes the whole batch, and the log-determinant is each image's own.
+    A network maps the contexts, [B, E], to what each image adds to `raw_weight` and, with a learned diagonal, to h, [B,
+    C]. The image's diagonal is then exp(log_diagonal + 2 tanh(h / 2)), between e^-2 and e^2 times the layer's own, so
+    no context can make the layer singular. A 1 x 1 convolution with weights from a network cannot promise that. One
+    operator call computes the whole batch; each image has its own log-determinant.
 
-    At the start the network says zero, whatever the context: the layer is an `InvertibleConv2d` with the same
-    `raw_weight`. Its `weight`, readable and assignable, is what the contexts add to; `weights(context)` are those of
-    the images.
+    The network starts at zero for every context: the layer starts as an `InvertibleConv2d` with the same `raw_weight`.
+    Contexts add to `weight`, which you can read and assign; `weights(context)` returns the weights of the images.
 
-    Large weights make an inverse that amplifies rounding errors, and a context that was not seen in training may bring
-    them: `max_inverse_gain` bounds the weight of each image.
+    With large weights the inverse amplifies rounding errors, and a context not seen in training may produce them.
+    `max_inverse_gain` bounds the weight of each image.
 
     Args:
         num_channels: See `InvertibleConv2d`.
         kernel_size: See `InvertibleConv2d`.
         context_features: E.
         weight_network: Maps [B, E] to [B, n], with n = `raw_weight.numel()`, and C more with a learned diagonal.
-            What it says is multiplied by a parameter [n] that starts at zero. None is a linear map, which starts at
-            zero.
+            A parameter [n] that starts at zero multiplies its output. None stands for a linear map that starts at zero.
         corners: See `InvertibleConv2d`.
         dilation: See `InvertibleConv2d`.
         diagonal: See `InvertibleConv2d`.
@@ -220,7 +218,7 @@ class _Linear(nn.Linear):
 
 
 class _FromZero(nn.Module):
-    """A user's network, whose outputs are scaled by numbers that start at zero."""
+    """A user's network with its outputs scaled by a parameter that starts at zero."""
 
     def __init__(self, network: nn.Module, count: int, **like: Any) -> None:
         super().__init__()

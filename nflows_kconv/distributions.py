@@ -1,4 +1,4 @@
-"""The layer in torch.distributions, and so in what builds on them: Pyro and zuko."""
+"""The layer for torch.distributions, and so for Pyro and zuko, which build on it."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ __all__ = [
 
 
 class _Bijective(Transform):
-    """What all transforms here share."""
+    """Base of all transforms in this module."""
 
     bijective = True
-    sign = 1  # the Jacobian is triangular, its diagonal positive; or periodic, on a path of invertible ones to such
+    sign = 1  # det > 0: the Jacobian is triangular with a positive diagonal, or connected to one by invertible matrices
 
     def with_cache(self, cache_size: Literal[0, 1] = 1) -> _Bijective:
-        """Returns the transform with another cache, and the same parameters.
+        """Returns a transform that shares the parameters and has another cache size.
 
         Raises:
             ValueError: If `cache_size` is neither 0 nor 1.
@@ -50,7 +50,7 @@ class _Bijective(Transform):
 class _Transform(layer.KernelLayer, _Bijective):
     """A layer with the interface of torch.distributions."""
 
-    __hash__ = object.__hash__  # which Transform takes away, and modules need
+    __hash__ = object.__hash__  # Transform removes it, and modules need it
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class _Transform(layer.KernelLayer, _Bijective):
         """Returns log |det dy/dx|, [...], in float32 at least.
 
         Args:
-            x: [..., C, H, W], only the shape counts.
+            x: [..., C, H, W]; only its shape matters.
             y: Ignored.
 
         Raises:
@@ -98,29 +98,28 @@ class _Transform(layer.KernelLayer, _Bijective):
         return self.inverse(flatten_batch(y, self.dimensions))[0].reshape(y.shape)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Returns what copies and files take: neither this transform's own inverse nor what is cached."""
+        """Returns the state for copies and files, without the cached inverse and values."""
         return {**super().__getstate__(), "_inv": None, "_cached_x_y": (None, None)}
 
 
 class InvertibleConv2d(_Transform, layer.InvertibleConv2d):
     """`nflows_kconv.InvertibleConv2d` as a `torch.distributions.Transform` of images [..., C, H, W].
 
-    Called, it convolves: y = A x; `inv` solves: x = A^-1 y. FInC Flow (Kallappa, Nagar, Varma 2023, arXiv 2301.09266).
-    Parameters and state_dict are those of `nflows_kconv.InvertibleConv2d`, whose methods `forward` and `inverse` are
-    there too.
+    A call convolves: y = A x; `inv` solves: x = A^-1 y. FInC Flow (Kallappa, Nagar, Varma 2023, arXiv 2301.09266).
+    Parameters, state_dict and the methods `forward` and `inverse` are those of `nflows_kconv.InvertibleConv2d`.
 
     `torch.distributions.TransformedDistribution` takes transforms from noise to data. With `inv` it convolves for the
-    density and solves for samples; without, the other way round (Inverse-Flow, Nagar, Varma 2025, arXiv 2410.14634).
-    It does not hold the parameters: keep the transform itself in a module, or give it to `pyro.module`. In zuko, whose
-    flows run from data to noise, `zuko.lazy.UnconditionalTransform(torch.nn.Identity(), InvertibleConv2d(12))` holds
-    it.
+    density and solves for samples; without, the other way round (Inverse-Flow, Nagar, Varma 2025, arXiv 2410.14634). It
+    does not register the parameters: keep the transform itself in a module, or pass it to `pyro.module`. In zuko, whose
+    flows run from data to noise, `zuko.lazy.UnconditionalTransform(torch.nn.Identity(), InvertibleConv2d(12))`
+    registers it.
 
     Args:
         num_channels: C, a multiple of the number of corners.
         kernel_size: k, or (kh, kw).
-        cache_size: With 1 the last x and y are kept until parameters change: `transform(x)` gives the same tensor
-            again, and `transform.inv(y)` gives x.
-        options: The others of `nflows_kconv.InvertibleConv2d`: `corners`, `diagonal` and so on.
+        cache_size: 1 keeps the last x and y until parameters change: `transform(x)` then returns the same tensor, and
+            `transform.inv(y)` returns x.
+        options: Other arguments of `nflows_kconv.InvertibleConv2d`: `corners`, `diagonal` and so on.
 
     Raises:
         TypeError: See `nflows_kconv.InvertibleConv2d`.
@@ -171,7 +170,7 @@ class PeriodicConv3d(_Transform, periodic.PeriodicConv3d):
 
 
 class _OfContexts(_Bijective):
-    """What a conditional layer is for contexts, [*batch, E]: weights [*batch, C, ...], log-diagonals [*batch, C]."""
+    """A conditional layer for given contexts, [*batch, E]: weights [*batch, C, ...], log-diagonals [*batch, C]."""
 
     def __init__(
         self,
@@ -185,10 +184,10 @@ class _OfContexts(_Bijective):
         self._layer, self._batch, self._weights, self._log_diagonals = layer, batch, weights, log_diagonals
 
     def forward_shape(self, shape: Sequence[int]) -> torch.Size:
-        """Returns the shape of results, whose batch is what those of the images and of the contexts broadcast to.
+        """Returns the shape of results, whose batch is the broadcast batch of images and contexts.
 
         Raises:
-            ValueError: If they do not broadcast.
+            ValueError: If the batches do not broadcast.
         """
         batch, event = tuple(shape[: -self.event_dim]), shape[-self.event_dim :]
         try:
@@ -200,7 +199,7 @@ class _OfContexts(_Bijective):
     inverse_shape = forward_shape
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        """Does what that of `InvertibleConv2d` does."""
+        """Returns log |det dy/dx|, [...], as `InvertibleConv2d` does."""
         x, log_diagonals = self._broadcast(x), self._log_diagonals
         batch = x.shape[: -self.event_dim]
         if log_diagonals is not None:
@@ -219,13 +218,13 @@ class _OfContexts(_Bijective):
 
     def _run(self, operator: Any, images: Tensor) -> Tensor:
         images, own, axes = self._broadcast(images), self._layer, len(self._batch)
-        at = images.dim() - self.event_dim - axes  # where the axes begin that the contexts have
+        at = images.dim() - self.event_dim - axes  # the first axis of the contexts
         samples, batch, event = images.shape[:at], images.shape[at : at + axes], images.shape[at + axes :]
 
         def of_each(tensor: Tensor) -> Tensor:
             return tensor.expand(1, *batch, *tensor.shape[axes:]).flatten(0, axes)
 
-        # Several images of one context are a batch for its weight.
+        # Several images with one context are a batch for its weight.
         output = functional.run_each(
             operator,
             images.reshape(math.prod(samples), math.prod(batch), *event),
@@ -238,13 +237,13 @@ class _OfContexts(_Bijective):
 
 
 class _Conditional(conditional.ConditionalInvertibleConv):
-    """A layer that makes transforms of contexts."""
+    """A layer that returns transforms for contexts."""
 
     def condition(self, context: Tensor) -> Transform:
-        """Returns the `torch.distributions.Transform` of contexts, whose weights it computes now.
+        """Returns the `torch.distributions.Transform` for contexts, with weights computed now.
 
         Args:
-            context: [..., E], in the dtype of the parameters. What is in front of E and of an image broadcasts.
+            context: [..., E], in the dtype of the parameters. The batches of contexts and images broadcast.
 
         Raises:
             TypeError: If the context is not a tensor of that dtype.
@@ -260,13 +259,13 @@ class _Conditional(conditional.ConditionalInvertibleConv):
 
 
 class ConditionalInvertibleConv2d(_Conditional, conditional.ConditionalInvertibleConv2d):
-    """`nflows_kconv.ConditionalInvertibleConv2d`, which makes a `torch.distributions.Transform` of contexts.
+    """`nflows_kconv.ConditionalInvertibleConv2d` that returns a `torch.distributions.Transform` for contexts.
 
-    `condition(context)` is the transform, in the directions of `InvertibleConv2d`: it computes the weights, once for
-    both. The shapes in front of a context, [..., E], and of an image broadcast, so one context may be that of all
-    images, and each of several that of many samples. Arguments, parameters, state_dict, `forward` and `inverse` are
-    those of `nflows_kconv.ConditionalInvertibleConv2d`. A distribution does not hold the parameters: keep the layer in
-    a module. Pyro and zuko have classes of their own, in `nflows_kconv.pyro` and `nflows_kconv.zuko`.
+    `condition(context)` computes the weights once and returns the transform, in the directions of `InvertibleConv2d`.
+    The batches of contexts, [..., E], and images broadcast, so one context may serve all images, and each of several
+    contexts many samples. Arguments, parameters, state_dict, `forward` and `inverse` are those of
+    `nflows_kconv.ConditionalInvertibleConv2d`. A distribution does not register the parameters: keep the layer in a
+    module. For Pyro and zuko use the classes in `nflows_kconv.pyro` and `nflows_kconv.zuko`.
 
     Examples:
         >>> import torch
@@ -289,8 +288,8 @@ class ConditionalInvertibleConv3d(_Conditional, conditional.ConditionalInvertibl
 
 
 def run_transform(transform: Transform, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns a transform's result for values [B, ...], and log-determinants [B], summed over a sample's events."""
-    value = value.view_as(value)  # another tensor than the one whose result is cached
+    """Returns a transform's result for values [B, ...] and the log-determinants [B], summed over a sample's events."""
+    value = value.view_as(value)  # a new tensor, to miss the transform's cache
     output = transform(value)
     log_abs_det = transform.log_abs_det_jacobian(value, output)
     expected = value.shape[: value.dim() - transform.domain.event_dim]
@@ -309,7 +308,7 @@ def _run(transform: Transform, value: Tensor, context: Any, inverse: bool) -> tu
 
 
 def has_cached_none(error: Exception) -> bool:
-    """Returns whether it comes of a transform of Pyro whose inverse is what it has cached."""
+    """Returns whether a Pyro transform raised the error because its only inverse, the cached one, is gone."""
     return isinstance(error, KeyError) and "cache" in str(error)
 
 

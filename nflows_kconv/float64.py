@@ -1,4 +1,4 @@
-"""Computing in float64, on the CPU where a device has none, as those of Apple."""
+"""Computes in float64, on the CPU for devices without it, such as Apple's."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def to_float64(tensor: Tensor) -> Tensor:
-    """Widens a tensor, once it is where that can be done."""
+    """Returns a tensor in float64, on the CPU if its device has no float64."""
     return to_device_with_float64(tensor).to(torch.float64)
 
 

@@ -1,4 +1,4 @@
-"""The layer in FrEIA, whose forward direction is data -> latent: the convolution."""
+"""The layer for FrEIA, whose forward direction is data -> latent: the convolution."""
 
 from __future__ import annotations
 
@@ -40,20 +40,20 @@ class _Module(InvertibleModule, layer.KernelLayer):
         if [len(shape) for shape in dims_in] != [self.dimensions + 1]:
             axes = ", ".join(("C", *stencil.AXES[self.dimensions]))
             raise ValueError(f"dims_in must be one shape, [({axes})], got {dims_in}")
-        # Past the constructor of InvertibleModule, which would call that of the layer without its arguments.
+        # Skips the constructor of InvertibleModule, which would call the layer's without arguments.
         super(InvertibleModule, self).__init__(dims_in[0][0], **options)
         self.dims_in, self.dims_c = list(dims_in), list(dims_c or ())
 
     def forward(  # type: ignore[override]
         self, x_or_z: Sequence[Tensor], c: Any = None, rev: bool = False, jac: bool = True
     ) -> tuple[tuple[Tensor], Tensor]:
-        """Convolves, or solves.
+        """Convolves, or solves if `rev`.
 
         Args:
             x_or_z: One tensor, [B, C, ...], in the dtype of the parameters.
-            c: The context of a conditional layer, [B, E], in a list; else ignored.
+            c: A list of the context of a conditional layer, [B, E]; ignored by other layers.
             rev: Whether to solve.
-            jac: Ignored: the log-determinant costs nothing.
+            jac: Ignored, because the log-determinant costs nothing.
 
         Returns:
             One tensor, [B, C, ...], and the log-determinant of the direction, [B].
@@ -83,13 +83,13 @@ class InvertibleConv2d(_Module, layer.InvertibleConv2d):
     `nflows_kconv.InvertibleConv2d`.
 
     Args:
-        dims_in: [(C, H, W)], which FrEIA fills in.
-        dims_c: Shapes of conditions, which are ignored.
-        options: Those of `nflows_kconv.InvertibleConv2d`: `kernel_size`, `corners` and so on.
+        dims_in: [(C, H, W)]; FrEIA provides it.
+        dims_c: Shapes of conditions, ignored.
+        options: Arguments of `nflows_kconv.InvertibleConv2d`: `kernel_size`, `corners` and so on.
 
     Raises:
         TypeError: See `nflows_kconv.InvertibleConv2d`.
-        ValueError: See `nflows_kconv.InvertibleConv2d`; and if there is not one input, an image.
+        ValueError: See `nflows_kconv.InvertibleConv2d`; and if the input is not exactly one image.
 
     Examples:
         >>> from FrEIA.framework import SequenceINN
@@ -121,7 +121,7 @@ class PeriodicConv3d(_Module, periodic.PeriodicConv3d):
 
 
 class _ConditionalModule(_Module):
-    """A layer whose context is the one condition that FrEIA gives it."""
+    """A layer that takes FrEIA's single condition as its context."""
 
     def __init__(
         self, dims_in: Sequence[tuple[int, ...]], dims_c: Sequence[tuple[int, ...]] | None = None, **options: Any
@@ -135,13 +135,13 @@ class ConditionalInvertibleConv2d(_ConditionalModule, conditional.ConditionalInv
     """`nflows_kconv.ConditionalInvertibleConv2d` as a `FrEIA.modules.InvertibleModule`.
 
     Args:
-        dims_in: [(C, H, W)], which FrEIA fills in.
-        dims_c: [(E,)], the shape of a context, which FrEIA fills in.
-        options: Those of `nflows_kconv.ConditionalInvertibleConv2d` but `context_features`, which is E.
+        dims_in: [(C, H, W)]; FrEIA provides it.
+        dims_c: [(E,)], the shape of a context; FrEIA provides it.
+        options: Arguments of `nflows_kconv.ConditionalInvertibleConv2d`, without `context_features`.
 
     Raises:
         TypeError: See `nflows_kconv.ConditionalInvertibleConv2d`.
-        ValueError: See there; and if there is not one input, an image, and one context, a vector.
+        ValueError: See there; and if the input is not exactly one image or the context exactly one vector.
 
     Examples:
         >>> import torch
@@ -163,7 +163,7 @@ class ConditionalInvertibleConv3d(_ConditionalModule, conditional.ConditionalInv
 
 def _run(module: InvertibleModule, value: bijection.Value, context: Any, rev: bool) -> tuple[bijection.Value, Tensor]:
     inputs = (value,) if isinstance(value, Tensor) else tuple(value)
-    # Modules that take no conditions do not have the argument.
+    # Modules without conditions lack the argument.
     conditions = {} if context is None else {"c": [context] if isinstance(context, Tensor) else list(context)}
     outputs, log_abs_det = module(inputs, rev=rev, **conditions)
     if not isinstance(outputs, Tensor) and len(outputs) == 1:

@@ -1,6 +1,6 @@
-"""The layer as functions of tensors: convolutions with a triangular Jacobian, their inverses and log-determinants.
+"""The layers as functions of tensors: convolutions with a triangular Jacobian, their inverses and log-determinants.
 
-The one place where arguments are checked. See `stencil` for corners, sides and pivots, and `ops` for the formula.
+Only this module checks users' arguments. See `stencil` for corners, sides and pivots, and `ops` for the formula.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def conv2d(
     corners: str | Sequence[str],
     dilation: int | Sequence[int] = 1,
 ) -> Tensor:
-    """Convolves each channel group with its kernel, padded to read what its corner or side says.
+    """Convolves each channel group with its kernel, padded to read its corner or side.
 
     For each group g: y_g = F.conv2d(F.pad(x_g, padding of the stencil), weight_g, bias_g, dilation=dilation), where
     masked entries count as zero: those of the pivot with c_in > c_out, and for sides the taps after the pivot in its
@@ -34,7 +34,7 @@ def conv2d(
     Differentiable any number of times in input, weight and bias.
 
     Args:
-        input: x, [B, C, H, W], any strides; float32, float64, float16 or bfloat16. B, H and W may be 0.
+        input: x, [B, C, H, W], with any strides; float32, float64, float16 or bfloat16. B, H and W may be 0.
         weight: [C, C/G, kh, kw] as `torch.nn.functional.conv2d` takes it with G groups, in the dtype of the input.
         bias: [C], added to each channel.
         corners: What each of the G groups reads, or a single name: "TL", "TR", "BL", "BR", "T", "B", "L" or "R".
@@ -42,7 +42,7 @@ def conv2d(
 
     Returns:
         y, [B, C, H, W], in the dtype and memory format of the input. Half precision accumulates in float32 and rounds
-        once, bias included. Under autocast the layer computes in, and returns, float32.
+        once, after the bias. Under autocast float32 is computed and returned.
 
     Raises:
         TypeError: If an argument is not a dense floating-point tensor, or the dtypes differ.
@@ -61,14 +61,14 @@ def conv2d_inverse(
 ) -> Tensor:
     """Computes the exact inverse of `conv2d`: the x with conv2d(x, weight, bias, ...) = input.
 
-    Back-substitution pixel by pixel, in O(H W C^2/G kh kw) operations an image. Differentiable any number of times in
-    input, weight and bias (Inverse-Flow, Nagar, Varma 2025, arXiv 2410.14634): with g = dL/dx and u = A^-T g,
-    dL/dinput = u and dL/dweight is minus the weight gradient of the convolution at (x, u).
+    Substitutes back pixel by pixel, in O(H W C^2/G kh kw) operations per image. Differentiable any number of times in
+    input, weight and bias (Inverse-Flow, Nagar, Varma 2025, arXiv 2410.14634): with g = dL/dx and u = A^-T g, dL/dinput
+    = u, and dL/dweight is minus the weight gradient of the convolution at (x, u).
 
     Args:
         input: y, [B, C, H, W], as in `conv2d`.
         weight: [C, C/G, kh, kw], as in `conv2d`.
-        bias: [C], subtracted before the solution.
+        bias: [C], subtracted from the input before solving.
         corners: As in `conv2d`.
         dilation: As in `conv2d`.
 
@@ -78,7 +78,8 @@ def conv2d_inverse(
     Raises:
         TypeError: As in `conv2d`.
         ValueError: As in `conv2d`; and, on the CPU, if an entry of the pivot's diagonal or its reciprocal is zero or
-            not finite. Elsewhere that look would wait for the device: infinities and NaNs come out.
+            not finite. On other devices the check would have to synchronize, so the result has infinities or NaNs
+            instead.
     """
     return _from_tensors(ops.solve, 2, input, weight, bias, corners, dilation)
 
@@ -91,7 +92,7 @@ def conv1d(
     corners: str | Sequence[str],
     dilation: int | Sequence[int] = 1,
 ) -> Tensor:
-    """Does `conv2d` in one dimension: [B, C, L] and [C, C/G, k]; corners are "L" (reads to the left) and "R"."""
+    """Convolves [B, C, L] with weights [C, C/G, k] as `conv2d` does; corners are "L" (reads to the left) and "R"."""
     return _from_tensors(ops.conv, 1, input, weight, bias, corners, dilation)
 
 
@@ -115,9 +116,9 @@ def conv3d(
     corners: str | Sequence[str],
     dilation: int | Sequence[int] = 1,
 ) -> Tensor:
-    """Does `conv2d` in three dimensions: [B, C, D, H, W] and [C, C/G, kd, kh, kw]; corners are "NTL" to "FBR".
+    """Convolves volumes [B, C, D, H, W] with weights [C, C/G, kd, kh, kw] as `conv2d` does; corners are "NTL" to "FBR".
 
-    Their first letter is that of the first axis: N (near) reads planes of smaller index, F (far) of larger.
+    The first letter is for the first axis: N (near) reads planes of smaller index, F (far) planes of larger index.
     """
     return _from_tensors(ops.conv, 3, input, weight, bias, corners, dilation)
 
@@ -183,7 +184,7 @@ def run(
     dilation: tuple[int, ...],
     repeats: int = 1,
 ) -> Tensor:
-    """Runs `ops.conv` or `ops.solve` for images of one to three dimensions, with the checks of `conv2d`.
+    """Runs `ops.conv` or `ops.solve` on images of one to three dimensions, with the checks of `conv2d`.
 
     Args:
         operator: `ops.conv` or `ops.solve`.
@@ -194,7 +195,7 @@ def run(
         stencils: One a group, from `stencil.parse`.
         unit_diagonal: Whether the pivot's diagonal is 1.
         dilation: One number for each axis.
-        repeats: How often the groups have these stencils in turn.
+        repeats: How many times the groups cycle through these stencils.
     """
     output = ops.attempt(operator, input, weight, bias, log_diagonal, stencils, dilation, unit_diagonal, repeats)
     if output is not None:
@@ -215,21 +216,21 @@ def run_each(
     stencils: tuple[int, ...],
     dilation: tuple[int, ...],
 ) -> Tensor:
-    """Does `run` with a weight, [B, C, C/G, ...], and a log-diagonal, [B, C], or ones, for each image.
+    """Does `run` with one weight per image, [B, C, C/G, ...], and one log-diagonal, [B, C], or a unit diagonal.
 
-    The images are [B, C, ...], or [S, B, C, ...] where a weight has several.
+    The images are [B, C, ...], or [S, B, C, ...] for S images per weight.
     """
     batch = weights.shape[0]
     if batch == 0:
         return input.clone()
-    # Dynamo, which the exporter tries after this error, takes open sizes for integers.
+    # Dynamo, which the exporter tries after this error, reports symbolic sizes as integers.
     is_open = isinstance(batch, torch.SymInt) or torch.compiler.is_dynamo_compiling()
     if is_open and is_exporting_to_onnx():
         raise NotImplementedError(
             "conditional layers must have a fixed batch size for export to ONNX, where a convolution has a fixed "
             "number of groups, got a dynamic batch size"
         )
-    # The images become groups of channels of one image, so one call computes them all.
+    # One call computes all images, as groups of channels of one image.
     images = (input if input.dim() == len(dilation) + 3 else input[None]).flatten(1, 2)
     log_diagonal = None if log_diagonals is None else log_diagonals.flatten()
     options = stencils, log_diagonal is None, dilation, batch
@@ -238,7 +239,7 @@ def run_each(
     except ValueError:
         if log_diagonals is not None and checks.can_inspect_values(log_diagonals):
             dtype = torch.promote_types(log_diagonals.dtype, torch.float32)
-            stencil.check_diagonal(log_diagonals.to(dtype).exp())  # tells the image
+            stencil.check_diagonal(log_diagonals.to(dtype).exp())  # names the image
         raise
     layout = {2: torch.channels_last, 3: torch.channels_last_3d}.get(len(dilation))
     if layout is not None and input.is_contiguous(memory_format=layout):
@@ -272,12 +273,12 @@ def _from_tensors(
 
 
 def check_context(context: Tensor, like: Tensor, count: int | None, features: int) -> None:
-    """Raises a TypeError or a ValueError unless it is [count, features], of the dtype and device of `like`."""
+    """Raises a TypeError or a ValueError unless the context is [count, features], with dtype and device of `like`."""
     check_rows("context", context, count, features, like=like)
 
 
 def check_rows(name: str, tensor: Tensor, count: int | None, length: int, like: Tensor) -> None:
-    """Raises a TypeError or a ValueError unless it is a tensor like this one, of so many such rows (None: any)."""
+    """Raises a TypeError or a ValueError unless it is a tensor like `like` with `count` rows (None: any number)."""
     _check_tensor(name, tensor)
     shape = tensor.shape
     if len(shape) != 2 or shape[1] != length or count not in (None, shape[0]):
@@ -286,7 +287,7 @@ def check_rows(name: str, tensor: Tensor, count: int | None, length: int, like: 
     _check_match(name, tensor, like)
 
 
-# These run at every call, so a tensor's shape, which costs as much as the rest of a check, is asked for once.
+# The checks run at every call. Reading a tensor's shape costs as much as the rest of a check, so they read it once.
 def check_arguments(
     input: Tensor,
     weight: Tensor,
@@ -295,7 +296,7 @@ def check_arguments(
     groups: int,
     dimensions: int,
 ) -> None:
-    """Raises what `conv2d` raises for tensors that do not fit."""
+    """Raises the errors of `conv2d` for tensors that do not fit."""
     _check_tensor("input", input)
     _check_tensor("weight", weight)
     _check_weight(weight, groups, dimensions)
@@ -337,7 +338,7 @@ def _integer(name: str, value: int) -> int:
         return value
     if not isinstance(value, Integral) or isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, got {value!r}")
-    return int(value)  # NumPy's would overflow in silence
+    return int(value)  # a NumPy integer would overflow silently
 
 
 def _check_match(name: str, tensor: Tensor, input: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The layer as a module that belongs to no library; the adapters give it their library's directions."""
+"""The layer as a library-independent module; adapters give it the directions of their library."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from nflows_kconv.torch_internals import EXTRA_STATE, tree_leaves, without_subcl
 
 
 class KernelLayer(InvertibleModule):
-    """What all layers share whose weight is computed from `raw_weight` and `log_diagonal`: parameters and state_dicts.
+    """Base of all layers that compute their weight from `raw_weight` and `log_diagonal`: parameters and state_dicts.
 
-    Subclasses define what raises NotImplementedError here, and call `reset_parameters` at the end of their constructor.
+    Subclasses define the methods that raise NotImplementedError here, and call `reset_parameters` at the end of their
+    constructor.
     """
 
-    # Of the state_dict; this class loads its own version and older ones.
+    # Version of the state_dict; older versions load too.
     _version = 1
 
     dimensions: ClassVar[int]
@@ -69,7 +70,7 @@ class KernelLayer(InvertibleModule):
                 nn.init.zeros_(parameter)
 
     def convolve(self, input: Tensor, context: Any = None) -> Tensor:
-        """Computes y = A x + b alone, whichever direction the library calls forward. No hooks run.
+        """Computes y = A x + b without the log-determinant, in every library. Runs no hooks.
 
         Args:
             input: x, [B, C, ...], in the dtype of the parameters.
@@ -82,7 +83,7 @@ class KernelLayer(InvertibleModule):
         return self._convolve(input)
 
     def solve(self, input: Tensor, context: Any = None) -> Tensor:
-        """Computes x = A^-1 (y - b) alone, whichever direction the library calls forward. No hooks run.
+        """Computes x = A^-1 (y - b) without the log-determinant, in every library. Runs no hooks.
 
         Args:
             input: y, [B, C, ...], in the dtype of the parameters.
@@ -98,16 +99,17 @@ class KernelLayer(InvertibleModule):
     def weight(self) -> Tensor:
         """The weight, [C, C/G, kh, kw], as `torch.nn.functional.conv2d` takes it for each group.
 
-        It is computed from the parameters at each use, so it refuses to be changed in place. It can be assigned: that
-        sets the parameters.
+        Every use computes it from the parameters, so it cannot be modified in place. Assigning it sets the parameters.
 
         Raises:
             TypeError: On assignment, if it is not a floating-point tensor.
             ValueError: On assignment, if the shape or the diagonal does not fit, masked entries are not zero, or
                 `max_inverse_gain` does not hold.
-            RuntimeError: On a change in place; on assignment, if the parameters are themselves computed, as by pruning.
+            RuntimeError: On modification in place; on assignment, if the parameters are themselves computed, as by
+                pruning.
         """
-        if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():  # whose tensors count no changes
+        # Tensors made in inference mode have no version counter.
+        if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
             with torch.inference_mode(False), torch.no_grad():
                 weight = self._weight()
         else:
@@ -130,16 +132,16 @@ class KernelLayer(InvertibleModule):
                 getattr(self, name).copy_(tensor)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Registers a parameter; assigns `weight`, which is none, and refuses what pruning would make of it."""
+        """Registers a parameter; assigns `weight`, which is not a parameter, and refuses its pruned variants."""
         if name == "weight" and param is not None:
-            self.weight = param.detach()  # a parameter would come here again
+            self.weight = param.detach()  # assigning a parameter would call this method again
         elif name.startswith("weight"):
             raise TypeError(_NO_PARAMETER.format(name))
         else:
             super().register_parameter(name, param)
 
     def forward(self, input: Tensor, context: Any = None, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
-        """Convolves, or solves.
+        """Convolves, or solves if `inverse`.
 
         Args:
             input: x, or y if `inverse`, [B, C, ...], in the dtype of the parameters.
@@ -171,31 +173,31 @@ class KernelLayer(InvertibleModule):
         raise NotImplementedError
 
     def _tensors(self) -> tuple[Any, Any, Any]:
-        """Returns raw weight, log-diagonal and bias, faster than torch looks up three attributes."""
+        """Returns raw weight, log-diagonal and bias, faster than three attribute lookups."""
         own = self._parameters
         try:
             return own["raw_weight"], own["log_diagonal"], own["bias"]
-        except KeyError:  # something computes one of them
+        except KeyError:  # one of them is computed, as by pruning
             return self.raw_weight, self.log_diagonal, self.bias
 
     def _log_abs_det(self, input: Tensor, sign: int = 1) -> Tensor:
-        """Returns log |det dy/dx| times the sign, [B], in memory of its own: users add to it in place."""
+        """Returns log |det dy/dx| times the sign, [B], in new memory, because users add to it in place."""
         raise NotImplementedError
 
     def _structure(self) -> dict[str, tuple[Any, ...]]:
-        """Returns what a state_dict's metadata must have for its parameters to mean the same."""
+        """Returns the metadata that a state_dict must share for its parameters to mean the same."""
         raise NotImplementedError
 
     def _to_parameters(self, weight: Tensor) -> dict[str, Tensor]:
-        """Returns the parameters that make this weight, masked entries included.
+        """Returns the parameters that give this weight, including its masked entries.
 
         Raises:
-            ValueError: If there are none.
+            ValueError: If no parameters do.
         """
         raise NotImplementedError
 
     def _check_masked(self, weight: Tensor) -> None:
-        """Raises a ValueError for a weight that is not zero where the layer masks it."""
+        """Raises a ValueError unless the weight is zero where the layer masks it."""
 
     def _check_shape(self, weight: Tensor) -> None:
         if weight.shape != self.raw_weight.shape:
@@ -209,7 +211,7 @@ class KernelLayer(InvertibleModule):
             )
 
     def _check_bound(self, relative: Tensor) -> None:
-        """Raises a ValueError unless `max_inverse_gain` leaves this weight of N as it is, see `bound`."""
+        """Raises a ValueError unless this weight of N respects `max_inverse_gain`; see `bound`."""
         if self.max_inverse_gain is None:
             return
         scale = bound.scale(relative, self.max_inverse_gain).min().item()
@@ -220,14 +222,14 @@ class KernelLayer(InvertibleModule):
             )
 
     def get_extra_state(self) -> Tensor:
-        """Returns what the metadata record, as JSON in bytes, for file formats that keep tensors alone."""
+        """Returns the metadata as JSON bytes in a tensor, for file formats that keep only tensors."""
         return torch.tensor(list(json.dumps(self._options()).encode()), dtype=torch.uint8, device="cpu")
 
     def set_extra_state(self, state: Any) -> None:
-        """Does nothing: the state is checked before anything is loaded."""
+        """Does nothing, because loading checks the state before it changes anything."""
 
     def _options(self) -> dict[str, Any]:
-        """Returns what a state_dict records in addition to the parameters."""
+        """Returns what a state_dict records besides the parameters."""
         return {**self._structure(), "max_inverse_gain": self.max_inverse_gain}
 
     def _load_from_state_dict(
@@ -240,7 +242,7 @@ class KernelLayer(InvertibleModule):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        # Older files have none.
+        # Older files have no extra state.
         extra = state_dict.setdefault(prefix + EXTRA_STATE, None)
         try:
             if "corners" not in local_metadata:
@@ -250,7 +252,7 @@ class KernelLayer(InvertibleModule):
             self._convert_weight(state_dict, prefix)
         except ValueError as error:
             error_msgs.append(f"{prefix.rstrip('.') or 'state_dict'}: {error}")
-            return  # with the layer as it was
+            return  # leaves the layer unchanged
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -270,7 +272,7 @@ class KernelLayer(InvertibleModule):
                 raise ValueError(f"{name} must match the layer's {own}, got {saved}")
 
     def _convert_weight(self, state_dict: dict[str, Any], prefix: str) -> None:
-        """Makes parameters of a plain weight."""
+        """Converts a plain weight to parameters."""
         if prefix + "weight" in state_dict and prefix + "raw_weight" not in state_dict:
             weight = state_dict[prefix + "weight"]
             if not isinstance(weight, Tensor):
@@ -308,7 +310,7 @@ class KernelLayer(InvertibleModule):
 
 
 class InvertibleConv(KernelLayer):
-    """What `InvertibleConv1d`, `InvertibleConv2d` and `InvertibleConv3d` share."""
+    """Base of `InvertibleConv1d`, `InvertibleConv2d` and `InvertibleConv3d`."""
 
     def __init__(
         self,
@@ -327,7 +329,7 @@ class InvertibleConv(KernelLayer):
         stencils = stencil.parse(corners, self.dimensions)
         dilation = functional.parse_dilation(dilation, self.dimensions)
         num_channels = checks.positive("num_channels", num_channels)
-        # Files hold plain strings, which `torch.load` takes.
+        # `torch.load` accepts only plain strings.
         names = (str(corners),) if isinstance(corners, str) else tuple(map(str, corners))
         if num_channels % len(names):
             raise ValueError(
@@ -359,10 +361,10 @@ class InvertibleConv(KernelLayer):
         return stencil.effective(raw_weight, self._stencils, log_diagonal, log_diagonal is None)
 
     def _bounded(self, raw_weight: Tensor, log_diagonal: Tensor | None) -> Tensor:
-        """Returns the raw weight, scaled down where `max_inverse_gain` asks for it."""
+        """Returns the raw weight, scaled down where `max_inverse_gain` requires it."""
         if self.max_inverse_gain is None:
             return raw_weight
-        dtype = torch.promote_types(raw_weight.dtype, torch.float32)  # half precision rounds once
+        dtype = torch.promote_types(raw_weight.dtype, torch.float32)  # rounds half precision once
         relative = raw_weight.to(dtype).masked_fill(_ignored(raw_weight, self._stencils), 0)
         if log_diagonal is not None:
             relative = relative * on_weight(log_diagonal.to(dtype).neg().exp(), relative)
@@ -414,7 +416,7 @@ class InvertibleConv(KernelLayer):
             )
 
     def _check_metadata(self, metadata: dict[str, Any]) -> None:
-        # Before there was dilation, the corners alone were recorded.
+        # Versions without dilation recorded only the corners.
         undilated = {"dilation": (1,) * self.dimensions} if "corners" in metadata else {}
         super()._check_metadata(undilated | metadata)
 
@@ -436,17 +438,17 @@ class InvertibleConv(KernelLayer):
             )
 
     def _check_zeros(self, state_dict: dict[str, Any], prefix: str) -> None:
-        """Knows a layer of other corners by its zeros: what lies on and above its pivot's diagonal is never trained."""
+        """Recognizes other corners by their zeros: entries on and above the pivot's diagonal are never trained."""
         raw = state_dict.get(prefix + "raw_weight")
         if raw is None or raw.is_meta or not checks.is_plain(raw):
-            return  # there are no zeros to look at
+            return  # no values to inspect
         found = []
         for group, own in zip(raw.unflatten(0, (len(self.corners), -1)), self.corners, strict=True):
             masks = {name: _ignored(group, [code]) for name, code in stencil.STENCILS[self.dimensions].items()}
             fitting = {name: int(mask.sum()) for name, mask in masks.items() if not group[mask].any()}
             if not fitting:
                 return
-            # The zeros of a side are those of a corner, too. Where all weights are zero, several have the most.
+            # A side has all zeros of a corner. Several stencils have the most zeros if all weights are zero.
             most = [name for name, zeros in fitting.items() if zeros == max(fitting.values())]
             found.append(own if own in fitting and len(most) > 1 else most[0])
         if tuple(found) != self.corners:
@@ -459,39 +461,39 @@ class InvertibleConv2d(InvertibleConv):
     """An invertible k x k convolution with an exact inverse and an exact log-determinant.
 
     In each of the G channel groups a pixel reads one *corner* of the image (a quarter plane) or one *side* (a half
-    plane). Of a corner only the upper triangle of the *pivot* is masked, the tap that reads the pixel itself; of a side
-    also the taps after the pivot in its own row. The Jacobian is triangular, so
+    plane). A corner masks only the upper triangle of the *pivot*, the tap that reads the pixel itself; a side also
+    masks the taps after the pivot in its row. The Jacobian is triangular, so
 
         log |det dy/dx| = H W sum_o log |W[o, o, pivot]|
 
     and the inverse is a back-substitution. FInC Flow (Kallappa, Nagar, Varma 2023, arXiv 2301.09266), section 3;
     gradients through the inverse as in Inverse-Flow (Nagar, Varma 2025, arXiv 2410.14634).
 
-    The weight is computed from the parameters at each use: `raw_weight` where the weight is free, zero where it is
-    masked, and the diagonal. Whatever happens to the parameters (weight decay, loading, in-place steps), the mask
-    holds. The layer starts close to the identity.
+    Every use computes the weight from the parameters: `raw_weight` where the weight is free, zero where it is masked,
+    and the diagonal. The mask holds whatever happens to the parameters (weight decay, loading, in-place steps). The
+    layer starts close to the identity.
 
     A state_dict has the parameters and, as bytes in `_extra_state`, corners, dilation and `max_inverse_gain`, which any
-    file format keeps; those of earlier versions, without it, load, too. So does a plain `weight` in place of
-    `raw_weight` and `log_diagonal`. What cannot be loaded, such as other corners, other shapes or the version of a
-    later release, leaves the layer as it was; names that are missing or too many are torch's own error, which comes
-    after the others have been loaded.
+    file format keeps. State_dicts of earlier versions, without it, load too, and so does a plain `weight` instead of
+    `raw_weight` and `log_diagonal`. A state_dict with other corners, other shapes or a later version raises an error
+    and leaves the layer unchanged. For missing or unexpected keys torch raises its own error after loading the others.
 
     Args:
         num_channels: C, a multiple of the number of corners.
-        kernel_size: k, or (kh, kw); any size from 1 on.
-        corners: What each group of channels reads, or a single name for one convolution over all channels; repeats are
-            allowed, all four corners are the default. A corner, "TL", "TR", "BL" or "BR": TL reads the pixels above and
-            to the left, with the pivot as the kernel's last tap. A side, "T", "B", "L" or "R": T reads the rows above
+        kernel_size: k, or (kh, kw); any size from 1.
+        corners: What each group of channels reads, or a single name for one convolution over all channels. Names may
+            repeat; the default is all four corners. A corner is "TL", "TR", "BL" or "BR": TL reads the pixels above and
+            to the left, with the pivot as the kernel's last tap. A side is "T", "B", "L" or "R": T reads the rows above
             and, in its own row, the pixels to the left, with the pivot at (kh - 1, (kw - 1) // 2), as in PixelCNN,
-            Emerging and MaCow; B is T turned by 180 degrees, L is T mirrored at the main diagonal, R is L turned.
-        dilation: Pixels from one tap to the next, one number or one for each axis.
+            Emerging and MaCow. B is T turned by 180 degrees, L is T mirrored at the main diagonal, and R is L turned by
+            180 degrees.
+        dilation: Pixels from one tap to the next, one number or one per axis.
         diagonal: "unit" fixes the pivot's diagonal to 1, as in the paper (log-determinant 0); "learned" makes it
             exp(log_diagonal), always positive.
         bias: Whether to add a learned constant to each channel.
-        max_inverse_gain: If given, g > 1, the weights off the diagonal are scaled down, all those of a group by one
-            factor, as far as it takes for ||A^-1||_2 <= g / min_o |W[o, o, pivot]| at every image size. Then also
-            ||A||_2 <= (2 - 1/g) max_o |W[o, o, pivot]|. See docs/numerics.md.
+        max_inverse_gain: g > 1, or None for no bound. Scales down the weights off the diagonal, by one factor per
+            group, until ||A^-1||_2 <= g / min_o |W[o, o, pivot]| at every image size. Then also ||A||_2 <= (2 - 1/g)
+            max_o |W[o, o, pivot]|. See docs/numerics.md.
         device: Of the parameters.
         dtype: Of the parameters.
 
@@ -511,8 +513,8 @@ class InvertibleConv2d(InvertibleConv):
 class InvertibleConv1d(InvertibleConv):
     """`InvertibleConv2d` in one dimension, of sequences [B, C, L].
 
-    The arguments are those of `InvertibleConv2d`, but each group's corner is "L", which reads what is to the left (the
-    past), or "R"; one of each by default. `raw_weight` is [C, C/G, k].
+    Takes the arguments of `InvertibleConv2d`, with corner "L", which reads to the left (the past), or "R" for each
+    group; the default is one of each. `raw_weight` is [C, C/G, k].
     """
 
     dimensions = 1
@@ -521,8 +523,8 @@ class InvertibleConv1d(InvertibleConv):
 class InvertibleConv3d(InvertibleConv):
     """`InvertibleConv2d` in three dimensions, of volumes [B, C, D, H, W].
 
-    The arguments are those of `InvertibleConv2d`, but each group's corner has three letters, "NTL" to "FBR": N (near)
-    reads planes of smaller index along the first axis, F (far) of larger; one of each of the eight by default.
+    Takes the arguments of `InvertibleConv2d`, with corners of three letters, "NTL" to "FBR": N (near) reads planes of
+    smaller index along the first axis, F (far) planes of larger index. The default is one of each of the eight.
     `raw_weight` is [C, C/G, kd, kh, kw].
     """
 
@@ -530,8 +532,8 @@ class InvertibleConv3d(InvertibleConv):
 
 
 def log_abs_det(input: Tensor, log_diagonal: Tensor | None, sign: int = 1) -> Tensor:
-    """Returns log-determinants for this log-diagonal, [C] or one for each image, [B, C]; None for a unit diagonal."""
-    # Of as few operators as can be, in memory of its own: users add to it in place.
+    """Returns the log-determinants for a log-diagonal, [C] or per image [B, C]; None stands for a unit diagonal."""
+    # As few operators as possible, in new memory, because users add to it in place.
     if log_diagonal is None:
         zeros = input.new_zeros(input.shape[0])
         return zeros.float() if zeros.dtype in _HALF_PRECISION else zeros
@@ -540,33 +542,33 @@ def log_abs_det(input: Tensor, log_diagonal: Tensor | None, sign: int = 1) -> Te
 
 
 class _ComputedWeight(Tensor):
-    """A weight that refuses changes in place, which would be lost; what is computed from it are plain tensors."""
+    """A weight that refuses modification in place, which would be lost; results computed from it are plain tensors."""
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         with without_subclasses():
-            if torch.compiler.is_compiling():  # cannot ask for versions
+            if torch.compiler.is_compiling():  # the compiler cannot read versions
                 return func(*args, **kwargs or {})
             own = [value for value in tree_leaves((args, kwargs)) if isinstance(value, cls)]
             versions = [weight._version for weight in own]
             result = func(*args, **kwargs or {})
             if func.__name__ == "__set__" or [weight._version for weight in own] != versions:
-                # No TypeError, after which Python would go on from `weight *= 2` to `weight * 2`.
+                # Not a TypeError, after which Python would evaluate `weight *= 2` as `weight * 2`.
                 raise RuntimeError(
                     f"weight must not be modified in place, got {func.__name__}: it is computed from raw_weight; "
                     "modify that parameter, or assign a tensor to layer.weight"
                 )
-            # What shares its memory refuses, too, but `detach()`, which is how one takes the values, and `_base`, at
-            # whose end the compiler looks for a tensor without one.
+            # Views refuse it too, except `detach()`, the way to get the values, and `_base`, because the compiler
+            # follows it until a tensor has none.
             plain = func in (Tensor.detach, Tensor._base.__get__)  # type: ignore[union-attr]
             if not plain and type(result) is Tensor and own and _share_memory(result, own[0]):
                 return result.as_subclass(cls)
             return result
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copies and files hold the plain tensor."""
+        """Stores the plain tensor in copies and files."""
         return self.as_subclass(Tensor).__reduce_ex__(protocol)
 
 
@@ -575,7 +577,7 @@ _NO_PARAMETER = "{} cannot be a parameter: weight is computed from the parameter
 
 
 class _Parameters(dict[str, Any]):
-    """A module's parameters; the old weight_norm and spectral_norm of torch look here for `weight`."""
+    """A module's parameters, in which torch's old weight_norm and spectral_norm look for `weight`."""
 
     def __missing__(self, name: str) -> Any:
         raise TypeError(_NO_PARAMETER.format(name)) if name == "weight" else KeyError(name)
@@ -585,12 +587,12 @@ class _Parameters(dict[str, Any]):
 
 
 def _ignored(weight: Tensor, stencils: Sequence[int]) -> Tensor:
-    """Returns True where a raw weight is not used: where it is masked, and on the diagonal."""
+    """Returns True where the layer ignores a raw weight: where it is masked, and on the diagonal."""
     return stencil.masked_entries(weight.shape, stencils, weight.device, diagonal=True)
 
 
 def on_weight(diagonal: Tensor, weight: Tensor) -> Tensor:
-    """Returns a number for each output channel, [C], in a shape that broadcasts to the weight's."""
+    """Reshapes one number per output channel, [C], to broadcast over the weight."""
     return diagonal.view(-1, *[1] * (weight.dim() - 1))
 
 
@@ -605,7 +607,7 @@ def _record_options(
 
 
 def _recorded(extra: Any) -> dict[str, Any]:
-    """Returns the options in an extra state; none where it is missing or has no values.
+    """Returns the options in an extra state; none if it is missing or has no values.
 
     Raises:
         ValueError: If it is damaged.

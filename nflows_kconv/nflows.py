@@ -1,4 +1,4 @@
-"""The layer and the image flow in nflows, whose forward direction is data -> noise: the convolution."""
+"""The layer and the image flow for nflows, whose forward direction is data -> noise: the convolution."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class InvertibleConv3d(layer.InvertibleConv3d, Transform):
 
 
 class InvertibleConv1x1(steps.InvertibleConv1x1, Transform):
-    """`nflows_kconv.flows.steps.InvertibleConv1x1` as an `nflows.transforms.Transform`, for `OneByOneConvolution`."""
+    """`flows.steps.InvertibleConv1x1` as an `nflows.transforms.Transform`, to replace `OneByOneConvolution`."""
 
 
 class PeriodicConv2d(periodic.PeriodicConv2d, Transform):
@@ -86,7 +86,7 @@ class PeriodicConv3d(periodic.PeriodicConv3d, Transform):
 
 
 class ConditionalInvertibleConv2d(conditional.ConditionalInvertibleConv2d, Transform):
-    """`nflows_kconv.ConditionalInvertibleConv2d` as an `nflows.transforms.Transform`; its context is that of each call.
+    """`nflows_kconv.ConditionalInvertibleConv2d` as an `nflows.transforms.Transform`; takes the context of each call.
 
     Examples:
         >>> import torch
@@ -111,7 +111,7 @@ class Step(InvertibleModule, Transform):
     """A module of `nflows_kconv.flows.steps` as an `nflows.transforms.Transform`.
 
     Args:
-        step: Has `forward` from data to noise and `inverse`, both with a log-determinant [B].
+        step: A module with `forward` from data to noise and `inverse`, both of which return a log-determinant, [B].
     """
 
     def __init__(self, step: nn.Module) -> None:
@@ -128,12 +128,12 @@ class Step(InvertibleModule, Transform):
 class ReversibleCompositeTransform(InvertibleModule, CompositeTransform):
     """`nflows.transforms.CompositeTransform` that trains in memory independent of the number of transforms.
 
-    Parameters, state_dict and results are the same. One transform's activations exist at a time, so give it those of a
-    step as one `CompositeTransform`. See `nflows_kconv.flows.reversible.cascade` for how it works and what it asks of
-    them.
+    Parameters, state_dict and results are the same. Only one transform's activations exist at a time, so combine the
+    transforms of a step in one `CompositeTransform`. See `nflows_kconv.flows.reversible.cascade` for how it works and
+    what it requires.
 
     Args:
-        transforms: The first one takes the data; all must have an inverse.
+        transforms: Invertible transforms; the first one takes the data.
 
     Examples:
         >>> from nflows.transforms import ActNorm, CompositeTransform
@@ -150,20 +150,21 @@ class ReversibleCompositeTransform(InvertibleModule, CompositeTransform):
 
 
 class _Latent(Distribution):
-    """Standard normal, or normal with a mean and a scale for each class, which is the context.
+    """Standard normal, or normal with a mean and a scale per class, with the class as context.
 
-    Those of nflows keep a constant in a float64 buffer, which `to_empty` leaves without value and some devices lack.
+    The distributions of nflows keep a constant in a float64 buffer, which `to_empty` does not initialize and some
+    devices do not support.
     """
 
     def __init__(self, dimensions: int, num_classes: int | None) -> None:
         super().__init__()
         self._context_encoder = None
         if num_classes is not None:
-            self._context_encoder = nn.Embedding(num_classes, 2 * dimensions)  # means, then the logarithms of scales
+            self._context_encoder = nn.Embedding(num_classes, 2 * dimensions)  # means, then log-scales
             nn.init.zeros_(self._context_encoder.weight)
 
     def scaled(self, noise: Tensor, classes: Tensor | None) -> Tensor:
-        """Returns a draw from standard normal noise."""
+        """Returns a sample, given standard normal noise."""
         if self._context_encoder is None:
             return noise
         mean, log_scale = self._context_encoder(classes).chunk(2, 1)
@@ -179,7 +180,7 @@ class _Latent(Distribution):
 
 
 class _TransformContext(nn.Module):
-    """What the transform sees of a flow's context, which is all but the classes."""
+    """Selects the part of a flow's context that the transform sees: everything except the classes."""
 
     def __init__(self, architecture: image_flow.Architecture) -> None:
         super().__init__()
@@ -194,8 +195,8 @@ class _TransformContext(nn.Module):
 class ImageFlow(image_flow.Interface, Flow):
     """The `nflows.flows.Flow` that `finc_flow` makes.
 
-    Images may have any real dtype. The context of each call is what the flow was made for: classes, [B] whole numbers;
-    a tensor [B, *context_shape]; or a pair of both.
+    Images may have any real dtype. The context of each call is what the flow was built for: classes, [B] whole numbers;
+    a tensor, [B, *context_shape]; or a pair of both.
 
     Args:
         architecture: What to build.
@@ -216,7 +217,7 @@ class ImageFlow(image_flow.Interface, Flow):
         self.architecture = architecture
 
     def forward(self, inputs: Tensor, context: image_flow.Context | None = None, noise: Tensor | None = None) -> Tensor:
-        """Returns `log_prob`, for what wraps the flow, as DistributedDataParallel does."""
+        """Returns `log_prob`, for wrappers such as DistributedDataParallel."""
         numbers = self._to_numbers(inputs)
         classes, tensor = self._condition("context", context, numbers.shape[0])
         if noise is None:
@@ -236,15 +237,15 @@ class ImageFlow(image_flow.Interface, Flow):
             inputs: [B, *data_shape], whole numbers 0..num_levels - 1, or with `preprocessing=None` floating-point
                 numbers.
             context: See `ImageFlow`.
-            noise: Of the shape of the images, where in its level each number lies, from 0 to less than 1, in place of a
-                draw: `torch.rand` gives such.
+            noise: Dequantisation noise in [0, 1), of the shape of the images, such as `torch.rand` gives. None draws
+                it.
 
         Raises:
             TypeError: If the images, the noise or a part of the context have the wrong type, or the flow's parameters
-                are of half precision.
-            ValueError: If the images have another shape than those of the flow, or other values (see
-                `nflows_kconv.flows.images.UniformDequantization` for where they are looked at); if the context or the
-                noise does not fit, or is missing, or the flow takes none.
+                are in half precision.
+            ValueError: If the images have another shape than the flow's, or invalid values (see
+                `nflows_kconv.flows.images.UniformDequantization` for when they are checked); if the context or the
+                noise does not fit, is missing, or is not expected.
         """
         return self(inputs, context, noise)
 
@@ -254,12 +255,12 @@ class ImageFlow(image_flow.Interface, Flow):
     ) -> Tensor:
         """Draws data, [num_samples, *data_shape], or [B, num_samples, *data_shape] for a context of B rows.
 
-        They carry no graph; where gradients of samples are needed, `decode` noise.
+        Samples have no autograd graph; for gradients of samples, `decode` noise.
 
         Args:
-            num_samples: How many; for each row of the context.
+            num_samples: How many to draw, for each row of the context.
             context: See `ImageFlow`.
-            batch_size: If given, so many are drawn at a time, for each row of the context.
+            batch_size: How many to draw at a time, for each row of the context. None draws all at once.
 
         Raises:
             TypeError: If a number is not an integer; see `log_prob`.
@@ -277,7 +278,7 @@ class ImageFlow(image_flow.Interface, Flow):
 
     @torch.no_grad()
     def sample_and_log_prob(self, num_samples: int, context: image_flow.Context | None = None) -> tuple[Tensor, Tensor]:
-        """Draws as `sample` does, and returns the log-density, too: [num_samples] or [B, num_samples]."""
+        """Draws as `sample` does, and also returns the log-density, [num_samples] or [B, num_samples]."""
         checks.positive("num_samples", num_samples)
         condition = self._condition("context", context, None)
         latent, classes, tensor = self._draw(num_samples, condition)
@@ -286,13 +287,13 @@ class ImageFlow(image_flow.Interface, Flow):
         return _by_row(images, condition, num_samples), _by_row(log_prob, condition, num_samples)
 
     def transform_to_noise(self, inputs: Tensor, context: image_flow.Context | None = None) -> Tensor:
-        """Returns the latent of images with dequantisation noise, [B, D]; like `encode` otherwise."""
+        """Returns the latent of images, [B, D], as `encode` does but with dequantisation noise."""
         numbers = self._to_numbers(inputs)
         condition = self._condition("context", context, numbers.shape[0], classes_needed=False)
         return self._transform(numbers, condition.tensor)[0]
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Loads a state_dict, also that of the same flow of normflows; see `torch.nn.Module.load_state_dict`."""
+        """Loads a state_dict of this flow, or of the same flow of normflows; see `torch.nn.Module.load_state_dict`."""
         return super().load_state_dict(self._renamed(state_dict), strict, assign)
 
     def _renamed(self, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -309,7 +310,7 @@ class ImageFlow(image_flow.Interface, Flow):
         return self._transform._transforms[1].inverse(latent, context)[0]
 
     def _draw(self, number: int, condition: image_flow.Condition) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Draws latents, classes and context of so many images for each row of the condition."""
+        """Draws latents, and repeats classes and context, for this many images per row of the condition."""
         classes, tensor = (None if part is None else part.repeat_interleave(number, 0) for part in condition)
         like, rows = self._parameter(), number * (1 if condition.rows is None else condition.rows)
         noise = torch.randn(rows, math.prod(self.architecture.data_shape), dtype=like.dtype, device=like.device)
@@ -325,10 +326,10 @@ def _by_row(values: Tensor, condition: image_flow.Condition, number: int) -> Ten
 def finc_flow(data_shape: Sequence[int], levels: int, steps: int, **options: Any) -> ImageFlow:
     """Builds an `nflows.flows.Flow` of images, sequences or volumes, with a `MultiscaleCompositeTransform`.
 
-    Its arguments and the model are those of `nflows_kconv.flows.image_flow.Architecture`. Dequantisation and its
-    log-determinant are inside: `log_prob` takes images with values 0..255, and `sample` returns such images. The
-    condition of a call is its context. With the same seed and weights it is the same density as that of
-    `nflows_kconv.normflows.finc_flow`, whose state_dict it loads.
+    Arguments and model are those of `nflows_kconv.flows.image_flow.Architecture`. Dequantisation and its
+    log-determinant are part of the flow: `log_prob` takes images with values 0..255, and `sample` returns such images.
+    The condition of a call is its context. With the same seed or weights it has the same density as
+    `nflows_kconv.normflows.finc_flow`, and it loads the state_dict of that flow.
 
     Examples:
         >>> import torch
@@ -354,9 +355,9 @@ def finc_flow(data_shape: Sequence[int], levels: int, steps: int, **options: Any
 
 
 def load_flow(path: str | os.PathLike[str], device: torch.device | str | int = "cpu") -> ImageFlow:
-    """Loads the flow from a file that `ImageFlow.save` wrote, here or in the other library.
+    """Loads a flow from a file that `ImageFlow.save` wrote, in either library.
 
-    The flow has the dtypes that it was saved with, and is in training mode, like a new one. Nothing random is drawn.
+    The flow keeps the saved dtypes and is in training mode, like a new one. No random numbers are drawn.
 
     Args:
         path: The file.
@@ -365,7 +366,7 @@ def load_flow(path: str | os.PathLike[str], device: torch.device | str | int = "
     Raises:
         ImportError: If safetensors is not installed.
         OSError: If there is no such file.
-        ValueError: If it is damaged, of a later version of the format, or was not made by `save`.
+        ValueError: If the file is damaged, has a later format version, or was not written by `save`.
     """
     return image_flow.load(ImageFlow, path).to(device)
 

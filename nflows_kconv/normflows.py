@@ -1,4 +1,4 @@
-"""The layer and the image flow in normflows, whose forward direction is latent -> data: the convolution's inverse."""
+"""The layer and the image flow for normflows, whose forward direction is latent -> data: the convolution's inverse."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class InvertibleConv3d(_FromLatent, layer.InvertibleConv3d):
 
 
 class InvertibleConv1x1(_FromLatent, steps.InvertibleConv1x1):
-    """`nflows_kconv.flows.steps.InvertibleConv1x1` as a `normflows.flows.Flow`, for `Invertible1x1Conv`."""
+    """`flows.steps.InvertibleConv1x1` as a `normflows.flows.Flow`, to replace `Invertible1x1Conv`."""
 
 
 class PeriodicConv2d(_FromLatent, periodic.PeriodicConv2d):
@@ -99,7 +99,7 @@ class PeriodicConv3d(_FromLatent, periodic.PeriodicConv3d):
 class ConditionalInvertibleConv2d(_FromLatent, conditional.ConditionalInvertibleConv2d):
     """`nflows_kconv.ConditionalInvertibleConv2d` as a `normflows.flows.Flow`, whose directions have the opposite names.
 
-    Its context is that of `normflows.ConditionalNormalizingFlow`.
+    It takes the context of `normflows.ConditionalNormalizingFlow`.
 
     Examples:
         >>> import torch
@@ -118,10 +118,10 @@ class ConditionalInvertibleConv3d(_FromLatent, conditional.ConditionalInvertible
 
 
 class GlowBlock(flows.GlowBlock):
-    """A step of Glow with a k x k convolution: `normflows.flows.GlowBlock` with `InvertibleConv2d` inside.
+    """A Glow step with a k x k convolution: `normflows.flows.GlowBlock` with `InvertibleConv2d` inside.
 
     From data to latent: k x k -> ActNorm -> 1x1 -> affine coupling, the step of FInC Flow (Kallappa, Nagar, Varma 2023,
-    arXiv 2301.09266, section 3). Usable wherever `normflows.flows.GlowBlock` is.
+    arXiv 2301.09266, section 3). Replaces `normflows.flows.GlowBlock` anywhere.
 
     Args:
         channels: C, a multiple of the number of corners of a convolution.
@@ -134,8 +134,8 @@ class GlowBlock(flows.GlowBlock):
         use_lu: Whether the 1x1 convolution is parametrised by its LU decomposition.
         net_actnorm: Whether the network has ActNorm layers.
         kernel_size: See `nflows_kconv.InvertibleConv2d`.
-        corners: See `nflows_kconv.InvertibleConv2d`; or several of these, one convolution each: (("TL",), ("BR",)) is a
-            pair of full convolutions in opposite corners.
+        corners: See `nflows_kconv.InvertibleConv2d`; or a tuple of these, for one convolution each: (("TL",), ("BR",))
+            is a pair of full convolutions in opposite corners.
         dilation: See `nflows_kconv.InvertibleConv2d`.
         diagonal: See `nflows_kconv.InvertibleConv2d`.
         max_inverse_gain: See `nflows_kconv.InvertibleConv2d`.
@@ -179,7 +179,7 @@ class Step(InvertibleModule, flows.Flow):
     """A module of `nflows_kconv.flows.steps` as a `normflows.flows.Flow`, whose `forward` goes from latent to data.
 
     Args:
-        step: Has `forward` from data to latent and `inverse`, both with a log-determinant [B].
+        step: A module with `forward` from data to latent and `inverse`, both of which return a log-determinant, [B].
     """
 
     def __init__(self, step: nn.Module) -> None:
@@ -196,11 +196,11 @@ class Step(InvertibleModule, flows.Flow):
 class ReversibleComposite(InvertibleModule, flows.Composite):
     """`normflows.flows.Composite` that trains in memory independent of the number of flows.
 
-    Parameters, state_dict and results are the same. One flow's activations exist at a time, so give it steps such as
-    `GlowBlock`. See `nflows_kconv.flows.reversible.cascade` for how it works and what it asks of them.
+    Parameters, state_dict and results are the same. Only one flow's activations exist at a time, so give it whole steps
+    such as `GlowBlock`. See `nflows_kconv.flows.reversible.cascade` for how it works and what it requires.
 
     Args:
-        flows: The first one takes the latent variable; all must have an inverse.
+        flows: Invertible flows; the first one takes the latent variable.
 
     Examples:
         >>> from normflows.flows import Squeeze
@@ -218,9 +218,9 @@ class ReversibleComposite(InvertibleModule, flows.Composite):
 class ImageFlow(image_flow.Interface, MultiscaleFlow):
     """The `normflows.MultiscaleFlow` that `finc_flow` makes.
 
-    Images may have any real dtype. The condition of each call is what the flow was made for: classes, [B] whole numbers
-    or [B, num_classes] one-hot; a tensor [B, *context_shape]; or both. Pass it as `y` or as `context`, both as the pair
-    (classes, tensor), or as classes `y` and tensor `context`.
+    Images may have any real dtype. The condition of each call is what the flow was built for: classes, [B] whole
+    numbers or [B, num_classes] one-hot; a tensor, [B, *context_shape]; or both. Pass it as `y` or as `context`; pass
+    both as the pair (classes, tensor), or as classes `y` and tensor `context`.
 
     Args:
         architecture: What to build.
@@ -278,15 +278,15 @@ class ImageFlow(image_flow.Interface, MultiscaleFlow):
             x: [B, *data_shape], whole numbers 0..num_levels - 1, or with `preprocessing=None` floating-point numbers.
             y: The condition, see `ImageFlow`.
             context: The condition, or its tensor, see `ImageFlow`.
-            noise: Of the shape of the images, where in its level each number lies, from 0 to less than 1, in place of a
-                draw: `torch.rand` gives such.
+            noise: Dequantisation noise in [0, 1), of the shape of the images, such as `torch.rand` gives. None draws
+                it.
 
         Raises:
             TypeError: If the images, the noise or a part of the condition have the wrong type, or the flow's parameters
-                are of half precision.
-            ValueError: If the images have another shape than those of the flow, or other values (see
-                `nflows_kconv.flows.images.UniformDequantization` for where they are looked at); if the condition or
-                the noise does not fit, or is missing, or the flow takes none.
+                are in half precision.
+            ValueError: If the images have another shape than the flow's, or invalid values (see
+                `nflows_kconv.flows.images.UniformDequantization` for when they are checked); if the condition or the
+                noise does not fit, is missing, or is not expected.
         """
         return -self(x, y, context, noise)
 
@@ -298,14 +298,14 @@ class ImageFlow(image_flow.Interface, MultiscaleFlow):
         temperature: float | None = None,
         context: image_flow.Context | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Draws data, [B, *data_shape], and returns their log-density, [B], too.
+        """Draws data, [B, *data_shape], and also returns their log-density, [B].
 
-        They carry no graph; where gradients of samples are needed, `decode` noise.
+        Samples have no autograd graph; for gradients of samples, `decode` noise.
 
         Args:
-            num_samples: B, if the images have no condition; else they are as many as its rows.
-            y: The condition, see `ImageFlow`; without classes a flow that has some draws them.
-            temperature: If given, scales the noise.
+            num_samples: B if there is no condition; otherwise B is its number of rows.
+            y: The condition, see `ImageFlow`. A flow with classes draws them if they are not given.
+            temperature: A factor for the noise, or None.
             context: The condition, or its tensor, see `ImageFlow`.
 
         Raises:
@@ -318,7 +318,7 @@ class ImageFlow(image_flow.Interface, MultiscaleFlow):
         device = self._parameter().device
         num_classes, has_context = self.architecture.num_classes, self.architecture.context_shape is not None
         if num_classes is not None and y is None and not isinstance(context, (tuple, list)):
-            if has_context == (context is not None):  # that is all but the classes
+            if has_context == (context is not None):  # that is, all except the classes
                 count = context.shape[0] if isinstance(context, Tensor) and context.dim() else num_samples
                 y = torch.randint(num_classes, (count,), device=device)
         condition = self._given(y, context, None)
@@ -334,8 +334,9 @@ class ImageFlow(image_flow.Interface, MultiscaleFlow):
     ) -> tuple[list[Tensor], Tensor]:
         """Returns the latents of images with the noise of dequantisation, and the log-determinant, [B].
 
-        Takes and raises what `log_prob` does; classes may be left out. The latents are a list in the order of `q0`, as
-        in any MultiscaleFlow; `encode` gives them in one tensor, the first split first, without noise.
+        Takes the arguments and raises the errors of `log_prob`; classes may be omitted. The latents are a list in the
+        order of `q0`, as in any MultiscaleFlow; `encode` returns them in one tensor, the first split first, without
+        noise.
         """
         latents, log_abs_det, _ = self._analyzed(x, y, context, classes_needed=False)
         return latents, log_abs_det
@@ -343,7 +344,7 @@ class ImageFlow(image_flow.Interface, MultiscaleFlow):
     def forward_and_log_det(
         self, z: Sequence[Tensor], y: Tensor | None = None, context: image_flow.Context | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Undoes `inverse_and_log_det`; raises a ValueError if the latents are not such as that gives."""
+        """Undoes `inverse_and_log_det`; raises a ValueError if the latents have other shapes."""
         shapes = list(reversed(self.latent_shapes))
         if len(z) != len(shapes) or any(
             part.shape != (z[0].shape[0], *shape) for part, shape in zip(z, shapes, strict=True)
@@ -355,19 +356,19 @@ class ImageFlow(image_flow.Interface, MultiscaleFlow):
         return self._from_latents([part.to(dtype) for part in z], condition.tensor)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Loads a state_dict, also that of the same flow of nflows; see `torch.nn.Module.load_state_dict`."""
+        """Loads a state_dict of this flow, or of the same flow of nflows; see `torch.nn.Module.load_state_dict`."""
         return super().load_state_dict(self._renamed(state_dict), strict, assign)
 
     @contextmanager
     def _temperature(self, temperature: float | None) -> Iterator[None]:
-        """Sets the bases' temperature for a while; without one it stays what `set_temperature` has made it."""
+        """Sets the temperature of the bases in this context; None keeps the one from `set_temperature`."""
         if temperature is None:
             yield
             return
         for base in self.q0:
             base.temperature = temperature
         try:
-            with np.errstate(divide="ignore"):  # normflows takes its logarithm
+            with np.errstate(divide="ignore"):  # normflows computes its logarithm
                 yield
         finally:
             for base in self.q0:
@@ -413,7 +414,7 @@ class ImageFlow(image_flow.Interface, MultiscaleFlow):
         return self._merged(latents[::-1], context)[0]
 
     def _to_latents(self, numbers: Tensor, context: Tensor | None) -> tuple[list[Tensor], Tensor]:
-        """Takes the preprocessing's results to latents in the order of `q0`."""
+        """Maps preprocessed data to latents in the order of `q0`."""
         latents: list[Tensor] = []
         total: Any = 0
         for level in reversed(range(self.num_levels)):
@@ -448,10 +449,10 @@ class ImageFlow(image_flow.Interface, MultiscaleFlow):
 def finc_flow(data_shape: Sequence[int], levels: int, steps: int, **options: Any) -> ImageFlow:
     """Builds a `normflows.MultiscaleFlow` of images, sequences or volumes.
 
-    Its arguments and the model are those of `nflows_kconv.flows.image_flow.Architecture`. Dequantisation and its
-    log-determinant are inside: `log_prob` takes images with values 0..255, and `sample` returns such images and their
-    log-density. The condition of a call is its y, or its context. With the same seed and weights it is the same density
-    as that of `nflows_kconv.nflows.finc_flow`, whose state_dict it loads.
+    Arguments and model are those of `nflows_kconv.flows.image_flow.Architecture`. Dequantisation and its
+    log-determinant are part of the flow: `log_prob` takes images with values 0..255, and `sample` returns such images
+    and their log-density. The condition of a call is its y or its context. With the same seed or weights it has the
+    same density as `nflows_kconv.nflows.finc_flow`, and it loads the state_dict of that flow.
 
     Examples:
         >>> import torch
@@ -475,9 +476,9 @@ def finc_flow(data_shape: Sequence[int], levels: int, steps: int, **options: Any
 
 
 def load_flow(path: str | os.PathLike[str], device: torch.device | str | int = "cpu") -> ImageFlow:
-    """Loads the flow from a file that `ImageFlow.save` wrote, here or in the other library.
+    """Loads a flow from a file that `ImageFlow.save` wrote, in either library.
 
-    The flow has the dtypes that it was saved with, and is in training mode, like a new one. Nothing random is drawn.
+    The flow keeps the saved dtypes and is in training mode, like a new one. No random numbers are drawn.
 
     Args:
         path: The file.
@@ -486,7 +487,7 @@ def load_flow(path: str | os.PathLike[str], device: torch.device | str | int = "
     Raises:
         ImportError: If safetensors is not installed.
         OSError: If there is no such file.
-        ValueError: If it is damaged, of a later version of the format, or was not made by `save`.
+        ValueError: If the file is damaged, has a later format version, or was not written by `save`.
     """
     return image_flow.load(ImageFlow, path).to(device)
 
@@ -502,7 +503,7 @@ def _inverse(flow: flows.Flow, value: bijection.Value, context: Any) -> tuple[bi
 
 
 def _per_sample(method: Any, log_abs_det: Any, value: bijection.Value) -> Any:
-    """Returns a log-determinant [B] of normflows' own layers, some of which give one number for all samples."""
+    """Expands to [B] the log-determinants of normflows' layers that return one number for all samples."""
     own = method.__module__.partition(".")[0] == flows.__name__.partition(".")[0]
     return bijection.per_sample(log_abs_det, value) if own else log_abs_det
 
@@ -516,7 +517,7 @@ def _decode(flow: NormalizingFlow, z: bijection.Value, context: Any) -> tuple[Te
 
 
 def _context(method: Any, context: Any) -> tuple[Any, ...]:
-    """Returns the context without labels, which choose the base distribution alone."""
+    """Returns the context without labels, which only select the base distribution."""
     return (context,) if context is not None and "context" in inspect.signature(method).parameters else ()
 
 
@@ -534,7 +535,7 @@ bijection.register(flows.Flow, forward=_forward, inverse=_inverse)
 for _whole_flow in (NormalizingFlow, MultiscaleFlow):
     bijection.register(_whole_flow, forward=_encode, inverse=_decode, sample=_sample)
 bijection.register(
-    ClassCondFlow,  # which has no methods for its transformation
+    ClassCondFlow,  # has no methods for its transformation
     forward=lambda flow, x, context: _encode(NormalizingFlow(flow.q0, flow.flows), x, None),
     inverse=lambda flow, z, context: _decode(NormalizingFlow(flow.q0, flow.flows), z, None),
     sample=_sample,

@@ -4,10 +4,10 @@
     solve(y, W, b, l)         x = A^-1 (y - b)        or A^-T (y - b)
     weight_gradient(x, g)     d<g, A x> / dW          zero where the weight is masked
 
-A is the convolution as a matrix; its weight is W where the stencils leave it free. The diagonal of the pivot is that of
-W, or exp(l) if there is l, a number for each channel, or 1 if `unit_diagonal`. b, a number for each channel, may be
-None. The derivative of each operator is made of the three, so derivatives of any order, forward and reverse, need
-no further kernel. With g the gradient of the output (Inverse-Flow, Nagar, Varma 2025, arXiv 2410.14634):
+A is the convolution as a matrix; its weight is W where the stencils leave it free. The pivot's diagonal is that of W,
+or exp(l) if l is given, [C], or 1 if `unit_diagonal`. b, [C], may be None. The derivatives of each operator use only
+these three, so no order of differentiation, forward or reverse, needs another kernel. With g the gradient of the output
+(Inverse-Flow, Nagar, Varma 2025, arXiv 2410.14634):
 
     y = A x + b         dL/dx = A^T g           dL/dW = weight_gradient(x, g)     dL/db = sum of g over pixels
                         dy = A dx + dA x + db
@@ -15,9 +15,10 @@ no further kernel. With g the gradient of the output (Inverse-Flow, Nagar, Varma
                         dx = A^-1 (dy - dA x - db)
 
 and dL/dl is exp(l) times the diagonal of dL/dW. The transposed operators exchange the arguments of weight_gradient.
-Half precision is computed in float32 and rounded once, bias included. Images have two or three dimensions. Stencils are
-integers here, see `stencil`, one a group; with `repeats` that many times as many groups have them in turn. Images with
-weights of their own are such groups, of a single image: unlike a list, a number can stay open in a graph.
+Half precision is computed in float32 and rounded once, after the bias. Images have two or three dimensions. Stencils
+are integers here, one per group, see `stencil`; `repeats` cycles the groups through them that many times. Images with
+separate weights become such groups of a single image: unlike the length of a list, `repeats` can stay symbolic in a
+graph.
 """
 
 from __future__ import annotations
@@ -71,12 +72,12 @@ _NUM_TENSORS = {"conv": 4, "solve": 4, "weight_gradient": 2}  # before five othe
 
 
 def _complete(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Returns the arguments with `repeats`, the last one, which the dispatcher leaves out where it is 1."""
+    """Returns the arguments with `repeats`, the last one, which the dispatcher omits if it is 1."""
     return (*args, 1)[: _NUM_TENSORS[name] + 5]
 
 
 def _operator_call(name: str, args: tuple[Any, ...]) -> tuple[OperatorCall, int]:
-    """Returns the call without the repeats of its stencils, and these."""
+    """Returns the call with its stencils once, and the number of repeats."""
     *arguments, repeats = _complete(name, args)
     if name == "weight_gradient":
         input, grad, stencils, dilation, kernel_size, unit_diagonal = arguments
@@ -92,7 +93,7 @@ def _run(call: OperatorCall, repeats: int) -> Tensor:
 
 
 def _check(call: OperatorCall, repeats: int) -> None:
-    """Checks what `functional` has checked, since backends trust it. Direct torch.ops calls are checked only here.
+    """Checks the arguments, because backends trust them. Direct torch.ops calls are checked only here.
 
     Raises:
         ValueError: If the arguments do not fit.
@@ -174,14 +175,14 @@ def _weight_gradient_flops(
 def _exported_conv(*args: Any) -> Tensor:
     """Computes `conv` in programs of torch.export.
 
-    Its kernel is composite, which puts it into torch's default decompositions: where an exported program is decomposed,
-    plain ATen is left of it. Elsewhere, torch.compile included, it is `conv`, with its kernels.
+    Its composite kernel puts it into torch's default decompositions, so decomposing an exported program leaves plain
+    ATen. Elsewhere, including torch.compile, it is `conv` with its kernels.
     """
     return _plain_conv(*_operator_call("conv", args)) if torch.compiler.is_exporting() else conv(*args)
 
 
 def _plain_conv(call: OperatorCall, repeats: int) -> Tensor:
-    """Computes A x + b by torch's convolutions, one for each stencil: one trace for all sizes from 1 on."""
+    """Computes A x + b by torch's convolutions, one per stencil; one trace serves all sizes from 1."""
     count, dimensions, dtype = len(call.stencils), call.dimensions, call.input.dtype
     input, weight, bias, log_diagonal = _widened(call.input, call.other, call.bias, call.log_diagonal)
     weight = stencil.effective(weight, call.stencils, log_diagonal, call.unit_diagonal)
@@ -199,10 +200,10 @@ def _plain_conv(call: OperatorCall, repeats: int) -> Tensor:
 
 
 def _seen_by_outer_levels(rule: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Makes a function's jvp of a rule that takes the saved tensors and the tangents of all tensors.
+    """Makes the jvp of a function from a rule that takes the saved tensors and the tangents of all tensors.
 
-    PyTorch runs a jvp with forward mode off, which would hide its calls from the outer levels of nested torch.func
-    transforms. With it on, the saved tensors must shed the tangents of this level.
+    PyTorch runs a jvp with forward mode off, which hides its calls from the outer levels of nested torch.func
+    transforms. With forward mode on, the saved tensors must drop the tangents of this level.
     """
 
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
@@ -214,7 +215,7 @@ def _seen_by_outer_levels(rule: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 class _Operator(SingleLevelFunction):
-    """What `conv` and `solve` share: their weight and its derivatives."""
+    """Base of `conv` and `solve`: derivatives with respect to the weight, bias and log-diagonal."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -222,21 +223,21 @@ class _Operator(SingleLevelFunction):
             inputs
         )
         ctx.num_tensors, ctx.kernel_size = 4, weight.shape[2:]
-        # Of the two, what the other direction would need: x.
+        # x, in either direction.
         saved = (output if ctx.operator is solve else input), weight, log_diagonal
         ctx.save_for_backward(*saved)
         ctx.save_for_forward(*saved)
 
     @staticmethod
     def options(ctx: Any, unit_diagonal: bool, transpose: bool) -> tuple[Any, ...]:
-        """Returns those of an operator on the same images."""
+        """Returns the options of an operator on the same images."""
         return ctx.stencils, ctx.dilation, unit_diagonal, transpose, ctx.repeats
 
     @staticmethod
     def gradients(
         ctx: Any, x: Tensor, grad: Tensor, log_diagonal: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Returns the gradients of weight, bias and log-diagonal, for the gradient of A x + b."""
+        """Returns the gradients of weight, bias and log-diagonal, given the gradient of A x + b."""
         _, needs_weight, needs_bias, needs_log_diagonal = ctx.needs_input_grad[:4]
         d_weight = d_bias = d_log_diagonal = None
         if needs_weight:
@@ -371,7 +372,7 @@ def _without_diagonal(weight: Tensor, stencils: Sequence[int]) -> Tensor:
 
 
 def _sum_of_pixels(images: Tensor) -> Tensor:
-    return images.sum([dim for dim in range(images.dim()) if dim != 1])  # half precision is added up in float32
+    return images.sum([dim for dim in range(images.dim()) if dim != 1])  # sums half precision in float32
 
 
 def _on_pixels(channels: Tensor, images: Tensor) -> Tensor:
@@ -379,7 +380,7 @@ def _on_pixels(channels: Tensor, images: Tensor) -> Tensor:
 
 
 def _widened(first: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
-    """Tensors of one dtype in float32 at least: a derivative of several terms or steps is rounded once, at its end."""
+    """Converts half-precision tensors to float32, so a derivative of several terms or steps is rounded once."""
     tensors = first, *others
     if first.dtype in (torch.float32, torch.float64):
         return tensors
@@ -402,7 +403,7 @@ def attempt(
     unit_diagonal: bool,
     repeats: int,
 ) -> Tensor | None:
-    """Does `call` with unchecked arguments: returns the result if a backend finds that they fit, else None."""
+    """Does `call` on unchecked arguments; returns None unless a backend accepts them."""
     if is_intercepted() or is_differentiating_forward() or (attempt := registry.attempts()) is None:
         return None
     records = torch.is_grad_enabled()
@@ -412,7 +413,7 @@ def attempt(
     if log_diagonal is not None:
         tensors.append(log_diagonal)
     for tensor in tensors:
-        # What else could be amiss, such as another device, the backends see in the tensor itself.
+        # The backends check everything else, such as the device.
         if type(tensor) not in _PLAIN or tensor.is_neg() or (records and tensor.requires_grad):
             return None
     name = "conv" if operator is conv else "solve"
@@ -432,15 +433,15 @@ def call(
 ) -> Tensor:
     """Calls `conv` or `solve`. Skips the autograd kernel when no gradient is needed.
 
-    The operator's Autograd kernel is Python, which costs more than all the rest of a small call. Under autocast the
-    layer stays in float32, since its inverse must undo it to rounding; `torch.library.register_autocast` does not reach
-    the fake tensors of the compiler of torch 2.10 and 2.11.
+    The autograd kernel is Python and takes longer than the rest of a small call. Under autocast the layer stays in
+    float32, because its inverse must undo it to rounding. `torch.library.register_autocast` cannot do this: it misses
+    the compiler's fake tensors in torch 2.10 and 2.11.
     """
     if is_any_autocast_on() and input.dtype != torch.float64 and autocast_is_on(input):
         input, weight = input.float(), weight.float()
         bias, log_diagonal = (None if t is None else t.float() for t in (bias, log_diagonal))
     name = "conv" if operator is conv else "solve"
-    if operator is conv and torch.compiler.is_exporting():  # to torch 2.10's Dynamo everything is
+    if operator is conv and torch.compiler.is_exporting():  # always true in Dynamo of torch 2.10
         operator = exported_conv
     if _is_recorded(input, weight, bias, log_diagonal) or not _is_direct(input, weight, bias, log_diagonal):
         return operator(input, weight, bias, log_diagonal, stencils, dilation, unit_diagonal, False, repeats)
@@ -450,7 +451,7 @@ def call(
 
 def autocast_is_on(tensor: Tensor) -> bool:
     """Returns whether autocast is on for the device of the tensor."""
-    return not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)  # which raises for meta tensors
+    return not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)  # raises for meta tensors
 
 
 def _is_recorded(*tensors: Tensor | None) -> bool:
@@ -465,7 +466,7 @@ _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
 def _is_direct(*tensors: Tensor | None) -> bool:
-    """Returns whether a call may skip the dispatcher and let backends read the memory as it is."""
+    """Returns whether a call may skip the dispatcher, so that backends read the tensors' memory directly."""
     if is_intercepted():
         return False
     for tensor in tensors:
@@ -480,16 +481,16 @@ def _evaluated(name: str, operator: Callable[..., Tensor], *args: Any) -> Tensor
     tensors = [each for each in args if isinstance(each, Tensor)]
     if _is_direct(*tensors) and not is_differentiating_forward():
         return _run(*_operator_call(name, args))
-    # A function's forward runs with both modes of differentiation off, which would hide this call from the outer levels
-    # of nested torch.func transforms.
+    # A function's forward runs with both modes of differentiation off, which hides this call from the outer levels of
+    # nested torch.func transforms.
     with torch.enable_grad(), forward_mode(True), below_autograd():
         return operator(*args)
 
 
 def _differentiable(name: str, operator: Callable[..., Tensor], function: Any) -> Callable[..., Tensor]:
-    """Makes an operator's kernel of the Autograd key.
+    """Returns an operator's kernel for the Autograd key.
 
-    `torch.library.register_autograd` silently drops tangents of forward mode, and does not serve torch.func.
+    `torch.library.register_autograd` silently drops forward-mode tangents and does not support torch.func.
     """
 
     def kernel(*args: Any) -> Tensor:
@@ -497,7 +498,7 @@ def _differentiable(name: str, operator: Callable[..., Tensor], function: Any) -
             with below_autograd():
                 return operator(*args)
         output = apply_at_this_level(function, *_complete(name, args))
-        # `_Solve` saves its output; the copy is what a next layer may overwrite, as normflows' Shift does.
+        # `_Solve` saves its output. Returns a copy, which the next layer may overwrite, as normflows' Shift does.
         return output.clone() if function is _Solve else output
 
     return kernel
@@ -570,7 +571,7 @@ for _name, _operator, _function, _vmap, _flops in (
     _library.impl(_name, _differentiable(_name, _operator, _function), "Autograd")
     torch.library.register_fake(_operator.name(), _checked(_name, _fake), lib=_library)
     torch.library.register_vmap(_operator.name(), _vmap, lib=_library)
-    # Two operations a multiply-add, those with the border included: as F.conv2d counts them.
+    # Two operations per multiply-add, including those on the padding, as for F.conv2d.
     register_flop_formula(_operator.overloadpacket)(_flops)
 
 _library.impl("exported_conv", _exported_conv, "CompositeImplicitAutograd")

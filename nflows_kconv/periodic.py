@@ -1,11 +1,11 @@
-"""Convolutions with circular borders, on rings and tori: inverse and log-determinant by FFT.
+"""Convolutions with circular borders, on rings and tori, with inverse and log-determinant by FFT.
 
 A circular convolution A is block diagonal in Fourier space: with W(f) the C/G x C/G matrix of a group at frequency f,
 
     A = F^-1 diag_f(W(f)) F        log |det A| = sum_f log |det W(f)|
 
-Any kernel would do, if no W(f) were singular. Here W = D (I + c N), see `bound`: shifts on a torus are unitary, so
-||c N|| <= 1 - 1/g, and none is, at any image size; docs/numerics.md has the proof.
+A is invertible if no W(f) is singular. Here W = D (I + c N), see `bound`. Shifts on a torus are unitary, so ||c N|| <=
+1 - 1/g and no W(f) is singular at any image size; docs/numerics.md has the proof.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from nflows_kconv.torch_internals import is_exporting_to_onnx
 
 
 class _Operands(NamedTuple):
-    """What to compute with, the weight in float32 at least, and the dtype of the result."""
+    """The operands, with the weight in float32 at least, and the dtype of the result."""
 
     weight: Tensor
     bias: Tensor | None
@@ -32,7 +32,7 @@ class _Operands(NamedTuple):
 
 
 class PeriodicConv(KernelLayer):
-    """What `PeriodicConv1d`, `PeriodicConv2d` and `PeriodicConv3d` share."""
+    """Base of `PeriodicConv1d`, `PeriodicConv2d` and `PeriodicConv3d`."""
 
     max_inverse_gain: float
 
@@ -70,7 +70,7 @@ class PeriodicConv(KernelLayer):
 
     @property
     def _pivot(self) -> tuple[Any, ...]:
-        """The index of the tap that reads the pixel itself, where torch's padding="same" has it."""
+        """The index of the tap that reads the pixel itself, as in torch's padding="same"."""
         return ..., *stencil.pivot(stencil.PERIODIC, self.kernel_size)
 
     def _run_forward(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
@@ -88,7 +88,7 @@ class PeriodicConv(KernelLayer):
 
     def _solve(self, input: Tensor, operands: _Operands | None = None) -> Tensor:
         weight, bias, dtype = operands = operands or self._prepare(input)
-        if input.shape[0] == 0:  # which MKL's FFT refuses
+        if input.shape[0] == 0:  # MKL's FFT refuses it
             return self._convolve(input, operands)
         values = input.to(weight.dtype)
         if bias is not None:
@@ -96,7 +96,7 @@ class PeriodicConv(KernelLayer):
         sizes, axes = input.shape[2:], tuple(range(2, input.dim()))
         with in_own_precision(input.device):
             y = torch.fft.rfftn(values, dim=axes).unflatten(1, (self.groups, -1)).movedim((0, 1, 2), (-1, -3, -2))
-            # Not `solve`, which on a GPU waits for the device to see whether a matrix was singular.
+            # Not `solve`, which synchronizes a GPU to check for singular matrices.
             x, _ = torch.linalg.solve_ex(self._at_frequencies(weight, sizes), y)
             return torch.fft.irfftn(x.movedim((-1, -3, -2), (0, 1, 2)).flatten(1, 2), s=sizes, dim=axes).to(dtype)
 
@@ -106,13 +106,13 @@ class PeriodicConv(KernelLayer):
         with in_own_precision(input.device):
             matrices = self._at_frequencies(self._effective() if weight is None else weight, sizes)
             values = torch.linalg.slogdet(matrices).logabsdet
-        # A frequency and its negative are conjugate. The last axis has one of both, which counts twice, except for 0
-        # and, for even sizes, the middle, which are their own negatives.
+        # A frequency and its negative are conjugate. The last axis holds one of each pair, which counts twice, except
+        # for 0 and, for even sizes, the middle, which are their own negatives.
         once = values[..., 0, :].sum() + (values[..., -1, :].sum() if sizes[-1] % 2 == 0 else 0)
         return (sign * (2 * values.sum() - once)).repeat(input.shape[0])
 
     def _at_frequencies(self, weight: Tensor, sizes: Sequence[int]) -> Tensor:
-        """Computes W(f) at these sizes, [*F, G, C/G, C/G]: the last axis has the frequencies from 0 to the middle."""
+        """Computes W(f) at these sizes, [*F, G, C/G, C/G]; the last axis holds the frequencies from 0 to the middle."""
         if is_exporting_to_onnx():
             raise NotImplementedError(
                 "a model must have no periodic layers for export to ONNX, which can neither solve with complex "
@@ -138,7 +138,7 @@ class PeriodicConv(KernelLayer):
         dtype = torch.promote_types(input.dtype, torch.float32)
         if log_diagonal is not None and checks.can_inspect_values(log_diagonal):
             diagonal = log_diagonal.to(dtype).exp()
-            if checks.can_inspect_values(diagonal):  # unlike those of what a mode for fake tensors computes
+            if checks.can_inspect_values(diagonal):  # values computed under a fake tensor mode cannot be
                 stencil.check_diagonal(diagonal)
         bias = None if self.bias is None else self.bias.to(dtype)
         return _Operands(self._effective().to(dtype), bias, dtype if ops.autocast_is_on(input) else input.dtype)
@@ -173,7 +173,7 @@ class PeriodicConv(KernelLayer):
         return self._effective().to(self.raw_weight.dtype)
 
     def _structure(self) -> dict[str, tuple[Any, ...]]:
-        return {"corners": ("periodic",) * self.groups}  # another weight than that of any corner
+        return {"corners": ("periodic",) * self.groups}  # distinguishes the weight from that of any corner
 
     def _structure_repr(self) -> str:
         return f"groups={self.groups}"
@@ -194,25 +194,25 @@ class PeriodicConv(KernelLayer):
 class PeriodicConv2d(PeriodicConv):
     """An invertible k x k convolution with circular borders, of images on a torus.
 
-    It computes what `torch.nn.Conv2d(..., padding="same", padding_mode="circular")` computes, for kernels that have an
-    inverse: those close enough to a diagonal D,
+    Computes `torch.nn.Conv2d(..., padding="same", padding_mode="circular")`, for kernels close enough to a diagonal D
+    to be invertible:
 
         y = A x + b,   A = D (I + c N),   c = min(1, (1 - 1/g) / r),   r >= ||N||
 
-    N is the circular convolution with `raw_weight`, all of whose entries are free, D is 1 or exp(log_diagonal), and r
-    the sum of its taps' spectral norms. At every image size ||A^-1|| <= g / min D and ||A|| <= (2 - 1/g) max D; see
-    docs/numerics.md. Unlike `InvertibleConv2d` it treats all pixels alike: a shift of the input, around the borders,
-    shifts the output. The inverse and log |det A| come by FFT from a C/G x C/G matrix for each frequency, as those of
-    the periodic convolutions of Hoogeboom, van den Berg, Welling 2019 (arXiv 1901.11137), which may have no inverse.
+    N is the circular convolution with `raw_weight`, without a mask, D is 1 or exp(log_diagonal), and r is the sum of
+    the spectral norms of its taps. At every image size ||A^-1|| <= g / min D and ||A|| <= (2 - 1/g) max D; see
+    docs/numerics.md. Unlike `InvertibleConv2d` it treats all pixels alike: a circular shift of the input shifts the
+    output. The inverse and log |det A| come by FFT from one C/G x C/G matrix per frequency, as in the periodic
+    convolutions of Hoogeboom, van den Berg, Welling 2019 (arXiv 1901.11137), which may have no inverse.
 
     Half precision is computed in float32 and rounded once; under autocast the layer stays in float32. A state_dict is
-    like that of `InvertibleConv2d`; the plain `weight` of torch's circular `Conv2d` loads, too, if it keeps the bound.
+    like that of `InvertibleConv2d`; a plain `weight` of torch's circular `Conv2d` loads too if it respects the bound.
 
     Args:
         num_channels: C, a multiple of `groups`.
         kernel_size: k, or (kh, kw); no larger than the images.
-        groups: G, of channels that do not read each other, as torch's `Conv2d` has it.
-        diagonal: "unit" fixes D to 1; "learned" makes it exp(log_diagonal), one factor for each channel.
+        groups: G, the number of channel groups, as in torch's `Conv2d`.
+        diagonal: "unit" fixes D to 1; "learned" makes it exp(log_diagonal), one factor per channel.
         bias: Whether to add a learned constant to each channel.
         max_inverse_gain: g > 1.
         device: Of the parameters.

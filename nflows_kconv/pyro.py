@@ -1,4 +1,4 @@
-"""The layer among Pyro's conditional transforms, which make a transform of a context. Others are those of torch."""
+"""The layer as a conditional transform of Pyro, which builds a transform from a context."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class ConditionalInvertibleConv2d(distributions.ConditionalInvertibleConv2d, Con
     """`nflows_kconv.distributions.ConditionalInvertibleConv2d` as a `ConditionalTransformModule` of Pyro.
 
     A `ConditionalTransformedDistribution` runs from noise to data: `layer.inv` convolves for the density and solves for
-    samples. Give the layer to `pyro.module`. The unconditional layer is that of `nflows_kconv.distributions`.
+    samples. Pass the layer to `pyro.module`. The unconditional layer is in `nflows_kconv.distributions`.
 
     Examples:
         >>> import torch

@@ -1,4 +1,4 @@
-"""The layer in torchflows, whose forward direction is data -> noise: the convolution."""
+"""The layer for torchflows, whose forward direction is data -> noise: the convolution."""
 
 from __future__ import annotations
 
@@ -42,17 +42,17 @@ class _Bijection(Bijection, layer.KernelLayer):
         if len(event_shape) != self.dimensions + 1:
             axes = ", ".join(("C", *stencil.AXES[self.dimensions]))
             raise ValueError(f"event_shape must be ({axes}), got {tuple(event_shape)}")
-        # Past the constructor of Bijection, which would call that of the layer without its arguments.
+        # Skips the constructor of Bijection, which would call the layer's without arguments.
         super(Bijection, self).__init__(event_shape[0], **options)
         self.event_shape, self.context_shape = tuple(event_shape), context_shape
         self.n_dim = math.prod(event_shape)
 
     def forward(self, x: Tensor, context: Any = None, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
-        """Convolves, or solves.
+        """Convolves, or solves if `inverse`.
 
         Args:
             x: x, or z if `inverse`, [..., C, H, W], in the dtype of the parameters.
-            context: That of a conditional layer, [..., E]; else ignored.
+            context: The context of a conditional layer, [..., E]; ignored by other layers.
             inverse: Whether to solve for x.
 
         Returns:
@@ -68,7 +68,7 @@ class _Bijection(Bijection, layer.KernelLayer):
 
     def inverse(self, z: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
         """Undoes `forward`."""
-        if "forward" in vars(self):  # torchflows' `invert` has exchanged the two methods of this instance
+        if "forward" in vars(self):  # torchflows' `invert` has swapped the two methods of this instance
             return type(self).forward(self, z, context, inverse=True)
         return super(Bijection, self).inverse(z, context)
 
@@ -82,12 +82,12 @@ class InvertibleConv2d(_Bijection, layer.InvertibleConv2d):
 
     Args:
         event_shape: (C, H, W).
-        context_shape: Shape of a context, which is ignored.
-        options: Those of `nflows_kconv.InvertibleConv2d`: `kernel_size`, `corners` and so on.
+        context_shape: Ignored.
+        options: Arguments of `nflows_kconv.InvertibleConv2d`: `kernel_size`, `corners` and so on.
 
     Raises:
         TypeError: See `nflows_kconv.InvertibleConv2d`.
-        ValueError: See `nflows_kconv.InvertibleConv2d`; and if `event_shape` is not that of an image.
+        ValueError: See `nflows_kconv.InvertibleConv2d`; and if `event_shape` is not the shape of an image.
 
     Examples:
         >>> from torchflows.bijections.base import BijectiveComposition
@@ -121,7 +121,7 @@ class PeriodicConv3d(_Bijection, periodic.PeriodicConv3d):
 
 
 class _ConditionalBijection(_Bijection):
-    """A layer whose context is that of torchflows."""
+    """A layer that takes torchflows' context."""
 
     def __init__(self, event_shape: Sequence[int], context_shape: Sequence[int] | None = None, **options: Any) -> None:
         if context_shape is None or len(context_shape) != 1:

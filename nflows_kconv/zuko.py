@@ -1,4 +1,4 @@
-"""The layer among zuko's lazy transforms, which make a transform of a context."""
+"""The layer as a lazy transform of zuko, which builds a transform from a context."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ class _Lazy(distributions._Conditional, LazyTransform):
     """A layer with the interface of zuko."""
 
     def forward(self, c: Tensor) -> Transform:  # type: ignore[override]
-        """Returns the transform of contexts; see `nflows_kconv.distributions.ConditionalInvertibleConv2d.condition`."""
+        """Returns the transform for contexts, as `condition` does."""
         return self.condition(c)
 
     def inverse(self, y: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """Does what that of `nflows_kconv.ConditionalInvertibleConv2d` does; no hooks run."""
+        """Does `inverse` of `nflows_kconv.ConditionalInvertibleConv2d`, but runs no hooks."""
         return self._run_inverse(y, c)
 
 
 class ConditionalInvertibleConv2d(_Lazy, distributions.ConditionalInvertibleConv2d):
     """`nflows_kconv.distributions.ConditionalInvertibleConv2d` as a `zuko.lazy.LazyTransform`.
 
-    zuko's flows run from data to noise: they convolve for the density and solve for samples, with `layer.inv` the
-    other way round. The unconditional layer is that of `nflows_kconv.distributions`.
+    zuko's flows run from data to noise: they convolve for the density and solve for samples; with `layer.inv`, the
+    other way round. The unconditional layer is in `nflows_kconv.distributions`.
 
     Examples:
         >>> import torch, zuko

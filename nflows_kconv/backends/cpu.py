@@ -1,4 +1,4 @@
-"""The backend of the native library's CPU kernels, csrc/cpu."""
+"""The CPU backend: kernels of the native library, from csrc/cpu."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from nflows_kconv.backends.native import Options, Outcome
 from nflows_kconv.backends.registry import OperatorCall, Status
 from nflows_kconv.torch_internals import address
 
-# What csrc/cpu/stencil.h has.
+# The stencils of csrc/cpu/stencil.h.
 _STENCILS = frozenset((*stencil.parse(stencil.CORNERS[3], 3), *stencil.parse(("T", "B", "L", "R"))))
 _INSTRUCTION_SET_NAMES = {"baseline": "baseline instructions", "avx2": "AVX2", "avx512": "AVX-512"}
 
 
 def status() -> Status:
-    """Returns whether the native library is there, and with what it runs."""
+    """Returns whether the native library is available, with its instruction set and threads."""
     if not native.available:
         return Status(False, native.reason)
     threads = torch.get_num_threads()
@@ -29,14 +29,14 @@ def status() -> Status:
 
 
 def why_not(call: OperatorCall) -> str | None:
-    """Returns None where the native library is there and knows the stencils."""
+    """Returns why the native library cannot run a call; None if it can."""
     if not native.available:
         return native.reason
     return None if _STENCILS.issuperset(call.stencils) else "it has no kernel for a stencil"
 
 
 def run(call: OperatorCall) -> Tensor:
-    """Runs a call; what torch's own convolutions do as fast, they do."""
+    """Runs a call, on torch's own convolutions where they are as fast."""
     if call.operation == "weight_gradient":
         return reference.run(call)
     operation, input, weight, stencils, bias, log_diagonal, unit_diagonal, transpose, _, dilation = call
@@ -68,7 +68,7 @@ def attempt(
     dilation: tuple[int, ...],
     unit_diagonal: bool,
 ) -> Tensor | None:
-    """Runs a call with unchecked tensors, see `registry.Implementation`."""
+    """Runs a call on unchecked tensors; see `registry.Implementation`."""
     if not (input.is_cpu and input.layout is torch.strided and _STENCILS.issuperset(stencils)):
         return None
     options, output = _options(operation, stencils, dilation, unit_diagonal, False), torch.empty_like(input)
