@@ -1,12 +1,12 @@
-"""Implementations of the primitive: which can run here, which will, and why. New ones register below.
+"""Backends: which can run here, which will, and why. New ones register below.
 
 registry     what an operator call is; asks the backends in the order of registration here
 reference    plain PyTorch: every stencil, dimension and device
-products     its solutions of images: also those on a GPU that no kernel computes
+products     solves images by matrix products, also on a GPU if no kernel can
 cpu          the kernels under csrc/cpu, in the native library
 cuda         the kernels under csrc/cuda, compiled at run time
-planes       solutions in three dimensions by those in two
-polyphase    dilated problems by those that are not, for backends whose kernels are not dilated
+planes       solves volumes plane by plane
+polyphase    runs dilated calls as undilated ones, for backends without dilated kernels
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ __all__ = ["Backend", "available_backends", "selected_backends", "use_backend"]
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation, as `print` shows it: `cpu (cpu): selected, AVX-512, 8 threads`.
+    """A backend, printed as `cpu (cpu): selected, AVX-512, 8 threads`.
 
     Attributes:
         name: "cpu", "cuda" or "reference", as `use_backend` takes it.
         device: The type of the tensors it is for, "any" for every type.
         available: Whether it can run here.
-        selected: Whether tensors of some device that is present will run on it.
-        reason: What it runs with, or why it cannot run or is not selected.
+        selected: Whether tensors of some device here will run on it.
+        reason: What it runs with, or why it is not available or not selected.
     """
 
     name: str
@@ -40,13 +40,13 @@ class Backend:
     reason: str
 
     def __str__(self) -> str:
-        """Returns one line for people."""
+        """Returns a readable line."""
         state = "selected" if self.selected else "available" if self.available else "not available"
         return f"{self.name} ({self.device}): {state}, {self.reason}"
 
 
 def available_backends() -> dict[str, Backend]:
-    """Tells, by name, whether each backend can and will run here, and why or why not.
+    """Returns, by name, whether each backend can and will run here, and why or why not.
 
     Examples:
         >>> from nflows_kconv import available_backends
@@ -65,7 +65,7 @@ def available_backends() -> dict[str, Backend]:
 
 
 def selected_backends() -> dict[str, str]:
-    """Returns the name of the backend that tensors will run on, for each type of device present."""
+    """Returns the name of the backend that runs the tensors of each device type here."""
     return {
         device: next(each.name for each in registered() if each.device in (device, "any") and each.status().available)
         for device in _devices()

@@ -1,4 +1,4 @@
-"""Loads the native library, or knows why there is none."""
+"""Loads the native library, or records why there is none."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from nflows_kconv.torch_internals import below_autograd
 
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
 
-called_back = threading.local()  # .error: what Python raised when the library last called it in this thread
+called_back = threading.local()  # .error: raised by Python when the library last called it in this thread
 
 
 class Outcome(IntEnum):
-    """How a call of the CPU kernel went: only the first did anything."""
+    """The outcome of a CPU kernel call; only DONE wrote an output."""
 
     DONE = 0
     BAD_DIAGONAL = 1
     OUT_OF_MEMORY = 2
     FREED = 3  # tensors without memory
-    DECLINED = 4  # tensors that it cannot read, or that do not fit, or what torch does faster
+    DECLINED = 4  # tensors it cannot read or that do not fit, or a call that torch runs faster
 
 
 class Options(ctypes.Structure):
-    """What the CPU kernel is to do, as csrc/cpu_caller.cpp has it."""
+    """Options of the CPU kernel, as in csrc/cpu_caller.cpp."""
 
     _fields_ = (
         ("stencils", ctypes.POINTER(ctypes.c_int64)),
@@ -49,7 +49,7 @@ class Options(ctypes.Structure):
 
 
 def _load(directory: Path) -> tuple[ctypes.CDLL | None, str]:
-    """Loads the library in `directory`; without one, the second value says why."""
+    """Returns the library in `directory`, or None and the reason."""
     record = directory / "_native_build.json"
     if not record.exists():
         return None, f"it was never built: Python runs the sources in {directory}, not an installed package"
@@ -63,15 +63,15 @@ def _load(directory: Path) -> tuple[ctypes.CDLL | None, str]:
         library.nflows_kconv_instruction_set.restype = ctypes.c_char_p
         library.nflows_kconv_select_instruction_set.argtypes = [ctypes.c_char_p]
         library.nflows_kconv_run.argtypes = [ctypes.c_void_p] * 6
-    except Exception as error:  # Importing must go on without the library, whatever is wrong with it.
-        cause = error.__cause__ or error  # torch's own message only names the file.
+    except Exception as error:  # The package must import without the library, whatever is wrong with it.
+        cause = error.__cause__ or error  # torch's own message names only the file
         return None, f"built with {build['compiler']} and torch {build['torch']}, it failed to load: {cause}"
     return library, ""
 
 
 _library, reason = _load(Path(__file__).parent.parent)
 available = _library is not None
-# The CPU kernel: takes the address of `Options` and those of tensors, see `torch_internals.address`.
+# The CPU kernel, which takes addresses of `Options` and of tensors; see `torch_internals.address`.
 run_kernel: Any = None if _library is None else _library.nflows_kconv_run
 
 
@@ -87,11 +87,11 @@ def loaded() -> ctypes.CDLL:
 
 
 def call(name: str, *args: Any) -> Tensor:
-    """Calls an operator of the native library, below autograd, whose part `ops` has done."""
+    """Calls an operator of the native library, below autograd, which `ops` handles."""
     try:
         with below_autograd():
             return _operator(name)(*args)
-    except Exception as error:  # torch passes on the text alone
+    except Exception as error:  # torch passes on only the text
         match loaded().nflows_kconv_take_error():  # ErrorType of csrc/cuda_launcher.cpp
             case 1:
                 raise torch.OutOfMemoryError(str(error)) from None
@@ -115,7 +115,7 @@ def instruction_set() -> str:
 
 
 def instruction_sets() -> tuple[str, ...]:
-    """Returns the instruction sets this machine has, the best one last; none where there is no native library."""
+    """Returns the instruction sets of this machine, the best one last; none without the native library."""
     if not available:
         return ()
     in_use = instruction_set()
@@ -125,9 +125,9 @@ def instruction_sets() -> tuple[str, ...]:
 
 
 def select_instruction_set(name: str) -> None:
-    """Makes the native kernels use this instruction set, in the whole process.
+    """Makes the native kernels of this process use an instruction set.
 
-    The best one is used by default; tests and benchmarks select the others.
+    The best one is the default; tests and benchmarks select others.
 
     Raises:
         RuntimeError: If the native library is not available.

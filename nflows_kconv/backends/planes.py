@@ -1,4 +1,4 @@
-"""Solves problems of three dimensions plane by plane: one call of two dimensions for each."""
+"""Solves volumes plane by plane, with one two-dimensional call per plane."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from nflows_kconv.backends.registry import OperatorCall
 def solve(call: OperatorCall, solve_planes: Callable[[OperatorCall], Tensor]) -> Tensor:
     """Computes x = A^-1 (y - b), or x = A^-T (y - b), for corners in three dimensions.
 
-    A plane reads earlier planes through an unmasked convolution, with planes and channels as one dimension, and itself
-    through the taps of the pivot's plane. All groups are in their canonical frames, so one convolution does for all.
+    A plane reads earlier planes through an unmasked convolution over planes and channels, and itself through the taps
+    in the pivot's plane. All groups are in their canonical frames, so one convolution serves all.
 
     Args:
         call: A solution in three dimensions.
-        solve_planes: Solves problems of two dimensions.
+        solve_planes: Runs two-dimensional solutions.
     """
     if call.input.numel() == 0:
         return torch.empty_like(call.input)
-    # Half precision is rounded once: all planes are solved in float32.
+    # Solves all planes in float32, to round half precision once.
     dtype = torch.promote_types(call.input.dtype, torch.float32)
     bias, log_diagonal = (None if t is None else t.to(dtype) for t in (call.bias, call.log_diagonal))
     stencils, count, transpose = call.stencils, len(call.stencils), call.transpose
@@ -35,7 +35,7 @@ def solve(call: OperatorCall, solve_planes: Callable[[OperatorCall], Tensor]) ->
     weights = zip(call.other.to(dtype).chunk(count), stencils, strict=True)
     kernels = torch.stack([stencil.canonical(kernel, code, 3) for kernel, code in weights])
 
-    # The corner of two dimensions whose operator, or transposed one, reads as the canonical frame does.
+    # The two-dimensional corner whose operator, or its transpose, reads as the canonical frame does.
     corner = stencil.opposite(0, 2) if transpose else 0
     of_plane = call._replace(
         other=stencil.from_canonical(kernels[:, :, :, -1], corner, 2).flatten(0, 1).contiguous(),

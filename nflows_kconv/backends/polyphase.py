@@ -1,4 +1,4 @@
-"""Dilation without dilated kernels: pixels that are d apart form an image of their own."""
+"""Runs dilated calls without dilated kernels: pixels that are d apart form an image of their own."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from nflows_kconv.backends.registry import OperatorCall
 
 
 def run(call: OperatorCall, run_undilated: Callable[[OperatorCall], Tensor]) -> Tensor:
-    """Runs a dilated call on the phases of its images, those of equal size as one batch.
+    """Runs a dilated call on the phases of its images, with phases of equal size in one batch.
 
-    Of n pixels, the first n mod d phases have one more than the others, so there are at most two sizes an axis. Phases
-    are not padded: a side reads both ways, and would read solutions in the padding.
+    The first n mod d phases of n pixels have one pixel more than the others, so there are at most two sizes per axis.
+    Phases cannot be padded: a side reads both ways, and would read solutions in the padding.
     """
     undilated, dilation = call._replace(dilation=[1] * len(call.dilation)), call.dilation
     if call.operation != "weight_gradient":
@@ -26,13 +26,13 @@ def run(call: OperatorCall, run_undilated: Callable[[OperatorCall], Tensor]) -> 
             solved = solved.unflatten(
                 0, phases.shape[: count + 1]
             )  # [phases of each axis ..., B, C, pixels of each ...]
-            if outputs.numel() == output.numel():  # to write in order is twice as fast
+            if outputs.numel() == output.numel():  # writing in order is twice as fast
                 order = [count, count + 1, *(dim for axis in range(count) for dim in (count + 2 + axis, axis))]
                 joined = solved.permute(order).reshape(output.shape)
                 return joined if joined.stride() == output.stride() else output.copy_(joined)
             outputs.copy_(solved)
         return output
-    # Half precision is rounded once, after the sum.
+    # Rounds half precision once, after the sum.
     input, grad = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (call.input, call.other))
     channels = input.shape[1]
     total = input.new_zeros(channels, channels // len(call.stencils), *call.kernel_size)
@@ -42,7 +42,7 @@ def run(call: OperatorCall, run_undilated: Callable[[OperatorCall], Tensor]) -> 
 
 
 def _phases(images: Tensor, dilation: Sequence[int]) -> Iterator[Tensor]:
-    """Views [phases of each axis ..., B, C, ...] of images, one for each size that phases have."""
+    """Yields views [phases of each axis ..., B, C, ...] of images, one per size of the phases."""
     axes = []
     for size, step in zip(images.shape[2:], dilation, strict=True):
         pixels, rest = divmod(size, step)

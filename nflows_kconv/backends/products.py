@@ -1,8 +1,8 @@
-"""Solves images by torch's matrix products: one for all pixels of all images that can be solved at once.
+"""Solves images by matrix products of torch, one for all pixels that can be solved at once.
 
-There is one product for each step of the schedule (H + W - 1 for a corner), after a copy of what its pixels read.
-Together they multiply as much as the convolution does, which bounds them where channels or images are many. Nothing is
-copied from the host, so CUDA graphs can capture all of it.
+Each step of the schedule (H + W - 1 steps for a corner) copies what its pixels read and multiplies once. All steps
+together do the multiplications of the convolution, which dominate with many channels or images. Nothing is copied from
+the host, so CUDA graphs can capture it.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from nflows_kconv import stencil
 def substitute(y: Tensor, taps: Tensor, lags: Sequence[Sequence[int]], transpose: bool) -> Tensor:
     """Substitutes back in the canonical frame: with pivot P, x[p] = P^-1 y[p] - sum_l P^-1 W[l] x[p - l].
 
-    Pixels are ordered by time tau . p, then by row: those of one time are adjacent, and so are those that they read
-    through one tap. A pixel holds y until it is solved. Outside the image is zero.
+    Pixels are ordered by time tau . p, then by row, so pixels of equal time are adjacent, and so are the pixels they
+    read through one tap. A pixel holds y until it is solved. Everything outside the image is zero.
 
     Args:
         y: [B, G, C/G, H, W].
@@ -37,7 +37,7 @@ def substitute(y: Tensor, taps: Tensor, lags: Sequence[Sequence[int]], transpose
     identity = torch.eye(channels, dtype=y.dtype, device=y.device).expand_as(pivot)
     weights = torch.linalg.solve_triangular(-pivot, torch.cat([*others, -identity], 2), upper=transpose).mT
 
-    step = (stencil.schedule(lags) or (1,))[0]  # the time from a row to the next
+    step = (stencil.schedule(lags) or (1,))[0]  # time from a row to the next
     before, above = max(step * a + b for a, b in lags), max(a for a, _ in lags)
     times = step * (height - 1) + width
     places = y.new_zeros(groups, before + times, above + height, batch, channels)
@@ -46,7 +46,7 @@ def substitute(y: Tensor, taps: Tensor, lags: Sequence[Sequence[int]], transpose
         (groups, height, width, batch, channels), (group, step * time + row, time, *image)
     )
     x.copy_(y.permute(1, 3, 4, 0, 2))
-    reads = [(before - step * a - b, above - a) for a, b in lags]  # places of what pixel (0, 0) reads
+    reads = [(before - step * a - b, above - a) for a, b in lags]  # positions that pixel (0, 0) reads
     for now in range(times):
         first, end = max(0, -((width - 1 - now) // step)), min(height, now // step + 1)
         read = [places[:, time + now, row + first : row + end].flatten(1, 2) for time, row in reads]

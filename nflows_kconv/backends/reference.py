@@ -1,4 +1,4 @@
-"""The primitive in plain PyTorch: the executable specification, and the backend of every stencil, dimension and device.
+"""The operators in plain PyTorch: the executable specification, and a backend for every stencil, dimension and device.
 
 For one group in the canonical frame of its stencil, with the image zero outside its borders (FInC Flow, Kallappa,
 Nagar, Varma 2023, arXiv 2301.09266, section 3):
@@ -6,8 +6,8 @@ Nagar, Varma 2023, arXiv 2301.09266, section 3):
     y[o, p] = sum_{i, l} W[o, i, l] x[i, p - l]        l: the lags of the taps, see `stencil`
 
 `conv` computes y from x, `solve` x from y. A pixel depends only on pixels with smaller tau . p, so `solve` takes one
-step for each value of tau . p: H + W - 1 for a corner (see `products`). The transposed operator
-has the same lags, c_in and c_out exchanged, in the opposite stencil.
+step per value of tau . p: H + W - 1 for a corner (see `products`). The transposed operator has the same lags in the
+opposite stencil, with c_in and c_out exchanged.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ _WEIGHT_GRADIENTS = {
 
 
 def why_not(call: OperatorCall) -> None:
-    """Returns None: it runs everything."""
+    """Returns None, because it runs every call."""
 
 
 def run(call: OperatorCall) -> Tensor:
     """Returns the result of a call.
 
     Returns:
-        For "conv" and "solve" with the shape, dtype and memory format of the input, for "weight_gradient" a contiguous
-        weight. Half precision is computed in float32 and rounded once, bias included.
+        For "conv" and "solve", a tensor with shape, dtype and memory format of the input; for "weight_gradient", a
+        contiguous weight. Half precision is computed in float32 and rounded once, after the bias.
 
     Raises:
-        ValueError: If, on the CPU, an entry of the pivot's diagonal is zero or not finite, in a solution or if the
-            diagonal is exp(log_diagonal).
+        ValueError: On the CPU, if an entry of the pivot's diagonal is zero or not finite, for a solution or with a
+            log_diagonal.
     """
     if call.dilated:
         return polyphase.run(call, run)
@@ -155,7 +155,7 @@ def _weight_gradient(call: OperatorCall) -> Tensor:
 
 
 def _by_stencil(stencils: Sequence[int]) -> dict[int, slice | list[int]]:
-    """Returns the groups of each stencil, which one grouped convolution computes; a slice makes views of them."""
+    """Returns the groups of each stencil, for one grouped convolution each; a slice if possible, which gives views."""
     found: dict[int, slice | list[int]] = {}
     for code in set(stencils):
         groups = [group for group, own in enumerate(stencils) if own == code]
@@ -165,7 +165,7 @@ def _by_stencil(stencils: Sequence[int]) -> dict[int, slice | list[int]]:
 
 
 def _mask(shape: torch.Size, stencils: tuple[int, ...], device: torch.device, diagonal: bool) -> Tensor:
-    # What is made inside the capture of a CUDA graph has no values before its replay.
+    # A mask from inside the capture of a CUDA graph has no values before a replay, so only the CPU's are cached.
     return (_mask_on_cpu if device.type == "cpu" else _new_mask)(shape, stencils, device, diagonal)
 
 
@@ -174,33 +174,33 @@ def _new_mask(shape: torch.Size, stencils: tuple[int, ...], device: torch.device
         return stencil.masked_entries(shape, stencils, device, diagonal=diagonal)
 
 
-_mask_on_cpu = lru_cache(maxsize=32)(_new_mask)  # to make one takes as long as the rest of a small gradient
+_mask_on_cpu = lru_cache(maxsize=32)(_new_mask)  # making one takes as long as the rest of a small gradient
 
 
 def _check_diagonal(weight: Tensor, stencils: Sequence[int]) -> None:
-    if weight.device.type == "cpu":  # elsewhere the look at the values would wait for the device
+    if weight.device.type == "cpu":  # on other devices reading the values would synchronize
         stencil.check_diagonal(stencil.pivot_diagonal(weight, stencils))
 
 
 def _effective(call: OperatorCall) -> Tensor:
-    """Returns the weight that counts, in float32 at least."""
+    """Returns the effective weight, in float32 at least."""
     dtype = torch.promote_types(call.other.dtype, torch.float32)
     log_diagonal = None if call.log_diagonal is None else call.log_diagonal.to(dtype)
     return stencil.effective(call.other.to(dtype), call.stencils, log_diagonal, call.unit_diagonal)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Shields what is computed inside from autocast, on devices that have it."""
+    """Disables autocast inside this context, on devices that have it."""
     has_autocast = torch.amp.is_autocast_available(device.type)
     return torch.autocast(device.type, enabled=False) if has_autocast else nullcontext()
 
 
 @contextmanager
 def in_own_precision(device: torch.device) -> Iterator[None]:
-    """Shields what is computed inside from autocast and TF32; a graph, which runs afterwards, from autocast alone."""
+    """Disables autocast and TF32 inside this context; for a graph, which runs later, only autocast."""
     settings: tuple[Any, ...] = ()
     if device.type == "cuda" and not torch.compiler.is_compiling():
-        # Not allow_tf32, which raises an error where somebody else has set this newer name of it.
+        # Not allow_tf32, which raises an error if the user has set this newer name of it.
         settings = torch.backends.cudnn.conv, torch.backends.cuda.matmul  # type: ignore[attr-defined]
     before = [setting.fp32_precision for setting in settings]
     for setting in settings:

@@ -10,19 +10,19 @@ from torch import Tensor
 
 
 class OperatorCall(NamedTuple):
-    """One call of an operator, its arguments checked.
+    """One operator call with checked arguments.
 
     Attributes:
         operation: "conv", "solve" or "weight_gradient".
         input: [B, C, H, W] or [B, C, D, H, W].
-        other: The weight, [C, C/G, ...]; for "weight_gradient" the gradient, of the shape of the input.
-        stencils: One a channel group, see `stencil`.
+        other: The weight, [C, C/G, ...]; for "weight_gradient", the gradient, with the shape of the input.
+        stencils: One per channel group, see `stencil`.
         bias: [C], or None.
-        log_diagonal: [C], or None: the pivot's diagonal is the weight's own.
+        log_diagonal: [C], or None if the pivot's diagonal is the weight's own.
         unit_diagonal: Whether the pivot's diagonal counts as 1; for "weight_gradient", whether it has no gradient.
         transpose: Whether A^T stands for A.
-        kernel_size: Of the weight.
-        dilation: One number for each axis.
+        kernel_size: Size of the kernel.
+        dilation: One number per axis.
     """
 
     operation: str
@@ -38,34 +38,33 @@ class OperatorCall(NamedTuple):
 
     @property
     def dimensions(self) -> int:
-        """Dimensions of an image."""
+        """Number of spatial dimensions."""
         return self.input.dim() - 2
 
     @property
     def dilated(self) -> bool:
-        """Whether taps are apart."""
+        """Whether any dilation exceeds 1."""
         return max(self.dilation) > 1
 
 
 class Status(NamedTuple):
-    """Whether a backend can run here, and with what, or why not."""
+    """Whether a backend can run here, with what, or why not."""
 
     available: bool
     reason: str
 
 
 class Implementation(NamedTuple):
-    """A backend: what it registers.
+    """What a backend registers.
 
     Attributes:
-        name: How users choose it.
-        device: The type of the tensors that it runs, "any" for all.
-        status: Tells whether it can run here, and with what or why not.
-        why_not: Tells why it cannot run a call on a device of its type; None where it can.
+        name: The name for `use_backend`.
+        device: The device type of its tensors, or "any".
+        status: Returns whether it can run here, with what, or why not.
+        why_not: Returns why it cannot run a call on its device type; None if it can.
         run: Runs a call.
-        attempt: Given the first arguments of an operator, checked only to be plain tensors, with its name before
-            them: the result, or None, whatever the reason. It saves the checks in Python, which cost more than a small
-            call.
+        attempt: Takes the name and first arguments of an operator, checked only to be plain tensors, and returns the
+            result, or None for any reason. Skips the checks in Python, which take longer than a small call.
     """
 
     name: str
@@ -77,27 +76,27 @@ class Implementation(NamedTuple):
 
 
 _registered: dict[str, Implementation] = {}
-_attempts: Callable[..., Tensor | None] | None = None  # of the first backend that has it
-_chosen: Implementation | None = None  # for all threads: backward passes have threads of their own
+_attempts: Callable[..., Tensor | None] | None = None  # from the first backend that has one
+_chosen: Implementation | None = None  # shared by all threads, because backward passes have their own
 
 
 def register(implementation: Implementation) -> None:
-    """Adds a backend. Of those that can run a call, the one registered first does."""
+    """Adds a backend. The first registered one that can run a call runs it."""
     _registered[implementation.name] = implementation
     global _attempts
     _attempts = _attempts or implementation.attempt
 
 
 def registered() -> Sequence[Implementation]:
-    """Returns all backends, those first that are asked first."""
+    """Returns all backends, in the order of registration."""
     return tuple(_registered.values())
 
 
 def run(call: OperatorCall) -> Tensor:
-    """Runs a call on the chosen backend, or on the first that can.
+    """Runs a call on the chosen backend, or on the first that can run it.
 
     Raises:
-        RuntimeError: If the chosen one cannot, or none.
+        RuntimeError: If the chosen backend, or every backend, cannot run it.
     """
     device, chosen = call.input.device.type, _chosen
     if chosen is not None:
@@ -113,20 +112,20 @@ def run(call: OperatorCall) -> Tensor:
 
 
 def attempts() -> Callable[..., Tensor | None] | None:
-    """Returns the `attempt` of the chosen backend, or of the first that has one, see `Implementation`."""
+    """Returns the `attempt` of the chosen backend, or of the first that has one; see `Implementation`."""
     return _attempts if _chosen is None else _chosen.attempt
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Makes all calls in this context run on one backend, in place of the fastest that can; in the whole process.
+    """Makes all calls of this process run on one backend, inside this context, instead of on the fastest.
 
     Args:
         name: A key of `available_backends()`.
 
     Raises:
-        ValueError: If there is no such backend, or it is not available here.
-        RuntimeError: From the calls inside, if the backend cannot run one of them, such as tensors of another device.
+        ValueError: If the backend does not exist or is not available here.
+        RuntimeError: In a call inside, if the backend cannot run it, for example because of its device.
 
     Examples:
         >>> import torch

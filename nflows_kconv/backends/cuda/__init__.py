@@ -1,10 +1,10 @@
-"""The CUDA backend: kernels compiled when they are first needed, for the problem at hand.
+"""The CUDA backend: kernels compiled for each problem when it first needs them.
 
-plan                  what a problem, a kernel, a launch and a plan are
-planning              from a problem to its plan: which kernels run it; the other planning modules are its parts
-compiler, cache       from a kernel to code for a GPU, once for all processes
-driver, runtime       from a plan to functions loaded on a device, once in a process
-native_launcher, python_launcher   from a call of an operator to launches
+plan                  types: problem, kernel, launch and plan
+planning              from a problem to its plan; wavefront, convolution, weight_gradient and tiling are its parts
+compiler, cache       from a kernel to machine code, once for all processes
+driver, runtime       from a plan to functions loaded on a device, once per process
+native_launcher, python_launcher   from an operator call to launches
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _python_launcher = PythonLauncher(runtime.runtime)
 
 
 def status() -> Status:
-    """Returns whether kernels can run here, and on what."""
+    """Returns whether kernels can run here, and on which devices."""
     reason = runtime.why_not()
     reasons = {} if reason else {name: runtime.why_not(index) for index, name in enumerate(driver.device_names())}
     served = [name for name, why in reasons.items() if why is None]
@@ -40,17 +40,17 @@ def status() -> Status:
 
 
 def why_not(call: OperatorCall) -> str | None:
-    """Returns None where kernels can run here, and there is one for the stencils."""
+    """Returns why no kernel can run a call; None if one can."""
     return runtime.told_why_not(call.input.get_device()) or planning.why_not(call.operation, call.stencils)
 
 
 def run(call: OperatorCall) -> Tensor:
-    """Runs a call; torch's own kernels do solutions that have no plan, and convolutions in three dimensions."""
+    """Runs a call, on torch's own kernels for solutions without a plan and for convolutions in three dimensions."""
     if call.dilated:
         return polyphase.run(call, run)
     if call.dimensions == 3:
         return planes.solve(call, run) if call.operation == "solve" else reference.run(call)
-    if stencil.family(call.stencils[0]) == _LEFT:  # kernels exchange no axes, views do
+    if stencil.family(call.stencils[0]) == _LEFT:  # kernels cannot exchange axes, but views can
         upright = call._replace(
             input=call.input.mT,
             other=call.other.mT,
@@ -67,11 +67,11 @@ def run(call: OperatorCall) -> Tensor:
 
 @lru_cache(4096)
 def _has_solver(shape: torch.Size, weight_shape: torch.Size, code: int, dtype: torch.dtype, device: int) -> bool:
-    """Returns whether a kernel solves this, with all stencils of this one's family."""
+    """Returns whether a kernel solves this problem, with all stencils in the family of `code`."""
     if 0 in shape:
         return True
     groups = weight_shape[0] // weight_shape[1]
-    none = (0, 0, 0, 0)  # strides do not matter
+    none = (0, 0, 0, 0)  # strides do not affect whether there is a plan
     problem = plan.ProblemSpec(
         "solve", dtype, (*shape,), (*weight_shape[2:],), (code,) * groups, False, False, none, none, none
     )

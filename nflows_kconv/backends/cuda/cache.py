@@ -1,8 +1,8 @@
-"""Compiled kernels on disk, shared by all processes of a user.
+"""Caches compiled kernels on disk, for all processes of a user.
 
-They lie in `$NFLOWS_KCONV_CACHE` if that is set, else in `nflows_kconv` under the user's cache directory
-(`$XDG_CACHE_HOME` or `~/.cache`): one file of some ten kilobytes for each kernel that was ever compiled. A model needs
-a few dozen, so nothing is ever removed; deleting any of them at any time is safe.
+The directory is `$NFLOWS_KCONV_CACHE` if set, else `nflows_kconv` in the user's cache directory (`$XDG_CACHE_HOME` or
+`~/.cache`). It holds one file of about ten kilobytes per kernel. A model needs a few dozen, so nothing is ever removed;
+deleting any of them at any time is safe.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ VARIABLE = "NFLOWS_KCONV_CACHE"
 
 
 def directory() -> Path | None:
-    """Returns where compiled kernels are kept; None for a user without a home."""
+    """Returns the cache directory; None for a user without a home directory."""
     if os.environ.get(VARIABLE):
         return Path(os.environ[VARIABLE]).absolute()
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if not base.is_absolute():  # the XDG specification says to ignore it then
+    if not base.is_absolute():  # the XDG specification says to ignore a relative path
         base = Path(os.path.expanduser("~"), ".cache")
     return base / "nflows_kconv" if base.is_absolute() else None
 
 
 def load(digest: str) -> bytes | None:
-    """Returns the code stored under this name; None if there is none, or not whole and readable."""
+    """Returns the code stored under this name; None if it is missing, unreadable or damaged."""
     place = directory()
     if place is None:
         return None
@@ -40,14 +40,14 @@ def load(digest: str) -> bytes | None:
 
 
 def store(digest: str, code: bytes) -> None:
-    """Keeps the code under this name for later processes, where the directory can be written."""
+    """Stores the code under this name for later processes, if the directory is writable."""
     place = directory()
     if place is None:
         return
     temporary = None
     try:
         place.mkdir(parents=True, exist_ok=True)
-        # Others may be reading or writing the same entry: they see the old one or the new one.
+        # Replacing is atomic: processes that read or write the same entry see the old file or the new one.
         descriptor, temporary = tempfile.mkstemp(dir=place, prefix=".")
         with open(descriptor, "wb") as file:
             file.write(hashlib.sha256(code).digest() + code)

@@ -1,7 +1,7 @@
-"""Compiles the kernels under csrc/cuda for the GPU and the constants at hand, with NVRTC.
+"""Compiles the kernels in csrc/cuda for a GPU and given constants, with NVRTC.
 
-NVRTC is the run-time compiler that every CUDA build of torch on PyPI installs; `cuda.bindings` is its Python interface.
-Both are first imported when something is compiled.
+Every CUDA build of torch on PyPI installs NVRTC, the run-time compiler, and `cuda.bindings`, its Python interface. Both
+are imported when something is first compiled.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from nflows_kconv.backends.cuda.plan import Kernel
 
 
 def source_directory() -> Path:
-    """Returns where the kernels' sources lie: inside an installed package, next to it in a checkout."""
+    """Returns the directory of the kernels' sources: inside an installed package, next to it in a checkout."""
     package = Path(__file__).resolve().parent.parent.parent
     installed = package / "csrc" / "cuda"
     return installed if installed.exists() else package.parent / "csrc" / "cuda"
@@ -34,17 +34,17 @@ def version() -> tuple[int, int]:
 
 
 def why_not(capability: tuple[int, int], supported: tuple[int, int]) -> str | None:
-    """Returns why a GPU cannot run what NVRTC makes; None where it can.
+    """Returns why a GPU cannot run code from NVRTC; None if it can.
 
     Args:
-        capability: Its compute capability.
-        supported: The version of CUDA that its driver supports.
+        capability: Compute capability of the GPU.
+        supported: CUDA version that its driver supports.
     """
     nvrtc, least = version(), divmod(min(_architectures()), 10)
     if capability < least:
         what = "the GPU must have compute capability {}.{} or higher for NVRTC {}.{}, got {}.{}"
         return what.format(*least, *nvrtc, *capability)
-    # A driver loads machine code of its whole major version, but assembles what earlier compilers wrote alone.
+    # A driver loads machine code of any compiler of its major version, but assembles PTX of earlier compilers only.
     needed = nvrtc if _architecture(capability)[1] else (nvrtc[0], 0)
     if supported < needed:
         what = "the driver must support CUDA {}.{} or higher for NVRTC {}.{} and compute capability {}.{}, got {}.{}"
@@ -53,7 +53,7 @@ def why_not(capability: tuple[int, int], supported: tuple[int, int]) -> str | No
 
 
 def digest(kernel: Kernel, capability: tuple[int, int]) -> str:
-    """Names the code that `compile` returns: equal digests, equal code.
+    """Returns a digest that identifies the code that `compile` returns.
 
     Raises:
         ImportError: If `cuda.bindings` is not installed.
@@ -71,11 +71,11 @@ def digest(kernel: Kernel, capability: tuple[int, int]) -> str:
 
 
 def compile(kernel: Kernel, capability: tuple[int, int]) -> bytes:
-    """Compiles a kernel to what the driver loads: a cubin, or PTX where NVRTC does not know the GPU yet.
+    """Compiles a kernel to a cubin, or to PTX if NVRTC does not know the GPU yet.
 
     Args:
         kernel: What to compile.
-        capability: Compute capability of the GPU, (9, 0) for an H100; one that `why_not` lets through.
+        capability: Compute capability of the GPU, (9, 0) for an H100, that `why_not` accepts.
 
     Raises:
         ImportError: If `cuda.bindings` is not installed.
@@ -104,7 +104,7 @@ def compile(kernel: Kernel, capability: tuple[int, int]) -> bytes:
 
 
 class _Program(NamedTuple):
-    """What NVRTC is given: a source, all that it may include by name, and options; for a virtual architecture?"""
+    """The input of NVRTC: a source, its headers by name, options, and whether the architecture is virtual."""
 
     source: bytes
     headers: dict[str, bytes]
@@ -123,7 +123,7 @@ def _program(kernel: Kernel, capability: tuple[int, int]) -> _Program:
 
 
 def _architecture(capability: tuple[int, int]) -> tuple[int, bool]:
-    """Returns the architecture to compile for, and whether it is virtual, for the driver to assemble."""
+    """Returns the architecture to compile for, and whether it is virtual, so that the driver assembles the code."""
     known, wanted = _architectures(), 10 * capability[0] + capability[1]
     return max(architecture for architecture in known if architecture <= wanted), wanted not in known
 

@@ -1,4 +1,4 @@
-"""How csrc/cuda/convolution.cu is cut into thread blocks."""
+"""Plans csrc/cuda/convolution.cu: how thread blocks share the work."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from nflows_kconv.backends.cuda.plan import Device, Launch, LaunchPlan, ProblemS
 from nflows_kconv.backends.cuda.tiling import MAX_THREADS, SHARED_MEMORY, evenly
 
 _MAX_COLUMNS = 32
-_MAX_TAPS = 8  # kernel rows, or columns, of a stage
+_MAX_TAPS = 8  # kernel rows or columns per stage
 
-# Sums of a thread, channels and pixels, and how many such threads a multiprocessor should have: where there are fewer,
-# the latency of a thread's work counts, and less of it for each is better.
+# Channels and pixels that a thread sums, and how many such threads a multiprocessor should have. With fewer threads,
+# the latency of each one's work counts, so less work per thread is better.
 _SUMS = ((8, 4, 256), (4, 4, 256), (4, 2, 64), (2, 1, 0))
 _SUM_BYTES = 128
-# Threads that share input channels, so a multiprocessor has so many; each should have some.
+# Threads that share input channels, to fill a multiprocessor; each should have some.
 _SPLIT_THREADS = 384
 _MAX_SPLITS = 4
 _SPLIT_CHANNELS = 3
-_PIXEL_THREADS = 128  # of a block at most, and at least 8: x is copied once for all output channels of a block
+_PIXEL_THREADS = 128  # 8 to this many per block: x is copied once for all output channels of a block
 
 
 def plan_convolution(problem: ProblemSpec, device: Device) -> LaunchPlan:
@@ -28,9 +28,9 @@ def plan_convolution(problem: ProblemSpec, device: Device) -> LaunchPlan:
 
 
 def _choose(problem: ProblemSpec, device: Device) -> _Tiles:
-    """Chooses a tile for each thread. Larger tiles need fewer loads; more threads hide latencies better.
+    """Chooses the tile of a thread. Larger tiles need fewer loads; more threads hide latency better.
 
-    The numbers above are predictions of a model of a multiprocessor, not measured.
+    The numbers above are predictions from a model of a multiprocessor, not measurements.
     """
     channels, (batch, _, height, width) = problem.channels, problem.shape
     columns = evenly(width, _MAX_COLUMNS)
@@ -53,7 +53,7 @@ def _choose(problem: ProblemSpec, device: Device) -> _Tiles:
 
 
 def _cut(problem: ProblemSpec, outputs: int, pixels: int, splits: int, threads: int) -> _Tiles:
-    """Blocks of about so many threads: first all output channels, then a part of an image, or whole ones."""
+    """Returns blocks of about `threads` threads: first all output channels, then part of an image or whole images."""
     columns, lines = evenly(problem.shape[3], _MAX_COLUMNS), ceil_div(problem.shape[2], pixels)
     slots = evenly(ceil_div(problem.channels, outputs), max(1, threads // (splits * max(8, columns))))
     pixel_threads = min(_PIXEL_THREADS, threads // (splits * slots))
@@ -64,7 +64,7 @@ def _cut(problem: ProblemSpec, outputs: int, pixels: int, splits: int, threads: 
 
 @dataclass(frozen=True)
 class _Tiles:
-    """One way to cut a problem; the fields are the constants of the kernel."""
+    """One way to divide a problem; the fields are the constants of the kernel."""
 
     problem: ProblemSpec
     outputs: int
@@ -112,17 +112,17 @@ class _Tiles:
 
     @cached_property
     def slot_weights(self) -> int:
-        """Values that hold a thread's weights of one tap, in whole vectors."""
+        """Values for a thread's weights of one tap, in whole vectors."""
         return ceil_div(self.outputs, self.vector) * self.vector
 
     @cached_property
     def vector(self) -> int:
-        """Values that one instruction loads of these."""
+        """Values of these that one instruction loads."""
         return self.outputs if self.outputs <= 2 else 16 // self.problem.accumulator_bytes
 
     @cached_property
     def pitch(self) -> int:
-        """Values from one row of the tile to the next: few lanes of a warp may meet in a bank of shared memory."""
+        """Values from one row of the tile to the next, chosen for few bank conflicts in shared memory."""
         lanes = range(min(32, self.images * self.row_slots * self.columns))
         tile_rows = self.rows + self.taps[0] - 1
 
@@ -147,7 +147,7 @@ class _Tiles:
 
     @cached_property
     def chunk(self) -> int:
-        """Input channels of a stage: all, or two stages at a time, as many as fit; 0 where none fits."""
+        """Input channels of a stage: all if they fit, else as many as fit twice, for two buffers; 0 if none fits."""
         values = self._channel_values(self._least_pitch + 7)
         fitting = (SHARED_MEMORY // self.problem.accumulator_bytes - 8) // values
         if self.tap_tiles > 1 or fitting < self.problem.channels:
@@ -156,7 +156,7 @@ class _Tiles:
 
     @cached_property
     def stages(self) -> int:
-        """How often a block waits for memory."""
+        """Stages of a block, each of which waits for memory once."""
         return ceil_div(self.problem.channels, self.chunk) * self.tap_tiles
 
     @property
@@ -170,7 +170,7 @@ class _Tiles:
         return self.threads * self.outputs * self.pixels if self.splits > 1 else 0
 
     def launch(self) -> Launch:
-        """Returns the launch that cuts the problem so."""
+        """Returns the launch of this division."""
         constants = {
             "OUTPUTS": self.outputs,
             "PIXELS": self.pixels,

@@ -1,7 +1,7 @@
-"""The CUDA driver, as far as loading and launching kernels needs it, through `cuda.bindings`.
+"""Wraps the CUDA driver functions that load and launch kernels, from `cuda.bindings`.
 
-Kernels live in the primary context of their device, which is torch's. A device is torch's index of it, a context, a
-module, a function and a stream the driver's handle as an integer.
+Kernels run in the primary context of their device, as torch's do. A device is torch's index; a context, a module, a
+function and a stream are the driver's handles as integers.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def version() -> tuple[int, int]:
 
 @cache
 def describe(index: int) -> Device:
-    """Returns what plans depend on of a device."""
+    """Returns the properties of a device that plans depend on."""
     attributes = _driver().CUdevice_attribute
 
     def get(name: str) -> int:
@@ -62,7 +62,7 @@ def describe(index: int) -> Device:
 
 @cache
 def context(index: int) -> int:
-    """Returns the primary context of a device. It is never released, since torch holds it for good as well."""
+    """Returns the primary context of a device. Never releases it, because torch never does either."""
     return int(_call(_driver().cuDevicePrimaryCtxRetain, _device(index)))
 
 
@@ -73,7 +73,7 @@ def load(code: bytes, index: int) -> int:
 
 
 def function(module: int, name: str, index: int) -> int:
-    """Returns the function of this name in a module, allowed all shared memory there is."""
+    """Returns a function of a module, and lets it use all shared memory of a block."""
     driver = _driver()
     with _current(context(index)):
         function = _call(driver.cuModuleGetFunction, module, name.encode())
@@ -92,7 +92,7 @@ def zero(index: int, address: int, size: int, stream: int) -> None:
 def launch(
     index: int, function: int, grid: tuple[int, int, int], block: int, shared: int, arguments: bytes, stream: int
 ) -> None:
-    """Launches a function whose one parameter is a struct of these bytes."""
+    """Launches a function with these bytes as its only parameter."""
     parameter = ctypes.create_string_buffer(arguments, len(arguments))
     parameters = (ctypes.c_void_p * 1)(ctypes.addressof(parameter))
     with _current(context(index)):
@@ -101,18 +101,18 @@ def launch(
 
 
 def current_stream(index: int) -> int:
-    """Returns the stream that torch's operators run on now."""
+    """Returns torch's current stream."""
     return torch.cuda.current_stream(index).cuda_stream
 
 
 def is_capturing(index: int) -> bool:
-    """Returns whether that stream is being captured into a CUDA graph."""
+    """Returns whether the current stream is being captured into a CUDA graph."""
     with torch.cuda.device(index):
         return torch.cuda.is_current_stream_capturing()
 
 
 def function_addresses() -> tuple[int, ...]:
-    """Returns where the functions are that `struct Driver` of csrc/cuda_launcher.h wants, in its order.
+    """Returns the addresses of the functions in `struct Driver` of csrc/cuda_launcher.h, in its order.
 
     Raises:
         RuntimeError: If one of them is missing.

@@ -1,4 +1,4 @@
-"""Launches from C++, csrc/cuda_launcher.cpp: calls it, and makes plans whenever it calls back for one."""
+"""Calls the C++ launcher, csrc/cuda_launcher.cpp, and makes the plans it calls back for."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ def run(call: registry.OperatorCall) -> Tensor:
 
 
 class NativeLauncher:
-    """A planner for the native library, which has one at a time.
+    """A planner for the native library, which uses one at a time.
 
     Args:
         library: The native library.
-        runtime: Where plans come from.
-        driver: The module `driver`, or what stands for it in tests.
+        runtime: Provides plans.
+        driver: The module `driver`, or a substitute in tests.
 
     Attributes:
-        connected: The one that the native library calls.
+        connected: The planner that the native library calls.
     """
 
     connected: ClassVar[NativeLauncher | None] = None
@@ -58,7 +58,7 @@ class NativeLauncher:
         library.nflows_kconv_plan_error.argtypes = [handle, text]
 
     def connect(self) -> None:
-        """Makes the native library call this planner, and forget what others have planned."""
+        """Makes the native library call this planner and forget all plans of others."""
         self._driver_known = False
         self._library.nflows_kconv_set_planner(self._callback)
         NativeLauncher.connected = self
@@ -66,7 +66,7 @@ class NativeLauncher:
     def _plan(self, words: Any, count: int, output_strides: Any, plan: int) -> None:
         try:
             self._hand_over(words[:count], output_strides[:4], plan)
-        except BaseException as error:  # None may leave through the C++ code that called: `native.call` raises it.
+        except BaseException as error:  # It must not propagate through C++: `native.call` raises it.
             native.called_back.error = error
             self._library.nflows_kconv_plan_error(plan, str(error).encode())
 
@@ -89,7 +89,7 @@ class NativeLauncher:
 
 
 def _read(words: Any, output_strides: Any) -> tuple[ProblemSpec, int]:
-    """Returns the problem and its device, from what `Planner` of csrc/cuda_launcher.h passes."""
+    """Returns the problem and its device from the arguments of `Planner` in csrc/cuda_launcher.h."""
     operation, dtype, device, unit_diagonal, transpose, bias, *sizes = words
     problem = ProblemSpec(
         operation=_OPERATIONS[operation],

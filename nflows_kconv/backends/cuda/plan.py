@@ -1,4 +1,4 @@
-"""What a call of the primitive is on a GPU: a problem, and the plan of kernel launches that solves it.
+"""Types for planning on a GPU: a problem, and the plan of kernel launches that solves it.
 
 Nothing here touches a GPU: plans are made, packed and tested anywhere.
 """
@@ -18,7 +18,7 @@ from nflows_kconv.backends import registry
 
 Strides = tuple[int, int, int, int]
 
-# Kernels are chosen for the batch here that is nearest by ratio, so few serve every batch.
+# Kernels are chosen for the nearest of these batch sizes, by ratio, so a few kernels serve all sizes.
 _TYPICAL_BATCHES = (1, 6, 25, 100, 400, 1600)
 
 POINTER_BYTES = 6 * 8  # first, second, output, scratch, bias, log_diagonal
@@ -41,12 +41,12 @@ class Arguments(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Device:
-    """What plans depend on of a GPU.
+    """The properties of a GPU that plans depend on.
 
     Attributes:
         capability: Compute capability, (9, 0) for an H100.
-        multiprocessors: How many it has.
-        shared_memory: Bytes of shared memory that one thread block may have at most.
+        multiprocessors: Number of multiprocessors.
+        shared_memory: Most bytes of shared memory that a thread block may use.
     """
 
     capability: tuple[int, int]
@@ -56,14 +56,14 @@ class Device:
 
 @dataclass(frozen=True)
 class ProblemSpec:
-    """One call of the primitive, as far as its kernels depend on it. No size is zero.
+    """Everything about a call that its kernels depend on: sizes, strides and options, but no data. No size is zero.
 
     Attributes:
         operation: "conv", "solve" or "weight_gradient".
         dtype: Of all tensors: float32, float64, float16 or bfloat16.
         shape: (B, C, H, W) of the images.
         kernel_size: (kh, kw).
-        stencils: One a channel group, all of one family and without an exchange of axes.
+        stencils: One per channel group, all of one family, without exchanged axes.
         unit_diagonal: Whether the pivot's diagonal counts as 1, or has no gradient; see `ops`.
         transpose: Whether A^T stands for A; False for weight gradients.
         first_strides: Of the input, in elements.
@@ -86,7 +86,7 @@ class ProblemSpec:
 
     @classmethod
     def of(cls, call: registry.OperatorCall, output: Tensor) -> ProblemSpec:
-        """Returns the problem of a call, of two dimensions and without dilation, that writes this output."""
+        """Returns the problem of a two-dimensional call without dilation that writes this output."""
         sizes = map(tuple, (call.input.shape, call.kernel_size, call.stencils))
         strides = (tensor.stride() for tensor in (call.input, call.other, output))
         fields: Any = [*sizes, call.unit_diagonal, call.transpose, *strides, call.bias is not None]
@@ -94,7 +94,7 @@ class ProblemSpec:
 
     @property
     def typical(self) -> ProblemSpec:
-        """The same with a typical batch. Kernels are chosen by it; grids, scratch and arguments follow the real one."""
+        """The problem with a typical batch size, to select kernels; grids, scratch and arguments use the real one."""
         batch = min(_TYPICAL_BATCHES, key=lambda typical: max(typical / self.shape[0], self.shape[0] / typical))
         return replace(self, shape=(batch, *self.shape[1:]))
 
@@ -105,7 +105,7 @@ class ProblemSpec:
 
     @property
     def taps(self) -> tuple[int, int]:
-        """(kh, kw) without the taps that read padding at every pixel."""
+        """(kh, kw) without taps that read only padding."""
         left = min(self._pivot_column, self.shape[3] - 1)
         return self._tap_rows, left + 1 + self.right
 
@@ -116,7 +116,7 @@ class ProblemSpec:
 
     @property
     def tau(self) -> int:
-        """Pixels with equal tau * row + column can be solved at once."""
+        """The schedule: pixels with equal tau * row + column can be solved at once."""
         return stencil.schedule([(1, -self.right), (0, 1)])[0]
 
     @property
@@ -140,7 +140,7 @@ class ProblemSpec:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel compiled for some constants; equal ones are compiled once.
+    """A kernel with its constants; equal ones are compiled once.
 
     Attributes:
         source: File under csrc/cuda.
@@ -174,12 +174,12 @@ class Launch:
 
 @dataclass(frozen=True)
 class LaunchPlan:
-    """The launches of a problem, in order on one stream.
+    """The launches that solve a problem, in order on one stream.
 
     Attributes:
         launches: What to launch.
         scratch: Bytes of scratch memory they share.
-        zeroed: How many of these, from the start, must be zero before the first launch.
+        zeroed: Bytes at the start of the scratch that must be zero before the first launch.
     """
 
     launches: tuple[Launch, ...]
@@ -193,7 +193,7 @@ def ceil_div(dividend: int, divisor: int) -> int:
 
 
 def aligned(offset: int) -> int:
-    """Returns the next offset at which a region of the scratch may begin."""
+    """Returns the next aligned offset in the scratch."""
     return 256 * ceil_div(offset, 256)
 
 
@@ -206,7 +206,7 @@ _SCALARS = {
 
 
 def kernel(problem: ProblemSpec, source: str, name: str, **constants: int | str) -> Kernel:
-    """Returns the kernel for this problem; `constants` are those in addition to what arguments.cuh documents."""
+    """Returns the kernel for this problem, with `constants` in addition to those in arguments.cuh."""
     constants |= {
         "SCALAR": _SCALARS[problem.dtype],
         "CHANNELS": problem.channels,
@@ -224,7 +224,7 @@ def _corner_words(problem: ProblemSpec) -> int:
 
 
 def arguments(problem: ProblemSpec, parameters: Sequence[int] = (), offsets: Sequence[int] = ()) -> bytes:
-    """Returns `struct Arguments` of arguments.cuh as bytes, its pointers zero."""
+    """Returns `struct Arguments` of arguments.cuh as bytes, with zero pointers."""
     batch, _, height, width = problem.shape
     words = [0] * _corner_words(problem)
     for group, code in enumerate(problem.stencils):

@@ -1,4 +1,4 @@
-"""From a problem to its plan: which kernels run it."""
+"""Chooses the kernels that run a problem."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _FAMILIES = frozenset(map(stencil.family, stencil.parse(("TL", "T", "L"))))
 
 
 def why_not(operation: str, stencils: Sequence[int]) -> str | None:
-    """Returns why no kernel computes this with these stencils; None where one does."""
+    """Returns why no kernel runs this operation with these stencils; None if one does."""
     if all(map(stencil.is_corner, stencils)):
         return None
     families = set(map(stencil.family, stencils))
@@ -26,7 +26,7 @@ def why_not(operation: str, stencils: Sequence[int]) -> str | None:
 
 
 def plan(problem: ProblemSpec, device: Device) -> LaunchPlan:
-    """Returns the launches that solve a problem on this GPU. Convolutions and weight gradients have one kernel each.
+    """Returns the launches that run a problem on this GPU. Convolutions and weight gradients have one kernel each.
 
     Raises:
         RuntimeError: If no kernel computes a solution.
@@ -42,7 +42,7 @@ def plan(problem: ProblemSpec, device: Device) -> LaunchPlan:
 
 
 def plan_solution(problem: ProblemSpec, device: Device) -> LaunchPlan | None:
-    """Returns the launches that compute a solution; None where no kernel can.
+    """Returns the launches that compute a solution; None if no kernel can.
 
     - `wavefront.plan_rows`, up to 16 channels a group, as long as a thread can hold the weights of an output channel;
     - `wavefront.plan_channels`, for corners, as long as a thread block can hold all weights of a group in registers,

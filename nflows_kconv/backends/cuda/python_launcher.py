@@ -1,4 +1,4 @@
-"""Launches the kernels of a plan from Python: the CUDA implementation where there is no native library."""
+"""Launches the kernels of a plan from Python, without the native library."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class PythonLauncher:
     """Runs operator calls on CUDA tensors.
 
     Args:
-        runtime: Where plans come from.
-        driver: The module `driver`, or what stands for it in tests.
+        runtime: Provides plans.
+        driver: The module `driver`, or a substitute in tests.
     """
 
     def __init__(self, runtime: Runtime, driver: Any = driver) -> None:

@@ -1,4 +1,4 @@
-"""From a problem to launches that are ready to run: planned, compiled and loaded, each kernel once on each device."""
+"""Plans, compiles and loads the kernels of a problem, each kernel once per device."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from nflows_kconv.backends.cuda.plan import Kernel, LaunchPlan, ProblemSpec
 
 
 class LoadedPlan(NamedTuple):
-    """A plan, and the loaded function of each launch as the driver knows it."""
+    """A plan with the driver's handle of each launch's function."""
 
     plan: LaunchPlan
     functions: tuple[int, ...]
 
 
 class Runtime:
-    """What was loaded in this process. Threads may share it.
+    """Everything loaded in this process. Threads may share it.
 
     Args:
-        driver: The module `driver`, or what stands for it in tests.
+        driver: The module `driver`, or a substitute in tests.
     """
 
     def __init__(self, driver: Any = driver) -> None:
@@ -37,11 +37,11 @@ class Runtime:
         self.forget()
 
     def load(self, problem: ProblemSpec, device: int) -> LoadedPlan:
-        """Plans a problem, and compiles and loads what its plan needs and nothing needed before.
+        """Plans a problem, and compiles and loads the kernels that are not loaded yet.
 
         Raises:
-            RuntimeError: If a kernel does not compile or load; if there is one to load while the current stream is
-                captured into a CUDA graph.
+            RuntimeError: If a kernel does not compile or load, or must be loaded while the current stream is captured
+                into a CUDA graph.
         """
         plan = planning.plan(problem, self._driver.describe(device))
         kernels = dict.fromkeys(launch.kernel for launch in plan.launches)
@@ -51,7 +51,7 @@ class Runtime:
         return LoadedPlan(plan, tuple(self._functions[launch.kernel, device] for launch in plan.launches))
 
     def forget(self) -> None:
-        """Drops everything, for the child of a fork: CUDA does not work there, and locks may be held for ever."""
+        """Drops everything, for the child of a fork, where CUDA does not work and locks may be held forever."""
         self._functions: dict[tuple[Kernel, int], int] = {}
         self._modules: dict[tuple[Kernel, int], int] = {}
         self._locks: dict[Kernel, threading.Lock] = {}
@@ -62,7 +62,7 @@ class Runtime:
                 f"kernel {kernels[0].name} must be compiled before the capture of a CUDA graph: first call "
                 "nflows_kconv.warmup(module, input_shape), or the module itself"
             )
-        # The kernels of a source are compiled together, and the sources side by side.
+        # The kernels of one source are compiled together, and several sources in parallel.
         sources = dict.fromkeys(replace(kernel, name="") for kernel in kernels)
         with ThreadPoolExecutor(len(sources)) as pool:
             list(pool.map(self._load_source, sources, itertools.repeat(device)))
@@ -71,14 +71,14 @@ class Runtime:
             self._functions[kernel, device] = self._driver.function(module, kernel.name, device)
 
     def _load_source(self, source: Kernel, device: int) -> None:
-        with self._locks.setdefault(source, threading.Lock()):  # others may need it, too
+        with self._locks.setdefault(source, threading.Lock()):  # other threads may load it too
             if (source, device) not in self._modules:
                 code = _code(source, self._driver.describe(device).capability)
                 self._modules[source, device] = self._driver.load(code, device)
 
 
 def why_not(device: int | None = None) -> str | None:
-    """Returns why the kernels cannot run here, or on a device; None where they can."""
+    """Returns why the kernels cannot run here, or on a device; None if they can."""
     if torch.version.hip is not None:
         return "this torch is built for ROCm"
     if torch.version.cuda is None:
@@ -92,14 +92,14 @@ def why_not(device: int | None = None) -> str | None:
             return compiler.why_not(driver.describe(device).capability, driver.version())
     except ModuleNotFoundError as error:
         return f"the package cuda-bindings, which CUDA builds of torch install, is missing: {error}"
-    except Exception as error:  # Whatever is wrong with the installation, there is the reference to run on.
+    except Exception as error:  # The reference still runs, whatever is wrong with the installation.
         return f"NVRTC or the CUDA driver does not work: {error}"
     return None
 
 
 @functools.cache
 def told_why_not(device: int) -> str | None:
-    """Returns `why_not` of a device as of the first call, which also warns."""
+    """Returns `why_not` of a device as of the first call, and warns at that call."""
     reason = why_not(device)
     if reason is not None:
         warnings.warn(f"CUDA tensors run on the slow reference implementation: {reason}", RuntimeWarning, stacklevel=2)

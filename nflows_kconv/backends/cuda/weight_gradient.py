@@ -1,4 +1,4 @@
-"""How csrc/cuda/weight_gradient.cu is cut into thread blocks."""
+"""Plans csrc/cuda/weight_gradient.cu: how thread blocks share the work."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from nflows_kconv.backends.cuda.plan import Device, Launch, LaunchPlan, ProblemS
 from nflows_kconv.backends.cuda.tiling import MAX_THREADS, SHARED_MEMORY, evenly
 
 _SCRATCH = 32 * 2**20
-_PIXELS = 4  # that a thread takes at a time
-_MAX_SEGMENTS = 8  # of so many, in a row of a tile
-_SUMS = 75  # of a thread, in 32-bit registers: with their operands, 512 threads share a multiprocessor
-_CHANNELS = 64  # of x, and of g, in a block: that leaves room for pixels in shared memory
-_UNITS = 128  # threads of a block that share no sum
+_PIXELS = 4  # pixels that a thread processes at a time
+_MAX_SEGMENTS = 8  # segments of this many pixels in a row of a tile
+_SUMS = 75  # 32-bit registers for a thread's sums: with their operands, 512 threads fit a multiprocessor
+_CHANNELS = 64  # channels of x, and of g, in a block, which leaves shared memory for pixels
+_UNITS = 128  # threads of a block with different sums
 _REDUCTION_THREADS = 256
 
-# Blocks of a multiprocessor, where each of them then has tiles enough to copy one while it sums another.
+# Blocks per multiprocessor if each then has enough tiles to copy one while it sums another.
 _MOST_BLOCKS = 4
 _TILES_OF_A_CHUNK = 1.5
 
 
 def plan_weight_gradient(problem: ProblemSpec, device: Device) -> LaunchPlan:
-    """Plans the weight gradient's launches: sums over chunks of the pixels, then over the chunks."""
+    """Plans the launches of the weight gradient: sums over chunks of pixels, then over the chunks."""
     chosen = _choose(problem.typical, device)
     tiles = replace(chosen, sums=_Sums(problem))
     tiles = replace(tiles, chunks=min(chosen.chunks, tiles.count))  # none empty
@@ -30,9 +30,9 @@ def plan_weight_gradient(problem: ProblemSpec, device: Device) -> LaunchPlan:
 
 
 def _choose(problem: ProblemSpec, device: Device) -> _Tiles:
-    """Gives a thread as many sums as registers hold, a tile as many pixels as fit, all multiprocessors tiles.
+    """Chooses as many sums as registers hold, as many pixels per tile as fit, and tiles for all multiprocessors.
 
-    The numbers above are predictions of a model of a multiprocessor, not measured.
+    The numbers above are predictions from a model of a multiprocessor, not measurements.
     """
     sums = _Sums(problem)
     batch, _, height, width = problem.shape
@@ -64,25 +64,25 @@ def _choose(problem: ProblemSpec, device: Device) -> _Tiles:
 
 @dataclass(frozen=True)
 class _Sums:
-    """Which sums a thread and a block have."""
+    """The sums of a thread and of a block."""
 
     problem: ProblemSpec
 
     @cached_property
     def taps(self) -> tuple[int, int]:
-        """Rows and columns of the kernel that one thread has."""
+        """Rows and columns of the kernel in one thread."""
         rows, columns = self.problem.taps
         return evenly(rows, 5), evenly(columns, 5)
 
     @cached_property
     def outputs(self) -> int:
-        """Output channels that one thread has; one load of x serves all of them."""
+        """Output channels of one thread; one load of x serves all of them."""
         most = self._most_sums // (self.taps[0] * self.taps[1])
         return evenly(self.problem.channels, max(1, min(8, most)))
 
     @cached_property
     def inputs(self) -> int:
-        """Input channels that one thread has: several where the kernel is small."""
+        """Input channels of one thread: several if the kernel is small."""
         most = self._most_sums // (self.outputs * self.taps[0] * self.taps[1])
         return next(inputs for inputs in (4, 2, 1) if inputs <= max(1, most) and self.problem.channels % inputs == 0)
 
@@ -119,7 +119,7 @@ class _Sums:
 
     @cached_property
     def terms(self) -> int:
-        """Sums that a thread has of each of its outputs."""
+        """Sums of a thread for each of its outputs."""
         return self.inputs * self.taps[0] * self.taps[1]
 
     @cached_property
@@ -131,7 +131,7 @@ class _Sums:
 
 @dataclass(frozen=True)
 class _Tiles:
-    """One way to share the pixels: among chunks, the tiles of a chunk and the threads that split a tile."""
+    """One way to divide the pixels: into chunks, tiles of a chunk, and threads that split a tile."""
 
     sums: _Sums
     splits: int
@@ -173,7 +173,7 @@ class _Tiles:
 
     @cached_property
     def round_outputs(self) -> int:
-        """Outputs whose sums the splits add up at a time; 0 where not even one fits."""
+        """Outputs whose sums the splits add up at a time; 0 if not even one fits."""
         return min(self.sums.outputs, SHARED_MEMORY // self._round_bytes) if self.splits > 1 else self.sums.outputs
 
     @property
@@ -181,7 +181,7 @@ class _Tiles:
         return self.threads * self.sums.terms * self.sums.problem.accumulator_bytes
 
     def launches(self, parts: int) -> tuple[Launch, ...]:
-        """Returns the sums over each chunk, and over the chunks, where so many threads share an entry."""
+        """Returns the launches that sum over each chunk and over the chunks, with `parts` threads per entry."""
         problem, sums = self.sums.problem, self.sums
         split_bytes = self.round_outputs * self._round_bytes if self.splits > 1 else 0
         constants = {
