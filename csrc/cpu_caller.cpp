@@ -1,4 +1,4 @@
-// The CPU kernel as a function of torch's tensors, on torch's threads.
+// Runs the CPU kernel on torch's tensors and threads.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -9,16 +9,16 @@ namespace {
 
 using kconv::Outcome;
 
-// What stays the same from call to call; nflows_kconv/backends/native.py has the same members.
+// The options of a layer, the same at every call. Keep equal to nflows_kconv/backends/native.py.
 struct Options {
-  const int64_t* stencils;  // one a group
+  const int64_t* stencils;  // one per group
   int64_t groups, dimensions;
   kconv::Lag dilation;
   bool unit_diagonal, transpose, solve;
 };
 
-// Bytes of a group's weights that stay in a second-level cache. Every position reads them all, so beyond this size
-// torch's own, which holds several positions in registers, is the faster forward.
+// Bytes of a group's weights that stay in a second-level cache. Every position reads all of them, so beyond this size
+// torch's convolution, which holds several positions in registers, is faster.
 constexpr int64_t kCachedWeights = 1 << 20;
 
 constexpr int kMaxDimensions = 5;
@@ -43,7 +43,7 @@ struct View {
   }
 };
 
-// `tensor` is what Python's Tensor._cdata tells; a handle of torch's C interface points at a variable that holds that.
+// `tensor` is Python's Tensor._cdata; a handle of torch's C interface points to a variable that holds it.
 bool read(void* tensor, View& view) {
   const auto handle = reinterpret_cast<AtenTensorHandle>(&tensor);
   int32_t device = -1, layout = -1;
@@ -58,7 +58,7 @@ bool read(void* tensor, View& view) {
   return dense;
 }
 
-// Null, or a number for each channel.
+// Reads one number per channel; null is allowed.
 bool read_channels(void* tensor, const View& input, View& view) {
   return !tensor || (read(tensor, view) && view.dtype == input.dtype && view.dimensions == 1 &&
                      view.sizes[0] == input.sizes[1] && view.contiguous());
@@ -93,7 +93,7 @@ Outcome run(const Options& options, const View& input, const View& output, const
   problem.stencils = options.stencils;
   problem.input_strides = strides_of(input);
   problem.output_strides = strides_of(output);
-  // An image is a volume of one plane, a sequence one of one row.
+  // An image is a volume of one plane; a sequence is one of one row.
   const auto size = [&](const View& view, int axis) {  // of three
     const int64_t own = axis - 3 + options.dimensions;
     return own < 0 ? 1 : view.sizes[2 + own];
@@ -116,8 +116,8 @@ Outcome run(const Options& options, const View& input, const View& output, const
 
 }  // namespace
 
-// Runs what the options say on tensors as `functional.conv2d` describes them, or declines and does nothing: this checks
-// whether they fit, and leaves it to others to tell why not.
+// Runs the operator of the options on tensors as in `functional.conv2d`. If they do not fit, declines and does nothing;
+// the caller finds out why.
 KCONV_EXPORT Outcome nflows_kconv_run(const Options* options, void* input, void* output, void* weight, void* bias,
                                       void* log_diagonal) {
   View in, out, kernel, shift, diagonal;
@@ -131,7 +131,7 @@ KCONV_EXPORT Outcome nflows_kconv_run(const Options* options, void* input, void*
   return Outcome::declined;
 }
 
-// Which instruction set is in use, and how tests and benchmarks select one.
+// Return and select the instruction set, for the status, tests and benchmarks.
 KCONV_EXPORT const char* nflows_kconv_instruction_set() { return kconv::instruction_set(); }
 
 KCONV_EXPORT int nflows_kconv_select_instruction_set(const char* name) {

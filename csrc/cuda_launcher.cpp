@@ -29,7 +29,7 @@ struct Launch {
   void* function;
   std::array<unsigned, 3> grid;
   unsigned block, shared;
-  std::vector<char> arguments;  // begin with room for the pointers of a call
+  std::vector<char> arguments;  // starting with room for the pointers of a call
 };
 
 struct LoadedPlan {
@@ -57,13 +57,13 @@ struct Hash {
   }
 };
 
-// All state of the process. Nothing here is held while Python runs.
+// All state of the process. No lock is held while Python runs.
 Driver driver;
 Planner planner;
 std::shared_mutex mutex;
 std::unordered_map<Key, std::shared_ptr<const LoadedPlan>, Hash> plans;
 
-// torch passes on the text of an exception alone; Python asks of which type the last one was.
+// torch passes on only the text of an exception; Python asks for the type of the last one.
 enum class ErrorType { kOther, kMemory, kPython };
 thread_local ErrorType last_error;
 
@@ -100,7 +100,7 @@ class ContextGuard {
   bool pushed_ = false;
 };
 
-struct View {  // what launching needs to know of a tensor of 4 dimensions
+struct View {  // the properties of a 4-dimensional tensor that launching needs
   int32_t dtype, device_type, device;
   int64_t *sizes, *strides;
 };
@@ -136,7 +136,7 @@ std::shared_ptr<const LoadedPlan> make(const Key& key, const int64_t* output_str
   planner(key.data(), int64_t(key.size()), output_strides, plan.get());
   if (plan->error) fail(ErrorType::kPython, *plan->error);
   const std::unique_lock lock(mutex);
-  // Dropping all at once is enough: planning again takes microseconds, what was compiled stays with Python.
+  // Dropping all at once is enough: planning again takes microseconds, and Python keeps the compiled code.
   if (plans.size() >= kMaxPlans) plans.clear();
   plans[key] = plan;
   return plan;
@@ -149,7 +149,7 @@ struct Operands {
 };
 
 const void* data(const Tensor& tensor) {
-  // Freed under the tensor, as sharding libraries do.
+  // Sharding libraries free the memory of a live tensor.
   STD_TORCH_CHECK(tensor.const_data_ptr(), "the memory of a tensor must not have been freed");
   return tensor.const_data_ptr();
 }
@@ -157,7 +157,7 @@ const void* data(const Tensor& tensor) {
 const void* data(const std::optional<Tensor>& tensor) { return tensor ? data(*tensor) : nullptr; }
 
 void launch(const LoadedPlan& plan, const Operands& operands, const Tensor& output, const View& like) {
-  Tensor memory = output;  // stands for none
+  Tensor memory = output;  // placeholder without scratch
   const void* pointers[] = {data(operands.first), data(operands.second),      output.mutable_data_ptr(), nullptr,
                             data(operands.bias),  data(operands.log_diagonal)};
   void* stream;
@@ -173,7 +173,7 @@ void launch(const LoadedPlan& plan, const Operands& operands, const Tensor& outp
           "cuMemsetD8Async");
   }
   for (const Launch& launch : plan.launches) {
-    thread_local std::vector<char> arguments;  // kept, so a call allocates nothing
+    thread_local std::vector<char> arguments;  // reused, so a call allocates nothing
     arguments = launch.arguments;
     std::memcpy(arguments.data(), pointers, sizeof pointers);
     void* parameters[] = {arguments.data()};
@@ -183,7 +183,7 @@ void launch(const LoadedPlan& plan, const Operands& operands, const Tensor& outp
   }
 }
 
-// What differs between the operators.
+// The differences between the operators.
 struct Operator {
   int64_t number;
   bool unit_diagonal, transpose;
@@ -260,21 +260,21 @@ STABLE_TORCH_LIBRARY(nflows_kconv_native, library) {
       "Tensor");
 }
 
-// For tensors of every device: tests call them with the CPU's.
+// For every device, because tests call them with CPU tensors.
 STABLE_TORCH_LIBRARY_IMPL(nflows_kconv_native, CompositeExplicitAutograd, library) {
   library.impl("conv_cuda", TORCH_BOX(&run_on_images<0>));
   library.impl("solve_cuda", TORCH_BOX(&run_on_images<1>));
   library.impl("weight_gradient_cuda", TORCH_BOX(&weight_gradient));
 }
 
-// Forgets all plans; called before the first one is made, and by tests.
+// Forgets all plans. Called before the first one is made, and by tests.
 KCONV_EXPORT void nflows_kconv_set_planner(Planner value) {
   const std::unique_lock lock(mutex);
   plans.clear();
   planner = value;
 }
 
-// The rest is called by the planner.
+// The planner calls the rest.
 KCONV_EXPORT void nflows_kconv_set_driver(const Driver* value) { driver = *value; }
 
 KCONV_EXPORT void nflows_kconv_add_launch(LoadedPlan* plan, void* function, const unsigned* grid, unsigned block,
@@ -290,5 +290,5 @@ KCONV_EXPORT void nflows_kconv_finish_plan(LoadedPlan* plan, void* context, int6
 
 KCONV_EXPORT void nflows_kconv_plan_error(LoadedPlan* plan, const char* error) { plan->error.emplace(error); }
 
-// Called after an operator has thrown.
+// Returns the type of the last error; called after an operator has thrown.
 KCONV_EXPORT int nflows_kconv_take_error() { return int(std::exchange(last_error, ErrorType::kOther)); }

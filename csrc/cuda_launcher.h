@@ -1,7 +1,7 @@
-// Launches the kernels of a plan on the current stream: the CUDA implementation without Python on its way.
+// Launches the kernels of a plan on the current stream, without Python.
 //
-// Python plans, compiles and loads, once for each problem, when it is called back; what it hands over is kept here.
-// The driver's functions come from Python as well, so a library built without CUDA serves every build of torch.
+// For each new problem this calls back Python, which plans, compiles and loads, and caches the result. The driver's
+// functions also come from Python, so a library built without CUDA serves every build of torch.
 #pragma once
 
 #include <cstddef>
@@ -9,7 +9,7 @@
 
 namespace kconv::cuda {
 
-// Functions of libcuda and one of libtorch_cuda; handles are pointers, results are error codes.
+// Functions of libcuda, and one of libtorch_cuda. Handles are pointers; results are error codes.
 struct Driver {
   int (*launch_kernel)(void* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
                        unsigned block_y, unsigned block_z, unsigned shared, void* stream, void** parameters,
@@ -24,10 +24,10 @@ struct Driver {
 
 struct LoadedPlan;
 
-// Asks Python to plan. All that a plan depends on comes as words, which `_read` of
-// nflows_kconv/backends/cuda/native_launcher.py takes apart: operation, dtype and device as numbers, flags for a unit
-// diagonal, the transpose and a bias, kernel size [2], shape [4], strides of the first and second tensor [4], and a
-// stencil for each group. The strides of the output follow from them.
+// Asks Python to plan. The words hold everything a plan depends on, as `_read` of
+// nflows_kconv/backends/cuda/native_launcher.py expects: operation, dtype and device as numbers, flags for a unit
+// diagonal, the transpose and a bias, kernel size [2], shape [4], strides of the first and second tensor [4], and one
+// stencil per group. The strides of the output follow from them.
 using Planner = void (*)(const int64_t* words, int64_t count, const int64_t* output_strides, LoadedPlan*);
 
 }  // namespace kconv::cuda

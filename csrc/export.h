@@ -1,4 +1,4 @@
-// What Python's ctypes calls.
+// Exports a function for Python's ctypes.
 #pragma once
 
 #define KCONV_EXPORT extern "C" __attribute__((visibility("default")))

@@ -1,11 +1,11 @@
-// What torch's C interface reports, as exceptions that say what torch said.
+// Converts errors of torch's C interface to exceptions with torch's message.
 #pragma once
 
 #include <exception>
 #include <stdexcept>
 #include <string>
 
-// Of torch 2.13; null in older ones.
+// New in torch 2.13; null in older versions.
 extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
 
 namespace kconv {
@@ -20,7 +20,7 @@ inline void check_torch(int error, const char* what) {
   if (error != 0) throw std::runtime_error(torch_reason(what));
 }
 
-// Calls a function of torch's stable headers, whose own exceptions name a place in those headers.
+// Calls a function of torch's stable headers, whose own exceptions only name a line in those headers.
 template <typename Function>
 auto telling(const char* what, Function function) {
   try {

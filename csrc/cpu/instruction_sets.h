@@ -1,18 +1,18 @@
-// The kernels that each instruction set has; kernel_*.cpp define them.
+// The kernels of each instruction set, defined in kernel_*.cpp.
 #pragma once
 
 #include "plan.h"
 
 namespace kconv {
 
-// What an instruction set implements. Tasks write disjoint parts of the output.
+// The functions that an instruction set implements. Tasks write disjoint parts of the output.
 template <typename T>
 struct Kernels {
   Target target;
-  // Packs the weights of one tile of a group; `packed` is of the group, and of the block where images differ.
+  // Packs the weights of one tile of a group into `packed`, which belongs to the group and, if images differ, the
+  // block.
   void (*pack_weights)(const KernelProblem<T>&, const TaskPlan&, int64_t group, int64_t block, int64_t tile, T* packed);
-  // Runs one task; `buffer` has plan.buffer_size elements, `places` one for each pixel of the rows that are moved at
-  // once.
+  // Runs one task. `buffer` has plan.buffer_size elements; `places` has one for each pixel of the rows moved at once.
   void (*run_task)(const KernelProblem<T>&, const TaskPlan&, const T* packed, int64_t group, int64_t block, T* buffer,
                    int64_t* places);
 };

@@ -1,7 +1,7 @@
-// The arithmetic, compiled once for each instruction set by the kernel_*.cpp next to this file.
+// The arithmetic, compiled once per instruction set by kernel_*.cpp.
 //
-// Everything lies in an unnamed namespace and nothing of the standard library is called: a function with external
-// linkage, compiled here for a new processor, could replace its namesake elsewhere in the program.
+// Everything is in an unnamed namespace, and nothing calls the standard library: a function with external linkage,
+// compiled here for a new processor, could replace its namesake elsewhere in the program.
 #pragma once
 
 #include <utility>
@@ -52,7 +52,7 @@ struct Integer<double> {
 #define KCONV_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Vector<typename Integer<T>::Type>{__VA_ARGS__})
 #endif
 
-// Exchanges the upper right and lower left S x S blocks of the 2S x 2S blocks that two rows S apart cross.
+// Exchanges the upper right and lower left S x S blocks of each 2S x 2S block, for two rows S apart.
 template <int S, typename T, int... I>
 inline void exchange(Vector<T>& upper, Vector<T>& lower, std::integer_sequence<int, I...>) {
   constexpr int n = sizeof...(I);
@@ -71,12 +71,12 @@ inline void transpose(Vector<T>* rows) {
 
 // ---- The inner kernel ----------------------------------------------------------------------------------------------
 //
-// The floor is one multiply-add a cycle and core with 512 bits (two with 256): 220 GFLOP/s on two cores of the AMD EPYC
-// of benchmarks/results. Measured there: 210 GFLOP/s with 128 channels a group, 140 to 160 with 6 to 12, where moving
-// the pixels and the lanes that 100 images leave empty cost a fifth.
+// The bound is one 512-bit multiply-add per cycle and core (two of 256 bits): 220 GFLOP/s on two cores of the AMD EPYC
+// of benchmarks/results. Measured there: 210 GFLOP/s with 128 channels per group, 140 to 160 with 6 to 12, where moving
+// pixels and the lanes that 100 images leave empty cost a fifth.
 
-// Computes O output channels of one position for V vectors of lanes, in place. `offsets` name the `count` inputs that
-// are known, `weights` holds O for each of them and then the O x O triangle of the pivot; where lanes differ, a vector
+// Computes O output channels of one position for V vectors of lanes, in place. `offsets` locate the `count` known
+// inputs. `weights` holds O weights for each of them, then the O x O triangle of the pivot; if lanes differ, a vector
 // of each.
 template <bool kSolve, bool kLanesDiffer, int O, int V, typename T>
 void compute_tile(T* position, T* outputs, int64_t channel_pitch, const int64_t* offsets, int64_t count,
@@ -105,7 +105,7 @@ void compute_tile(T* position, T* outputs, int64_t channel_pitch, const int64_t*
       for (int v = 0; v < V; ++v) sums[o][v] = kSolve ? sums[o][v] - weight(o) * x[v] : sums[o][v] + weight(o) * x[v];
   }
 
-  if constexpr (kSolve) {  // forward substitution; the packed diagonal is inverted
+  if constexpr (kSolve) {  // forward substitution with the inverted diagonal
 #pragma GCC unroll 8
     for (int i = 0; i < O; ++i)
 #pragma GCC unroll 8
@@ -115,7 +115,7 @@ void compute_tile(T* position, T* outputs, int64_t channel_pitch, const int64_t*
 #pragma GCC unroll 8
         for (int o = i + 1; o < O; ++o) sums[o][v] = sums[o][v] - weight(o * O + i) * sums[i][v];
       }
-  } else {  // all inputs are read before an output takes their place
+  } else {  // reads all inputs before an output replaces them
 #pragma GCC unroll 8
     for (int i = 0; i < O; ++i)
 #pragma GCC unroll 8
@@ -150,7 +150,7 @@ TileKernel<T> tile_kernel(int64_t size, int64_t vectors, bool lanes_differ) {
   return lanes_differ ? differing[size - 1] : kernels[size - 1][vectors - 1];
 }
 
-// Lane `index` of a vector in all lanes.
+// Broadcasts lane `index` of a vector.
 template <typename T>
 inline Vector<T> lane(Vector<T> vector, int64_t index) {
 #if defined(__clang__)
@@ -160,10 +160,10 @@ inline Vector<T> lane(Vector<T> vector, int64_t index) {
 #endif
 }
 
-// Where lanes are channels: computes V vectors of output channels, `own` channels at most, from `outputs` on, of P
-// pixels, in place. `weights` holds a vector of each for the scale of y, for the `known` inputs, and for the columns of
-// the pivot's triangle, which count as known in a convolution. This takes the inputs [begin, end): a convolution all, a
-// solution as many as it is given, in their order.
+// If lanes are channels: computes V vectors of output channels, at most `own` channels, starting at `outputs`, of P
+// pixels, in place. `weights` holds V vectors for the scale of y, for each of the `known` inputs, and for each column
+// of the pivot's triangle, which a convolution counts as known. Adds the inputs [begin, end): a convolution passes all
+// at once, a solution passes ranges in order.
 template <bool kSolve, int V, int P, typename T>
 void compute_channels(T* const* pixels, int64_t outputs, int64_t own, const int64_t* offsets, int64_t begin,
                       int64_t end, int64_t known, const T* weights) {
@@ -224,9 +224,9 @@ ChannelsKernel<T> channels_kernel(int64_t vectors, int64_t pixels) {
 
 // ---- Weights -------------------------------------------------------------------------------------------------------
 
-// Where lanes are channels and A is not transposed: packs the columns of the known inputs and of the tile's own, all of
-// the square that the triangle is in. The weights of an output lie in memory as a row of [input, tap]; squares of them
-// are transposed.
+// If lanes are channels and A is not transposed: packs the columns of the known inputs and of the tile's own, including
+// the whole square around the triangle. In memory, the weights of an output are a row of [input, tap]; this transposes
+// squares of them.
 template <typename T>
 void pack_columns(const KernelProblem<T>& problem, const TaskPlan& plan, int64_t stencil, const Tile& tile, int64_t own,
                   const T* outputs, int64_t output_stride, const T* scales, T* to) {
@@ -253,8 +253,8 @@ void pack_columns(const KernelProblem<T>& problem, const TaskPlan& plan, int64_t
   }
 }
 
-// The weights of a group: of canonical output o and input i at a tap,
-// origin[o * output_stride + i * input_stride + problem.tap(stencil, lag)]; and the diagonal.
+// The weights and the diagonal of a group. The weight of canonical output o and input i at a tap is origin[o *
+// output_stride + i * input_stride + problem.tap(stencil, lag)].
 template <typename T>
 struct GroupWeights {
   const KernelProblem<T>& problem;
@@ -279,7 +279,7 @@ struct GroupWeights {
   }
 };
 
-// Where each lane has weights of its own: packs a vector of each, those of the images of a block.
+// If each lane has its own weights: packs vectors with the weights of the images of a block.
 template <typename T>
 void pack_lanes(const KernelProblem<T>& problem, const TaskPlan& plan, int64_t group, int64_t block, const Tile& tile,
                 T* to) {
@@ -287,7 +287,7 @@ void pack_lanes(const KernelProblem<T>& problem, const TaskPlan& plan, int64_t g
   const GroupWeights<T> first(problem, group, block * n);
   const int64_t channels = plan.channels, size = tile.size,
                 image_weights = problem.channels * channels * problem.kernel_taps();
-  int64_t images[n];  // lanes without one have the weights of the last
+  int64_t images[n];  // lanes without an image get the weights of the last one
   for (int64_t lane = 0; lane < n; ++lane) images[lane] = smaller(lane, problem.batch - 1 - block * n);
   const auto put = [&](int64_t place, const T* weight) {
     Vector<T> lanes;
@@ -324,7 +324,7 @@ void pack_weights(const KernelProblem<T>& problem, const TaskPlan& plan, int64_t
 
   const Tile& tile = plan.tiles[index];
   const T* outputs = weights.origin + tile.first * output_stride;
-  const int64_t own = smaller(tile.size, channels - tile.first);  // the last may be filled up, where lanes are channels
+  const int64_t own = smaller(tile.size, channels - tile.first);  // the last tile may be padded, if lanes are channels
   const bool filled = plan.lanes == Lanes::channels, scaled = filled && problem.solve;
   const T* const pivot = weights.outputs(tile.first, {0, 0, 0});
   const auto diagonal = [&](int64_t o) { return weights.diagonal(tile.first + o); };
@@ -334,7 +334,7 @@ void pack_weights(const KernelProblem<T>& problem, const TaskPlan& plan, int64_t
   if (filled && !transpose && channels * kernel_taps >= kLanes<T>) {
     pack_columns(problem, plan, stencil, tile, own, outputs, output_stride, scales, to);
     to += ((plan.tap_count - 1) * channels + tile.first) * tile.size;
-    for (int64_t i = 0; i < own; ++i, to += tile.size) {  // above the diagonal may be anything
+    for (int64_t i = 0; i < own; ++i, to += tile.size) {  // entries above the diagonal may be anything
       for (int64_t o = 0; o < i; ++o) to[o] = 0;
       to[i] = problem.solve ? T(0) : diagonal(i);
     }
@@ -349,7 +349,7 @@ void pack_weights(const KernelProblem<T>& problem, const TaskPlan& plan, int64_t
         *to++ = scaled ? scales[o] * weight : weight;
       }
   }
-  // The triangle: its columns, or its rows with the diagonal inverted for a solution.
+  // The triangle: its columns, or for a solution its rows with the diagonal inverted.
   for (int64_t j = 0; j < own; ++j)
     for (int64_t k = 0; k < tile.size; ++k) {
       const int64_t o = filled ? k : j, i = filled ? j : k;
@@ -364,19 +364,19 @@ void pack_weights(const KernelProblem<T>& problem, const TaskPlan& plan, int64_t
 
 // ---- Pixels to and from the buffer ---------------------------------------------------------------------------------
 
-// Canonical rows [begin, end) of all planes of one group of some images, and where they lie in the buffer.
+// Canonical rows [begin, end) of all planes of one group of some images, and their place in the buffer.
 template <typename T>
 struct Strip {
   const KernelProblem<T>& problem;
   const TaskPlan& plan;
   bool flip_planes, flip_rows, flip_columns, by_columns;
-  int64_t images;  // lanes in use, where lanes are images
+  int64_t images;  // lanes in use, if lanes are images
   const T* bias;   // of the group's channels, or null
   T* buffer;
   int64_t* places;
 
-  // Elements from a plane's start, in the order in which the tensor stores the pixels: row by row or, `by_columns`,
-  // column by column. `top` is the canonical row of the buffer's first pixel.
+  // Offsets from a plane's start, in the tensor's storage order: row by row or, if `by_columns`, column by column.
+  // `top` is the canonical row of the buffer's first pixel.
   void place(int64_t begin, int64_t end, int64_t top) const {
     const int64_t rows = end - begin, width = problem.width;
     const int64_t row_step =
@@ -391,8 +391,8 @@ struct Strip {
       }
   }
 
-  // Moves the rows, taking the bias off on their way to the buffer or adding it on their way back, if there is one and
-  // kShift says so.
+  // Moves the rows, and if there is a bias and kShift is set, subtracts it on the way to the buffer or adds it on the
+  // way back.
   template <bool kToBuffer, bool kShift, typename Pointer>
   void move(Pointer group_pixels, const Strides& strides, int64_t begin, int64_t end) const {
     if (kShift && bias)
@@ -402,7 +402,7 @@ struct Strip {
   }
 
  private:
-  // Images or channels of the tensor: elements of pixels, and of the bias, from one to the next.
+  // Images or channels of the tensor: strides of pixels, and of the bias, from one to the next.
   struct Axis {
     int64_t count, stride, bias_stride;
   };
@@ -459,7 +459,8 @@ struct Strip {
           move_square<kToBuffer, kShift>(from + p, lane, present, run_places + p, lanes + first, shifts);
           continue;
         }
-        // Lane by lane: pixels of one image share a cache line, those of many images may evict each other.
+        // Lane by lane, because pixels of one image share cache lines, while pixels of many images may evict each
+        // other.
         for (int64_t i = 0; i < present; ++i)
           for (int64_t q = p; q < p + pixels_here; ++q)
             copy<kToBuffer, kShift>(from + i * lane.stride + q * stride, lanes + run_places[q] + first + i,
@@ -512,7 +513,7 @@ void compute_position(T* position, const TaskPlan& plan, const T* packed, const 
   }
 }
 
-// Rows [first, last) have a pixel at this step of a wavefront.
+// Rows [first, last) that have a pixel at this step of a wavefront.
 struct Wavefront {
   int64_t first, last;
 
@@ -520,7 +521,7 @@ struct Wavefront {
       : first(larger(0, divide_up(step - width + 1, skew))), last(smaller(step / skew + 1, height)) {}
 };
 
-// Where lanes are channels: computes all pixels of a plane of some images, the first at `corner`.
+// If lanes are channels: computes all pixels of a plane of some images, the first at `corner`.
 template <bool kSolve, typename T>
 void compute_wavefronts(T* corner, int64_t images, int64_t height, int64_t width, const TaskPlan& plan,
                         const T* packed) {
@@ -576,8 +577,8 @@ void clear_borders(const TaskPlan& plan, int64_t images, T* buffer) {
   }
 }
 
-// Moves the rows that the strip before this one has in the buffer to where this one has them: its last rows, solved,
-// are above this one, or those above it, to be convolved, the last of this one.
+// Moves rows that the previous strip left in the buffer to their place in this strip: in a solution, its last rows, now
+// solved, to above this strip; in a convolution, the rows above it to the end of this strip.
 template <bool kSolve, typename T>
 void keep_shared_rows(const TaskPlan& plan, T* buffer) {
   const int64_t row = plan.row_positions * plan.position_pitch, rows = plan.rows_above * row * sizeof(T);
@@ -587,7 +588,7 @@ void keep_shared_rows(const TaskPlan& plan, T* buffer) {
   }
 }
 
-// Where taps read to the right, a solution must not leave anything beyond the ends of the rows that are lanes.
+// If taps read to the right and lanes are rows, a solution must leave zeros beyond the ends of the rows.
 template <typename T>
 void clear_outside(T* position, const TaskPlan& plan, Wavefront rows) {
   for (int64_t channel = 0; channel < plan.channels; ++channel, position += plan.channel_pitch) {
@@ -596,8 +597,8 @@ void clear_outside(T* position, const TaskPlan& plan, Wavefront rows) {
   }
 }
 
-// A convolution goes through strips, positions and channels in the reverse order of a solution: each output then takes
-// the place of an input that no later output reads.
+// A convolution goes through strips, positions and channels in the reverse order of a solution, so each output replaces
+// an input that no later output reads.
 template <bool kSolve, typename T>
 void run_task(const KernelProblem<T>& problem, const TaskPlan& plan, const T* packed, int64_t group, int64_t block,
               T* buffer, int64_t* places) {

@@ -1,4 +1,4 @@
-// 256-bit vectors; setup.py compiles this file for AVX2 and FMA.
+// 256-bit vectors. setup.py compiles this file for AVX2 and FMA.
 #if defined(__x86_64__)
 #define KCONV_VECTOR_BYTES 32
 #include "kernel.h"

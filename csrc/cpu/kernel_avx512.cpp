@@ -1,4 +1,4 @@
-// 512-bit vectors and 32 registers; setup.py compiles this file for AVX-512.
+// 512-bit vectors and 32 registers. setup.py compiles this file for AVX-512.
 #if defined(__x86_64__)
 #define KCONV_VECTOR_BYTES 64
 #include "kernel.h"

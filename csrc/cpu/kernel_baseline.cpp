@@ -1,4 +1,4 @@
-// 128-bit vectors, as every 64-bit processor has them.
+// 128-bit vectors, which every 64-bit processor has.
 #define KCONV_VECTOR_BYTES 16
 #include "kernel.h"
 

@@ -5,14 +5,14 @@
 namespace kconv {
 namespace {
 
-// Bytes of buffer that leave room for weights in a second-level cache, and of weights that leave room for pixels.
+// Largest buffer, in bytes, that leaves room for weights in a second-level cache, and vice versa.
 constexpr int64_t kBufferBytes = 512 * 1024;
-// Bytes of weights that stay there while they are used, though there may be more.
+// Bytes of weights to use at a time, which stay in that cache even if there are more.
 constexpr int64_t kInputBytes = 256 * 1024;
 constexpr int64_t kFirstLevelBytes = 32 * 1024;
 
-// Tiles of whole units of channels, as equal as possible, so none runs with few accumulators. A tile has weights
-// for each channel at each tap, those before it at the pivot, and itself; and `more`, for each of its channels.
+// Returns tiles of whole units of channels, as equal as possible, so none runs with few accumulators. Each channel of a
+// tile has weights for every channel at each tap, for the channels up to the tile's last at the pivot, and `more`.
 std::vector<Tile> make_tiles(int64_t channels, int64_t unit, int64_t taps, int64_t more, int64_t largest) {
   const int64_t units = divide_up(channels, unit), count = divide_up(units, largest);
   std::vector<Tile> tiles;
@@ -26,8 +26,8 @@ std::vector<Tile> make_tiles(int64_t channels, int64_t unit, int64_t taps, int64
   return tiles;
 }
 
-// Blocks of images of each group. Each weight that is read serves all vectors of a block, which is worth about half a
-// vector; but no thread should wait for another.
+// Returns the number of blocks of images per group. Large blocks reuse each loaded weight, and a load costs about half
+// a vector operation; small blocks balance the threads.
 int64_t image_blocks(int64_t image_vectors, int64_t groups, int64_t threads, int64_t max_vectors) {
   int64_t best = image_vectors, best_time = INT64_MAX;
   for (int64_t vectors = 1; vectors <= max_vectors; ++vectors) {
@@ -51,7 +51,7 @@ OwnedTaskPlan make_plan(const KernelProblem<T>& problem, int64_t family, int64_t
   plan.channels = problem.group_channels();
   const Lag step = problem.dilation;
   const int64_t pivot = pivot_column(family, problem.kernel_width);
-  // The last tap in each direction that can reach into the image.
+  // The farthest tap in each direction that can reach into the image.
   const int64_t before = std::min(problem.kernel_depth - 1, (depth - 1) / step.planes),
                 above = std::min(problem.kernel_height - 1, (height - 1) / step.rows),
                 left = std::min(pivot, (width - 1) / step.columns),
@@ -64,17 +64,17 @@ OwnedTaskPlan make_plan(const KernelProblem<T>& problem, int64_t family, int64_t
   const int64_t lanes = plan.lanes_per_vector = target.vector_bytes / int64_t(sizeof(T));
   const int64_t image_vectors = divide_up(problem.batch, lanes);
 
-  // What a position reads, for each tile again, and what lies between that and itself.
+  // What a position reads, once per tile, and everything between that and itself.
   const int64_t input_bytes = problem.kernel_taps() * plan.channels * int64_t(sizeof(T));
   const int64_t position_lanes = lanes * std::min<int64_t>(image_vectors, target.max_vectors);
   const int64_t above_bytes = plan.rows_above * width * plan.channels * position_lanes * int64_t(sizeof(T));
-  // All weights, where each lane has its own.
+  // All weights, if each lane has its own.
   const int64_t weight_bytes = problem.images_differ ? input_bytes * plan.channels * lanes : 0;
   const bool spilled = input_bytes * position_lanes > 4 * kBufferBytes || above_bytes > 8 * kBufferBytes ||
                        weight_bytes > kFirstLevelBytes;
 
-  // Vectors of outputs: many images fill lanes, few large ones fill them with rows, few small ones with channels, where
-  // a vector costs more, since no weight serves several.
+  // Chooses the lanes: images if there are many, rows of few large images, channels of few small ones. A vector of
+  // channels costs more, because no weight serves several.
   const int64_t image_steps = image_vectors * depth * height * width * plan.channels * (spilled ? 2 : 1);
   const int64_t row_steps =
       problem.batch * depth * divide_up(height, lanes) * (width + plan.skew * (lanes - 1)) * plan.channels;
@@ -107,7 +107,7 @@ OwnedTaskPlan make_plan(const KernelProblem<T>& problem, int64_t family, int64_t
     plan.position_pitch = plan.channels * plan.channel_pitch;
   }
 
-  int64_t first_position;  // of a plane
+  int64_t first_position;  // position of a plane's first pixel
   if (plan.lanes == Lanes::rows) {
     plan.strip_rows = lanes;
     first_position = plan.skew * plan.rows_above + plan.left;
@@ -117,9 +117,9 @@ OwnedTaskPlan make_plan(const KernelProblem<T>& problem, int64_t family, int64_t
     plan.row_positions = plan.halo_positions + width;
     first_position = plan.rows_above * plan.row_positions + plan.halo_positions;
     const int64_t halo = plan.rows_above;
-    // A row of all planes that a pixel reads.
+    // One row in all planes that a pixel reads.
     const int64_t row_bytes = (plan.planes_before + 1) * plan.row_positions * plan.position_pitch * int64_t(sizeof(T));
-    // Whole vectors of rows for tensors that store columns.
+    // Whole vectors of rows, for tensors stored by columns.
     const int64_t unit = problem.stores_columns() ? lanes : 1;
     plan.strip_rows = std::min(height, std::max({kBufferBytes / row_bytes - halo, 2 * halo, unit}) / unit * unit);
     if (plan.lanes == Lanes::channels) plan.strip_rows = height;  // for long wavefronts
@@ -170,7 +170,7 @@ OwnedTaskPlan make_plan(const KernelProblem<T>& problem, int64_t family, int64_t
   plan.taps = plan.owned_taps.data();
   plan.places = plan.owned_places.data();
   plan.offsets = plan.owned_offsets.data();
-  return plan;  // moved or built in place: the pointers stay
+  return plan;  // moved or elided, so the pointers stay valid
 }
 
 template OwnedTaskPlan make_plan(const KernelProblem<float>&, int64_t, int64_t, const Target&, int64_t);

@@ -1,4 +1,4 @@
-// The primitive as plain numbers: what a call asks for, whatever library holds the tensors.
+// An operator call in plain pointers and numbers, independent of torch.
 #pragma once
 
 #include <cstdint>
@@ -11,34 +11,34 @@ struct Strides {  // in elements
   int64_t plane, batch, channel, row, column;
 };
 
-// Of the C library: kernels may call nothing of the C++ one.
+// From the C library, because kernels may not call the C++ one.
 inline float exponential(float x) { return __builtin_expf(x); }
 inline double exponential(double x) { return __builtin_exp(x); }
 
-// output = A input + bias, A^T input + bias, A^-1 (input - bias) or A^-T (input - bias), see nflows_kconv/ops.py for A.
+// output = A input + bias, A^T input + bias, A^-1 (input - bias) or A^-T (input - bias); nflows_kconv/ops.py defines A.
 // Images are volumes of one plane.
 template <typename T>
 struct KernelProblem {
   const T* input;           // [batch, channels, depth, height, width]
-  T* output;                // the same shape, not overlapping the input
+  T* output;                // the same shape, must not overlap the input
   const T* weight;          // [channels, channels / groups, kernel_depth, kernel_height, kernel_width], contiguous
-                            // this, bias and log_diagonal once more for each image where images_differ
-  const T* bias;            // [channels], contiguous; null stands for zero
-  const T* log_diagonal;    // [channels], contiguous: the diagonal is its exponential; null: unit_diagonal tells
-  const int64_t* stencils;  // one a group
+                            // if images_differ, weight, bias and log_diagonal have one more axis, the image, first
+  const T* bias;            // [channels], contiguous, or null for zero
+  const T* log_diagonal;    // [channels], contiguous, of which the diagonal is the exponential, or null
+  const int64_t* stencils;  // one per group
   Strides input_strides, output_strides;
   int64_t depth, batch, channels, height, width;
   int64_t groups, kernel_depth, kernel_height, kernel_width;
   Lag dilation;        // pixels from one tap to the next
-  bool unit_diagonal;  // whether the diagonal is 1 or the weight's own
+  bool unit_diagonal;  // without log_diagonal: whether the diagonal is 1 or the weight's own
   bool transpose, solve;
-  bool exchanged;  // whether rows and columns are, see `in_frame_of`; the kernels then lie in memory as they did before
-  bool images_differ;  // whether each has a weight of its own
+  bool exchanged;      // whether `in_frame_of` exchanged rows and columns; the kernels' memory is not exchanged
+  bool images_differ;  // whether each image has its own weight
 
   int64_t group_channels() const { return channels / groups; }
   int64_t kernel_taps() const { return kernel_depth * kernel_height * kernel_width; }
 
-  // One image whose groups repeat their stencils, as many images with weights of their own.
+  // Returns one image whose groups repeat a cycle of stencils as several images with their own weights.
   KernelProblem with_images_of_groups() const {
     int64_t period = 1;
     for (int64_t group = 1; group < groups; ++group)
@@ -56,7 +56,7 @@ struct KernelProblem {
 
   bool stores_columns() const { return output_strides.row < output_strides.column; }
 
-  // The same problem with the rows and columns that a family's canonical frame has before it is mirrored.
+  // Returns the problem with rows and columns as in a family's canonical frame, before mirroring.
   KernelProblem in_frame_of(int64_t family) const {
     KernelProblem framed = *this;
     if (family & kExchanged) {
@@ -69,7 +69,7 @@ struct KernelProblem {
     return framed;
   }
 
-  // In the frame of the stencil's family: elements from the start of a kernel to the tap of this lag.
+  // Returns the offset in a kernel of the tap with this lag, in the frame of the stencil's family.
   int64_t tap(int64_t stencil, Lag lag) const {
     const int64_t plane = kernel_depth - 1 - lag.planes, row = kernel_height - 1 - lag.rows;
     const int64_t column = pivot_column(stencil, kernel_width) - lag.columns;
@@ -78,7 +78,7 @@ struct KernelProblem {
            (stencil & kMirrorsColumns ? kernel_width - 1 - column : column) * (exchanged ? kernel_height : 1);
   }
 
-  // The diagonal of the Jacobian in a channel, whose weight has this entry there.
+  // Returns the diagonal of the Jacobian in a channel; `own` is the weight's entry.
   T diagonal(int64_t channel, T own) const {
     return log_diagonal ? exponential(log_diagonal[channel]) : unit_diagonal ? T(1) : own;
   }
@@ -91,21 +91,21 @@ struct KernelProblem {
   }
 };
 
-// Calls body(context, begin, end) for ranges that cover [0, count), on several threads where count > grain.
+// Calls body(begin, end, context) for ranges that cover [0, count), on several threads if count > grain.
 using ParallelFor = void (*)(int64_t count, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context);
 
-// `run` itself gives the first three; nflows_kconv/backends/native.py has the same.
+// `run` returns the first three. Keep equal to nflows_kconv/backends/native.py.
 enum class Outcome : int { done, bad_diagonal, out_of_memory, freed, declined };
 
-// Solves the problem with the selected instruction set, or does nothing: the diagonal of a solution, and what
-// log_diagonal stands for, must be finite and not zero, its reciprocal too.
+// Runs the problem with the selected instruction set. Does nothing unless the diagonal of a solution, or
+// exp(log_diagonal), and its reciprocal are finite and nonzero.
 template <typename T>
 Outcome run(const KernelProblem<T>& problem, int64_t threads, ParallelFor parallel_for);
 
-// "avx512", "avx2" or "baseline": the widest that the machine has, unless another was selected.
+// Returns "avx512", "avx2" or "baseline": the widest of the machine, unless another was selected.
 const char* instruction_set();
 
-// Returns false, and changes nothing, where the machine or the build lacks it.
+// Returns false and changes nothing if the machine or the build lacks it.
 bool select_instruction_set(const char* name);
 
 }  // namespace kconv

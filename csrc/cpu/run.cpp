@@ -48,14 +48,13 @@ struct Free {
 
 using Memory = std::unique_ptr<void, Free>;
 
-Memory allocate(size_t bytes) {  // whole cache lines: vectors that cross them cost twice
+Memory allocate(size_t bytes) {  // whole cache lines, because vectors across two lines cost twice
   Memory memory(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
   if (!memory) throw std::bad_alloc();
   return memory;
 }
 
-// Memory of one thread, kept between calls unless it is large: to fault it in anew would cost as much as a small
-// problem.
+// Memory of one thread, kept between calls unless it is large, because page faults cost as much as a small problem.
 class Scratch {
  public:
   void* get(size_t bytes) {
@@ -91,7 +90,8 @@ bool has_reciprocals(const KernelProblem<T>& problem) {
     const int64_t pivot = problem.in_frame_of(family(stencil)).tap(stencil, {0, 0, 0});
     const T own = problem.weight[(channel * channels + channel % channels) * taps + pivot];
     const T value = problem.diagonal(channel, own);
-    if (!(std::abs(value * (1 / value) - 1) < 0.5)) return false;  // or a denormal whose reciprocal overflows
+    if (!(std::abs(value * (1 / value) - 1) < 0.5))
+      return false;  // also false for a denormal whose reciprocal overflows
   }
   return true;
 }
@@ -105,7 +105,7 @@ struct Run {
   T* packed;
   std::atomic<bool> out_of_memory{false};
 
-  // The packed weights of a task, or of all those of a group, which share them.
+  // Returns the packed weights of a task, or of a group whose tasks share them.
   T* weights(int64_t group, int64_t block) const {
     const int64_t index = plan.weight_blocks == 1 ? group : group * plan.weight_blocks + block;
     return packed + index * plan.group_weights * plan.weight_lanes;
@@ -143,7 +143,7 @@ void run_tasks(int64_t begin, int64_t end, void* context) {
   scratch.give_back();
 }
 
-// Runs the groups of one family; the problem is in its frame.
+// Runs the groups of one family. The problem is in the family's frame.
 template <typename T>
 void run_family(const KernelProblem<T>& problem, int64_t family, const std::vector<int64_t>& groups, int64_t threads,
                 ParallelFor parallel_for) {
@@ -154,7 +154,7 @@ void run_family(const KernelProblem<T>& problem, int64_t family, const std::vect
   const Memory packed = allocate(packings * packing * sizeof(T));
   Run<T> run{problem, plan, kernels, groups.data(), static_cast<T*>(packed.get())};
 
-  // Work that is worth waking a thread for, in weights packed and in vector operations.
+  // Packed weights or vector operations that are worth waking a thread.
   constexpr int64_t kGrain = 16384;
   parallel_for(packings * plan.tile_count, kGrain * plan.tile_count / packing + 1, pack_tiles<T>, &run);
   parallel_for(count * plan.blocks, kGrain / plan.operations + 1, run_tasks<T>, &run);

@@ -1,17 +1,18 @@
-// What every kernel is given, and the operator as the kernels see it: one stencil, one triangle, one direction.
+// The arguments of every kernel, and the operator as kernels see it: one stencil, one triangle, one direction.
 //
-// A kernel only knows the *canonical* operator, see nflows_kconv/stencil.py: corner TL or side T, lower triangular
-// pivot. Row 0, column 0 is the pixel that depends on no other; tap (a, b) reads a rows above and b - kRight columns to
-// the left, kRight being 0 for a corner; tap (0, kRight) is the pivot, and those of row 0 before it are masked:
+// A kernel implements only the *canonical* operator, see nflows_kconv/stencil.py: corner TL or side T, with a lower
+// triangular pivot. The pixel at row 0, column 0 depends on no other. Tap (a, b) reads a rows above and b - kRight
+// columns to the left, with kRight = 0 for a corner. Tap (0, kRight) is the pivot, and the taps of row 0 before it are
+// masked:
 //
 //     y[o, r, s] = sum_{i, a, b} W(o, i, a, b) x[i, r - a, s + kRight - b] + bias(o),
 //                                              W(o, i, 0, b) = 0 for b < kRight, and for b = kRight and i > o
 //
-// Every stencil and the transpose are this operator behind strides of either sign: a corner reverses rows or columns,
-// the transpose has the opposite corner, the same lags, exchanged channels of the weight and a reversed channel order,
-// which makes its upper triangle a lower one. So there are no flips, no copies and no second code path.
+// Strides of either sign turn every stencil and the transpose into this operator: a corner reverses rows or columns;
+// the transpose has the opposite corner, the same lags, exchanged channels of the weight, and a reversed channel order,
+// which makes its upper triangle a lower one. This needs no flips, no copies and no second code path.
 //
-// The host compiles each source for the problem at hand; these constants are its own:
+// The host compiles each source for a problem, with these constants:
 //   SCALAR        type of the tensors: float, double, Half or BFloat16
 //   CHANNELS      channels of a group, C/G
 //   KERNEL_H, KERNEL_W   size of the kernel, clipped to the image (other taps read padding only)
@@ -22,7 +23,7 @@
 
 #include "scalar.cuh"
 
-// A pixel of the row above may be read so far to the right that it is solved a step earlier.
+// A pixel may read one in the row above so far to the right that it is solved only one step earlier.
 constexpr int kRight = TAU - 1;
 
 struct Arguments {
@@ -36,10 +37,10 @@ struct Arguments {
   long long second_strides[4];
   long long output_strides[4];
   int batch, height, width, groups;
-  int kernel_h, kernel_w;  // of the weight in memory, before clipping
-  int parameters[8];       // of this launch; each source names its own
-  long long offsets[4];    // of regions in the scratch, bytes; each source names its own
-  int last_column;         // of the kernel in memory, before mirroring: that of tap (0, 0)
+  int kernel_h, kernel_w;  // size in memory, before clipping
+  int parameters[8];       // of this launch; each source documents its own
+  long long offsets[4];    // of regions in the scratch, in bytes; each source documents its own
+  int last_column;         // of the kernel in memory, before mirroring: the column of tap (0, 0)
   int unit_diagonal;       // whether the pivot's diagonal is 1, or has no gradient
   unsigned corners[CORNER_WORDS];
 };
@@ -48,7 +49,7 @@ __device__ inline int corner_of(const Arguments& arguments, int group) {
   return arguments.corners[CORNER_WORDS > 1 ? group / 16 : 0] >> (group % 16 * 2) & 3;
 }
 
-// One image of one group: element (c, r, s) lies at data[c * channel + r * row + s * column].
+// One image of one group: element (c, r, s) is data[c * channel + r * row + s * column].
 template <typename T>
 struct ImageView {
   T* data;
@@ -76,7 +77,7 @@ __device__ inline ImageView<T> image_view(T* data, const long long (&strides)[4]
   return view;
 }
 
-// The element of a vector [C] for a channel of the group.
+// Returns the element of a vector [C] for a channel of the group.
 __device__ inline Accumulator load_channel(const void* vector, int group, int channel) {
   const int at = group * CHANNELS + (TRANSPOSE ? CHANNELS - 1 - channel : channel);
   return load(static_cast<const SCALAR*>(vector) + at);
@@ -86,8 +87,7 @@ __device__ inline Accumulator bias_of(const Arguments& arguments, int group, int
   return load_channel(arguments.bias, group, channel);
 }
 
-// W(o, i, a, b) of one group lies at data[o * out + i * in + a * row + b * column]; the mask and the diagonal are the
-// reader's.
+// W(o, i, a, b) of one group is data[o * out + i * in + a * row + b * column]. Readers apply the mask and the diagonal.
 template <typename T>
 struct WeightView {
   T* data;
@@ -119,17 +119,17 @@ __device__ inline WeightView<T> weight_view(T* data, const long long (&strides)[
   return view;
 }
 
-// Whether the weight holds the pivot's diagonal, W(o, o, 0, kRight), itself.
+// Returns whether the weight itself holds the pivot's diagonal, W(o, o, 0, kRight).
 __device__ inline bool has_own_diagonal(const Arguments& arguments) {
   return !arguments.unit_diagonal && !arguments.log_diagonal;
 }
 
-// That diagonal where it does not.
+// Returns that diagonal if the weight does not hold it.
 __device__ inline Accumulator diagonal_of(const Arguments& arguments, int group, int channel) {
   return arguments.unit_diagonal ? 1 : exp(load_channel(arguments.log_diagonal, group, channel));
 }
 
-// The pivot, W(o, i, 0, kRight), where it is not masked.
+// Returns an unmasked entry of the pivot, W(o, i, 0, kRight).
 template <typename T>
 __device__ inline Accumulator load_pivot(const WeightView<T>& weight, const Arguments& arguments, int group, int out,
                                          int in) {

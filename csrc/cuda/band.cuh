@@ -1,20 +1,20 @@
-// A band of rows on its way through shared memory: what the two wavefront solvers have in common.
+// A band of rows in shared memory, the common part of the two wavefront solvers.
 //
-// A thread block solves one band: ROWS rows of one image and group, one wavefront a step. Pixel (row, column) is solved
-// at time kLead + TAU row + column, and pixel (row, time) lies at row kRowSize + time kPitch of
+// A thread block solves one band, ROWS rows of one image and group, one wavefront per step. Pixel (row, column) is
+// solved at time kLead + TAU row + column, and pixel (row, time) is at row kRowSize + time kPitch of
 //
 //     solved   x; the kHalo rows before the first are the last ones of the band above, zero without one
 //     given    y
 //
 // Without chunks these are whole lines of kLine pixels, kLine = kRowSize / kPitch + TAU, with kGap columns of zeros
-// between them: a time is a column for each row. With chunks a line has kHistory + STEPS times; the last kHistory times
-// of x stay when the next STEPS come, y being copied one chunk ahead, and nothing is proportional to the image.
-// Channels are contiguous and padded to an odd number of 16-byte vectors, and kRowSize / kPitch is odd: 16-byte reads
-// of neighbouring rows at one time then fall into different banks.
+// between them: a time is a column for each row. With chunks a line has kHistory + STEPS times: the last kHistory times
+// of x stay when the next STEPS follow, y is copied one chunk ahead, and no size is proportional to the image. Channels
+// are contiguous and padded to an odd number of 16-byte vectors, and kRowSize / kPitch is odd, so 16-byte reads of
+// neighbouring rows at one time fall into different banks.
 //
 // Bands of one image run concurrently, each a little behind the one above: a band publishes how many columns of its
-// last rows it has written to the scratch, and the band below waits for that. Blocks take their bands by ticket, so
-// that a block only ever waits for one that already runs.
+// last rows it has written to the scratch, and the band below waits for them. Blocks take their bands by ticket, so a
+// block only waits for blocks that already run.
 //
 // Constants in addition to those of arguments.cuh:
 //   GROUPS        of the image
@@ -32,12 +32,12 @@
 constexpr int kHalo = KERNEL_H - 1;
 constexpr int kLeft = KERNEL_W - 1 - kRight;
 constexpr int kHistory = TAU * kHalo + kLeft;
-// Steps before the first row's first pixel, in which it meets what this pixel reads to the right in the band above.
+// Steps before the first row's first pixel, for what this pixel reads to the right in the band above.
 constexpr int kLead = BANDED ? kRight : 0;
 constexpr int kVector = 16 / int(sizeof(Accumulator));
 constexpr int kVectors = ceil_div(CHANNELS, kVector);
 constexpr int kPitch = (kVectors | 1) * kVector;
-constexpr int kStretch = CHUNKED ? 4 : 8;  // so many steps at once may be solved, some of them after the last pixel
+constexpr int kStretch = CHUNKED ? 4 : 8;  // steps that may be solved at once, some of them after the last pixel
 constexpr int kGivenBuffers = CHUNKED ? 2 : 1;
 constexpr int kWidth = STEPS - TAU * (ROWS - 1);  // of the image, without chunks
 constexpr int kLine =
@@ -50,10 +50,10 @@ constexpr int kGivenLine = CHUNKED ? STEPS | 1 : kLine;
 constexpr int kGivenRowSize = (CHUNKED ? kGivenLine : kGivenLine - TAU) * kPitch;
 constexpr int kGivenSize = (ROWS * kGivenLine + kStretch) * kPitch;
 
-// Which band it is.
+// The band of this block.
 struct Place {
-  int work;   // its number among all
-  int index;  // among those of its image
+  int work;   // its number among all bands
+  int index;  // among the bands of its image
   int image, group;
 };
 constexpr int kBandBytes = int(sizeof(Place)) + (kSolvedSize + kGivenBuffers * kGivenSize) * int(sizeof(Accumulator));
@@ -73,10 +73,10 @@ struct Band {
   Accumulator* solved;
   Accumulator* given;
   const Place* taken;
-  int rows;  // that lie in the image
+  int rows;  // inside the image
 
-  // Takes kBandBytes of shared memory. x is zero outside the image, and, for who reads them, so are the padded channels
-  // and y.
+  // Takes kBandBytes of shared memory. x is zero outside the image; so are the padded channels and y, for solvers that
+  // read them.
   __device__ Band(const Arguments& arguments, char* shared, bool reads_padding) : arguments(arguments) {
     if (BANDED && threadIdx.x == 0) *reinterpret_cast<Place*>(shared) = place_of(atomicAdd(counters(), 1));
     taken = reinterpret_cast<const Place*>(shared);
@@ -88,10 +88,10 @@ struct Band {
     rows = BANDED ? min(ROWS, arguments.height - place().index * ROWS) : ROWS;
   }
 
-  // With bands from shared memory each time: what follows from it would take registers, which are for the weights.
+  // With bands, read from shared memory each time: values derived from it would take registers from the weights.
   __device__ Place place() const { return BANDED ? *taken : place_of(blockIdx.x); }
 
-  // Where pixel (row, time) lies; row counts from -kHalo, time from -kHistory and within the chunk.
+  // Returns the offset of pixel (row, time); row counts from -kHalo, time from -kHistory within the chunk.
   __device__ Accumulator* solved_at(int row, int time) const {
     return solved + (row + kHalo) * kRowSize + (time + kBefore) * kPitch;
   }
@@ -99,21 +99,21 @@ struct Band {
     return given + chunk % kGivenBuffers * kGivenSize + row * kGivenRowSize + time * kPitch;
   }
 
-  // Starts to copy a chunk of y.
+  // Starts copying a chunk of y.
   __device__ void fetch(int chunk) const {
     for_each_value<kGivenLine>(given_at(chunk, 0, 0), input(), chunk,
                                [](Accumulator* to, const SCALAR* from, int) { copy_to_shared(to, from); });
   }
 
-  // Takes the bias off a chunk of y that has arrived. A thread takes it off what it has copied itself, so no
-  // barrier is needed.
+  // Subtracts the bias from a chunk of y that has arrived. A thread handles the values it copied, so no barrier is
+  // needed.
   __device__ void subtract_bias(int chunk) const {
     for_each_value<kGivenLine>(
         given_at(chunk, 0, 0), input(), chunk,
         [&](Accumulator* value, const SCALAR*, int channel) { *value -= bias_of(arguments, place().group, channel); });
   }
 
-  // Waits for the band above, then copies what this chunk reads of its last rows.
+  // Waits for the band above, then copies the part of its last rows that this chunk reads.
   __device__ void fetch_halo(int chunk) const {
     if (place().index == 0) return;
     const int above = place().work - arguments.batch * GROUPS;
@@ -140,7 +140,7 @@ struct Band {
     __syncthreads();
     const int columns = min(arguments.width, (chunk + 1) * STEPS - TAU * (ROWS - 1) - kLead);
     if (threadIdx.x < 32)
-      store_release(counters() + 1 + place().work, columns);  // a whole warp, which need not diverge
+      store_release(counters() + 1 + place().work, columns);  // by a whole warp, to avoid divergence
   }
 
   // Writes a chunk of x.
@@ -149,7 +149,7 @@ struct Band {
                           [](const Accumulator* from, SCALAR* to, int) { store(to, *from); });
   }
 
-  // Moves the last times of x to where the next chunk looks for them.
+  // Moves the last times of x to where the next chunk reads them.
   __device__ void keep_history() const {
     for (int i = threadIdx.x; i < (kHalo + ROWS) * kVectors; i += THREADS) {
       PixelVector* line = reinterpret_cast<PixelVector*>(solved + i / kVectors * kRowSize) + i % kVectors;
@@ -160,7 +160,7 @@ struct Band {
     }
   }
 
-  // Solves the band: solve(chunk, steps) must solve the times [0, steps) of a chunk, and end with a barrier. The first
+  // Solves the band. solve(chunk, steps) must solve the times [0, steps) of a chunk and end with a barrier. The first
   // chunk of y must have been fetched.
   template <typename Solve>
   __device__ void run(Solve&& solve) const {
@@ -188,18 +188,18 @@ struct Band {
     return {work, BANDED ? work / problems : 0, problem / GROUPS, problem % GROUPS};
   }
 
-  // Calls move(value in shared memory, value in the image, channel) for every value of a chunk: a thread
-  // walks down the band at one time, or one column without chunks, and neighbouring threads have neighbouring ones.
+  // Calls move(value in shared memory, value in the image, channel) for every value of a chunk. A thread walks down the
+  // band at one time, or one column without chunks; neighbouring threads have neighbouring times.
   template <int LINE, typename T, typename Move>
   __device__ void for_each_value(Accumulator* pixels, const ImageView<T>& view, int chunk, Move&& move) const {
     constexpr int span = CHUNKED ? STEPS : kWidth, slope = CHUNKED ? TAU : 0;
-    // As many threads share the channels of a pixel as leave none idle.
+    // Enough threads share the channels of a pixel to leave none idle.
     constexpr int shares = THREADS >= span * kVectors ? kVectors : 1, each = ceil_div(CHANNELS, shares);
     constexpr int rows_at_once = THREADS >= span * shares ? THREADS / (span * shares) : 1;
     const int share = threadIdx.x / span % shares, own_row = threadIdx.x / (span * shares);
     const int first_channel = share * each;
     if (own_row >= rows_at_once) return;
-    // Rows with a pixel of the chunk in the image.
+    // Rows of the image with a pixel in the chunk.
     const int first = CHUNKED ? max(0, (chunk * STEPS - kLead - arguments.width + TAU) / TAU) : 0;
     const int last = CHUNKED ? min(rows - 1, ((chunk + 1) * STEPS - 1 - kLead) / TAU) : ROWS - 1;
     const long long down = rows_at_once * (view.row - slope * view.column);
@@ -239,8 +239,8 @@ struct Band {
   }
   __device__ int* counters() const { return reinterpret_cast<int*>(arguments.scratch + arguments.offsets[0]); }
 
-  // Calls move(value in shared memory, value in the scratch, whether it is in the image) for the kHalo rows of a chunk
-  // from `first` on, the last ones of a band, and before the first chunk for BEFORE times.
+  // Calls move(value in shared memory, value in the scratch, whether it is in the image) for the last kHalo rows of a
+  // band, starting at row `first`, over a chunk and, before the first chunk, over BEFORE times.
   template <int BEFORE, typename Move>
   __device__ void for_each_of_last_rows(int band, int first, int chunk, Move&& move) const {
     Accumulator* last_rows = reinterpret_cast<Accumulator*>(arguments.scratch + arguments.offsets[1]);

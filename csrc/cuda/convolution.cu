@@ -1,33 +1,33 @@
-// y = A x + bias and, by TRANSPOSE, y = A^T x + bias: all groups and images in one launch, corners by index, nothing
-// padded or copied.
+// y = A x + bias or, with TRANSPOSE, y = A^T x + bias, for all groups and images in one launch, without padding or
+// copies.
 //
 // A block computes TILE_OUTPUTS channels of IMAGES x ROWS x COLUMNS pixels of one group. It goes through the input
-// channels CHUNK at a time and through the kernel TAPS_H x TAPS_W taps at a time; each such stage is copied to shared
-// memory while the one before is computed. A thread computes OUTPUTS channels of PIXELS pixels below each other, so
-// that a value of x serves several taps and a weight several pixels; the lanes of a warp walk along the row, so that
-// shared and global memory see consecutive addresses. Where pixels and channels do not fill the device, SPLITS threads
+// channels CHUNK at a time and through the kernel TAPS_H x TAPS_W taps at a time, and copies each such stage to shared
+// memory while it computes the previous one. A thread computes OUTPUTS channels of PIXELS pixels in a column, so a
+// value of x serves several taps and a weight serves several pixels. The lanes of a warp go along the row, for
+// consecutive addresses in shared and global memory. If pixels and channels do not fill the device, SPLITS threads
 // share the input channels of one such register tile and add up at the end, in a fixed order.
 //
-// Floors on an H100, computed, not measured: 2 B C H W sizeof(SCALAR) bytes (at 2.5 TB/s: 1 us for (100, 12, 16, 16) in
-// float32) and B C C/G H W kh kw multiply-adds (at 30 T/s: 0.3 us there; 4.4 us for (100, 48, 8, 8) in one group). A
-// multiply-add in four may be a load from shared memory before these bound it: with 8 channels and 4 pixels a thread
-// there are 6 + 6 loads for 96 of them at KERNEL_H = 3. At the small sizes the launch, one trip to memory and the
-// barrier after it are what remains; the prediction is 3 us for (100, 12, 16, 16).
+// Lower bounds on an H100, computed, not measured: 2 B C H W sizeof(SCALAR) bytes (at 2.5 TB/s: 1 us for (100, 12, 16,
+// 16) in float32) and B C C/G H W kh kw multiply-adds (at 30 T/s: 0.3 us there; 4.4 us for (100, 48, 8, 8) in one
+// group). Loads from shared memory are the bound beyond one per four multiply-adds: with 8 channels and 4 pixels per
+// thread there are 6 + 6 loads for 96 of them at KERNEL_H = 3. At small sizes the launch, one memory access and the
+// barrier after it dominate; the prediction is 3 us for (100, 12, 16, 16).
 //
-// The host's constants: OUTPUTS, PIXELS, TILE_OUTPUTS, SPLITS, IMAGES, ROWS, COLUMNS, their ROW_TILES and
-// COLUMN_TILES, PITCH, CHUNK, TAPS_H, TAPS_W; BIAS, 1 if there is one.
+// Constants from the host: OUTPUTS, PIXELS, TILE_OUTPUTS, SPLITS, IMAGES, ROWS, COLUMNS, ROW_TILES, COLUMN_TILES,
+// PITCH, CHUNK, TAPS_H, TAPS_W; BIAS, 1 if there is one.
 #include "tile.cuh"
 
 constexpr int kRowSlots = ROWS / PIXELS, kOutputSlots = TILE_OUTPUTS / OUTPUTS;
 constexpr int kTiles = IMAGES * kRowSlots * COLUMNS * kOutputSlots;  // register tiles of a block
 constexpr int kThreads = kTiles * SPLITS;
-// Of a multiprocessor at least, so one block adds while another waits: 128 registers a thread for float32.
-constexpr int kLanes = ceil_div(kThreads, 32) * 32;  // registers are given to whole warps
+// Least blocks per multiprocessor, so one adds while another waits: 128 registers per thread for float32.
+constexpr int kLanes = ceil_div(kThreads, 32) * 32;  // registers are allocated to whole warps
 constexpr int kResidentBlocks = clamp((sizeof(Accumulator) == 4 ? 512 : 256) / kLanes, 1, 8);
 
 constexpr int kTileRows = ROWS + TAPS_H - 1, kPlane = IMAGES * kTileRows * PITCH;
-// A thread's weights for one tap lie together, as whole vectors of at most 16 bytes. An odd number of vectors a tap
-// spreads what neighbouring threads write over the banks of shared memory.
+// A thread's weights for one tap are contiguous, in whole vectors of at most 16 bytes. An odd number of vectors per tap
+// spreads the writes of neighbouring threads over the banks of shared memory.
 constexpr int kVector = OUTPUTS == 1 ? 1 : OUTPUTS == 2 || sizeof(Accumulator) == 8 ? 2 : 4;
 constexpr int kSlotWeights = ceil_div(OUTPUTS, kVector) * kVector;
 constexpr int kTapWeights = (kOutputSlots * kSlotWeights / kVector | 1) * kVector;
@@ -37,13 +37,13 @@ constexpr int kStageSize = kWeights + ceil_div(CHUNK * kPlane, 4) * 4;
 constexpr int kTapRows = ceil_div(KERNEL_H, TAPS_H), kTapColumns = ceil_div(KERNEL_W, TAPS_W);
 constexpr int kStages = ceil_div(CHANNELS, CHUNK) * kTapRows * kTapColumns;
 
-// Unrolled as far as registers hide the latency of shared memory, not further: run-time compilation must stay fast.
+// Unrolled just enough to hide the latency of shared memory, because run-time compilation must stay fast.
 constexpr int kUnrolledProducts = 512;
 constexpr int kUnrolledColumns = clamp(kUnrolledProducts / (OUTPUTS * PIXELS * TAPS_H), 1, TAPS_W);
 constexpr int kUnrolledChannels = clamp(kUnrolledProducts / (OUTPUTS * PIXELS * TAPS_H * TAPS_W), 1, 4);
 
 struct Place {
-  int output, image, row, column;  // the first of the block
+  int output, image, row, column;  // first of the block
 };
 
 __device__ inline Place place_of(int block) {
@@ -53,7 +53,7 @@ __device__ inline Place place_of(int block) {
 }
 
 struct Stage {
-  int channel, tap_row, tap_column;  // the first of the stage
+  int channel, tap_row, tap_column;  // first of the stage
 };
 
 __device__ inline Stage stage_of(int index) {
@@ -61,8 +61,8 @@ __device__ inline Stage stage_of(int index) {
           index % kTapColumns * TAPS_W};
 }
 
-// A thread keeps its tap and walks the output channels, so an address is computed once a tap; neighbouring threads
-// take neighbouring taps, as the weight lies in memory.
+// A thread keeps its tap and walks the output channels, to compute one address per tap. Neighbouring threads take
+// neighbouring taps, in the order of memory.
 __device__ inline void copy_weights(Accumulator* weights, const WeightView<const SCALAR>& view,
                                     const Arguments& arguments, int group, int output, const Stage& stage) {
   constexpr int kTaps = CHUNK * TAPS_H * TAPS_W;
@@ -95,7 +95,7 @@ __device__ inline void copy_weights(Accumulator* weights, const WeightView<const
   }
 }
 
-// Adds the products of COUNT taps of one input channel and column; the first tap reads the rows from x on.
+// Adds the products of COUNT taps of one input channel and column; the first tap reads the rows starting at x.
 template <int COUNT>
 __device__ inline void add_products(Accumulator (&sums)[OUTPUTS][PIXELS], const Accumulator* x,
                                     const Accumulator* weights) {
@@ -114,10 +114,10 @@ __device__ inline void add_products(Accumulator (&sums)[OUTPUTS][PIXELS], const 
   }
 }
 
-// Adds the products of one stage. `x` is the thread's first pixel in the tile, `weights` its first output.
+// Adds the products of one stage. `x` is the thread's first pixel in the tile; `weights` is its first output.
 __device__ inline void add_stage(Accumulator (&sums)[OUTPUTS][PIXELS], const Accumulator* x, const Accumulator* weights,
                                  int split, const Stage& stage) {
-  // The last taps of a kernel that stages do not divide are left out, not multiplied by zero: x may be infinite.
+  // Skips taps beyond the kernel instead of multiplying by zero, because x may be infinite.
   const int tap_rows = KERNEL_H % TAPS_H ? min(TAPS_H, KERNEL_H - stage.tap_row) : TAPS_H;
   const int tap_columns = KERNEL_W % TAPS_W ? min(TAPS_W, KERNEL_W - stage.tap_column) : TAPS_W;
 #pragma unroll kUnrolledChannels

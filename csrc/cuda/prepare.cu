@@ -1,16 +1,16 @@
-// Weights as solve_channels.cu reads them: canonical, masked, in the type of the sums, outputs by four and padded with
-// zeros to a multiple of 4, the inputs of a lag in vectors of 16 bytes. With P the pivot and V(a, b) = P^-1 W(a, b):
+// Prepares weights for solve_channels.cu: canonical, masked, in the type of the sums, outputs in fours padded with
+// zeros, the inputs of a lag in vectors of 16 bytes. With P the pivot and V(a, b) = P^-1 W(a, b):
 //
 //   premultiply   P^-1 at lag (0, 0) and -V elsewhere      [group][input of a vector][PADDED / 4][lag, vector][4]
 //
-// A column of P^-1 M is a forward substitution, which one warp does, COLUMNS at once where the pivot is large: lane l
-// holds outputs l, l + 32, ... At each of the CHANNELS steps the finished output goes from its lane to all, and each
-// lane takes it off its own. Predicted by a model for 24, 48 and 64 channels: 2.6, 4.3 and 5.5 thousand cycles on an
+// One warp computes a column of P^-1 M by forward substitution, or COLUMNS at once if the pivot is large: lane l holds
+// outputs l, l + 32, ... At each of the CHANNELS steps the finished output goes from its lane to all, which subtract
+// its product from their own. Predicted by a model for 24, 48 and 64 channels: 2.6, 4.3 and 5.5 thousand cycles on an
 // H100, for 128, 256 and 512: 22, 58 and 185; one column at once: 85 for 256.
 //
-// More constants than those of arguments.cuh: PADDED, outputs that are written; VECTORS, vectors of inputs; THREADS in
-// a block; COLUMNS; PANEL, columns of the pivot that shared memory holds at once, CHANNELS or 32.
-// Arguments: offsets[0] = where to write.
+// Constants in addition to those of arguments.cuh: PADDED, outputs written; VECTORS, vectors of inputs; THREADS per
+// block; COLUMNS; PANEL, columns of the pivot in shared memory at once, CHANNELS or 32. Arguments: offsets[0] = where
+// to write.
 #include "arguments.cuh"
 
 constexpr int kWarps = THREADS / 32;
@@ -18,7 +18,7 @@ constexpr int kTaps = KERNEL_H * KERNEL_W;
 constexpr int kVector = 16 / int(sizeof(Accumulator));
 constexpr int kReads = kTaps * VECTORS;
 constexpr int kSlots = ceil_div(CHANNELS, 32), kUnrolled = kSlots > 2 ? 2 : 8;
-constexpr int kStride = CHANNELS | 1;  // of columns of the pivot, in different banks
+constexpr int kStride = CHANNELS | 1;  // between columns of the pivot, which fall into different banks
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) premultiply(const __grid_constant__ Arguments arguments) {
   extern __shared__ __align__(16) char shared_memory[];
@@ -41,7 +41,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) premultiply(const __gri
       values[i][c] = !counts ? 0 : lag == 0 ? out == in : -load(from + out * weight.out);
     }
   }
-  // Solves P x = values; P(out, k) lies at pivot[k % PANEL * kStride + out] for k < out.
+  // Solves P x = values; P(out, k) is pivot[k % PANEL * kStride + out] for k < out.
 #pragma unroll
   for (int slot = 0; slot < kSlots; ++slot) {
     if (slot == 0 || (PANEL < CHANNELS && slot * 32 % PANEL == 0)) {

@@ -1,4 +1,4 @@
-// Instructions that CUDA C++ offers through system headers only, which the run-time compiler does not have.
+// Instructions that CUDA C++ offers only through system headers, which the run-time compiler lacks.
 #pragma once
 
 __device__ inline float half_to_float(unsigned short bits) {
@@ -15,14 +15,14 @@ __device__ inline unsigned short float_to_half(float value) {
 
 __device__ inline float bfloat16_to_float(unsigned short bits) { return __uint_as_float((unsigned)bits << 16); }
 
-// Rounds to nearest even by hand: GPUs before compute capability 8.0 have no instruction for it.
+// Rounds to nearest even in software, because GPUs before compute capability 8.0 have no instruction for it.
 __device__ inline unsigned short float_to_bfloat16(float value) {
   const unsigned bits = __float_as_uint(value);
   if ((bits & 0x7fffffffu) > 0x7f800000u) return (unsigned short)(bits >> 16 | 0x40u);  // NaN stays one
   return (unsigned short)((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
 }
 
-// Copies one element from global to shared memory in the background where the GPU can (compute capability 8.0).
+// Copies one element from global to shared memory, asynchronously from compute capability 8.0.
 template <typename T>
 __device__ inline void copy_async(T* shared, const T* global) {
 #if __CUDA_ARCH__ >= 800
@@ -39,14 +39,14 @@ __device__ inline void wait_for_copies() {
 #endif
 }
 
-// A counter in global memory by which thread blocks wait for each other.
+// A counter in global memory with which thread blocks wait for each other.
 __device__ inline int load_relaxed(const int* address) {
   int value;
   asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
   return value;
 }
 
-// These order what one block wrote before what another reads; a load empties the L1 cache.
+// These order the writes of one block before the reads of another; a load invalidates the L1 cache.
 __device__ inline int load_acquire(const int* address) {
   int value;
   asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
@@ -57,8 +57,8 @@ __device__ inline void store_release(int* address, int value) {
   asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
 }
 
-// The same address, which the compiler keeps in a register: it takes that of shared memory from a special register at
-// each use otherwise.
+// Returns the same address, to make the compiler keep it in a register. Otherwise it reads the address of shared memory
+// from a special register at each use.
 template <typename T>
 __device__ inline T* kept(T* shared) {
   unsigned address = (unsigned)__cvta_generic_to_shared(shared);

@@ -1,7 +1,7 @@
-// The element types of tensors and the type each is computed in. Half precision computes in float32.
+// The element types of tensors and the types they are computed in. Half precision computes in float32.
 #pragma once
 
-#include <ptx.cuh>  // by the include path: tests put their own in its place
+#include <ptx.cuh>  // through the include path, so tests can replace it
 
 struct Half {
   unsigned short bits;
@@ -30,8 +30,7 @@ __device__ inline void store(double* address, double value) { *address = value; 
 __device__ inline void store(Half* address, float value) { address->bits = float_to_half(value); }
 __device__ inline void store(BFloat16* address, float value) { address->bits = float_to_bfloat16(value); }
 
-// Copies an element in the background where no conversion is needed: wait_for_copies() and a barrier before anyone
-// reads it.
+// Copies an element, asynchronously if it needs no conversion: call wait_for_copies() and a barrier before reading it.
 template <typename T>
 __device__ inline void copy_to_shared(T* shared, const T* global) {
   copy_async(shared, global);
@@ -39,13 +38,13 @@ __device__ inline void copy_to_shared(T* shared, const T* global) {
 __device__ inline void copy_to_shared(float* shared, const Half* global) { *shared = load(global); }
 __device__ inline void copy_to_shared(float* shared, const BFloat16* global) { *shared = load(global); }
 
-// Several consecutive values that are read and written at once.
+// Several consecutive values, read and written at once.
 template <int COUNT>
 struct alignas(COUNT * sizeof(Accumulator)) Vector {
   Accumulator values[COUNT];
 };
 
-// Loads consecutive values; COUNT is a multiple of WIDTH, to whose size the address is aligned.
+// Loads COUNT consecutive values, a multiple of WIDTH; the address is aligned to WIDTH values.
 template <int WIDTH, int COUNT>
 __device__ inline void load_vectors(Accumulator (&values)[COUNT], const Accumulator* shared) {
   static_assert(COUNT % WIDTH == 0, "whole vectors only");

@@ -1,18 +1,18 @@
-// x = A^-1 (y - bias) for some tens of channels: the weights of a group spread over the registers of a thread block.
+// x = A^-1 (y - bias) for some tens of channels, with the weights of a group spread over the registers of a thread
+// block.
 //
 // With P the pivot and V(a, b) = P^-1 W(a, b), which `premultiply` has computed, a pixel is one product with a long
-// vector: its own y and the pixels that it reads,
+// vector, its own y and the pixels that it reads:
 //
 //     x[r, s] = P^-1 y[r, s] - sum_{(a, b) != (0, 0)} V(a, b) x[r - a, s - b]
 //
 // Thread (replica, block of 4 outputs, slice) holds 4 rows of that product's matrix for every SLICES-th 16-byte vector
-// of input channels, reads these vectors of a pixel, and the SLICES lanes add up their sums by shuffles. Replicas take
-// different rows of the anti-diagonal, two at a time where they have several.
+// of input channels and reads these vectors of a pixel; SLICES lanes then add up their sums by shuffles. Replicas take
+// different rows of the anti-diagonal, two at a time if they have several.
 //
-// What bounds it: instructions, 60 to 80 % of them multiply-adds, on one SM an image; where diagonals are short the
-// 450 cycles of a step. Predicted by a model of an H100 for batch 100 in one group, premultiply included, in a graph:
-// 24 channels at 8 x 8 11.3 us, 48 at 4 x 4 10.2, 24 at 16 x 16 25.5, 48 at 8 x 8 19.3; before a replica took two rows
-// and weights were read as vectors 18.5, 21.3, 37.0 and 33.1.
+// The bound is instructions, 60 to 80 % of them multiply-adds, with one SM per image; for short diagonals it is the 450
+// cycles of a step. Predicted by a model of an H100 for batch 100 in one group, with premultiply, in a graph: 24
+// channels at 8 x 8 11.3 us, 48 at 4 x 4 10.2, 24 at 16 x 16 25.5, 48 at 8 x 8 19.3.
 //
 // Constants in addition to those of band.cuh:
 //   SLICES, VECTORS_EACH   SLICES * VECTORS_EACH >= the vectors of the product, SLICES a power of 2 from 4 to 32
@@ -28,8 +28,8 @@ constexpr unsigned kWarp = 0xffffffffu;
 
 using Weights = Accumulator[VECTORS_EACH][kVector][4];
 
-// Solves a pixel, and with PIXELS = 2 that of the replica's next row too. What is read lies at offsets from the pixel,
-// or from its y.
+// Solves a pixel, and with PIXELS = 2 also the one in the replica's next row. Inputs are at offsets from the pixel or
+// from its y.
 template <int PIXELS>
 __device__ inline void solve(const Weights& weights, const int (&offsets)[VECTORS_EACH], Accumulator* pixel,
                              const Accumulator* given_pixel, int slice, int first_output) {
@@ -49,7 +49,7 @@ __device__ inline void solve(const Weights& weights, const int (&offsets)[VECTOR
       }
     }
   }
-  // At each exchange a lane hands on half of its sums, as long as it has several, and adds up the other half.
+  // At each exchange a lane passes on half of its sums, while it has several, and adds to the other half.
   int held = PIXELS * 4, sum = 0;
 #pragma unroll
   for (int lanes = SLICES / 2; lanes > 0; lanes /= 2) {
@@ -82,12 +82,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   const int in_replica = threadIdx.x % (THREADS / REPLICAS);
   const int slice = threadIdx.x % SLICES, first_output = in_replica / SLICES * 4;
   Weights weights;
-  int offsets[VECTORS_EACH];  // of what is read, from the pixel to solve or its y, in bytes
+  int offsets[VECTORS_EACH];  // of inputs, from the pixel to solve or its y, in bytes
   const Accumulator* premultiplied = reinterpret_cast<const Accumulator*>(arguments.scratch + arguments.offsets[2]) +
                                      ((long long)band.place().group * kVector * PADDED + first_output) * kReads;
 #pragma unroll
   for (int i = 0; i < VECTORS_EACH; ++i) {
-    // Beyond the product the weights are zero, and what they meet is finite if the sum is.
+    // Weights beyond the product are zero, and their inputs are finite if the sum is.
     const int read = min(i * SLICES + slice, kReads - 1), lag = read / kVectors, a = lag / KERNEL_W;
     // That is -(a kRowSize + (a + b) kPitch) for b = lag % KERNEL_W.
     offsets[i] = (read % kVectors * kVector - lag * kPitch - a * (kRowSize + kPitch - KERNEL_W * kPitch)) *
@@ -102,7 +102,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     }
   }
 
-  int first_row = replica;  // of those to solve
+  int first_row = replica;  // first row to solve
   band.run([&](int chunk, int steps) {
     for (int time = 0; time < steps; ++time) {
       const int diagonal = chunk * STEPS + time, last_row = min(band.rows - 1, diagonal);

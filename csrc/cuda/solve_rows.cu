@@ -1,20 +1,20 @@
-// x = A^-1 (y - bias) for few channels: one thread a row and output channel, its weights in registers.
+// x = A^-1 (y - bias) for few channels, with one thread per row and output channel and its weights in registers.
 //
-// With P the pivot, and V(a, b) = P^-1 W(a, b), no channel of a pixel depends on another one of the same pixel:
+// With P the pivot and V(a, b) = P^-1 W(a, b), no channel of a pixel depends on another channel of the same pixel:
 //
 //     x[r, s] = P^-1 y[r, s] - sum_{(a, b) != (0, kRight)} V(a, b) x[r - a, s + kRight - b]
 //
-// Thread (row, output channel) walks along its row, a step behind the threads of the row above. Every new pixel that it
-// reads, its own last one and those above, is at once added to the KERNEL_W pending sums it takes part in, so a
-// step reads KERNEL_H pixels, not KERNEL_H * KERNEL_W. Nothing branches inside a step, as a warp that has to find its
-// lanes again loses some 40 cycles: a thread without a pixel reads zeros. Warps without any skip several steps at once.
+// Thread (row, output channel) goes along its row, one step behind the threads of the row above. It adds every new
+// pixel that it reads, its own last one and those above, at once to the KERNEL_W pending sums that need it, so a step
+// reads KERNEL_H pixels, not KERNEL_H * KERNEL_W. A step has no branches, because reconverging costs a warp some 40
+// cycles: a thread without a pixel reads zeros. Warps without any pixel skip several steps at once.
 //
-// What bounds it: TAU (H - 1) + W steps in sequence, each a trip through shared memory, 3 CHANNELS multiply-adds one
-// after another and a barrier, some 110 cycles, as long as the KERNEL_H KERNEL_W CHANNELS multiply-adds and 20 other
-// instructions of all warps of a scheduler take less. Predicted by a model of an H100 for 3 x 3 in float32, a node of a
-// graph, in microseconds (before this design): four groups, batch 100: 12 x 16^2 5.1 (8.0), 24 x 8^2 4.4 (6.8), 48 x
-// 4^2 4.8 (6.3), 12 x 32^2 9.2 (28.8), 24 x 16^2 7.4 (17.8), 48 x 8^2 8.0 (9.9), 12 x 64^2 35 (61); one group: 12 x
-// 16^2 7.8 (12.6), 12 x 32^2 18 (42); one image: 12 x 16^2 4.9 (8.1), 12 x 64^2 15 (102), 12 x 256^2 131 (509).
+// The bound is TAU (H - 1) + W sequential steps of some 110 cycles: an access to shared memory, 3 CHANNELS dependent
+// multiply-adds and a barrier. It holds unless the KERNEL_H KERNEL_W CHANNELS multiply-adds and 20 other instructions
+// of all warps of a scheduler take longer. Predicted by a model of an H100 for 3 x 3 in float32, as a node of a graph,
+// in microseconds: four groups, batch 100: 12 x 16^2 5.1, 24 x 8^2 4.4, 48 x 4^2 4.8, 12 x 32^2 9.2, 24 x 16^2 7.4,
+// 48 x 8^2 8.0, 12 x 64^2 35; one group: 12 x 16^2 7.8, 12 x 32^2 18; one image: 12 x 16^2 4.9, 12 x 64^2 15,
+// 12 x 256^2 131.
 //
 // Constants in addition to those of band.cuh:
 //   BLOCKS    thread blocks that a multiprocessor should hold at once
@@ -22,8 +22,8 @@
 
 constexpr int kColumns = KERNEL_H * KERNEL_W * CHANNELS;
 
-// Writes P^-1 at the pivot and -V elsewhere to premultiplied[column][CHANNELS], column = (a KERNEL_W + b) CHANNELS +
-// i: forward substitution with P for each column, one thread a column.
+// Writes P^-1 at the pivot and -V elsewhere to premultiplied[column][CHANNELS], column = (a KERNEL_W + b) CHANNELS + i,
+// by forward substitution with P, one thread per column.
 __device__ inline void premultiply(const Band& band, Accumulator* pivot, Accumulator* premultiplied) {
   const Arguments& arguments = band.arguments;
   const int group = band.place().group;
@@ -42,7 +42,7 @@ __device__ inline void premultiply(const Band& band, Accumulator* pivot, Accumul
       }
     }
     if (first == 0) {
-      // While the column is on its way.
+      // Runs while the column is being loaded.
       constexpr int kOwn = ceil_div(CHANNELS * CHANNELS, THREADS);
       Accumulator own[kOwn];
 #pragma unroll
@@ -86,8 +86,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) solve_rows(const _
   for (int i = 0; i < kColumns; ++i) {
     weights[i / (KERNEL_W * CHANNELS)][i / CHANNELS % KERNEL_W][i % CHANNELS] = premultiplied[i * CHANNELS + out];
   }
-  Accumulator sums[KERNEL_W] = {};  // of the pixels at column, column + 1, ...
-  // Reads the pixel of tap (a, first), and adds it to the sums that it takes part in, to `sum` instead of the first.
+  Accumulator sums[KERNEL_W] = {};  // for the pixels at column, column + 1, ...
+  // Reads the pixel of tap (a, first) and adds it to the sums that need it, to `sum` instead of the first.
   const auto add = [&](const Accumulator* pixel, int a, int first, Accumulator& sum) {
     Accumulator values[kVectors * kVector];
     load_vectors<kVector>(values, pixel - a * kRowSize + (kRight - first - TAU * a) * kPitch);
@@ -101,7 +101,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) solve_rows(const _
   band.run([&](int chunk, int) {
     const int width = CHUNKED ? arguments.width : kWidth;
     const int first_column = chunk * STEPS - kLead - TAU * row;
-    // When a row of this warp meets the image, and to the right of it zeros that others read.
+    // The steps at which a row of this warp is in the image, or to the right of it, where others read zeros.
     const int first_lane = threadIdx.x & ~31, last_row = min((first_lane + 31) / CHANNELS, ROWS - 1);
     const int begin = kLead + TAU * (first_lane / CHANNELS) - kRight - chunk * STEPS;
     const int end = kLead + TAU * last_row + width + (CHUNKED ? kRight : 0) - chunk * STEPS;
@@ -114,7 +114,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) solve_rows(const _
       for (int time = start; time < start + kStretch; ++time) {
         const int column = first_column + time;
         const bool inside = active && column >= 0 && column < width;
-        // Without chunks there is nothing outside the image; the first pixel reads zeros.
+        // Without chunks no pixel is outside the image; the first pixel reads zeros.
         const bool reads = active && (CHUNKED || (column >= -kRight && column < width));
         Accumulator* pixel = reads ? band.solved_at(row, time) : band.solved_at(0, 0);
         Accumulator given[kVectors * kVector], late = 0;

@@ -1,4 +1,4 @@
-// Tiles of images in shared memory, in the type that the kernels compute in and zero where the image ends.
+// Tiles of images in shared memory, in the type of the sums and zero outside the image.
 #pragma once
 
 #include "arguments.cuh"
@@ -7,9 +7,9 @@ __device__ constexpr int clamp(int value, int least, int most) {
   return value < least ? least : value > most ? most : value;
 }
 
-// Copies channels x images x rows x columns of one group, starting anywhere, into tile[channel * CHANNEL_PITCH +
-// (image * ROW_COUNT + row) * ROW_PITCH + column]. A thread keeps its pixel and walks the channels, so an address
-// is computed once a pixel; neighbouring threads take neighbouring columns.
+// Copies channels x images x rows x columns of one group, starting anywhere, to tile[channel * CHANNEL_PITCH + (image *
+// ROW_COUNT + row) * ROW_PITCH + column]. A thread keeps its pixel and walks the channels, to compute one address per
+// pixel; neighbouring threads take neighbouring columns.
 template <int THREADS, int CHANNEL_COUNT, int IMAGE_COUNT, int ROW_COUNT, int COLUMN_COUNT, int ROW_PITCH,
           int CHANNEL_PITCH>
 __device__ inline void copy_tile(Accumulator* tile, const ImageView<const SCALAR>& first_image, long long image_stride,

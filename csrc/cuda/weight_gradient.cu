@@ -1,35 +1,35 @@
-// dW[o, i, a, b] = sum_{n, r, s} g[n, o, r, s] x[n, i, r - a, s - b], without patches, the same bits each time.
+// dW[o, i, a, b] = sum_{n, r, s} g[n, o, r, s] x[n, i, r - a, s - b], without patches and bitwise reproducible.
 //
-// A matrix product of g and the shifted x, summed over the pixels of the batch. The pixels are cut into chunks; a block
-// of weight_gradient_parts sums one chunk for a tile of outputs, inputs and taps, weight_gradient adds the chunks up.
-// Both add in a fixed order, without atomics, and the many short sums keep rounding errors small.
+// A matrix product of g and the shifted x, summed over the pixels of the batch. A block of weight_gradient_parts sums
+// one chunk of the pixels for a tile of outputs, inputs and taps; weight_gradient adds up the chunks. Both add in a
+// fixed order, without atomics, and the many short sums keep rounding errors small.
 //
-// Tiles of x and g are copied to shared memory, the next while the one before is summed. A thread keeps the sums of
-// OUTPUTS x INPUTS channels and TAPS_H x TAPS_W taps in registers and takes four pixels of a row at a time: for a 3 x 3
-// kernel and 8 outputs 288 multiply-adds for 14 loads of four values each. Where channels are few, SPLITS threads share
-// the pixels of one such register tile and add up at the end of the block.
+// Tiles of x and g are copied to shared memory while the previous ones are summed. A thread keeps the sums of OUTPUTS x
+// INPUTS channels and TAPS_H x TAPS_W taps in registers and takes four pixels of a row at a time: for a 3 x 3 kernel
+// and 8 outputs, 288 multiply-adds for 14 loads of four values each. With few channels, SPLITS threads share the pixels
+// of one such register tile and add up at the end of the block.
 //
-// Floors on an H100, computed, not measured: B C C/G H W kh kw multiply-adds (at 30 T/s: 0.3 us for (100, 12, 16, 16)
-// in four groups, 503 us for (100, 256, 16, 16) in one) and reading x and g. Beyond some 16 channels the multiply-adds
-// are the bound; the prediction is 60 % of their peak. At few channels two launches, two trips to memory and the sums
-// over the splits remain; the prediction is 6 us for both.
+// Lower bounds on an H100, computed, not measured: B C C/G H W kh kw multiply-adds (at 30 T/s: 0.3 us for (100, 12, 16,
+// 16) in four groups, 503 us for (100, 256, 16, 16) in one) and reading x and g. Beyond some 16 channels the
+// multiply-adds are the bound; the prediction is 60 % of their peak. With few channels two launches, two memory
+// accesses and the sums over the splits dominate; the prediction is 6 us for both.
 //
-// parameters[0] is the number of chunks. The scratch holds the sums [chunk][group][o][a][b][i]. The host's constants:
-// OUTPUTS, INPUTS, TAPS_H, TAPS_W, OUTPUT_SLOTS, INPUT_SLOTS, SPLITS, IMAGES, ROWS, COLUMNS, ROW_TILES, COLUMN_TILES,
-// WIDTH_REMAINDER, ROUND_OUTPUTS, PARTS, REDUCTION_THREADS.
+// parameters[0] is the number of chunks. The scratch holds the sums [chunk][group][o][a][b][i]. Constants from the
+// host: OUTPUTS, INPUTS, TAPS_H, TAPS_W, OUTPUT_SLOTS, INPUT_SLOTS, SPLITS, IMAGES, ROWS, COLUMNS, ROW_TILES,
+// COLUMN_TILES, WIDTH_REMAINDER, ROUND_OUTPUTS, PARTS, REDUCTION_THREADS.
 #include "tile.cuh"
 
-constexpr int kPixels = 4;                          // of a row, that a thread takes at a time
-constexpr int kVector = 16 / sizeof(Accumulator);   // values of one load
+constexpr int kPixels = 4;                          // of a row that a thread takes at a time
+constexpr int kVector = 16 / sizeof(Accumulator);   // values per load
 constexpr int kTerms = INPUTS * TAPS_H * TAPS_W;    // sums of a thread for each of its outputs
-constexpr int kUnits = OUTPUT_SLOTS * INPUT_SLOTS;  // threads that share no sum
+constexpr int kUnits = OUTPUT_SLOTS * INPUT_SLOTS;  // threads with different sums
 constexpr int kThreads = kUnits * SPLITS;
-// Of a multiprocessor at least, so one block adds while another waits: 128 registers a thread for float32.
-constexpr int kLanes = ceil_div(kThreads, 32) * 32;  // registers are given to whole warps
+// Least blocks per multiprocessor, so one adds while another waits: 128 registers per thread for float32.
+constexpr int kLanes = ceil_div(kThreads, 32) * 32;  // registers are allocated to whole warps
 constexpr int kResidentBlocks = clamp((sizeof(Accumulator) == 4 ? 512 : 256) / kLanes, 1, 8);
 constexpr int kTileOutputs = OUTPUTS * OUTPUT_SLOTS, kTileInputs = INPUTS * INPUT_SLOTS;
 
-// An odd number of vectors a channel: neighbouring threads read neighbouring channels, in different banks.
+// An odd number of vectors per channel, so neighbouring threads read neighbouring channels from different banks.
 __device__ constexpr int channel_pitch(int values) { return (values / kVector | 1) * kVector; }
 
 constexpr int kHalo = ceil_div(TAPS_W - 1, kPixels) * kPixels;  // columns left of the tile, in whole vectors
@@ -48,7 +48,7 @@ struct Place {
   int tap_column, tap_row, input, output;
 };
 
-// Adds one tile. `x` and `g` are the thread's first channels; rows and columns are left in the image.
+// Adds one tile. `x` and `g` are the thread's first channels; `rows` and `columns` remain in the image.
 __device__ inline void add_tile(Sums& sums, const Accumulator* x, const Accumulator* g, int split, int rows,
                                 int columns) {
   constexpr int kSegments = IMAGES * ROWS * (COLUMNS / kPixels);
@@ -56,7 +56,7 @@ __device__ inline void add_tile(Sums& sums, const Accumulator* x, const Accumula
   for (int segment = split; segment < kSegments; segment += SPLITS) {
     const int column = segment % (COLUMNS / kPixels) * kPixels, line = segment / (COLUMNS / kPixels);
     const int image = line / ROWS, row = line % ROWS;
-    // What lies outside the image is left out, not multiplied by zero: x may be infinite.
+    // Skips pixels outside the image instead of multiplying by zero, because x may be infinite.
     if (row >= rows || column >= columns) continue;
     Accumulator gradient[OUTPUTS][kPixels];
 #pragma unroll
@@ -168,7 +168,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kResidentBlocks)
   }
 }
 
-// Adds the chunks of one entry a thread, or a share of them where there are many: then PARTS threads have it.
+// Adds the chunks of one entry per thread or, with many chunks, per PARTS threads, which share them.
 extern "C" __global__ void __launch_bounds__(REDUCTION_THREADS)
     weight_gradient(const __grid_constant__ Arguments arguments) {
   extern __shared__ __align__(16) char shared_memory[];
