@@ -1,4 +1,4 @@
-"""`python -m nflows_kconv`: what is installed, and which backend runs here and why."""
+"""`python -m nflows_kconv` prints what is installed, and which backend runs here and why."""
 
 import platform
 from importlib.metadata import PackageNotFoundError, version

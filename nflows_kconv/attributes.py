@@ -1,4 +1,4 @@
-"""The one way in which this package gives objects of others other attributes: for a while."""
+"""Temporarily replaces attributes of other packages' objects; nothing else in this package sets them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _MISSING = object()
 
 @contextmanager
 def replaced(replacements: Iterable[tuple[Any, str, Any]]) -> Iterator[None]:
-    """Replaces attributes, given as (object, name, value), while it is entered.
+    """Replaces attributes, given as (object, name, value), inside this context.
 
-    It hides what the class, or a module's table of submodules, has of that name. Afterwards all is as it was, also
-    after an error.
+    The new value hides an attribute of the class or a submodule of that name. On exit, also after an error, everything
+    is restored.
     """
     before = []
     try:

@@ -1,4 +1,4 @@
-"""Images and contexts with any batch shape, for the libraries that allow one."""
+"""Images and contexts with any batch shape, for libraries that allow it."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from nflows_kconv import stencil
 
 
 def flatten_batch(input: Tensor, dimensions: int) -> Tensor:
-    """Views [..., C, H, W] as [B, C, H, W], for images of so many dimensions.
+    """Views [..., C, H, W] as [B, C, H, W], for images with this number of dimensions.
 
     Raises:
-        ValueError: If the input has fewer than those and one for channels.
+        ValueError: If the input has fewer dimensions than an image with channels.
     """
     event = dimensions + 1
     if input.dim() < event:
         axes = ", ".join(("...", "C", *stencil.AXES[dimensions]))
         raise ValueError(f"input must have the dimensions [{axes}], got shape {tuple(input.shape)}")
-    # Not -1 for B, which is ambiguous where an image has no pixels.
+    # Not -1 for B, which is ambiguous for images without pixels.
     return input.reshape(math.prod(input.shape[:-event]), *input.shape[-event:])
 
 
 def flatten_contexts(context: Any) -> Any:
-    """Views contexts [..., E] as [B, E]; what is none stays as it is, for the layer to refuse."""
+    """Views contexts [..., E] as [B, E]; returns anything else unchanged, for the layer to refuse."""
     return context[None].flatten(0, -2) if isinstance(context, Tensor) and context.dim() > 0 else context

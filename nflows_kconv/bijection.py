@@ -1,9 +1,9 @@
-"""What an invertible transformation is, and the registry that makes one of anybody's module.
+"""The interface of invertible transformations, and a registry that adapts modules of any library to it.
 
-`as_bijection(module)` gives a `Bijection`: forward and inverse with log-determinants, a context, a device, samples.
-`testing`, `diagnostics`, `reversible` and `sampling` take their modules through it. It knows modules of nflows,
-normflows, torch.distributions, Pyro, zuko, FrEIA and torchflows, and any with `forward(x) -> (y, log_abs_det)` and
-`inverse`. `register` makes other modules known.
+`as_bijection(module)` returns a `Bijection`: forward and inverse with log-determinants, a context, a device, samples.
+`testing`, `diagnostics`, `reversible` and `sampling` use it for all modules they take. It supports modules of nflows,
+normflows, torch.distributions, Pyro, zuko, FrEIA and torchflows, and any module with `forward(x) -> (y, log_abs_det)`
+and `inverse`. `register` adds others.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 __all__ = ["Bijection", "NoInverse", "as_bijection", "is_bijection", "register"]
 
-# A tensor, or several where a module splits what it is given.
+# A tensor, or several from a module that splits its input.
 Value = Tensor | Sequence[Tensor]
 Direction = str | Callable[[Any, Any, Any], Any]
 
-# Which adapter registers the classes of a package. It is imported when the first such class is met.
+# The adapter that registers the classes of each package, imported when the first such class appears.
 _ADAPTERS = {
     "FrEIA": "nflows_kconv.freia",
     "nflows": "nflows_kconv.nflows",
@@ -41,22 +41,22 @@ _EXPECTED = (
     "nflows_kconv.bijection.register"
 )
 
-# What each class tells. A class that tells nothing of a kind is asked for that of its bases, in the order of its MRO.
+# What each class registered. For anything else its bases count, in the order of its MRO.
 _registry: dict[type, dict[str, Any]] = {}
 
 
 class NoInverse(NotImplementedError):
-    """Raised when a transformation says that it has no inverse, or none that it can compute."""
+    """Raised when a transformation has no inverse, or none that it can compute."""
 
 
 class Bijection:
     """An invertible transformation, made by `as_bijection`.
 
-    It holds the module and nothing else, so it follows every change of it. Errors that the module raises come through,
-    except those that say that there is no inverse: they become `NoInverse`.
+    It holds only the module, so it reflects every change to it. Errors of the module propagate, except that errors for
+    a missing inverse become `NoInverse`.
 
     Attributes:
-        module: The module it was made of, without the wrapper of torch.compile.
+        module: The module, without the wrapper of torch.compile.
     """
 
     def __init__(self, module: Any) -> None:
@@ -67,14 +67,14 @@ class Bijection:
         return f"Bijection({type(self.module).__name__})"
 
     def forward(self, x: Value, context: Any = None) -> tuple[Value, Tensor]:
-        """Computes y = f(x) and log |det dy/dx|: from data to latent for whole flows, else the library's forward.
+        """Computes y = f(x) and log |det dy/dx|: from data to latent for whole flows, else in the library's forward.
 
         Args:
             x: [B, ...].
-            context: What the transformation is conditioned on, one row a sample. None leaves it out.
+            context: What the transformation is conditioned on, one row per sample. None omits it.
 
         Returns:
-            [B, ...], or a list of such tensors where the module gives several; and [B].
+            [B, ...], or a list of such tensors if the module returns several; and [B].
 
         Raises:
             TypeError: If the module does not return outputs and log-determinants.
@@ -83,17 +83,17 @@ class Bijection:
         return self._checked("forward", x, self._call("forward", x, context))
 
     def inverse(self, y: Value, context: Any = None) -> tuple[Value, Tensor]:
-        """Computes x = f^-1(y) and log |det dx/dy|, whatever the module has cached.
+        """Computes x = f^-1(y) and log |det dx/dy|, ignoring the module's caches.
 
         Args:
             y: What `forward` returns.
             context: As in `forward`.
 
         Returns:
-            As `forward`. Where the module returns x alone, the log-determinant is the negative of that of `forward`.
+            As `forward`. If the module returns only x, the log-determinant is minus that of `forward`.
 
         Raises:
-            NoInverse: If the module says that it has no inverse.
+            NoInverse: If the module reports that it has no inverse.
             TypeError: As `forward`.
             ValueError: As `forward`.
         """
@@ -103,7 +103,7 @@ class Bijection:
         return self._checked("inverse", y, result)
 
     def undo(self, y: Value, context: Any = None) -> Value:
-        """Returns the first result of `inverse`, in one call of the module, with its NoInverse."""
+        """Returns only x of `inverse`, with one call of the module; raises NoInverse as `inverse` does."""
         result = self._inverted(y, context)
         return result if isinstance(result, Tensor) else result[0]
 
@@ -111,17 +111,17 @@ class Bijection:
         """Draws samples of a whole flow, [num_samples, ...].
 
         Args:
-            num_samples: How many.
-            context: What they are conditioned on, one row a sample.
+            num_samples: How many to draw.
+            context: What they are conditioned on, one row per sample.
 
         Raises:
-            ValueError: If there is a context, and the flow takes none.
+            ValueError: If a context is given and the flow takes none.
         """
         return _apply(_told(self.module, "sample", "sample"), self.module, num_samples, context)
 
     @property
     def can_sample(self) -> bool:
-        """Whether it is a whole flow, which `sample` can draw from."""
+        """Whether it is a whole flow, so that `sample` can draw from it."""
         return _is_there(self.module, _told(self.module, "sample", "sample"))
 
     @property
@@ -131,23 +131,23 @@ class Bijection:
 
     @property
     def why_not_captured(self) -> str | None:
-        """What a CUDA graph with it would do wrong in its present state, if the library tells."""
+        """What a CUDA graph of it would do wrong in its current state, or None, as registered."""
         return _told(self.module, "why_not_captured", _nothing)(self.module)
 
     def parts(self, context: Any = None) -> list[Bijection]:
-        """Returns the transformations that make up this one, in order; itself if the library tells none.
+        """Returns the transformations that make up this one, in order; itself if none are registered.
 
-        Those that the library tells take no context: they have been made for this one.
+        Registered parts take no context, because they are built for this one.
         """
         parts = _told(self.module, "parts", _nothing)(self.module, context)
         return [inner for part in parts for inner in as_bijection(part).parts()] if parts else [self]
 
     @property
     def methods(self) -> set[str]:
-        """The names of the methods through which other modules run it, in either direction.
+        """The names of the methods by which other modules run it, in either direction.
 
-        These are forward, inverse and those that were registered; for a registered function of the inverse, the one
-        method that it calls.
+        These are forward, inverse and the registered methods; for a registered function of the inverse, the one method
+        that it calls.
         """
         directions = [_told(self.module, direction, direction) for direction in ("forward", "inverse")]
         names = {"forward", "inverse", *(name for name in directions if isinstance(name, str))}
@@ -160,7 +160,7 @@ class Bijection:
 
     @property
     def device(self) -> torch.device:
-        """Where all parameters and buffers are; the CPU if there are none.
+        """The device of all parameters and buffers; the CPU if there are none.
 
         Raises:
             RuntimeError: If they are on several devices.
@@ -197,12 +197,12 @@ class Bijection:
 
 
 def as_bijection(module: Any) -> Bijection:
-    """Makes a `Bijection` of a module of any library.
+    """Returns a module of any library as a `Bijection`.
 
     Args:
-        module: A transform or a flow of nflows, normflows, torch.distributions, Pyro, zuko, FrEIA or torchflows;
-            anything with `forward(x) -> (y, log_abs_det)` and `inverse`, which may take a context as their second
-            argument; anything that `register` has been told of; or a `Bijection`, which is returned.
+        module: A transform or a flow of nflows, normflows, torch.distributions, Pyro, zuko, FrEIA or torchflows; a
+            module with `forward(x) -> (y, log_abs_det)` and `inverse`, which may take a context as second argument; a
+            module of a registered class; or a `Bijection`, which is returned.
 
     Raises:
         TypeError: If it is none of these.
@@ -223,7 +223,7 @@ def as_bijection(module: Any) -> Bijection:
 
 
 def is_bijection(module: Any) -> bool:
-    """Returns whether `as_bijection` takes it."""
+    """Returns whether `as_bijection` accepts a module."""
     if isinstance(module, type):
         return False
     module = _unwrapped(module)
@@ -241,24 +241,24 @@ def register(
     says_no_inverse: Callable[[Exception], bool] | None = None,
     why_not_captured: Callable[[Any], str | None] | None = None,
 ) -> None:
-    """Registers how modules of a class, and of its subclasses, are invertible transformations.
+    """Registers how to use modules of a class and its subclasses as invertible transformations.
 
-    What you leave out is taken from the base classes, in the end `forward(x) -> (y, log_abs_det)` and `inverse`.
+    Omitted arguments come from the base classes; the defaults are `forward(x) -> (y, log_abs_det)` and `inverse`.
 
     Args:
         cls: The class.
-        forward: The name of the method, or a function of (module, x, context). Either returns outputs and
+        forward: The name of a method, or a function of (module, x, context). Either returns outputs and
             log-determinants, [B].
-        inverse: The same for the other direction. It may return the result alone.
-        sample: For a whole flow: the method, or a function of (module, num_samples, context), that returns that many
-            samples, one for each row of the context. It raises a ValueError for a context that the flow does not take.
-        parts: A function of (module, context) that returns the transformations that are the module when applied one
-            after the other, without a context, or None.
-        networks: For couplings: the names of the attributes that hold their networks, which both directions evaluate,
-            each once, with the same values.
-        says_no_inverse: Which of the exceptions raised in `inverse` say that there is none, besides
-            NotImplementedError.
-        why_not_captured: A function of the module that returns what a CUDA graph with it would do wrong, or None.
+        inverse: The same for the other direction. It may return only the result.
+        sample: For a whole flow, the name of a method, or a function of (module, num_samples, context), that returns
+            that many samples, one per row of the context. It raises a ValueError for a context that the flow does not
+            take.
+        parts: A function of (module, context) that returns the transformations whose composition, without a context, is
+            the module, or None.
+        networks: For couplings, the names of the attributes that hold their networks. Both directions must evaluate
+            each network once, with the same values.
+        says_no_inverse: Which exceptions raised in `inverse` mean that there is none, besides NotImplementedError.
+        why_not_captured: A function of the module that returns what a CUDA graph of it would do wrong, or None.
 
     Raises:
         TypeError: If `cls` is not a class.
@@ -290,7 +290,7 @@ def register(
 
 
 def per_sample(log_abs_det: Any, value: Value) -> Any:
-    """Returns a log-determinant [B] of a library that gives one number where it is the same for all samples."""
+    """Expands to [B] a log-determinant that a library returns as one number for all samples."""
     if isinstance(log_abs_det, Tensor) and log_abs_det.dim():
         return log_abs_det
     first = value if isinstance(value, Tensor) else value[0]
@@ -299,7 +299,7 @@ def per_sample(log_abs_det: Any, value: Value) -> Any:
 
 
 def _told(module: Any, kind: str, default: Any) -> Any:
-    """Returns what the class of a module tells of a kind, or the default."""
+    """Returns what the class of a module registered as `kind`, or the default."""
     return _told_by_class(type(module), kind, default)  # type: ignore[arg-type]
 
 
@@ -313,12 +313,12 @@ def _told_by_class(cls: type, kind: str, default: Any) -> Any:
 
 
 def _unwrapped(module: Any) -> Any:
-    """Returns the module that torch.compile has wrapped, whose class tells what it is."""
+    """Returns the module inside the wrapper of torch.compile."""
     return getattr(module, "_modules", {}).get("_orig_mod", module)
 
 
 def is_of_a_library(module_name: str) -> bool:
-    """Returns whether a Python module belongs to torch or to a library that is known here."""
+    """Returns whether a Python module belongs to torch or to a supported library."""
     return _adapter(module_name) is not None or f"{module_name}.".startswith("torch.")
 
 
@@ -328,7 +328,7 @@ def _adapter(module_name: str) -> str | None:
 
 @functools.lru_cache(maxsize=4096)
 def _import_adapter(module_name: str) -> None:
-    """Has the adapter of a library register, given the name of one of its modules."""
+    """Imports the adapter of a library, which registers its classes, given the name of a module of the library."""
     if adapter := _adapter(module_name):
         importlib.import_module(adapter)
 
@@ -336,7 +336,7 @@ def _import_adapter(module_name: str) -> None:
 def _apply(function: Direction, module: Any, value: Any, context: Any) -> Any:
     if not isinstance(function, str):
         return function(module, value, context)
-    # Through __call__, for hooks.
+    # Through __call__, to run hooks.
     method = module if function == "forward" and callable(module) else getattr(module, function)
     return method(value) if context is None else method(value, context)
 
@@ -350,7 +350,7 @@ def _nothing(*arguments: Any) -> None:
 
 
 def _says_no_inverse(error: Exception) -> bool:
-    # torch says "not implemented for 'Half'" where it has no kernel for a dtype.
+    # torch raises "not implemented for 'Half'" if it has no kernel for a dtype.
     return isinstance(error, NotImplementedError) and "not implemented for '" not in str(error)
 
 

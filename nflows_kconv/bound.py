@@ -1,14 +1,14 @@
-"""A bound on the gain of the inverse that holds by construction, at every image size.
+"""Bounds the gain of the inverse by construction, at every image size.
 
-With D the pivot's diagonal at every pixel, A = D (I + N): N is the convolution with all other entries of the weight,
-each row divided by its diagonal. ||N||_2 is at most r, the sum over the taps of the spectral norms of their
-C/G x C/G matrices. So
+Let D be the pivot's diagonal at every pixel and A = D (I + N), where N is the convolution with all other entries of the
+weight, each row divided by its diagonal. ||N||_2 is at most r, the sum over the taps of the spectral norms of their C/G
+x C/G matrices. So
 
     ||A^-1||_2 <= ||D^-1||_2 / (1 - r)    for r < 1
 
 at every image size, with zero or circular borders; docs/numerics.md has the proof. Gram iteration bounds the spectral
-norms (Delattre, Barthelemy, Araujo, Allauzen 2023, arXiv 2305.16173). It takes matrix products alone, which are
-differentiable and fit into a CUDA graph.
+norms (Delattre, Barthelemy, Araujo, Allauzen 2023, arXiv 2305.16173). It uses only matrix products, which are
+differentiable and work in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from torch import Tensor
 
 from nflows_kconv.backends.reference import in_own_precision
 
-# n x n matrices come out too large by a factor of n^(2^-6) at most: 1.06 for n = 48.
+# Overestimates norms of n x n matrices by a factor of at most n^(2^-6): 1.06 for n = 48.
 _GRAM_STEPS = 5
-# A norm whose derivatives of second order are still finite in float32.
+# The smallest norm whose second derivatives are finite in float32.
 _SMALLEST_NORM = 1e-12
 
 
@@ -28,7 +28,7 @@ def off_diagonal_norm(relative: Tensor) -> Tensor:
     """Returns the bound r on ||N||_2 in each group, [G], in float32 at least.
 
     Args:
-        relative: The weight of N, [C, C/G, ...]: zero where it is masked and, unless borders are circular, on the
+        relative: The weight of N, [C, C/G, ...], zero where it is masked and, unless borders are circular, on the
             pivot's diagonal.
     """
     dtype = torch.promote_types(relative.dtype, torch.float32)
@@ -38,7 +38,7 @@ def off_diagonal_norm(relative: Tensor) -> Tensor:
 
 
 def scale(relative: Tensor, max_inverse_gain: float) -> Tensor:
-    """Returns the factor, [C, 1, ...], that N needs to have r <= 1 - 1/max_inverse_gain; 1 where it needs none.
+    """Returns the factor, [C, 1, ...], at most 1, that scales N to r <= 1 - 1/max_inverse_gain.
 
     Args:
         relative: See `off_diagonal_norm`.
@@ -51,10 +51,10 @@ def scale(relative: Tensor, max_inverse_gain: float) -> Tensor:
 
 
 def _spectral_norm(matrices: Tensor) -> Tensor:
-    """Bounds the largest singular value from above, [..., n, n] -> [...].
+    """Returns an upper bound of the largest singular value, [..., n, n] -> [...].
 
-    For M_0 = M, M_(j+1) = M_j M_j^T, it is that of M_j to the power of 2^-j, and at most ||M_j||_F^(2^-j). Against
-    overflow M_j is divided by its norm, which goes into the result.
+    With M_0 = M and M_(j+1) = M_j M_j^T, it is that of M_j to the power of 2^-j, and at most ||M_j||_F^(2^-j). Dividing
+    M_j by its norm, which goes into the result, avoids overflow.
     """
     norm = _frobenius_norm(matrices)
     bound = norm

@@ -1,4 +1,4 @@
-"""Checks of arguments that several modules make."""
+"""Argument checks shared by several modules."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def positive(name: str, value: int) -> int:
 
     Raises:
         TypeError: If it is not an integer.
-        ValueError: If it is below 1, or no machine integer.
+        ValueError: If it is below 1 or above sys.maxsize.
     """
     if not isinstance(value, Integral) or isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, got {value!r}")
@@ -30,11 +30,11 @@ def positive(name: str, value: int) -> int:
 
 
 def per_axis(name: str, value: int | Sequence[int], dimensions: int) -> tuple[int, ...]:
-    """Returns an int for each axis, from one for all or one for each.
+    """Returns one int per axis, from one for all axes or one per axis.
 
     Raises:
-        TypeError: If it is, or has, no integer.
-        ValueError: If there is not one for each axis, or one below 1.
+        TypeError: If a value is not an integer.
+        ValueError: If the number of values is wrong, or a value is below 1.
     """
     values = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,) * dimensions
     if len(values) != dimensions:
@@ -58,15 +58,15 @@ def temperature(value: float) -> float:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Returns whether a tensor has plain values: not traced, not under torch.func, not of a subclass."""
+    """Returns whether a tensor is not traced, not under torch.func and not of a subclass."""
     return (
         not torch.compiler.is_compiling() and type(tensor) in (Tensor, torch.nn.Parameter) and not is_under_torch_func()
     )
 
 
 def can_inspect_values(tensor: Tensor) -> bool:
-    """Returns whether looking at a tensor's values costs nothing and is allowed.
+    """Returns whether reading a tensor's values is allowed and free.
 
-    That is on the CPU, for tensors that are plain. Elsewhere it would wait for the device, or fail.
+    That holds for plain tensors on the CPU. Reading others would synchronize the device, or fail.
     """
     return tensor.device.type == "cpu" and is_plain(tensor)

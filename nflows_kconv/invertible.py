@@ -1,4 +1,4 @@
-"""The base of every invertible module here: two directions, both of which run through `__call__`."""
+"""The base of every invertible module in this package."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch import Tensor, nn
 class InvertibleModule(nn.Module):
     """A module `forward(input, context=None) -> (output, log_abs_det)` with an inverse of the same form.
 
-    Both directions run through `nn.Module.__call__`, so hooks fire once in either, and what is built on hooks works in
-    both: FSDP, pruning, weight normalisation. Subclasses define `_run_forward` and `_run_inverse`, which take the input
-    and the context; log-determinants are [B], in float32 at least.
+    Both directions run through `nn.Module.__call__`, so hooks run once in either, and FSDP, pruning and weight
+    normalisation, which rely on hooks, work in both. Subclasses define `_run_forward` and `_run_inverse`, which take
+    the input and the context; log-determinants are [B], in float32 at least.
     """
 
     def forward(self, input: Tensor, context: Any = None, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
-        """Transforms the input, or undoes that if `inverse` is set."""
+        """Transforms the input, or undoes that if `inverse`."""
         return self._run_inverse(input, context) if inverse else self._run_forward(input, context)
 
     def inverse(self, input: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
         """Undoes `forward`."""
-        # Not self(...): the transforms of torch.distributions have a __call__ of their own.
+        # Not self(...), because transforms of torch.distributions override __call__.
         return nn.Module.__call__(self, input, context, inverse=True)
 
     def _run_forward(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:

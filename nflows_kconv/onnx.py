@@ -1,10 +1,10 @@
-"""ONNX: what torch's exporter needs to know of this package.
+"""Translates the operators for torch's exporter to ONNX.
 
     torch.onnx.export(module, inputs, dynamo=True, custom_translation_table=nflows_kconv.onnx.translation_table())
 
-A convolution is a Pad and a Conv for each group of channels, see `ops`. Here is the solution: in the canonical frame of
-`stencil`, the pixels of one time tau . p depend on those of earlier times alone. They are laid out by time and by row
-(all axes but the last), and solved by a Scan, each of whose steps is one Conv over the times before. With the pivot P:
+A convolution becomes a Pad and a Conv per group of channels, see `ops`. This module translates the solution. In the
+canonical frame of `stencil`, the pixels of one time tau . p depend only on earlier times. They are laid out by time and
+by row (all axes but the last) and solved by a Scan, with one Conv over the earlier times per step. With the pivot P:
 
     x[t, r] = P^-1 y[t, r] - sum_l P^-1 W[l] x[t - tau . l, r - l]
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Sequence  # noqa: UP035 - on Python 3.10 onnxscript knows no other
+from typing import Any, Sequence  # noqa: UP035 - onnxscript supports no other on Python 3.10
 
 import torch
 from torch import Tensor
@@ -31,11 +31,11 @@ __all__ = ["translation_table"]
 
 
 def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """Returns the `custom_translation_table` that `torch.onnx.export` needs for layers and flows of this package.
+    """Returns the `custom_translation_table` with which `torch.onnx.export` exports layers and flows of this package.
 
-    Batches may be dynamic, and where the module takes images of any size, their sizes. ONNX Runtime gives what torch
-    gives, to rounding. Periodic layers cannot be exported, nor conditional ones for dynamic batches: their
-    `NotImplementedError` is in the message of the exporter's own error.
+    The batch size may be dynamic, and so may the image size if the module accepts any. ONNX Runtime's results equal
+    torch's to rounding. Periodic layers, and conditional layers with a dynamic batch size, cannot be exported: the
+    exporter's error message contains their `NotImplementedError`.
 
     Examples:
         >>> import torch
@@ -76,7 +76,7 @@ def _solve(
     if bias is not None:
         input = op.Sub(input, op.Reshape(bias, [-1, *[1] * dimensions]))
     images, weight = _split(input, count), op.Reshape(weight, [-1])
-    # Where the weight has each of its entries.
+    # The index of each entry in the weight.
     entries = torch.arange(channels * per_group * math.prod(kernel_size)).view(count, -1, per_group, *kernel_size)
     outputs: dict[int, Any] = {}
     for family in {stencil.family(code) for code in stencils}:
@@ -108,7 +108,7 @@ def _solve(
 
 
 def _substitute(y: Any, weight: Any, lags: Sequence[Sequence[int]], groups: int) -> Any:
-    """Computes x with x[p] = y[p] - sum_l weight[l] x[p - l], of y, [B, C, ...], and the weight, [C, lags, C/G]."""
+    """Solves x[p] = y[p] - sum_l weight[l] x[p - l] for x, given y, [B, C, ...], and the weight, [C, lags, C/G]."""
     tau = stencil.schedule(lags)
     axes = len(tau)
     *heights, width = (op.Squeeze(op.Shape(y, start=axis, end=axis + 1)) for axis in range(2, axes + 2))
@@ -133,10 +133,10 @@ def _substitute(y: Any, weight: Any, lags: Sequence[Sequence[int]], groups: int)
 
 
 def _kernel(weight: Any, reads: Sequence[Sequence[int]]) -> tuple[Any, dict[str, list[int]]]:
-    """Returns the kernel of a step, and how Conv applies it, for taps that read so far back in time and along rows.
+    """Returns the kernel of a step and the options of its Conv, for taps with these lags in time and along rows.
 
-    It ends with the last time that has a tap, and with the row itself. One more tap, of zeros, stands where there is
-    none.
+    The kernel ends with the last time that has a tap, and with the row itself. A tap of zeros fills positions without
+    one.
     """
     axes = len(reads[0])
     furthest = [max(distances) for distances in zip(*reads, strict=True)]
@@ -161,7 +161,7 @@ def _scan(
     pads: Sequence[int],
     strides: Sequence[int],
 ) -> FLOAT:
-    """Computes x by time, [T, B, C, ...]; `before`, [B, C, times, ...], is what it was before time 0."""
+    """Computes x by time, [T, B, C, ...]; `before`, [B, C, times, ...], holds x before time 0."""
 
     @graph()
     def step(known, y_now, inside_now):  # type: ignore[no-untyped-def]
@@ -185,7 +185,7 @@ def _solve_triangular(self: Any, B: Any, upper: bool, left: bool = True, unitria
 def _inverse(matrix: Any, diagonal: Any, size: int, upper: bool) -> Any:
     """Computes the inverse of a triangular matrix, [..., n, n], with this diagonal, [..., n].
 
-    The inverses of two blocks on the diagonal make that of a block twice as long:
+    The inverses of two diagonal blocks give the inverse of a block twice as large:
 
         [[A, 0], [C, D]]^-1 = [[A^-1, 0], [-D^-1 C A^-1, D^-1]]
     """
@@ -201,12 +201,12 @@ def _inverse(matrix: Any, diagonal: Any, size: int, upper: bool) -> Any:
 
 
 def _canonical(image: Any, code: int, dimensions: int) -> Any:
-    """Does what `stencil.canonical` does."""
+    """Translates `stencil.canonical`."""
     return _mirrored(_exchanged(image, code, dimensions), code, dimensions)
 
 
 def _from_canonical(image: Any, code: int, dimensions: int) -> Any:
-    """Does what `stencil.from_canonical` does."""
+    """Translates `stencil.from_canonical`."""
     return _exchanged(_mirrored(image, code, dimensions), code, dimensions)
 
 
@@ -221,7 +221,7 @@ def _mirrored(image: Any, code: int, dimensions: int) -> Any:
 
 
 def _place(coordinates: Sequence[Any], sizes: Sequence[Any]) -> Any:
-    """Returns where the memory of an image of these sizes has a pixel."""
+    """Returns the index of a pixel in the memory of an image of these sizes."""
     place = coordinates[0]
     for coordinate, size in zip(coordinates[1:], sizes[1:], strict=True):
         place = place * size + coordinate
@@ -229,7 +229,7 @@ def _place(coordinates: Sequence[Any], sizes: Sequence[Any]) -> Any:
 
 
 def _range(size: Any, axis: int, axes: int) -> Any:
-    """Returns 0 to size - 1 along this one of the axes."""
+    """Returns 0 to size - 1 along an axis."""
     return op.Reshape(op.Range(0, size, 1), [-1 if each == axis else 1 for each in range(axes)])
 
 

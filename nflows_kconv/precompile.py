@@ -18,24 +18,24 @@ from nflows_kconv.torch_internals import TorchDispatchMode, tree_map_only
 def warmup(module: nn.Module, input_shape: Sequence[int], context: Any = None) -> None:
     """Compiles and loads the CUDA kernels that a module will need for inputs of this shape.
 
-    Kernels are otherwise compiled when first needed. That takes up to a second each, and fails inside the capture of a
-    CUDA graph. After the warm-up, the convolution, its inverse and their first derivatives compile nothing more at the
-    shape that each layer is given. Another shape may need more kernels; another batch size rarely does. Periodic layers
-    have none.
+    Otherwise kernels are compiled when first needed, which takes up to a second each and fails inside the capture of a
+    CUDA graph. After the warm-up, the convolution, its inverse and their first derivatives compile nothing more for the
+    input shape of each layer. Another shape may need more kernels; another batch size rarely does. Periodic layers need
+    none.
 
-    Calls a copy of the module once, in evaluation mode, on images of 0.5: a flow from data to latent, as
-    `nflows_kconv.bijection` runs it. The module, its gradients and random number generators stay as they are. Layers
-    that are not on a CUDA device need no kernels, so nothing happens.
+    Calls a copy of the module once, in evaluation mode, on images of 0.5; a flow runs from data to latent, as in
+    `nflows_kconv.bijection`. The module, its gradients and random number generators do not change. Does nothing for
+    layers that are not on a CUDA device.
 
     Args:
-        module: Anything that contains layers of this package, or is one.
-        input_shape: [B, C, ...] of what the module is called with.
-        context: If given, the second argument of the call.
+        module: A layer of this package, or a module that contains one.
+        input_shape: [B, C, ...] of the module's input.
+        context: The second argument of the call, or None for no such argument.
 
     Raises:
         TypeError: If `module` is not a module.
-        ValueError: If it contains no layer of this package.
-        RuntimeError: If it cannot be called with such an input, or a kernel does not compile.
+        ValueError: If it contains no such layer.
+        RuntimeError: If the call fails or a kernel does not compile.
 
     Examples:
         >>> import torch
@@ -55,7 +55,7 @@ def warmup(module: nn.Module, input_shape: Sequence[int], context: Any = None) -
 
 
 def problems(module: nn.Module, input_shape: Sequence[int], context: Any = None) -> list[tuple[Any, ...]]:
-    """Collects the arguments of `ops.conv` and `ops.solve` in a call of a module, once a shape, dtype and device.
+    """Collects the arguments of `ops.conv` and `ops.solve` in a call of a module, once per shape, dtype and device.
 
     Args:
         module: See `warmup`.
@@ -85,14 +85,14 @@ def problems(module: nn.Module, input_shape: Sequence[int], context: Any = None)
 
 
 class _Problems(TorchDispatchMode):
-    """Notes the arguments of convolutions and solutions, in whatever way layers are called."""
+    """Records the arguments of convolutions and solutions, however layers are called."""
 
     def __init__(self) -> None:
         super().__init__()
         self.found: dict[str, tuple[Any, ...]] = {}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if function in (ops.conv, ops.solve) and stencil.PERIODIC not in args[4]:  # which torch convolves
+        if function in (ops.conv, ops.solve) and stencil.PERIODIC not in args[4]:  # torch's convolution runs these
             kind = tree_map_only(Tensor, lambda tensor: (tensor.shape, tensor.dtype, tensor.device), args)
             self.found.setdefault(repr(kind), args)
         return function(*args, **(kwargs or {}))

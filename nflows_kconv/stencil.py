@@ -1,23 +1,23 @@
-"""Stencils: which pixels a pixel of the convolution reads, which taps are masked, in what order pixels can be solved.
+"""Stencils: which pixels the convolution reads at a pixel, which taps are masked, in what order pixels can be solved.
 
-A stencil is a symmetry of the image and a *pivot*, the tap that reads the pixel itself. The symmetry, mirrored axes and
-for some an exchange of the two axes, leads to the *canonical* frame. There
+A stencil is a symmetry of the image and a *pivot*, the tap that reads the pixel itself. The symmetry mirrors axes, and
+for some stencils exchanges the two axes, which gives the *canonical* frame. There
 
     the taps before the pivot, in raster order, are free;
     the pivot's matrix counts as lower triangular;
     the taps after the pivot are masked,
 
-so a pixel reads none that comes after it in raster order, and the Jacobian is triangular. With the last tap as
-pivot the stencil is a *corner* (a quarter plane): nothing but the pivot's triangle is masked. With the middle of the
-last row it is a *side* (a half plane): the rows above, and in the pixel's own row what is to the left.
+so no pixel reads a later one in raster order, and the Jacobian is triangular. With the last tap as pivot the stencil is
+a *corner* (a quarter plane): only the pivot's triangle is masked. With the middle of the last row as pivot it is a
+*side* (a half plane), which reads the rows above and, in the pixel's own row, the pixels to the left.
 
-The *lag* of a tap is how far back it reads along each canonical axis, in pixels. The *schedule* is integers tau with
-tau . lag > 0 for all free taps: pixels with equal tau . position can be solved at once (Lamport's hyperplane method,
-1974). The transposed operator has the same lags in the opposite stencil, and its channels exchanged.
+The *lag* of a tap is how far back it reads along each canonical axis, in pixels. The *schedule* is a tuple of integers
+tau with tau . lag > 0 for all free taps: pixels with equal tau . position can be solved at once (Lamport's hyperplane
+method, 1974). The transposed operator has the same lags in the opposite stencil, with its channels exchanged.
 
-Inside the package a stencil is an integer: bit i mirrors the i-th axis from the last; `_SIDE` and `_EXCHANGED` are what
-they say. `csrc/cpu/stencil.h` says the same for C++. `PERIODIC` has no name and no solution: its pivot is the middle
-tap, nothing is masked, and what it reads beyond a border is what enters at the opposite one.
+Inside the package a stencil is an integer: bit i mirrors the i-th axis from the last; `_SIDE` and `_EXCHANGED` are
+further bits, as in `csrc/cpu/stencil.h`. `PERIODIC` has no name and no solution: its pivot is the middle tap, nothing
+is masked, and borders are circular.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ CORNERS = {n: tuple(name for name, code in codes.items() if code <= _MIRRORS) fo
 
 
 def parse(corners: str | Sequence[str], dimensions: int = 2) -> tuple[int, ...]:
-    """Turns names into integers, one a channel group.
+    """Converts names to integers, one per channel group.
 
     Raises:
         TypeError: If `corners` is neither a string nor a sequence of strings.
-        ValueError: If there is no name, or one that no stencil of so many dimensions has.
+        ValueError: If there is no name, or a name is unknown for this number of dimensions.
     """
     known = STENCILS[dimensions]
     if type(corners) is str and corners in known:  # at every call of `functional`
@@ -72,17 +72,17 @@ def parse(corners: str | Sequence[str], dimensions: int = 2) -> tuple[int, ...]:
 
 
 def is_corner(code: int) -> bool:
-    """Returns whether the pivot is the last tap, and no tap is masked as a whole."""
+    """Returns whether the pivot is the last tap, so that no other tap is masked."""
     return code <= _MIRRORS
 
 
 def opposite(code: int, dimensions: int) -> int:
-    """Returns the stencil mirrored along all axes: where the transposed operator reads."""
+    """Returns the stencil mirrored along all axes, which the transposed operator has."""
     return code ^ ((1 << dimensions) - 1)
 
 
 def family(code: int) -> int:
-    """Returns the stencil that it is a mirror image of: those of a family have equal lags."""
+    """Returns the family of a stencil: its mirror images, which have equal lags."""
     return code & ~_MIRRORS
 
 
@@ -100,16 +100,16 @@ def from_canonical(tensor: Tensor, code: int, dimensions: int) -> Tensor:
 
 
 def lags(code: int, kernel_size: Sequence[int]) -> list[tuple[int, ...]]:
-    """Returns how far back each free tap reads along the canonical axes, in raster order; the pivot comes last."""
+    """Returns the lag of each free tap, in raster order, with the pivot last."""
     size, pivot_ = exchanged(code, kernel_size), _canonical_pivot(code, kernel_size)
     taps = itertools.product(*map(range, size))
     return [tuple(p - t for p, t in zip(pivot_, tap, strict=True)) for tap in taps if tap <= pivot_]
 
 
 def schedule(lags: Iterable[Sequence[int]]) -> tuple[int, ...]:
-    """Returns the smallest positive tau with tau . lag > 0 for every lag except zero; none if all are zero.
+    """Returns the smallest positive tau with tau . lag > 0 for every nonzero lag; an empty one if all are zero.
 
-    The first number of each lag that is not zero must be positive: a tap before the pivot reads back.
+    The first nonzero number of each lag must be positive, because a tap before the pivot reads back.
     """
     others = [lag for lag in lags if any(lag)]
     tau: list[int] = []
@@ -124,7 +124,7 @@ def schedule(lags: Iterable[Sequence[int]]) -> tuple[int, ...]:
 
 
 def pivot(code: int, kernel_size: Sequence[int]) -> tuple[int, ...]:
-    """Returns where the kernel has the tap that reads the pixel itself."""
+    """Returns the index of the pivot in the kernel."""
     size, place = exchanged(code, kernel_size), list(_canonical_pivot(code, kernel_size))
     for axis in mirrored(code, len(size)):
         place[axis] = size[axis] - 1 - place[axis]
@@ -132,7 +132,7 @@ def pivot(code: int, kernel_size: Sequence[int]) -> tuple[int, ...]:
 
 
 def pad(images: Tensor, code: int, kernel_size: Sequence[int], dilation: Sequence[int] = ()) -> Tensor:
-    """Returns images [B, C, ...] with what a convolution of torch reads beyond their borders."""
+    """Pads images, [B, C, ...], for a convolution of torch."""
     axes = zip(pivot(code, kernel_size), kernel_size, dilation or [1] * len(kernel_size), strict=True)
     before_after = [(place * step, (size - 1 - place) * step) for place, size, step in axes]
     amounts = [amount for pair in reversed(before_after) for amount in pair]
@@ -142,22 +142,22 @@ def pad(images: Tensor, code: int, kernel_size: Sequence[int], dilation: Sequenc
 def masked_entries(
     shape: Sequence[int], stencils: Sequence[int], device: torch.device | None = None, *, diagonal: bool = False
 ) -> Tensor:
-    """Marks where a weight of this shape counts as zero: the pivot's entries with c_in > c_out, and masked taps.
+    """Returns a mask of the entries that count as zero: the pivot's entries with c_in > c_out, and masked taps.
 
-    With `diagonal` also on the pivot's diagonal: where a raw weight is ignored.
+    With `diagonal` the mask includes the pivot's diagonal: the entries of a raw weight that are ignored.
     """
     above = torch.ones(shape[1], shape[1], dtype=torch.bool, device=device).triu(0 if diagonal else 1)
     return _of_groups(shape, stencils, above, after_pivot=True)
 
 
 def diagonal_entries(shape: Sequence[int], stencils: Sequence[int], device: torch.device | None = None) -> Tensor:
-    """Marks the pivot's diagonal."""
+    """Returns a mask of the pivot's diagonal."""
     diagonal = torch.eye(shape[1], dtype=torch.bool, device=device)
     return _of_groups(shape, stencils, diagonal, after_pivot=False)
 
 
 def pivot_diagonal(weight: Tensor, stencils: Sequence[int]) -> Tensor:
-    """Returns the diagonal of the pivot taps, [C]: the diagonal of the Jacobian at every pixel."""
+    """Returns the pivot's diagonal, [C], which is the diagonal of the Jacobian at every pixel."""
     diagonals = []
     for group, code in zip(weight.chunk(len(stencils)), stencils, strict=True):
         for index in pivot(code, weight.shape[2:]):
@@ -169,7 +169,7 @@ def pivot_diagonal(weight: Tensor, stencils: Sequence[int]) -> Tensor:
 def effective(
     weight: Tensor, stencils: Sequence[int], log_diagonal: Tensor | None = None, unit_diagonal: bool = False
 ) -> Tensor:
-    """Returns the weight that counts: zero where it is masked, with its own diagonal, exp(log_diagonal) or ones."""
+    """Returns the effective weight: zero where masked, with its own diagonal, exp(log_diagonal) or ones."""
     device = weight.device
     weight = weight.masked_fill(masked_entries(weight.shape, stencils, device), 0)
     if not unit_diagonal and log_diagonal is None:
@@ -185,7 +185,7 @@ def check_diagonal(diagonal: Tensor) -> None:
     """Raises a ValueError unless every entry and its reciprocal, in float32 at least, are finite and not zero.
 
     Args:
-        diagonal: [C], or one for each image, [B, C].
+        diagonal: [C], or [B, C] with one per image.
     """
     diagonal = diagonal.to(torch.promote_types(diagonal.dtype, torch.float32))
     bad = ((diagonal * diagonal.reciprocal()).round() != 1).nonzero()  # NaN and infinity are not 1
@@ -204,8 +204,8 @@ def mirrored(code: int, dimensions: int) -> list[int]:
 
 
 def exchanged(code: int, values: Sequence[int]) -> list[int]:
-    """Returns the numbers, one for each axis, in the order of the canonical frame's axes, or back."""
-    return list(values)[::-1] if code & _EXCHANGED else list(values)  # of two axes
+    """Reorders numbers, one per axis, from image axes to canonical axes, or back."""
+    return list(values)[::-1] if code & _EXCHANGED else list(values)  # only for two axes
 
 
 def _canonical_pivot(code: int, kernel_size: Sequence[int]) -> tuple[int, ...]:
@@ -216,7 +216,7 @@ def _canonical_pivot(code: int, kernel_size: Sequence[int]) -> tuple[int, ...]:
 
 
 def _of_groups(shape: Sequence[int], stencils: Sequence[int], at_pivot: Tensor, after_pivot: bool) -> Tensor:
-    """Returns a mask of a weight: this one at the pivot, one value at all taps after it, for groups in turn."""
+    """Returns a mask of a weight with this mask at the pivot and one value at all later taps, for each group."""
     masks = {code: _of_group(shape[2:], code, at_pivot, after_pivot) for code in set(stencils)}
     mask = torch.cat([masks[code] for code in stencils])
     return mask.expand(shape[0] // len(mask), *mask.shape).flatten(0, 1)
@@ -224,12 +224,12 @@ def _of_groups(shape: Sequence[int], stencils: Sequence[int], at_pivot: Tensor, 
 
 def _of_group(kernel_size: Sequence[int], code: int, at_pivot: Tensor, after_pivot: bool) -> Tensor:
     size = exchanged(code, kernel_size)
-    place = 0  # of the pivot in raster order
+    place = 0  # index of the pivot in raster order
     for length, index in zip(size, _canonical_pivot(code, kernel_size), strict=True):
         place = place * length + index
     taps = at_pivot.new_zeros(*at_pivot.shape, math.prod(size))
     if after_pivot and code & PERIODIC:
         return taps.unflatten(-1, size)
     taps[..., place] = at_pivot
-    taps[..., place + 1 :].fill_(after_pivot)  # assigning a number would leave a constant in exported programs
+    taps[..., place + 1 :].fill_(after_pivot)  # assignment would put a constant into exported programs
     return from_canonical(taps.unflatten(-1, size), code, len(size))

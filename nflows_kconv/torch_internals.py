@@ -1,4 +1,4 @@
-"""All that the package uses of torch without torch's promise to keep it, in one place."""
+"""Everything this package uses of torch that is not public, in one place."""
 
 from __future__ import annotations
 
@@ -46,22 +46,22 @@ __all__ = [
     "without_subclasses",
 ]
 
-EXTRA_STATE = "_extra_state"  # the name in a state_dict of what `get_extra_state` gives
+EXTRA_STATE = "_extra_state"  # key of `get_extra_state` in a state_dict
 assert_async = torch._assert_async
-uncompiled = torch._disable_dynamo  # torch.compiler.disable would import the compiler along with this package
+uncompiled = torch._disable_dynamo  # torch.compiler.disable would import the compiler with this package
 
 
 below_autograd = torch._C._AutoDispatchBelowAutograd
-is_any_autocast_on = torch._C._is_any_autocast_enabled  # several times as fast as to ask for a device
-# Of the C++ object: a tensor of C++ is a variable that holds it.
+is_any_autocast_on = torch._C._is_any_autocast_enabled  # several times as fast as asking for one device
+# Of the C++ object; a C++ tensor is a variable that holds it.
 address = attrgetter("_cdata")
 without_subclasses = torch._C.DisableTorchFunctionSubclass
-is_zero_tensor = torch.Tensor._is_zerotensor  # without memory, as tangents may be
+is_zero_tensor = torch.Tensor._is_zerotensor  # a tensor without memory, as tangents may be
 forward_mode = forward_ad._set_fwd_grad_enabled
 
 
 def is_intercepted() -> bool:
-    """Returns whether something must see each operator: a compiler, a `TorchDispatchMode` or `torch.jit.trace`."""
+    """Returns whether a compiler, a `TorchDispatchMode` or `torch.jit.trace` must see each operator."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
@@ -70,18 +70,18 @@ def is_intercepted() -> bool:
 
 
 def is_differentiating_forward() -> bool:
-    """Returns whether forward mode is at work. Graphs of torch.compile enter a torch.func level without saying so."""
+    """Returns whether forward mode is active. Graphs of torch.compile enter a torch.func level silently."""
     return forward_ad._current_level >= 0 or is_under_torch_func()
 
 
 def primal(tensor: Tensor | None) -> Tensor | None:
-    """Returns a tensor without the tangent of this level, which has no other number than 0."""
+    """Returns a tensor without its tangent of this level, whose number is always 0."""
     return None if tensor is None else forward_ad.unpack_dual(tensor, level=0).primal
 
 
 def apply_at_this_level(function: Any, *args: Any) -> Tensor:
     """Applies a `SingleLevelFunction`, as torch.func's own levels do."""
-    # torch's own context manager for this hides a KeyboardInterrupt that comes as it is entered.
+    # torch's own context manager swallows a KeyboardInterrupt raised on entry.
     allowed = get_single_level_autograd_function_allowed()
     try:
         set_single_level_autograd_function_allowed(True)
@@ -91,28 +91,28 @@ def apply_at_this_level(function: Any, *args: Any) -> Tensor:
 
 
 def is_under_torch_func() -> bool:
-    """Returns whether a torch.func transformation such as vmap is at work, also under torch.compile."""
+    """Returns whether a torch.func transformation such as vmap is active, also under torch.compile."""
     return peek_interpreter_stack() is not None
 
 
 def is_exporting_to_onnx() -> bool:
-    """Returns whether `torch.onnx.export` is at work, also under torch.compile, which it tries after an error."""
+    """Returns whether `torch.onnx.export` is running, also under torch.compile, which it tries after an error."""
     return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
 
 
-# What torch.compiler.assume_constant_result does, which would import the compiler along with this package.
+# torch.compiler.assume_constant_result does this but would import the compiler with this package.
 for _function in (is_under_torch_func, is_exporting_to_onnx):
     _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def process_group(module: nn.Module) -> distributed.ProcessGroup | None:
-    """Returns the processes now in this forward of DistributedDataParallel; None outside of one.
+    """Returns the process group of the DistributedDataParallel forward that is running; None outside one.
 
-    Elsewhere a process cannot know whether the others take part, and would wait for them forever.
+    Outside, a process cannot know whether the others take part, and might wait for them forever.
     """
     if not (distributed.is_available() and distributed.is_initialized()):
         return None
-    # Should this name go, all processes are the better guess.
+    # If torch drops this name, all processes are the best guess.
     wrapper = getattr(DistributedDataParallel, "_active_ddp_module", distributed.group.WORLD)
     if not isinstance(wrapper, DistributedDataParallel):
         return wrapper
@@ -120,12 +120,12 @@ def process_group(module: nn.Module) -> distributed.ProcessGroup | None:
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Returns whether `fully_shard` manages the module's parameters: what a forward writes into them is then lost."""
+    """Returns whether `fully_shard` manages the module's parameters, so that writes to them in forward are lost."""
     if not distributed.is_available():
         return False
     from torch.distributed import _composable_state, fsdp
 
-    # A list of all modules that a composable API manages.
+    # All modules that a composable API manages.
     managed = getattr(_composable_state, "_module_state_mapping", ())
     roots = [each for each in managed if isinstance(each, fsdp.FSDPModule)]
     return any(each is module for root in roots for each in root.modules())  # type: ignore[attr-defined]

@@ -1,6 +1,6 @@
-"""Finds why a flow errs in a round trip: how much a layer amplifies, and at which step errors grow.
+"""Finds why a flow loses precision in a round trip: how much a layer amplifies errors, and at which step they grow.
 
-docs/numerics.md explains the numbers, and what helps.
+docs/numerics.md explains the numbers and the remedies.
 """
 
 from nflows_kconv.diagnostics.amplification import Conditioning, conditioning

@@ -1,4 +1,4 @@
-"""How much a layer and its inverse can amplify: the operator 2-norms of A and A^-1 on the images of one size."""
+"""Measures how much a layer and its inverse amplify: the operator 2-norms of A and A^-1 on images of one size."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from nflows_kconv.periodic import PeriodicConv
 
 Operator = Callable[[Tensor], Tensor]
 
-# One that lies across the direction of the largest singular value would seem to have converged.
+# A vector orthogonal to the largest singular vector would seem to converge.
 _STARTS = 8
 
 
 class Conditioning(NamedTuple):
-    """What a layer does to errors.
+    """How a layer amplifies errors.
 
     Attributes:
         gain: ||A||_2, the largest factor by which the convolution amplifies.
-        inverse_gain: ||A^-1||_2, that of the inverse. With zero borders it never falls as the image grows, and may grow
-            without limit, even exponentially, where `inverse_gain_bound` is infinite.
-        condition_number: ||A||_2 ||A^-1||_2; a round trip errs by up to this many roundings.
-        inverse_gain_bound: An upper bound on ||A^-1||_2 at any image size, see `max_inverse_gain`; infinity if there is
-            none to show. With `max_inverse_gain` and a unit diagonal it is at most that.
+        inverse_gain: ||A^-1||_2, the same for the inverse. With zero borders it never falls as the image grows; if
+            `inverse_gain_bound` is infinite, it may grow without limit, even exponentially.
+        condition_number: ||A||_2 ||A^-1||_2; a round trip may lose this many roundings.
+        inverse_gain_bound: An upper bound on ||A^-1||_2 at any image size, see `max_inverse_gain`; infinity if none is
+            known. With a unit diagonal it is at most `max_inverse_gain`.
     """
 
     gain: float
@@ -48,28 +48,29 @@ def conditioning(
     tolerance: float = 1e-5,
     max_iterations: int = 1000,
 ) -> Conditioning:
-    """Measures how much a layer and its inverse can amplify, in float64; on the CPU where the device has none.
+    """Measures how much a layer and its inverse amplify, in float64; on the CPU if the device has no float64.
 
-    The norms are estimated from below, by power iteration on A^T A and A^-T A^-1 from several vectors, the same ones at
-    each call. Large norms are found quickly and to many digits; those close to 1 come out some thousandths too small.
-    Those of a `PeriodicConv2d` are the singular values of its matrices at all frequencies, and exact.
+    Estimates the norms from below, by power iteration on A^T A and A^-T A^-1 from several vectors, the same at each
+    call. Large norms converge quickly to many digits; norms close to 1 may come out a few thousandths too small. Norms
+    of a `PeriodicConv2d` are exact: the largest singular values of its matrices at all frequencies.
 
     Args:
-        layer: Of any library. Of a conditional one take an `InvertibleConv2d` with one of its `weights(context)`.
+        layer: A layer for any library. For a conditional layer, pass an `InvertibleConv2d` with one of its
+            `weights(context)`.
         image_size: (L,), (H, W) or (D, H, W).
-        exact: Whether to compute the largest singular values of the dense matrices, [CHW, CHW], instead; for small
+        exact: Whether to compute the largest singular values of the dense matrices, [CHW, CHW], instead, for small
             images.
-        tolerance: Relative change of an estimate from one iteration to the next at which the power iteration ends.
-        max_iterations: After how many iterations it ends in any case.
+        tolerance: Relative change between iterations at which the power iteration stops.
+        max_iterations: Largest number of iterations.
 
     Returns:
-        The norms; infinity where they overflow.
+        The norms; infinity if they overflow.
 
     Raises:
         TypeError: If `layer` is not an `InvertibleConv1d`, `2d` or `3d` or a `PeriodicConv1d`, `2d` or `3d`, or a size
             or a number of iterations is not an integer.
-        ValueError: If a size or a number of iterations is not positive, or `image_size` of another length, or smaller
-            than the kernel of a `PeriodicConv2d`.
+        ValueError: If a size or a number of iterations is not positive, `image_size` has the wrong length, or it is
+            smaller than the kernel of a `PeriodicConv2d`.
 
     Examples:
         >>> from nflows_kconv import InvertibleConv2d
@@ -120,7 +121,7 @@ def _of_periodic(layer: PeriodicConv, weight: Tensor, sizes: Sequence[int]) -> C
 
 def _dense_norm(operator: Operator, images: Tensor) -> float:
     identity = torch.eye(images[0].numel(), dtype=images.dtype, device=images.device)
-    rows = operator(identity.view(-1, *images.shape[1:])).flatten(1)  # those of the transpose
+    rows = operator(identity.view(-1, *images.shape[1:])).flatten(1)  # rows of the transpose
     return torch.linalg.matrix_norm(rows, 2).item() if rows.isfinite().all() else math.inf
 
 
@@ -136,7 +137,9 @@ def _power_iteration(operator: Operator, vectors: Tensor, tolerance: float, max_
             return math.inf
         if abs(norm - last) <= tolerance * norm:
             break
-        (vectors,) = torch.autograd.grad(outputs, vectors, outputs.detach() / norms)  # the transpose, on the outputs
+        (vectors,) = torch.autograd.grad(
+            outputs, vectors, outputs.detach() / norms
+        )  # applies the transpose to the outputs
         vectors = vectors / _norms(vectors)
     return norm
 
@@ -146,7 +149,7 @@ def _norms(images: Tensor) -> Tensor:
 
 
 def _inverse_gain_bound(diagonal: Tensor, relative: Tensor) -> float:
-    """Returns the bound of D (I + N), see `bound`, given D and the weight of N."""
+    """Returns the bound on the inverse of D (I + N), see `bound`, given D and the weight of N."""
     norms = bound.off_diagonal_norm(relative)
     inverses = diagonal.abs().reciprocal().unflatten(0, (len(norms), -1)).amax(1)
     return torch.where(norms < 1, inverses / (1 - norms), math.inf).max().item()

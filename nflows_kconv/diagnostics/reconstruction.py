@@ -1,4 +1,4 @@
-"""Finds the steps of a flow at which a round trip, from images to latent variables and back, errs."""
+"""Finds the steps of a flow at which a round trip, from images to latent variables and back, loses precision."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from nflows_kconv.bijection import Bijection, as_bijection, is_bijection
 from nflows_kconv.layer import InvertibleConv
 
 _HARMLESS = 1e-4  # 1/40 of a gray level of 256
-_UNEXPLAINED = 100  # roundings; what the growths of steps do not tell is more
+_UNEXPLAINED = 100  # roundings, beyond which the growth at steps does not explain an error
 
 
 class StepError(NamedTuple):
-    """What a round trip loses at a step. All errors are the largest one, relative to the largest entry.
+    """Errors of a round trip at a step. Each is the largest error relative to the largest entry.
 
     Attributes:
         name: The name of the step's module in the flow.
         kind: Its class.
-        local: The error of undoing the step at once, from its own output.
-        arriving: The error of the way back where it enters the step, on the latent variable's side.
-        leaving: The error of the way back where it leaves the step, on the data's side.
-        growth: leaving / arriving, where an arriving error counts as one rounding at least; 1 for a step that rounds to
-            whole numbers.
+        local: The error of undoing the step directly, from its own output.
+        arriving: The error on the way back at the step's entry, on the side of the latent variable.
+        leaving: The error on the way back at the step's exit, on the side of the data.
+        growth: leaving / arriving, with an arriving error of at least one rounding; 1 for a step that rounds to whole
+            numbers.
     """
 
     name: str
@@ -43,17 +43,16 @@ class StepError(NamedTuple):
 
 
 class RoundTrip(NamedTuple):
-    """The errors of a round trip; printed, it is a table.
+    """The errors of a round trip, printed as a table.
 
     Attributes:
-        steps: The one next to the data first; the way back goes through them from the last to the first.
-        error: The largest error that leaves a step. Steps that round to whole numbers, as dequantisation does on the
-            way back, do not count: at the edge of a cell the smallest error makes a difference of one.
-        rounding: The size of one rounding: the resolution of the dtype.
-        settings: What decides the precision of convolutions and matrix products in float32, on this device.
-        verdict: Whether the error is harmless, at most 1e-4, and if not, which kind of step is to blame, or that none
-            is.
-        cure: What helps; empty if nothing needs to.
+        steps: From data to latent variable; the way back goes through them from last to first.
+        error: The largest leaving error of a step. Steps that round to whole numbers, as dequantisation does on the way
+            back, do not count: at the edge of a cell the smallest error changes the result by one.
+        rounding: The size of one rounding, the resolution of the dtype.
+        settings: The settings for the precision of float32 convolutions and matrix products on this device.
+        verdict: Whether the error is harmless, at most 1e-4, and if not, which kind of step causes it, if any.
+        cure: What helps; empty if nothing is wrong.
     """
 
     steps: tuple[StepError, ...]
@@ -64,7 +63,7 @@ class RoundTrip(NamedTuple):
     cure: str
 
     def __str__(self) -> str:
-        """Returns the table, a line a step, with settings, verdict and cure."""
+        """Returns the table, one line per step, with settings, verdict and cure."""
         width = max(len(step.name) for step in self.steps)
         kind_width = max(len(step.kind) for step in self.steps)
         lines = [f"{'step':{width}}  {'kind':{kind_width}}     local  arriving   leaving    growth"]
@@ -76,30 +75,28 @@ class RoundTrip(NamedTuple):
 
 @torch.no_grad()
 def round_trip(flow: Any, images: Tensor, context: Any = None) -> RoundTrip:
-    """Sends images to latent variables and back, and finds the steps at which errors arise and grow.
+    """Sends images to latent variables and back, and finds the steps where errors arise and grow.
 
-    A step is a module that `nflows_kconv.bijection` knows, from one tensor to another, that does not consist of such
-    modules or has parameters of its own. Containers of any kind, and transforms of torch.distributions and zuko that
-    are made of others, are looked through. A copy of the flow runs, in evaluation mode; the flow, its gradients and
-    random numbers stay as they are.
+    A step is a module that `nflows_kconv.bijection` supports, from one tensor to another, that contains no such modules
+    or has its own parameters. Containers, and transforms of torch.distributions and zuko that consist of others, are
+    opened. A copy of the flow runs in evaluation mode; the flow, its gradients and random numbers do not change.
 
-    Images of a data set show how well the flow reconstructs. Samples may lie where it amplifies more: try them, too.
+    Images of a data set show how well the flow reconstructs. Try samples too, which may lie where it amplifies more.
 
     Args:
-        flow: A flow or a transform that `nflows_kconv.bijection` knows: of nflows, normflows, torch.distributions,
-            Pyro, zuko, FrEIA or torchflows, anything with `forward` and `inverse`, or of a class that has been
-            registered. Whole flows run from data to latent first, others in their library's forward direction.
-        images: [B, ...], as the flow's `log_prob` takes them; converted to the dtype of the parameters.
-        context: If given, what the flow is conditioned on. Labels that matter to the base distribution alone may be
-            there or not.
+        flow: A flow or a transform of nflows, normflows, torch.distributions, Pyro, zuko, FrEIA or torchflows, a module
+            with `forward` and `inverse`, or one of a registered class. Whole flows run from data to latent first,
+            others in their library's forward direction.
+        images: [B, ...], as for the flow's `log_prob`; converted to the dtype of the parameters.
+        context: What the flow is conditioned on, or None. Labels that affect only the base distribution may be omitted.
 
     Returns:
-        The errors, a verdict and what helps.
+        The errors, a verdict and a cure.
 
     Raises:
         TypeError: If `flow` is none of these, or `images` is not a tensor.
-        NotImplementedError: If the flow says that it has no inverse (`nflows_kconv.bijection.NoInverse`).
-        ValueError: If it has no steps, or the way back does not run through them in the reverse order.
+        NotImplementedError: If the flow has no inverse (`nflows_kconv.bijection.NoInverse`).
+        ValueError: If it has no steps, or the way back does not run through them in reverse order.
 
     Examples:
         >>> import torch
@@ -114,13 +111,13 @@ def round_trip(flow: Any, images: Tensor, context: Any = None) -> RoundTrip:
     bijection = as_bijection(_evaluating_copy(as_bijection(flow).module))
     parts = bijection.parts(context)
     if parts[0].module is not bijection.module:
-        # Their transforms have been made for the context. A module among them has not been copied with the flow.
+        # Parts built for the context may contain modules that were not copied with the flow.
         context = None
         if not isinstance(bijection.module, nn.Module):
             parts = [as_bijection(_evaluating_copy(part.module)) for part in parts]
     names, modules = _names(bijection.module, parts)
     parameters = [parameter for module in modules for parameter in module.parameters(recurse=False)]
-    # FrEIA has parameters of whole numbers.
+    # FrEIA has integer parameters.
     dtypes = (parameter.dtype for parameter in parameters if parameter.is_floating_point())
     images = images.to(next(dtypes, images.dtype))
     devices = {tensor.device for tensor in (images, *parameters) if tensor.is_cuda}
@@ -157,7 +154,7 @@ def round_trip(flow: Any, images: Tensor, context: Any = None) -> RoundTrip:
 
 
 class _Call(NamedTuple):
-    """A step's call in one direction, and how to do it again with another input."""
+    """A step's call in one direction, which can be repeated with another input."""
 
     module: Any
     input: Tensor
@@ -166,22 +163,22 @@ class _Call(NamedTuple):
 
 
 class _Recorder:
-    """Records the calls of steps, which run through what it puts in place of their methods."""
+    """Records the calls of steps by replacing their methods."""
 
     def __init__(self) -> None:
         self._calls: list[_Call] | None = None
 
     def replacements(self, modules: list[nn.Module]) -> Iterator[tuple[nn.Module, str, Callable[..., Any]]]:
-        """Returns what to replace: in each bijection the methods through which others run it."""
+        """Returns the replacements for the methods by which others run each bijection."""
         for module in modules:
             if is_bijection(module):
                 for name in as_bijection(module).methods:
                     yield module, name, self._recording(module, getattr(module, name))
 
     def record(self, parts: Sequence[tuple[Any, Callable[[Any], Any]]], input: Any) -> tuple[Any, list[_Call]]:
-        """Returns what the parts, (module, function), give one after the other, and the calls of their steps.
+        """Returns the result of the parts, (module, function), in sequence, and the calls of their steps.
 
-        A part that calls no steps is one.
+        A part that calls no steps is itself a step.
         """
         calls: list[_Call] = []
         self._calls = calls
@@ -202,7 +199,7 @@ class _Recorder:
             if self._calls is None:
                 return function(input, *args, **kwargs)
             start = len(self._calls)
-            given = _clone(input)  # some steps work in place
+            given = _clone(input)  # some steps modify their input
             result = function(input, *args, **kwargs)
             returned = _clone(_first(result))
             inner = self._calls[start:]
@@ -226,12 +223,12 @@ def _forward(part: Bijection, context: Any, x: Any) -> Any:
 
 
 def _evaluating_copy(flow: Any) -> Any:
-    """Returns a copy in evaluation mode. torch's transforms have no mode, and some cannot be copied."""
+    """Returns a copy in evaluation mode. Transforms of torch have no mode, and some cannot be copied."""
     return copy.deepcopy(flow).eval() if isinstance(flow, nn.Module) else flow
 
 
 def _names(flow: Any, parts: list[Bijection]) -> tuple[dict[int, str], list[nn.Module]]:
-    """Returns names of the parts and inner modules by id, since torch's transforms have no hash; and the modules."""
+    """Returns names of parts and inner modules by id, because torch's transforms have no hash; and the modules."""
     names = {id(part.module): str(index) for index, part in enumerate(parts)} | {id(flow): "(flow)"}
     modules: dict[int, nn.Module] = {}
     for owner in (flow, *(part.module for part in parts)):
@@ -242,10 +239,10 @@ def _names(flow: Any, parts: list[Bijection]) -> tuple[dict[int, str], list[nn.M
 
 
 def _is_container(module: nn.Module, begins: bool, ends: bool) -> bool:
-    """Returns whether a module only calls steps: one takes the module's input, one gives its output.
+    """Returns whether a module only calls steps, one of which takes its input and one of which returns its output.
 
-    Multiscale flows split and join tensors, so one of the two suffices. A step with parameters of its own may call
-    another first, as nflows' OneByOneConvolution permutes before it multiplies.
+    Multiscale flows split and join tensors, so one of the two suffices. A step with its own parameters may call another
+    first, as nflows' OneByOneConvolution permutes before it multiplies.
     """
     has_parameters = next(module.parameters(recurse=False), None) is not None
     return (begins and ends) or ((begins or ends) and not has_parameters)
@@ -257,7 +254,7 @@ def _clone(value: Any) -> Tensor | None:
 
 
 def _only_tensor(value: Any) -> Tensor | None:
-    """Returns the tensor, which FrEIA puts into a tuple; None for several."""
+    """Returns the only tensor, which FrEIA wraps in a tuple; None for several tensors."""
     if isinstance(value, (tuple, list)) and len(value) == 1:
         (value,) = value
     return value if isinstance(value, Tensor) else None

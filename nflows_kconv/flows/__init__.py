@@ -1,1 +1,1 @@
-"""The model around the layer, which belongs to no library: image flows, their steps, images, sampling, training."""
+"""The library-independent model around the layer: image flows, their steps, images, sampling, training."""

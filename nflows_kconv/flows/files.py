@@ -1,7 +1,7 @@
-"""The format of files of image flows: safetensors, with the options of `finc_flow` as JSON in its metadata.
+"""The file format of image flows: safetensors, with the options of `finc_flow` as JSON in the metadata.
 
-The metadata's entry "nflows_kconv" is an object: "version" of this format, "options", and "checksum", the CRC-32 of the
-options, and of each tensor's name, dtype, shape and bytes, sorted by name.
+The metadata entry "nflows_kconv" is an object with the format's "version", the "options", and a "checksum": the CRC-32
+of the options and of each tensor's name, dtype, shape and bytes, sorted by name.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ _VERSION = 1
 
 
 def write(path: str | os.PathLike[str], options: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Writes a file, or leaves the one that is there as it is.
+    """Writes a file; on failure an existing file stays unchanged.
 
     Raises:
         ImportError: If safetensors is not installed.
         OSError: If the folder does not exist, or cannot be written to.
     """
     safetensors = _safetensors()
-    # Copies, as safetensors refuses tensors that share memory.
+    # Copies, because safetensors refuses tensors that share memory.
     copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     plain = json.loads(_to_json(options))
     entry = {"version": _VERSION, "options": plain, "checksum": _checksum(plain, copies)}
-    target = Path(os.path.realpath(path))  # through a link, as `open` goes
+    target = Path(os.path.realpath(path))  # follows links, as `open` does
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
         written = os.path.join(folder, target.name)
         safetensors.torch.save_file(copies, written, {_ENTRY: json.dumps(entry)})
@@ -44,12 +44,12 @@ def write(path: str | os.PathLike[str], options: Mapping[str, Any], tensors: Map
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Returns the options and the tensors of a file, in memory of their own.
+    """Returns the options and the tensors of a file, in new memory.
 
     Raises:
         ImportError: If safetensors is not installed.
         OSError: If there is no such file.
-        ValueError: If it is damaged, of a later version of the format, or was not made by `write`.
+        ValueError: If the file is damaged, has a later format version, or was not written by `write`.
     """
     safetensors = _safetensors()
     with open(path, "rb") as file:
@@ -60,7 +60,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
-    except Exception as error:  # each version of safetensors has other ones
+    except Exception as error:  # the type depends on the version of safetensors
         raise refusal(path, f"one that is damaged or has another format: {error}") from error
     if _ENTRY not in metadata:
         raise refusal(
@@ -83,12 +83,12 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
 
 
 def as_read(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options as `read` gives them."""
+    """Returns options as `read` returns them."""
     return {name: _tuples(value) for name, value in json.loads(_to_json(options)).items()}
 
 
 def refusal(path: str | os.PathLike[str], got: str) -> ValueError:
-    """Returns the error that says what a file is in place of one of ours."""
+    """Returns the error for a file that is not one of ours."""
     return ValueError(f"{os.fspath(path)} must be a file written by save() of a finc_flow flow, got {got}")
 
 
@@ -116,7 +116,7 @@ def _to_json(options: Mapping[str, Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Returns a number or a sequence of another library, such as NumPy's, as Python's own."""
+    """Converts a number or a sequence of another library, such as NumPy, to Python's own type."""
     if isinstance(value, Integral):
         return int(value)
     return float(value) if isinstance(value, Real) else list(value)

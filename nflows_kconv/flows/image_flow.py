@@ -1,4 +1,4 @@
-"""The multiscale flow of FInC Flow as modules that belong to no library; the adapters combine them."""
+"""The multiscale flow of FInC Flow as library-independent modules, which the adapters combine."""
 
 from __future__ import annotations
 
@@ -40,47 +40,48 @@ _SIZES = {dimensions: ", ".join(axes) for dimensions, axes in stencil.AXES.items
 
 @dataclass(frozen=True)
 class Architecture:
-    """The multiscale flow of FInC Flow (Kallappa, Nagar, Varma 2023, arXiv 2301.09266, section 4): what to build.
+    """The architecture of FInC Flow, a multiscale flow (Kallappa, Nagar, Varma 2023, arXiv 2301.09266, section 4).
 
     Each of the L levels squeezes two pixels along every axis into channels, then takes K steps
 
         k x k convolution -> ActNorm -> invertible 1 x 1 convolution -> affine coupling
 
-    and, except for the last level, gives half of the channels, by a prior learned from the other half, to the latent
-    variable. Without the convolution it is Glow (Kingma, Dhariwal 2018, arXiv 1807.03039).
+    and, except for the last level, moves half of the channels to the latent variable, with a prior learned from the
+    other half. Without the convolution it is Glow (Kingma, Dhariwal 2018, arXiv 1807.03039).
 
     Args:
-        data_shape: (C, L) of sequences, (C, H, W) of images or (C, D, H, W) of volumes; sizes multiples of 2^levels.
+        data_shape: (C, L) of sequences, (C, H, W) of images or (C, D, H, W) of volumes; the sizes must be multiples of
+            2^levels.
         levels: L.
         steps: K, in each level.
-        hidden_channels: Width of the couplings' networks.
-        kernel_size: See `InvertibleConv2d`; None leaves the convolution out, which makes the flow Glow.
-        corners: See `InvertibleConv2d`; or several of these, one convolution each: (("TL",), ("BR",)) is a pair of full
-            convolutions in opposite corners. By default one of each for the data's number of axes.
+        hidden_channels: Width of the coupling networks.
+        kernel_size: See `InvertibleConv2d`; None omits the convolution, which makes the flow Glow.
+        corners: See `InvertibleConv2d`; or a tuple of these, for one convolution each: (("TL",), ("BR",)) is a pair of
+            full convolutions in opposite corners. The default is one of each corner for the data's number of axes.
         dilation: See `InvertibleConv2d`.
         diagonal: See `InvertibleConv2d`.
         max_inverse_gain: See `InvertibleConv2d`.
-        padding_mode: "zeros"; or "circular" for data on a ring or a torus. The convolutions are then `PeriodicConv2d`,
-            without corners and dilation and with its `max_inverse_gain` unless another one is given, and the couplings'
-            networks have circular borders. Shifting data by multiples of 2^levels shifts their latent.
-        direction: "forward" convolves from data to latent, and solves to sample; "inverse" the other way round, as in
+        padding_mode: "zeros", or "circular" for data on a ring or a torus. The convolutions are then `PeriodicConv2d`,
+            without corners and dilation, with its default `max_inverse_gain` unless you give another, and the coupling
+            networks have circular borders. Shifting data by multiples of 2^levels then shifts their latent.
+        direction: "forward" convolves from data to latent and solves to sample; "inverse" does the opposite, as in
             Inverse-Flow (Nagar, Varma 2025, arXiv 2410.14634).
-        num_levels: Data hold whole numbers 0..num_levels - 1; 32 for images of 5 bits.
+        num_levels: Data are whole numbers 0..num_levels - 1; 32 for images of 5 bits.
         preprocessing: "images" for whole numbers, or None for continuous data of any range: `log_prob` is then the
-            density of the data as they are, and `sample` gives such data.
-        num_classes: If given, the latent variable has a mean and a scale for each class. The labels, [B] whole numbers,
-            are the condition of each call.
-        context_shape: If given, (E,) or (E, ...) with as many sizes as the data have, each coupling and each learned
-            prior also sees a tensor [B, *context_shape], the condition of each call: vectors at every pixel, others
-            average-pooled to the level's size. At the start it has no effect. With classes as well, the condition is
-            (classes, tensor).
-        conditional_kernels: Whether the convolutions' weights come from the context, too, see
-            `ConditionalInvertibleConv2d`; it must be a vector, `context_shape=(E,)`.
-        reversible: Whether to train in memory independent of K, for some more time, see
+            density of the data themselves, and `sample` returns such data.
+        num_classes: If given, the latent variable has a mean and a scale per class, and the condition of each call is
+            the labels, [B] whole numbers.
+        context_shape: (E,), or (E, ...) with as many sizes as the data have, or None. Each coupling and each learned
+            prior then also takes a tensor, [B, *context_shape], the condition of each call: vectors at every pixel,
+            others average-pooled to the level's size. It has no effect at initialization. With classes, the condition
+            is (classes, tensor).
+        conditional_kernels: Whether the convolutions' weights also depend on the context, see
+            `ConditionalInvertibleConv2d`. The context must be a vector, `context_shape=(E,)`.
+        reversible: Whether to train in memory independent of K, which takes more time, see
             `nflows_kconv.flows.reversible`. The state_dict is the same.
 
     Raises:
-        TypeError: If an argument has the wrong type, or is unknown.
+        TypeError: If an argument has the wrong type or is unknown.
         ValueError: If an argument has a wrong value, or a size of the data does not divide into the levels.
     """
 
@@ -158,27 +159,27 @@ class Architecture:
 
     @property
     def level_shapes(self) -> tuple[Shape, ...]:
-        """(C, ...) of what the steps of each level work on, the level next to the data first."""
+        """(C, ...) of the data inside each level, starting with the level next to the data."""
         channels, *sizes = self.data_shape
         shapes = []
         for level in range(1, self.levels + 1):
             channels *= 2**self.dimensions
             shapes.append((channels, *(size >> level for size in sizes)))
-            channels //= 2  # the other half leaves
+            channels //= 2  # the other half moves to the latent
         return tuple(shapes)
 
     @property
     def latent_shapes(self) -> tuple[Shape, ...]:
-        """(C, ...) of what each level gives to the latent variable, the first split first."""
+        """(C, ...) of each level's part of the latent variable, the first split first."""
         *splits, last = self.level_shapes
         return (*((channels // 2, *sizes) for channels, *sizes in splits), last)
 
     def build_preprocessing(self) -> Preprocessing:
-        """Builds the way from whole numbers, or continuous data, to the numbers that the first level takes."""
+        """Builds the map from whole numbers or continuous data to the input of the first level."""
         return Preprocessing(self.data_shape, None if self.preprocessing is None else self.num_levels)
 
     def build_stacks(self) -> list[nn.Module]:
-        """Builds the steps of each level, the learned prior of its split included."""
+        """Builds the steps of each level, including the learned prior of its split."""
         context_channels = 0 if self.context_shape is None else self.context_shape[0]
         kind = Chain if self.reversible else steps.Sequence
         built: list[nn.Module] = []
@@ -210,16 +211,16 @@ class Architecture:
         return convolutions(classes[self.dimensions], channels, kernel_size, self.corners, **options)
 
 
-Architecture.__init__.__qualname__ = "finc_flow"  # by which Python's errors call what takes an unknown argument
+Architecture.__init__.__qualname__ = "finc_flow"  # the name in Python's errors about unknown arguments
 
 
 def with_arguments_of(
     source: Callable[Arguments, Any],
 ) -> Callable[[Callable[..., Flow]], Callable[Arguments, Flow]]:
-    """Decorates a function that passes its arguments on: for `inspect`, `help` and type checkers it has the source's.
+    """Gives a function that forwards its arguments the signature of `source`, for `inspect`, `help` and type checkers.
 
     Args:
-        source: A class with a docstring whose sections from "Args:" on belong before the function's examples.
+        source: A class; the sections of its docstring from "Args:" go before the function's examples.
     """
 
     def decorate(function: Callable[..., Flow]) -> Callable[Arguments, Flow]:
@@ -236,18 +237,18 @@ def with_arguments_of(
 def convolutions(
     layer_class: Callable[..., Any], channels: int, kernel_size: Any, corners: Corners | None, **options: Any
 ) -> list[Any]:
-    """Builds a convolution, or one for each entry if `corners` has several of what a layer takes."""
+    """Builds a convolution, or one for each entry of `corners` that is itself what a layer takes."""
     several = isinstance(corners, Sequence) and not all(isinstance(each, str) for each in corners)
     layers: Any = corners if several else (corners,)
     return [layer_class(channels, kernel_size, corners=each, **options) for each in layers]
 
 
 class Preprocessing(steps.Sequence):
-    """Data -> real numbers: whole numbers by uniform dequantisation, then the logit with alpha = 1e-6; else as it is.
+    """Data -> real numbers: uniform dequantisation, then the logit with alpha = 1e-6; the identity for continuous data.
 
     Args:
         data_shape: (C, ...).
-        num_levels: Of whole numbers; None for continuous data.
+        num_levels: Number of levels of whole numbers; None for continuous data.
 
     Raises:
         ValueError: If a call has no data, or data of another shape, or values that are not in 0..num_levels - 1.
@@ -267,11 +268,11 @@ class Preprocessing(steps.Sequence):
         return data.reshape(input.shape), log_abs_det
 
     def middle(self, input: Tensor) -> tuple[Tensor, Tensor]:
-        """Does what `forward` does, with the middle of each level in place of noise."""
+        """Does `forward` with the middle of each level instead of noise."""
         return self._dequantized("middle", input) if self.steps else self._run_forward(input, None)
 
     def with_noise(self, input: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Does what `forward` does to whole numbers, with this noise in [0, 1), of their shape."""
+        """Does `forward` with this noise in [0, 1), of the shape of the data."""
         return self._dequantized("with_noise", input, noise)
 
     def _dequantized(self, method: str, input: Tensor, *noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -290,7 +291,7 @@ class Preprocessing(steps.Sequence):
 
 
 def _as_images(input: Tensor) -> Tensor:
-    """Views data as [B, C, H, W], which `images` takes; where a number lies does not matter there."""
+    """Views data as [B, C, H, W] for `images`, where positions do not matter."""
     return input if input.dim() == 4 else input.flatten(2).unsqueeze(3)
 
 
@@ -298,7 +299,7 @@ class Condition(NamedTuple):
     """What data depend on.
 
     Attributes:
-        classes: [B] of int64, or [B, num_classes] one-hot where the library's flow takes that; None if there are none.
+        classes: [B] of int64, or [B, num_classes] one-hot if the library's flow takes that; None if there are none.
         tensor: [B, E] or [B, E, ...] in the dtype of the parameters; None if the flow takes none.
     """
 
@@ -307,16 +308,16 @@ class Condition(NamedTuple):
 
     @property
     def rows(self) -> int | None:
-        """B; None without a condition."""
+        """B, or None without a condition."""
         given = self.classes if self.tensor is None else self.tensor
         return None if given is None else given.shape[0]
 
 
 class Interface(nn.Module):
-    """What the flows of both libraries have in common; the adapters combine it with their library's flow.
+    """The common part of both libraries' flows, which the adapters combine with their library's flow.
 
     Attributes:
-        architecture: What the flow is made of.
+        architecture: The architecture of the flow.
     """
 
     architecture: Architecture
@@ -324,22 +325,22 @@ class Interface(nn.Module):
 
     @property
     def latent_shapes(self) -> tuple[Shape, ...]:
-        """(C, ...) of the parts of a latent, the one that leaves next to the data first."""
+        """(C, ...) of the parts of a latent, starting with the split next to the data."""
         return self.architecture.latent_shapes
 
     def encode(self, images: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
-        """Returns the latent of data, without noise: whole numbers count as mid-level, (x + 1/2) / num_levels.
+        """Returns the latent of data without noise: whole numbers count as mid-level, (x + 1/2) / num_levels.
 
-        In float32 without TF32, `decode` restores the very images; of 16 bits, all of them in float64 alone. Where it
-        does not, the flow's inverse amplifies rounding errors: `nflows_kconv.diagnostics.round_trip` tells where.
+        In float32 without TF32, `decode` restores the images exactly; images of 16 bits need float64. If it does not,
+        the flow's inverse amplifies rounding errors: `nflows_kconv.diagnostics.round_trip` shows where.
 
         Args:
-            images: [B, *data_shape], as `log_prob` takes them.
-            context: What `log_prob` takes; classes may be left out, as they change the latent's distribution alone.
+            images: [B, *data_shape], as for `log_prob`.
+            context: As for `log_prob`; classes may be omitted, because they change only the latent's distribution.
 
         Returns:
-            The latent, [B, D], D numbers in a sample: parts of the shapes `latent_shapes`, flattened one after the
-            other, the same in both libraries. And log |det d latent / d images|, [B].
+            The latent, [B, D] for D numbers per sample: parts of the shapes `latent_shapes`, flattened and
+            concatenated, the same in both libraries. And log |det d latent / d images|, [B].
 
         Raises:
             TypeError: See `log_prob`.
@@ -352,20 +353,20 @@ class Interface(nn.Module):
         return latent, log_abs_det + more
 
     def decode(self, latent: Tensor, context: Context | None = None) -> Tensor:
-        """Returns the images of a latent, as `sample` gives them; from a normal latent, images drawn from the flow.
+        """Returns the images of a latent, as `sample` does. A normal latent gives images drawn from the flow.
 
         With `preprocessing=None`, gradients reach the latent, the context and the parameters. Images are whole numbers,
-        through which none can pass, and carry no graph.
+        which pass no gradients, so they have no autograd graph.
 
         Args:
-            latent: [B, D], as `encode` gives it.
+            latent: [B, D], as `encode` returns it.
             context: See `encode`.
 
         Returns:
             [B, *data_shape].
 
         Raises:
-            TypeError: If the latent is not a tensor of floating-point numbers, or the context has the wrong type.
+            TypeError: If the latent is not a floating-point tensor, or the context has the wrong type.
             ValueError: If the latent or the context has another shape.
         """
         dimensions, dtype = math.prod(self.architecture.data_shape), self._parameter().dtype
@@ -375,16 +376,16 @@ class Interface(nn.Module):
         if latent.dim() != 2 or latent.shape[1] != dimensions or latent.shape[0] == 0:
             raise ValueError(f"latent must have shape [B, {dimensions}], got {tuple(latent.shape)}")
         condition = self._condition("context", context, latent.shape[0], classes_needed=False)
-        # Not torch.set_grad_enabled, which leaves a region in exported programs that torch cannot save.
+        # Not torch.set_grad_enabled, which leaves in exported programs a region that torch cannot save.
         with nullcontext() if self.architecture.preprocessing is None else torch.no_grad():
             numbers = self._from_latent(latent.to(dtype), condition.tensor)
             return self._preprocessing.inverse(numbers)[0]
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes parameters, buffers and the options of `finc_flow` to a file, which `load_flow` loads.
+        """Writes parameters, buffers and the options of `finc_flow` to a file for `load_flow`.
 
-        The file is in the safetensors format, which runs no code when it is loaded. A file that is there is replaced as
-        a whole, or not at all. Whether the flow trains or evaluates, and the state of an optimizer, are not saved.
+        The format is safetensors, which runs no code when loaded. An existing file is replaced atomically. The training
+        mode and the state of an optimizer are not saved.
 
         Args:
             path: The file; its folder must exist.
@@ -392,20 +393,20 @@ class Interface(nn.Module):
         Raises:
             ImportError: If safetensors is not installed.
             OSError: If the file cannot be written.
-            TypeError: If the flow is not as `finc_flow` makes it: its modules were replaced or wrapped, or its
+            TypeError: If the flow is not as `finc_flow` made it: its modules were replaced or wrapped, or its
                 parameters are sharded.
         """
         _check_as_built(self)
         files.write(path, vars(self.architecture), self.state_dict())
 
     def load(self, path: str | os.PathLike[str]) -> None:
-        """Loads a file that `save` wrote, in either library, into this flow, which keeps its dtype and device.
+        """Loads a file that `save` wrote in either library into this flow, which keeps its dtype and device.
 
         Raises:
             ImportError: If safetensors is not installed.
             OSError: If there is no such file.
-            ValueError: If it is damaged, of a later version of the format, of other options but `reversible`, or was
-                not made by `save`. The flow is then as it was.
+            ValueError: If the file is damaged, has a later format version, has other options except `reversible`, or
+                was not written by `save`. The flow then does not change.
         """
         loaded = load(type(self), path)
         own, other = (vars(flow.architecture) for flow in (self, loaded))
@@ -424,19 +425,19 @@ class Interface(nn.Module):
         raise NotImplementedError
 
     def _to_latent(self, numbers: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Takes the preprocessing's result to the latent, [B, D], with the log-determinant."""
+        """Maps preprocessed data to the latent, [B, D], with the log-determinant."""
         raise NotImplementedError
 
     def _from_latent(self, latent: Tensor, context: Tensor | None) -> Tensor:
         raise NotImplementedError
 
     def _parameter(self) -> Tensor:
-        """Returns one of the parameters, to tell their dtype and device.
+        """Returns one of the parameters, for their dtype and device.
 
         Raises:
-            TypeError: If it is of half precision.
+            TypeError: If it is in half precision.
         """
-        # Not next(self.parameters()): the replicas of DataParallel have none, but attributes of these names.
+        # Not next(self.parameters()): replicas of DataParallel have attributes instead of parameters.
         parameter = next(module for module in self.modules() if isinstance(module, steps.ActNorm)).log_scale
         if parameter.dtype not in (torch.float32, torch.float64):
             raise TypeError(
@@ -447,7 +448,7 @@ class Interface(nn.Module):
         return parameter
 
     def _to_numbers(self, images: Tensor) -> Tensor:
-        """Returns the images, of any real dtype, in that of the parameters."""
+        """Converts images of any real dtype to the dtype of the parameters."""
         if not isinstance(images, Tensor):
             raise TypeError(f"data must be a tensor, got {type(images).__name__}")
         if images.is_complex():
@@ -460,7 +461,7 @@ class Interface(nn.Module):
         return images.to(self._parameter().dtype)
 
     def _with_noise(self, numbers: Tensor, noise: Any) -> tuple[Tensor, Tensor]:
-        """Returns what the preprocessing gives with noise from the user."""
+        """Returns the result of the preprocessing with the user's noise."""
         if self.architecture.preprocessing is None:
             raise ValueError(f"noise must be None for continuous data, got {_kind(noise)}")
         if not isinstance(noise, Tensor) or not noise.is_floating_point():
@@ -472,16 +473,16 @@ class Interface(nn.Module):
                 f"noise must be at least 0 and less than 1, got {noise.min().item():g} to {noise.max().item():g}"
             )
         dtype = numbers.dtype
-        below_one = 1 - torch.finfo(dtype).eps / 2  # to which rounding may carry what is less
+        below_one = 1 - torch.finfo(dtype).eps / 2  # rounding may carry smaller values up to 1
         return self._preprocessing.with_noise(numbers, noise.to(dtype).clamp_max(below_one))
 
     def _condition(self, name: str, given: Any, count: int | None, *, classes_needed: bool = True) -> Condition:
-        """Returns the condition of `count` images, or of any number, from what the user passed as `name`.
+        """Returns the condition of `count` images (None: any number) from the argument `name`.
 
         Raises:
             TypeError: If a part has the wrong type.
-            ValueError: If a part is missing or unexpected, or their numbers or, looked at on the CPU alone, a class do
-                not fit.
+            ValueError: If a part is missing or unexpected, its number of rows is wrong or, checked only on the CPU, a
+                class is out of range.
         """
         num_classes, context_shape = self.architecture.num_classes, self.architecture.context_shape
         if context_shape is None:
@@ -500,7 +501,7 @@ class Interface(nn.Module):
         return Condition(classes, tensor)
 
     def _classes(self, name: str, classes: Tensor | None, count: int | None, needed: bool) -> Tensor | None:
-        """Returns the classes as int64, or one-hot where the library's flow takes that."""
+        """Returns the classes as int64, or one-hot if the library's flow takes that."""
         num_classes = self.architecture.num_classes
         if num_classes is None:
             if classes is not None:
@@ -525,13 +526,13 @@ class Interface(nn.Module):
             raise ValueError(f"{name} must have shape [{expected}], one class per image, got {tuple(classes.shape)}")
         if checks.can_inspect_values(classes) and not ((classes >= 0) & (classes < num_classes)).all():
             raise ValueError(f"{name} must be classes from 0 to {num_classes - 1}, got {classes.tolist()}")
-        if self._takes_one_hot:  # normflows makes such of others by their number, which fixes it in torch.export
+        if self._takes_one_hot:  # normflows' own conversion would fix the batch size in torch.export
             return F.one_hot(classes.long(), num_classes).to(self._parameter().dtype)
         return classes.long()
 
 
 def load(flow_class: Callable[[Architecture], Flow], path: str | os.PathLike[str]) -> Flow:
-    """Loads the flow of a file, on the CPU: what `load_flow` of the libraries has in common.
+    """Loads the flow of a file on the CPU, for `load_flow` of the libraries.
 
     Raises:
         ImportError: See `Interface.save`.
@@ -559,7 +560,7 @@ def load(flow_class: Callable[[Architecture], Flow], path: str | os.PathLike[str
 
 
 def _tensors(state_dict: Mapping[str, Tensor]) -> dict[str, str]:
-    """Returns what a state_dict holds; floating-point numbers may have any of four dtypes."""
+    """Returns descriptions of a state_dict's tensors; floating-point ones may have any of four dtypes."""
     any_float = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     return {
         name: f"{'floating-point' if tensor.dtype in any_float else tensor.dtype} {tuple(tensor.shape)}"
@@ -569,7 +570,7 @@ def _tensors(state_dict: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def _check_as_built(flow: Any) -> None:
-    """Raises a TypeError unless the flow is as `finc_flow` makes one of its options."""
+    """Raises a TypeError unless the flow is as `finc_flow` builds it from its options."""
     with torch.device("meta"):
         built = type(flow)(flow.architecture)
     expected, found = _parts(built), _parts(flow)
@@ -583,7 +584,7 @@ def _check_as_built(flow: Any) -> None:
 
 
 def _parts(flow: nn.Module) -> dict[str, str]:
-    """Returns the types of all modules, and what the state_dict holds; a sharded tensor by its type."""
+    """Returns the types of all modules and descriptions of the state_dict's tensors; the type of sharded tensors."""
     types = {name: type(module).__name__ for name, module in flow.named_modules(remove_duplicate=False)}
     tensors = flow.state_dict()
     special = {name: type(value).__name__ for name, value in tensors.items() if type(value) is not Tensor}

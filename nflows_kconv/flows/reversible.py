@@ -1,18 +1,17 @@
-"""Training in less memory: the backward pass computes activations again, by the inverse.
+"""Trains in less memory: the backward pass recomputes activations by the inverse.
 
-Ordinary training keeps what each of K steps computed. Here the forward pass keeps the inputs of 8 of the steps, evenly
-spaced. The backward pass goes from the last step to the first: the inverse gives the input of a step from its output,
-and the step is repeated from there, recorded this time, to be differentiated. Only one step's activations exist at a
-time, so the memory is the same for any K from 8 on (RevNet, Gomez, Ren, Urtasun, Grosse 2017, arXiv 1707.04585,
-section 3.2).
+Ordinary training keeps the activations of all K steps. Here the forward pass keeps only the inputs of 8 evenly spaced
+steps. The backward pass goes from the last step to the first: it inverts a step to get its input, then repeats the step
+with autograd to differentiate it. Only one step's activations exist at a time, so the memory is the same for any K from
+8 (RevNet, Gomez, Ren, Urtasun, Grosse 2017, arXiv 1707.04585, section 3.2).
 
 Inverses may explode: from step to step the error of the restored inputs can grow until gradients are wrong (Behrmann,
-Vicol, Wang, Grosse, Jacobsen 2021, arXiv 2006.09347). A kept input ends this growth, and shows how large the error was.
-Where it was too large, the inputs up to the next kept one, K / 8 of them, are computed again in the forward direction.
+Vicol, Wang, Grosse, Jacobsen 2021, arXiv 2006.09347). A kept input ends this growth and shows how large the error was.
+If it was too large, the K / 8 inputs up to the next kept one are recomputed in the forward direction.
 
-The networks of couplings, which are most of the work, are evaluated once to undo and repeat a step (see
-`shared_networks`). Where they are all that counts, a training step takes 4/3 of the ordinary time: two evaluations and
-the derivative, which costs two more, in place of one and the derivative.
+Undoing and repeating a step evaluates the networks of couplings, which are most of the work, only once (see
+`shared_networks`). If they are all of the work, a training step takes 4/3 of the ordinary time: two evaluations instead
+of one, plus the derivative, which costs as much as two.
 """
 
 from __future__ import annotations
@@ -37,17 +36,17 @@ Gradients = dict[Tensor, Tensor]
 
 _KEPT_INPUTS = 8
 
-# Modules with buffers that a call has left alone or initialised, and whether in training mode.
+# Modules whose buffers a call did not change or only initialised, and whether in training mode.
 _settled: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 class Chain(steps.Sequence):
-    """`steps.Sequence` that trains in memory independent of the number of steps, see `cascade`.
+    """`steps.Sequence` that trains in memory independent of the number of steps; see `cascade`.
 
-    Its parameters, state_dict and results are the same.
+    Parameters, state_dict and results are the same.
 
     Args:
-        steps: Modules with `forward` and `inverse`, or any others that `nflows_kconv.bijection` knows.
+        steps: Modules with `forward` and `inverse`, or any others that `nflows_kconv.bijection` supports.
     """
 
     def _run_forward(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
@@ -60,33 +59,32 @@ class Chain(steps.Sequence):
 def cascade(
     input: Tensor, modules: Iterable[Any], context: Any = None, *, inverse: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Applies modules one after the other, with gradients in memory independent of their number.
+    """Applies modules in sequence, with gradients in memory independent of their number.
 
-    Input, context and the modules' parameters get the ordinary gradients except for rounding, which cannot be
-    differentiated again. What a module computes must depend on these alone; ActNorm may look at its first batch.
-    Neither input nor output may be changed in place before the backward pass. torch.compile breaks its graph here, and
-    CUDA graphs cannot capture it. An error in the first call leaves buffers as they were, and ActNorm as it was before
-    its first batch.
+    Input, context and the modules' parameters get the ordinary gradients up to rounding, but no second derivatives. The
+    results of a module must depend only on these; ActNorm may initialise from its first batch. Neither input nor output
+    may be modified in place before the backward pass. torch.compile breaks its graph here, and CUDA graphs cannot
+    capture it. An error in the first call restores buffers and ActNorm's state before its first batch.
 
-    Where a class of couplings has told `nflows_kconv.bijection.register` of its `networks`, what both directions of a
-    coupling evaluate is evaluated once.
+    Networks registered with `nflows_kconv.bijection.register(networks=...)` are evaluated once for both directions of a
+    coupling.
 
     Args:
-        input: [B, ...], in float32 or float64. The modules must keep this dtype, as half precision does not hold what
-            their inverses need; under autocast, networks alone may compute in half precision.
-        modules: What `nflows_kconv.bijection.as_bijection` takes. The first one takes the input, or gives the output if
-            `inverse`.
-        context: What each of them is conditioned on: None, a tensor, or a tuple of such.
-        inverse: Whether to apply the inverses, from the last to the first.
+        input: [B, ...], in float32 or float64. The modules must keep this dtype, because half precision is too coarse
+            for their inverses; under autocast, only networks may compute in half precision.
+        modules: Modules that `nflows_kconv.bijection.as_bijection` accepts. The first one takes the input, or returns
+            the output if `inverse`.
+        context: What each of them is conditioned on: None, a tensor, or a tuple of tensors.
+        inverse: Whether to apply the inverses, from last to first.
 
     Returns:
         The output of the last step, and the sum of the log-determinants, [B].
 
     Raises:
-        TypeError: If something is not a bijection; if gradients are recorded, and the input or an output has another
-            dtype, or a module's parameters are sharded by themselves.
-        RuntimeError: If gradients are recorded, and the modules draw random numbers, as dropout does, or change buffers
-            whenever they are called, as BatchNorm and spectral_norm do in training mode.
+        TypeError: If a module is not a bijection; if gradients are recorded and the input or an output has another
+            dtype, or a module's parameters are sharded on their own.
+        RuntimeError: If gradients are recorded and the modules draw random numbers, as dropout does, or change buffers
+            at every call, as BatchNorm and spectral_norm do in training mode.
     """
     steps = [_Step(as_bijection(module), context, inverse) for module in modules]
     if inverse:
@@ -101,7 +99,7 @@ def cascade(
 
 
 def _check_that_parameters_are_whole(steps: Sequence[_Step]) -> None:
-    """Refuses steps that compute with other parameters than they have, which would get no gradient."""
+    """Raises a TypeError if steps compute with copies of sharded parameters, which would get no gradient."""
     for one in steps:
         for name, parameter in one.module.named_parameters():
             if hasattr(parameter, "device_mesh"):  # a DTensor
@@ -112,7 +110,7 @@ def _check_that_parameters_are_whole(steps: Sequence[_Step]) -> None:
 
 
 class _Step(NamedTuple):
-    """A bijection in the direction in which the cascade runs."""
+    """A bijection in the direction of the cascade."""
 
     bijection: Bijection
     context: Any
@@ -132,13 +130,13 @@ class _Step(NamedTuple):
         return self.bijection.undo(output, self.context)  # type: ignore[return-value]
 
     def sources(self) -> list[Tensor]:
-        """Returns what gets gradients besides the input."""
+        """Returns the tensors that get gradients besides the input."""
         tensors = (*tree_leaves(self.context), *self.module.parameters())
         return [tensor for tensor in tensors if isinstance(tensor, Tensor) and tensor.requires_grad]
 
 
 class _Cascade(torch.autograd.Function):
-    """All steps as one function."""
+    """All steps as one autograd function."""
 
     @staticmethod
     def forward(ctx: Any, steps: Sequence[_Step], input: Tensor, *sources: Tensor) -> tuple[Tensor, Tensor]:
@@ -147,7 +145,7 @@ class _Cascade(torch.autograd.Function):
             "device_type": device_type,
             "dtype": torch.get_autocast_dtype(device_type),
             "enabled": torch.is_autocast_enabled(device_type),
-            # On older torch it keeps casts of weights that are not recorded, and uses them where gradients are needed.
+            # Older torch caches weight casts that are not recorded and reuses them where gradients are needed.
             "cache_enabled": False,
         }
         random_state, buffers = _random_state(input), _buffers(steps)
@@ -166,7 +164,7 @@ class _Cascade(torch.autograd.Function):
                 raise RuntimeError(
                     "steps must not draw random numbers, as dropout does: the backward pass recomputes them"
                 )
-        ctx.save_for_backward(*kept, *sources)  # the sources, so autograd notices if they have changed since
+        ctx.save_for_backward(*kept, *sources)  # with the sources, so autograd notices later changes to them
         return kept[-1], total
 
     @staticmethod
@@ -187,7 +185,7 @@ class _Cascade(torch.autograd.Function):
 
 
 def _inputs(ctx: Any, steps: Sequence[_Step], input: Tensor) -> list[Tensor]:
-    """Returns the input of each step, computed from that of the first."""
+    """Returns the input of each step, computed from the first input."""
     inputs = [input]
     with torch.autocast(**ctx.autocast):
         for one in steps[:-1]:
@@ -205,7 +203,7 @@ def _differentiate(
 ) -> tuple[Gradients, bool]:
     """Returns the gradients of the first input and of the sources, and whether the inverses were accurate.
 
-    `inputs` are those of the first of the steps, the inverses give the others; `output` is that of the last step.
+    `inputs` are the inputs of the first steps; the inverses give the others. `output` is the output of the last step.
     """
     total: Gradients = {}
     for index, one in reversed(list(enumerate(steps))):
@@ -217,7 +215,7 @@ def _differentiate(
         if index == 0 and len(inputs) < len(steps) and not _is_close(output, results[0], ctx.autocast):
             return {}, False
         weighted = zip(results, (gradient, log_abs_det_gradient), strict=True)
-        # A log-determinant may depend on nothing.
+        # A log-determinant may be constant.
         roots, weights = zip(*(pair for pair in weighted if pair[0].requires_grad), strict=True)
         sources = one.sources()
         gradient, *found = torch.autograd.grad(roots, [leaf, *sources], weights, allow_unused=True)
@@ -227,7 +225,7 @@ def _differentiate(
 
 
 def _is_close(restored: Tensor, expected: Tensor, autocast: dict[str, Any]) -> bool:
-    """Returns whether at least two thirds of the arithmetic's digits are right in each sample."""
+    """Returns whether at least two thirds of the dtype's digits are right in each sample."""
     resolution = torch.finfo(autocast["dtype"] if autocast["enabled"] else expected.dtype).eps
     if expected.is_cuda and expected.dtype == torch.float32:
         convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
@@ -256,12 +254,12 @@ def _add(total: Gradients, gradients: Gradients) -> None:
 
 
 def _random_state(input: Tensor) -> list[Tensor]:
-    """Returns what changes when random numbers are drawn."""
+    """Returns state that changes when random numbers are drawn."""
     return [torch.get_rng_state(), *get_device_states(input)[1]]
 
 
 def _buffers(steps: Sequence[_Step]) -> dict[str, tuple[Tensor, int]]:
-    """Returns all buffers of the steps with their versions, which change at every write: no wait for a device."""
+    """Returns all buffers of the steps with their versions, which show every write without a synchronization."""
     return {
         f"{type(one.module).__name__} {index}, {name}": (buffer, 0 if buffer.is_inference() else buffer._version)
         for index, one in enumerate(steps)
@@ -279,9 +277,9 @@ def _changed(before: dict[str, tuple[Tensor, int]], after: dict[str, tuple[Tenso
 
 @contextmanager
 def _restored_on_error(steps: Sequence[_Step]) -> Iterator[None]:
-    """Puts buffers back on an error, and the parameters that ActNorm sets together with its buffer.
+    """Restores buffers on an error, and the parameters that ActNorm sets with its buffer.
 
-    Only the first call copies: what changes at every call shows then.
+    Copies only at the first call, which reveals modules that change buffers at every call.
     """
     modules = {part for one in steps for part in one.module.modules() if part._buffers}
     unknown = [part for part in modules if _settled.get(part) is not part.training]
@@ -296,7 +294,7 @@ def _restored_on_error(steps: Sequence[_Step]) -> Iterator[None]:
         yield
     except BaseException:
         for table, name, tensor, copy in held:
-            table[name] = tensor  # some replace the buffer, some the data of the parameter
+            table[name] = tensor  # a step may replace the buffer or the data of the parameter
             if not torch.equal(tensor.to(copy.device), copy):
                 tensor.copy_(copy)
         raise
@@ -304,9 +302,9 @@ def _restored_on_error(steps: Sequence[_Step]) -> Iterator[None]:
 
 
 def _check_that_buffers_stay(input: Tensor, steps: Sequence[_Step]) -> None:
-    """Runs steps again, as the backward pass will do, after a run that has changed buffers.
+    """Runs steps that changed buffers a second time, as the backward pass will, and raises if they change again.
 
-    Initialising by the first batch, as ActNorm does, changes nothing the second time.
+    Initialisation from the first batch, as by ActNorm, changes nothing the second time.
     """
     before = _buffers(steps)
     _run(input, steps)

@@ -1,4 +1,4 @@
-"""Images from a flow of either library, on a GPU by replaying a CUDA graph."""
+"""Draws images from a flow of either library, on a GPU by replaying a CUDA graph."""
 
 from __future__ import annotations
 
@@ -23,39 +23,39 @@ from nflows_kconv.flows.steps import InvertibleConv1x1, inverse_weight
 from nflows_kconv.torch_internals import tree_leaves, tree_map_only
 
 _GRAPH_DEVICE = "cuda"
-# What the flow is conditioned on, one row an image.
+# What the flow is conditioned on, one row per image.
 Labels = Tensor | tuple[Tensor, ...]
 
-_WARM_UP = 2  # draws before the one that is watched: they compile kernels and let cuDNN choose its algorithms
+_WARM_UP = 2  # draws before the capture, to compile kernels and let cuDNN choose algorithms
 
 
 class GraphSampler:
-    """Draws images from a flow, as its own `sample` does; on a GPU as one CUDA graph.
+    """Draws images from a flow as its own `sample` does, on a GPU with one CUDA graph.
 
-    Sampling launches thousands of small kernels; launching them takes longer than running them. The first call on a
-    GPU captures them in a graph, and every call replays it. On other devices each call runs the flow. Either way all
-    matrices of a size among the flow's `steps.InvertibleConv1x1` are inverted in one batch; layers with forward
-    pre-hooks, such as those of pruning, invert their own.
+    Sampling launches thousands of small kernels; launching them takes longer than running them. The first call on a GPU
+    captures them in a graph, and every call replays it. On other devices each call runs the flow. Either way the
+    matrices of the flow's `steps.InvertibleConv1x1` are inverted in one batch per size, except in layers with forward
+    pre-hooks, such as those of pruning.
 
-    Any flow will do that `nflows_kconv.bijection` can draw samples from. On a GPU no layer may wait for it, to look at
-    a value or to copy from the CPU, since a graph cannot: those of nflows_kconv do not, but normflows' ActNorm and the
-    1x1 convolutions of both libraries do. Such a flow is refused by an error that says where it waits.
+    Works for any flow that `nflows_kconv.bijection` can sample. On a GPU no layer may synchronize, to read a value or
+    to copy from the CPU, because a graph cannot. Layers of nflows_kconv do not synchronize, but normflows' ActNorm and
+    the 1x1 convolutions of both libraries do. An error then shows where the flow synchronizes.
 
-    - Noise is fresh at each call. It comes from torch's default generator for the device: after `torch.manual_seed` the
-      same calls give the same images, and one for `num_samples` images gives those of the flow's `sample`.
-    - Weights are read, and matrices inverted, at each call, so a training step or `load_state_dict` shows at once.
-      Where parameters or buffers have moved (`.to`, `load_state_dict(assign=True)`), the next call captures again; also
-      where the labels are of another kind, and under another autocast. All else, such as the modules that the
-      flow is made of and the settings in `torch.backends`, stays as captured: after changing it, make a new sampler.
-    - The flow samples in evaluation mode, without gradients, and is in the modes it was in afterwards.
+    - Each call draws fresh noise from torch's default generator for the device: after `torch.manual_seed` the same
+      calls return the same images, and a call for `num_samples` images returns those of the flow's `sample`.
+    - Each call reads the weights and inverts the matrices, so a training step or `load_state_dict` takes effect at
+      once. If parameters or buffers have moved (`.to`, `load_state_dict(assign=True)`), the kind of labels differs, or
+      autocast differs, the next call captures again. Everything else, such as the flow's modules and the settings in
+      `torch.backends`, stays as captured: make a new sampler after changing it.
+    - The flow samples in evaluation mode, without gradients; its modes are restored afterwards.
     - Only one thread at a time may use a sampler and its flow.
 
     Args:
-        flow: A flow, with all its parameters and buffers on one device.
-        num_samples: How many images a graph draws at once. Fewer take as long; more take several replays.
+        flow: A flow with all parameters and buffers on one device.
+        num_samples: Images per replay of the graph. Fewer take as long; more take several replays.
 
     Raises:
-        TypeError: If `flow` is not a module with a method `sample`, or `num_samples` is not an integer.
+        TypeError: If `flow` is not a module with a `sample` method, or `num_samples` is not an integer.
         ValueError: If `num_samples` is not positive.
 
     Examples:
@@ -69,7 +69,7 @@ class GraphSampler:
     """
 
     def __init__(self, flow: nn.Module, num_samples: int) -> None:
-        self._flow = Bijection(flow)  # which need not have the direction to the latent variable
+        self._flow = Bijection(flow)  # not as_bijection: it need not have a direction to the latent variable
         if not isinstance(self._flow.module, nn.Module) or not self._flow.can_sample:
             raise TypeError(
                 "flow must be a torch.nn.Module with a sample method, or one that nflows_kconv.bijection can sample, "
@@ -78,26 +78,26 @@ class GraphSampler:
         self._num_samples = checks.positive("num_samples", num_samples)
         self._graph: _Graph | None = None
 
-    # Buffers made in inference mode could not be written outside it, at a later call.
+    # A later call outside inference mode could not write buffers made inside it.
     @torch.inference_mode(False)
     @torch.no_grad()
     def __call__(self, n: int | None = None, *, labels: Labels | None = None, temperature: float = 1.0) -> Tensor:
         """Draws images.
 
         Args:
-            n: How many; as many as labels by default, and `num_samples` without labels.
-            labels: What the flow is conditioned on, [n, ...], on any device, one row an image: the `context` of its
-                library, or the `y` of normflows. Tuples hold several such tensors.
-            temperature: What each standard normal number that the flow draws (with `torch.randn` or
-                `torch.randn_like`) is multiplied with. 0 gives the image of the base distribution's mean.
+            n: How many; by default one per label, or `num_samples` without labels.
+            labels: What the flow is conditioned on, [n, ...], on any device, one row per image: the `context` of its
+                library, or the `y` of normflows; or a tuple of such tensors.
+            temperature: A factor for each standard normal number that the flow draws with `torch.randn` or
+                `torch.randn_like`. 0 returns the image of the base distribution's mean.
 
         Returns:
-            Images, [n, C, H, W], or of whatever shape the flow's samples have.
+            Images, [n, C, H, W], or samples of the flow's shape.
 
         Raises:
             TypeError: If an argument has the wrong type.
-            ValueError: If an argument has a wrong value; if the flow takes no labels, but there are some; if it draws
-                no normal numbers, but the temperature is not 1.
+            ValueError: If an argument has a wrong value, labels are given to a flow that takes none, or the temperature
+                is not 1 for a flow that draws no normal numbers.
             RuntimeError: If the flow is on several devices, or cannot be captured.
         """
         n = self._check_number(n, labels)
@@ -126,7 +126,7 @@ class GraphSampler:
 
     def _drawer(self, labels: Labels | None) -> Callable[[int, Labels | None, float], Tensor]:
         if self._graph is None or not self._graph.is_current(labels):
-            self._graph = None  # its memory goes to the next one
+            self._graph = None  # frees its memory for the next graph
             device = self._flow.device
             if device.type != _GRAPH_DEVICE:
                 return partial(self._draw_plainly, device)
@@ -135,7 +135,7 @@ class GraphSampler:
 
     def _draw_plainly(self, device: torch.device, number: int, labels: Labels | None, temperature: float) -> Tensor:
         labels = tree_map_only(Tensor, lambda label: label.to(device), labels)
-        if temperature == 1:  # without looking at each torch call, which costs about as much as a small call
+        if temperature == 1:  # avoids intercepting each torch call, which costs about as much as a small call
             with _evaluating(self._flow.module), _inverted_together(self._flow.module):
                 return self._flow.sample(number, labels)
         drawn = _sample(self._flow, number, labels, temperature)
@@ -144,7 +144,7 @@ class GraphSampler:
 
 
 class _Drawn(NamedTuple):
-    """Images, and whether normal numbers went into them."""
+    """Images, and whether drawing them used normal numbers."""
 
     images: Tensor
     normal: bool
@@ -155,7 +155,7 @@ class _Drawn(NamedTuple):
 
 
 class _Graph:
-    """A capture, with the tensors through which numbers get into it."""
+    """A captured graph with its input tensors."""
 
     def __init__(self, flow: Bijection, num_samples: int, labels: Labels | None, device: torch.device) -> None:
         self._key = _key(labels)
@@ -166,25 +166,25 @@ class _Graph:
             for name, tensor in table.items()
             if tensor is not None
         ]
-        # Kept alive, so an address that is still the same is that of the same memory.
+        # Kept alive, so an equal address means the same memory.
         self._weights = [table[name].detach() for table, name in self._slots]
         self._addresses = self._current_addresses()
-        # In float64 if the flow is, which some devices do not have.
+        # float64 only if the flow is, because some devices lack it.
         dtypes = [weight.dtype for weight in self._weights if weight.is_floating_point()]
         dtype = reduce(torch.promote_types, dtypes, torch.float32)
         self._temperature = torch.ones((), dtype=dtype, device=device)
-        # Rows that no image needs must hold something valid.
+        # Unused rows must hold valid labels.
         self._labels = tree_map_only(
             Tensor, lambda label: label[:1].to(device).expand(num_samples, *label.shape[1:]).clone(), labels
         )
-        # Not in the capture: on going back to training mode, layers may look at values.
+        # Outside the capture: layers may read values on returning to training mode.
         with _evaluating(flow.module):
             self._drawn, self._replay = _capture(
                 flow, lambda: _sample(flow, num_samples, self._labels, self._temperature), device
             )
 
     def is_current(self, labels: Labels | None) -> bool:
-        """Returns whether a replay does what the flow would do."""
+        """Returns whether a replay would still do what the flow does."""
         return self._current_addresses() == self._addresses and _key(labels) == self._key
 
     def _current_addresses(self) -> list[int | None]:
@@ -192,7 +192,7 @@ class _Graph:
         return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
 
     def draw(self, number: int, labels: Labels | None, temperature: float) -> Tensor:
-        """Replays."""
+        """Replays the graph and returns images."""
         self._drawn.check_temperature(temperature)
         self._temperature.fill_(temperature)
         for slot, label in zip(tree_leaves(self._labels), tree_leaves(labels), strict=True):
@@ -208,10 +208,10 @@ def _key(labels: Labels | None) -> tuple[Any, ...]:
 
 
 def _capture(flow: Bijection, draw: Callable[[], _Drawn], device: torch.device) -> tuple[_Drawn, Callable[[], None]]:
-    """Captures a draw: what it returns, and how to do it again.
+    """Captures a draw; returns its result and the function that replays it.
 
     Raises:
-        RuntimeError: If that is impossible.
+        RuntimeError: If the flow cannot be captured.
     """
     for name, module in flow.module.named_modules():
         reason = Bijection(module).why_not_captured
@@ -226,22 +226,22 @@ def _capture(flow: Bijection, draw: Callable[[], _Drawn], device: torch.device) 
         with torch.random.fork_rng([device]):
             for _ in range(_WARM_UP):
                 draw()
-        # What would fail is found here, since after a failed capture torch's generator may be unusable.
+        # Finds failures here, because torch's generator may be unusable after a failed capture.
         with torch.random.fork_rng([device]), _synchronization_forbidden():
             try:
                 draw()
             except Exception as error:
                 raise _refusal(flow, error) from error
         failure = None
-        # What autocast keeps of one draw, weights in half precision, must neither get into the graph nor out of it.
+        # Half-precision weights that autocast caches must neither enter nor leave the graph.
         torch.clear_autocast_cache()
         try:
-            # Other threads, such as those that load data, may go on with what a capture forbids.
+            # Other threads, such as data loaders, may continue operations that a capture forbids.
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 try:
                     drawn = draw()
                 except Exception as error:
-                    failure = error  # ending the capture may raise an error that tells less
+                    failure = error  # ending the capture may raise a less specific error
                     raise
         except Exception as error:
             raise _refusal(flow, failure or error) from failure or error
@@ -252,7 +252,7 @@ def _capture(flow: Bijection, draw: Callable[[], _Drawn], device: torch.device) 
 
 
 def _refusal(flow: Bijection, error: Exception) -> RuntimeError:
-    """Returns the error that says why, and at which line of the flow: the innermost that is not torch's."""
+    """Returns an error with the reason and the line of the flow: the innermost line outside torch."""
     torch_folder = str(Path(torch.__file__).parent)
     frames = [
         frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(torch_folder)
@@ -265,7 +265,7 @@ def _refusal(flow: Bijection, error: Exception) -> RuntimeError:
 def _synchronization_forbidden() -> Iterator[None]:
     mode = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that this mode does not see everything
+        warnings.simplefilter("ignore")  # torch warns that this mode does not detect every synchronization
         torch.cuda.set_sync_debug_mode("error")
     try:
         yield
@@ -280,9 +280,10 @@ def _sample(flow: Bijection, number: int, labels: Labels | None, temperature: fl
 
 
 class _NormalNumbers(TorchFunctionMode):
-    """Multiplies standard normal numbers with the temperature as they are drawn.
+    """Multiplies standard normal numbers by the temperature as they are drawn.
 
-    That is what normflows does with a Gaussian base, and what nflows cannot do. A tensor can change between replays.
+    normflows does this with a Gaussian base; nflows cannot. The temperature is a tensor, which can change between
+    replays.
     """
 
     def __init__(self, temperature: float | Tensor) -> None:
@@ -310,7 +311,7 @@ def _evaluating(flow: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        flow.train()  # by the method, where layers of nflows drop what they cached
+        flow.train()  # through the method, in which layers of nflows drop their caches
         for module, training in modes.items():
             if not training:
                 module.training = False
@@ -318,10 +319,10 @@ def _evaluating(flow: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _inverted_together(flow: nn.Module) -> Iterator[None]:
-    """Gives every `InvertibleConv1x1` its inverse weight, computed for all of a size in one batch."""
+    """Gives every `InvertibleConv1x1` its inverse weight, computed in one batch per size."""
     sizes = defaultdict(list)
     for module in flow.modules():
-        # A hook may give a layer other weights when it is called, as pruning and FSDP do.
+        # A hook may change a layer's weights at a call, as pruning and FSDP do.
         if isinstance(module, InvertibleConv1x1) and not module._forward_pre_hooks:
             sizes[module.lower.shape, module.lower.dtype].append(module)
     with replaced(
@@ -333,10 +334,10 @@ def _inverted_together(flow: nn.Module) -> Iterator[None]:
 
 
 def inverse_weights(layers: list[InvertibleConv1x1]) -> Tensor:
-    """Returns the inverse weight of each layer, [N, C, C]: what `inverse_weight` gives, in one batch.
+    """Returns `inverse_weight` of each layer, [N, C, C], computed in one batch.
 
     Args:
         layers: N layers of equal size.
     """
-    # Attributes, not parameters: a parametrization computes them.
+    # Attributes, because parametrizations compute them.
     return vmap(inverse_weight)(*map(torch.stack, zip(*(layer.tensors() for layer in layers), strict=True)))

@@ -1,7 +1,7 @@
-"""One evaluation of a coupling's network for both directions of the coupling.
+"""Evaluates the network of a coupling once for both directions of the coupling.
 
-A coupling leaves a part of its input as it is, and its network takes this part, so both directions evaluate the
-network with the same values.
+A coupling passes part of its input through unchanged, and its network takes this part, so both directions evaluate the
+network on the same values.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from nflows_kconv.torch_internals import tree_leaves, tree_map_only
 
 @contextmanager
 def evaluated_once(module: nn.Module) -> Iterator[None]:
-    """Has a step that is undone and then repeated evaluate each of its networks once, while it is entered.
+    """Makes a step that is undone and then repeated evaluate each of its networks once, inside this context.
 
-    What a network gives where it is called without gradients is recorded, and taken where it is next called with
-    gradients, differentiable as if it came from the arguments given then, which may differ by rounding.
+    Records the output of a network called without gradients, and returns it at the next call with gradients,
+    differentiable in the arguments of that call, which may differ by rounding.
 
     Args:
-        module: Holds couplings, whose classes have told `nflows_kconv.bijection.register` of their networks.
+        module: A module with couplings whose classes registered their networks with `nflows_kconv.bijection.register`.
     """
     with replaced(
         (coupling, name, _SharedNetwork(getattr(coupling, name)))
@@ -45,19 +45,19 @@ class _SharedNetwork:
         self.evaluations: list[tuple[list[Tensor], Tensor]] = []
 
     def __getattr__(self, name: str) -> Any:
-        """Returns an attribute of the network, as couplings may read."""
+        """Returns an attribute of the network, which couplings may read."""
         return getattr(self.network, name)
 
     def __call__(self, *arguments: Any, **options: Any) -> Tensor:
-        """Returns the network's output, recorded when the step is undone, and replayed when it is repeated."""
+        """Returns the network's output: records it when the step is undone, replays it when the step is repeated."""
         if not torch.is_grad_enabled():
-            # A tensor that is not a leaf, such as a context that a coupling resized, may have a history when repeated.
+            # A non-leaf tensor, such as a resized context, may have an autograd history when repeated.
             arguments, options = tree_map_only(Tensor, _leaf, (arguments, options))
             with torch.enable_grad():
                 output = self.network(*arguments, **options)
             self.evaluations.append((self._sources(arguments, options), output))
-            return output.detach().clone()  # the coupling may change it in place
-        if not self.evaluations:  # the step's input was known
+            return output.detach().clone()  # the coupling may modify it in place
+        if not self.evaluations:  # the step was not undone, because its input was kept
             return self.network(*arguments, **options)
         return _Repeated.apply(self.evaluations.pop(), *self._sources(arguments, options))
 
@@ -71,7 +71,7 @@ def _leaf(tensor: Tensor) -> Tensor:
 
 
 class _Repeated(torch.autograd.Function):
-    """A recorded evaluation, as if it had been with these arguments."""
+    """A recorded evaluation, made differentiable in these arguments."""
 
     @staticmethod
     def forward(ctx: Any, evaluation: tuple[list[Tensor], Tensor], *sources: Tensor) -> Tensor:

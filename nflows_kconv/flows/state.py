@@ -1,6 +1,6 @@
-"""State_dicts of the image flow, from the names of one library to those of the other.
+"""Converts state_dicts of the image flow between the libraries.
 
-Both flows hold the same steps, and a mean and a log-scale of each latent number for each class:
+Both flows hold the same steps, and a mean and a log-scale per latent number and class:
 
     nflows       _transform._transforms.1._transforms.{level}._transforms.1.step...    level 0 next to the data
                  _distribution._context_encoder.weight   [classes, 2 D]: means, then log-scales, in the latent's order
@@ -28,7 +28,7 @@ _CLASSES = "_distribution._context_encoder.weight"
 
 
 def for_nflows(state_dict: Mapping[str, Any], architecture: Architecture) -> Mapping[str, Any]:
-    """Returns the state_dict under the names of nflows' flow; itself unless it is of normflows' flow."""
+    """Converts a state_dict of normflows' flow to the names of nflows' flow; returns any other unchanged."""
     name = "_transform._transforms.1._transforms.{}._transforms.1.{}"
     renamed = _renamed(state_dict, _PATTERNS["normflows"], name, architecture.levels)
     if renamed is None:
@@ -42,12 +42,12 @@ def for_nflows(state_dict: Mapping[str, Any], architecture: Architecture) -> Map
 
 
 def for_normflows(state_dict: Mapping[str, Any], architecture: Architecture) -> Mapping[str, Any]:
-    """Returns the state_dict under the names of normflows' flow; itself unless it is of nflows' flow."""
+    """Converts a state_dict of nflows' flow to the names of normflows' flow; returns any other unchanged."""
     renamed = _renamed(state_dict, _PATTERNS["nflows"], "flows.{}.0.{}", architecture.levels)
     if renamed is None:
         return state_dict
     shapes = architecture.latent_shapes
-    like = next(value for value in renamed.values() if value.is_floating_point())  # files have an order of their own
+    like = next(value for value in renamed.values() if value.is_floating_point())  # files may have another order
     weight = renamed.pop(_CLASSES, None)
     if architecture.num_classes is None:
         weight = torch.zeros(1, 2 * sum(map(math.prod, shapes)), dtype=like.dtype, device=like.device)
@@ -63,7 +63,7 @@ def for_normflows(state_dict: Mapping[str, Any], architecture: Architecture) -> 
 def _renamed(
     state_dict: Mapping[str, Any], pattern: re.Pattern[str], name: str, levels: int
 ) -> OrderedDict[str, Any] | None:
-    """Returns a copy with other names of the steps, metadata included; None if there are no such steps."""
+    """Returns a copy with renamed steps, including metadata; None if there are no such steps."""
     if not any(map(pattern.fullmatch, state_dict)):
         return None
 

@@ -1,7 +1,7 @@
-"""The steps of the FInC flow as modules that belong to no library.
+"""The steps of the FInC flow as library-independent modules.
 
-Each is an `InvertibleModule` of sequences, images or volumes, [B, C, L], [B, C, H, W] or [B, C, D, H, W], whose
-`forward` goes from data to latent, like `InvertibleConv2d`. The adapters give them their library's directions.
+Each is an `InvertibleModule` of sequences, images or volumes, [B, C, L], [B, C, H, W] or [B, C, D, H, W], with
+`forward` from data to latent, like `InvertibleConv2d`. Adapters give them the directions of their library.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from nflows_kconv.torch_internals import (
 CONVOLUTIONS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _POOLS: dict[int, Any] = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
 
-# Elsewhere to look at a value waits for the device.
+# On other devices reading a value synchronizes.
 _LOOKS_ARE_FREE = ("cpu",)
 
 
 class Sequence(InvertibleModule):
-    """Several steps one after the other, the first one next to the data.
+    """Several steps in sequence, the first one next to the data.
 
     Args:
         steps: Modules with `forward` and `inverse`, both of which take a context.
@@ -52,10 +52,10 @@ class Sequence(InvertibleModule):
 
 
 class Inverse(InvertibleModule):
-    """A step the other way round: Inverse-Flow (Nagar, Varma 2025, arXiv 2410.14634) has its convolutions so.
+    """A step with its directions exchanged, as the convolutions of Inverse-Flow (Nagar, Varma 2025, arXiv 2410.14634).
 
     Args:
-        step: The module whose directions to exchange.
+        step: The module to invert.
     """
 
     def __init__(self, step: nn.Module) -> None:
@@ -70,10 +70,10 @@ class Inverse(InvertibleModule):
 
 
 class Squeeze(InvertibleModule):
-    """Moves the pixels of each block of two along every axis into channels: C of them become 2^n C for n axes.
+    """Moves each block of two pixels along every axis into channels: C channels become 2^n C for n axes.
 
     Raises:
-        ValueError: In a call, if a size, or the number of channels of the inverse, does not divide.
+        ValueError: In a call, if a size is odd, or the inverse gets a number of channels that 2^n does not divide.
     """
 
     def _run_forward(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
@@ -96,14 +96,14 @@ class Squeeze(InvertibleModule):
 
 
 class ActNorm(InvertibleModule):
-    """y = exp(log_scale) (x + shift), channel by channel (Glow, Kingma, Dhariwal 2018, arXiv 1807.03039, section 3.1).
+    """y = exp(log_scale) (x + shift) per channel (Glow, Kingma, Dhariwal 2018, arXiv 1807.03039, section 3.1).
 
-    The first batch that passes forward in training mode while `initialized` is False sets both parameters to give its
-    outputs mean 0 and variance 1 in every channel. Inside a forward of DistributedDataParallel that is the joint batch
-    of all processes; elsewhere it is the batch at hand, and nothing is communicated.
+    In training mode, while `initialized` is False, the first forward batch sets both parameters so that its outputs
+    have mean 0 and variance 1 in every channel. Inside a forward of DistributedDataParallel it is the joint batch of
+    all processes; otherwise it is the local batch, without communication.
 
-    Under torch.compile that first batch breaks the graph, and the next one compiles anew. Compiled code goes by what
-    `initialized` said at the last look: at an eager call, when a state_dict was loaded, or when `train` was called.
+    Under torch.compile the first batch breaks the graph, and the next one compiles again. Compiled code uses the value
+    of `initialized` last read at an eager call, when loading a state_dict, or in `train`.
 
     Args:
         channels: C.
@@ -111,7 +111,7 @@ class ActNorm(InvertibleModule):
     Attributes:
         log_scale: Parameter, [C].
         shift: Parameter, [C].
-        initialized: Buffer, whether that batch has passed.
+        initialized: Buffer, whether the first batch has passed.
     """
 
     initialized: Tensor
@@ -121,19 +121,19 @@ class ActNorm(InvertibleModule):
         self.log_scale = nn.Parameter(torch.empty(channels))
         self.shift = nn.Parameter(torch.empty(channels))
         self.register_buffer("initialized", torch.empty((), dtype=torch.bool))
-        # The buffer and its version when it was last seen to be True.
+        # The buffer and its version when it was last read as True.
         self._seen: tuple[Tensor, int | None] | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Makes it the identity that waits for its first batch."""
+        """Resets to the identity, to be initialised by the next batch."""
         nn.init.zeros_(self.log_scale)
         nn.init.zeros_(self.shift)
         self.initialized.fill_(False)
         self._seen = None
 
     def train(self, mode: bool = True) -> ActNorm:
-        """Sets the mode; compiled code sees here what has become of `initialized`."""
+        """Sets the mode, and reads `initialized` for compiled code."""
         super().train(mode)
         if mode:
             self._seen = None
@@ -152,13 +152,13 @@ class ActNorm(InvertibleModule):
         return input * scale - shift, -_per_image(self.log_scale, input)
 
     def _is_initialized(self) -> bool:
-        """Returns what the buffer says, or True where it holds no values."""
+        """Returns the value of the buffer, or True if it has no values."""
         if torch.compiler.is_compiling():
             return self._seen is not None
         buffer = self.initialized
         if buffer.is_meta or type(buffer) is not Tensor or is_functorch_wrapped_tensor(buffer):
             return True
-        # Inference tensors have none.
+        # Inference tensors have no version.
         version = None if buffer.is_inference() else buffer._version
         known = version is not None and self._seen is not None and self._seen[0] is buffer and self._seen[1] == version
         if known and buffer.device.type not in _LOOKS_ARE_FREE:
@@ -185,7 +185,7 @@ class ActNorm(InvertibleModule):
         count, total = _total(torch.stack([count, values.sum(others)]), group)
         if not count[0]:
             return
-        # About the mean, or float32 would lose the variance of what is far from 0.
+        # About the mean, because float32 would lose the variance of data far from 0.
         about = total / count
         values = values - _on_channels(about, values)
         rest, square = _total(torch.stack([values.sum(others), values.square().sum(others)]), group)
@@ -205,17 +205,17 @@ class ActNorm(InvertibleModule):
 class InvertibleConv1x1(InvertibleModule):
     """y = W x at every pixel, W = P L (U + diag(s)) (Glow, arXiv 1807.03039, section 3.2).
 
-    P is a fixed permutation, L unit lower and U strictly upper triangular, so log |det W| = sum log |s|. It starts
-    as a random rotation. Under autocast it stays in the dtype of its parameters.
+    P is a fixed permutation, L unit lower and U strictly upper triangular, so log |det W| = sum log |s|. W starts as a
+    random rotation. Under autocast the layer stays in the dtype of its parameters.
 
     Args:
         num_channels: C.
 
     Attributes:
-        lower: Parameter, [C, C], whose strict lower triangle is that of L.
-        upper: Parameter, [C, C], whose strict upper triangle is U.
+        lower: Parameter, [C, C], with the strict lower triangle of L.
+        upper: Parameter, [C, C], with U as its strict upper triangle.
         log_scale: Parameter, [C], log |s|.
-        permutation: Buffer, [C], the row of L (U + diag(s)) that each row of W is.
+        permutation: Buffer, [C], the row of L (U + diag(s)) for each row of W.
         sign: Buffer, [C], the signs of s.
 
     Raises:
@@ -238,10 +238,10 @@ class InvertibleConv1x1(InvertibleModule):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draws a rotation."""
+        """Draws a random rotation."""
         if self.lower.is_meta:
             return
-        # On the CPU, as not every device has these factorisations.
+        # On the CPU, because not every device has these factorisations.
         shape, dtype = self.lower.shape, torch.promote_types(self.lower.dtype, torch.float32)
         rotation = torch.linalg.qr(torch.randn(shape, dtype=dtype, device="cpu"))[0]
         permutation, lower, upper = torch.linalg.lu(rotation)
@@ -273,12 +273,12 @@ class InvertibleConv1x1(InvertibleModule):
         return inverse_weight(*self.tensors())
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """Returns what `inverse_weight` takes."""
+        """Returns the arguments of the function `inverse_weight`."""
         return self.lower, self.upper, self.log_scale, self.sign, self.permutation
 
 
 def inverse_weight(lower: Tensor, upper: Tensor, log_scale: Tensor, sign: Tensor, permutation: Tensor) -> Tensor:
-    """Returns the inverse of W, [C, C], as a function of an `InvertibleConv1x1`'s tensors."""
+    """Returns the inverse of W, [C, C], from the tensors of an `InvertibleConv1x1`."""
     # Half precision has no triangular solver.
     dtype = torch.promote_types(lower.dtype, torch.float32)
     left, right = (factor.to(dtype) for factor in _factors(lower, upper, log_scale, sign))
@@ -293,23 +293,23 @@ def _factors(lower: Tensor, upper: Tensor, log_scale: Tensor, sign: Tensor) -> t
 
 
 def _mixed(weight: Tensor, input: Tensor) -> Tensor:
-    # Not F.conv2d, which a GPU computes in TF32 by default: the inverse has to undo this to rounding.
+    # Not F.conv2d, which uses TF32 on a GPU by default: the inverse must undo this to rounding.
     return (weight @ input.to(weight.dtype).flatten(2)).view(input.shape)
 
 
 class AffineCoupling(InvertibleModule):
     """y1 = s(x2) x1 + t(x2), y2 = x2, with log s = 2 tanh(h / 2) and (h, t) = network(x2).
 
-    The coupling of FInC Flow (Kallappa, Nagar, Varma 2023, arXiv 2301.09266), whose scale stays between e^-2 and e^2.
-    Run back it divides by the same scale, so only the network's rounding, TF32 on a GPU for instance, can make a
-    round trip err.
+    The coupling of FInC Flow (Kallappa, Nagar, Varma 2023, arXiv 2301.09266), with a scale between e^-2 and e^2. The
+    inverse divides by the same scale, so only rounding in the network, such as TF32 on a GPU, adds error in a round
+    trip.
 
-    Where it has context channels, the network sees the context, too: as it is if [B, E, ...] of the input's size, else
-    broadcast from [B, E], or average-pooled from another size.
+    With context channels the network also takes the context: unchanged if it is [B, E, ...] of the input's size,
+    otherwise broadcast from [B, E] or average-pooled from another size.
 
     Args:
-        network: Takes the second half of the channels and the context, [B, C/2 + E, ...], gives [B, C, ...]: h, then t.
-        context_channels: E; with 0, whatever context a call has is ignored.
+        network: Maps the second half of the channels and the context, [B, C/2 + E, ...], to h and t, [B, C, ...].
+        context_channels: E; 0 ignores the context.
     """
 
     def __init__(self, network: nn.Module, context_channels: int = 0) -> None:
@@ -334,7 +334,7 @@ class AffineCoupling(InvertibleModule):
 
 
 def _at_size_of(kept: Tensor, context: Tensor) -> Tensor:
-    """Returns the context with a value for each pixel."""
+    """Returns the context at every pixel of the input."""
     size = kept.shape[2:]
     if context.dim() == 2:
         return context.view(*context.shape, *[1] * len(size)).expand(-1, -1, *size)
@@ -344,7 +344,7 @@ def _at_size_of(kept: Tensor, context: Tensor) -> Tensor:
 def coupling_network(
     channels: int, hidden_channels: int, context_channels: int = 0, dimensions: int = 2, padding_mode: str = "zeros"
 ) -> nn.Sequential:
-    """Builds 3x3 -> ReLU -> 1x1 -> ReLU -> 3x3, which starts at zero: the paper's network of a coupling."""
+    """Builds the paper's coupling network, 3x3 -> ReLU -> 1x1 -> ReLU -> 3x3, which starts at zero."""
     convolution, borders = CONVOLUTIONS[dimensions], dict(padding=1, padding_mode=padding_mode)
     return nn.Sequential(
         convolution(channels // 2 + context_channels, hidden_channels, 3, **borders),
@@ -358,7 +358,7 @@ def coupling_network(
 def learned_prior(
     channels: int, context_channels: int = 0, dimensions: int = 2, padding_mode: str = "zeros"
 ) -> AffineCoupling:
-    """Builds the learned prior of a split: the last step before half of the C channels leave as standard normal."""
+    """Builds the learned prior of a split, the last step before half of the C channels become latents."""
     seen = channels // 2 + context_channels
     network = _zero(CONVOLUTIONS[dimensions](seen, channels, 3, padding=1, padding_mode=padding_mode))
     return AffineCoupling(network, context_channels)
@@ -379,7 +379,7 @@ def _chain(input: Tensor, context: Any, functions: Iterable[Any]) -> tuple[Tenso
 
 
 def _on_channels(values: Tensor, input: Tensor) -> Tensor:
-    """Returns a value for each channel, [C], in a shape that broadcasts to the input's."""
+    """Reshapes one value per channel, [C], to broadcast over the input."""
     return values.view(-1, *[1] * (input.dim() - 2))
 
 
@@ -388,7 +388,7 @@ def _no_log_abs_det(input: Tensor) -> Tensor:
 
 
 def _per_image(log_scale: Tensor, input: Tensor) -> Tensor:
-    """Computes log |det| of scaling the channels of every pixel, [B]."""
+    """Returns log |det| of scaling the channels of every pixel, [B]."""
     dtype = torch.promote_types(log_scale.dtype, torch.float32)
     return (input.shape[2:].numel() * log_scale.to(dtype).sum()).repeat(input.shape[0])
 
@@ -399,7 +399,7 @@ def _sum(log_scale: Tensor) -> Tensor:
 
 
 def _total(values: Tensor, group: distributed.ProcessGroup | None) -> Tensor:
-    """Sums the values over the group's processes, if there is a group, in place."""
+    """Sums the values in place over the processes of the group, if there is one."""
     if group is not None:
         distributed.all_reduce(values, group=group)
     return values

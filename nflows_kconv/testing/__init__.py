@@ -1,6 +1,7 @@
 """Assertions and hypothesis strategies for invertible transformations of any library.
 
-The assertions need torch alone; `strategies` and `register_profiles` need hypothesis, and say so where it is missing.
+The assertions need only torch; `strategies` and `register_profiles` need hypothesis and raise an ImportError without
+it.
 """
 
 from importlib import import_module

@@ -1,8 +1,8 @@
-"""What must hold of every transform, as assertions for a test suite.
+"""Assertions that hold for every transform, for a test suite.
 
-Each takes what `nflows_kconv.bijection.as_bijection` takes, and leaves parameters, buffers, modes, gradients and
-torch's random state unchanged. Tolerances follow from dtype and conditioning unless `atol` or `rtol` is given. Failures
-are AssertionErrors that name the worst element, error, tolerance, and how to see it again.
+Each takes any transform that `nflows_kconv.bijection.as_bijection` accepts, and leaves parameters, buffers, modes,
+gradients and torch's random state unchanged. Tolerances follow from dtype and conditioning unless `atol` or `rtol` is
+given. Failures are AssertionErrors that state the worst element, its error and tolerance, and how to reproduce it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from nflows_kconv.torch_internals import tree_map_only
 
 __tracebackhide__ = True  # pytest shows the line of the test that called, not ours
 
-MAX_JACOBIAN = 4096  # entries of a sample, whose square the Jacobian has
+MAX_JACOBIAN = 4096  # entries of a sample; the Jacobian has their square
 
 
 def assert_invertible(transform: Any, inputs: Tensor, context: Any = None, **tolerance: float | None) -> None:
@@ -34,12 +34,12 @@ def assert_invertible(transform: Any, inputs: Tensor, context: Any = None, **tol
     Args:
         transform: What to test.
         inputs: x, [B, ...].
-        context: Second argument of the transform's calls; left out if None.
+        context: Second argument of the transform's calls; omitted if None.
         tolerance: `atol` and `rtol`. Either is 0 if only the other is given.
 
     Raises:
         AssertionError: If it does not hold, the transform raises an error, or it has no inverse.
-        TypeError: If the transform has none of the interfaces, or cannot be deep-copied.
+        TypeError: If the transform has no supported interface or cannot be deep-copied.
         ValueError: If the inputs are empty or not finite.
     """
     with _probe(transform, inputs, context, tolerance) as probe:
@@ -52,7 +52,7 @@ def assert_invertible(transform: Any, inputs: Tensor, context: Any = None, **tol
 
 
 def assert_log_dets_cancel(transform: Any, inputs: Tensor, context: Any = None, **tolerance: float | None) -> None:
-    """Asserts that the log-determinants of forward at x and of inverse at forward(x) add up to 0.
+    """Asserts that the log-determinants of forward at x and of inverse at forward(x) sum to 0.
 
     Arguments and errors are those of `assert_invertible`.
     """
@@ -68,18 +68,17 @@ def assert_log_dets_cancel(transform: Any, inputs: Tensor, context: Any = None, 
 def assert_log_abs_det_matches_jacobian(
     transform: Any, inputs: Tensor, context: Any = None, **tolerance: float | None
 ) -> None:
-    """Asserts that forward's log-determinants are log |det dy/dx| by autograd, and the inverse's the negative.
+    """Asserts that forward's log-determinants equal log |det dy/dx| by autograd, and the inverse's its negative.
 
-    The Jacobian, [B, D, D] for D entries a sample, takes D backward passes, in float64. The inverse's is that of
-    forward at the same point, so the inverse need not be differentiable. A transform without inverse must not take a
-    value twice: det dy/dx must keep its sign at and between the inputs, and no other point found may have their
-    outputs.
+    The Jacobian, [B, D, D] for D entries per sample, takes D backward passes, in float64. The inverse is compared with
+    the same Jacobian, so it need not be differentiable. A transform without inverse must be injective: det dy/dx must
+    keep its sign at and between the inputs, and no other point may be found with their outputs.
 
-    Arguments and errors are those of `assert_invertible`; the inverse is not needed, and
+    Arguments and errors are those of `assert_invertible`; no inverse is needed, and
 
     Raises:
-        ValueError: If the inputs are discrete (integers, or whole numbers if the transform takes no others), or if
-            samples have more than 4096 entries.
+        ValueError: If the inputs are discrete (integers, or whole numbers if the transform takes no others), or samples
+            have more than 4096 entries.
     """
     with _probe(transform, inputs, context, tolerance) as probe:
         if probe.discrete:
@@ -107,7 +106,7 @@ def assert_log_abs_det_matches_jacobian(
                 f"the Jacobian must be square, got {matrices.shape[1]} outputs of {matrices.shape[2]} inputs"
             )
         expected = torch.linalg.slogdet(matrices).logabsdet
-        # log |det| errs by eps times the condition number, beyond 1 / eps by anything.
+        # The error of log |det| is eps times the condition number, and unbounded beyond 1 / eps.
         eps = torch.finfo(probe.exact_inputs.dtype).eps
         condition = torch.linalg.cond(matrices, "fro").nan_to_num(torch.inf).clamp(max=1 / eps).max().item() / SAFETY
         for name in exact:
@@ -118,13 +117,13 @@ def assert_log_abs_det_matches_jacobian(
 def assert_gradients_match_finite_differences(
     transform: Any, inputs: Tensor, context: Any = None, **tolerance: float | None
 ) -> None:
-    """Asserts that autograd's gradients in inputs and parameters, through forward and inverse, are the true ones.
+    """Asserts that autograd's gradients in inputs and parameters, through forward and inverse, are right.
 
-    A random weighting of outputs and log-determinants is differentiated along random directions, in float64, by central
-    differences with steps h and h/2, whose disagreement counts as their error. Three directions must fail, so a
-    kink of a piecewise linear network between the points is not a failure.
+    Differentiates a random weighting of outputs and log-determinants along random directions, in float64, by central
+    differences with steps h and h/2, and takes their disagreement as the error. Fails only if three directions fail, so
+    a kink of a piecewise linear network between the points is not a failure.
 
-    Arguments and errors are those of `assert_invertible`; the inverse is not needed.
+    Arguments and errors are those of `assert_invertible`; no inverse is needed.
     """
     with _probe(transform, inputs, context, tolerance) as probe:
         for direction, argument in probe.directions(probe.exact, probe.exact_inputs):
@@ -132,12 +131,12 @@ def assert_gradients_match_finite_differences(
 
 
 def assert_batch_independent(transform: Any, inputs: Tensor, context: Any = None, **tolerance: float | None) -> None:
-    """Asserts that every sample is transformed as it would be alone, in another batch, or in another order.
+    """Asserts that every sample is transformed as it would be alone, in another batch or in another order.
 
-    A batch of one is doubled; the rows of tensors [B, ...] in the context go with the samples. Forward is left out for
-    discrete inputs, whose noise depends on the batch.
+    Doubles a batch of one; the rows of tensors [B, ...] in the context follow the samples. Skips forward for discrete
+    inputs, whose noise depends on the batch.
 
-    Arguments and errors are those of `assert_invertible`; the inverse is not needed.
+    Arguments and errors are those of `assert_invertible`; no inverse is needed.
     """
     inputs, context = _at_least_two(inputs, context)
     with _probe(transform, inputs, context, tolerance) as probe:
@@ -164,13 +163,13 @@ def assert_batch_independent(transform: Any, inputs: Tensor, context: Any = None
 
 
 def assert_shape_and_dtype_preserved(transform: Any, inputs: Tensor, context: Any = None) -> None:
-    """Asserts that batch size, number of entries, dtype and device stay, and that the inverse restores the shape.
+    """Asserts that batch size, number of entries, dtype and device are kept, and that the inverse restores the shape.
 
-    torch.distributions' transforms may change the number of entries as their `forward_shape` says. Log-determinants
-    must be floating-point numbers [B] on the same device. One number for all samples is accepted only from layers of
-    libraries that give one.
+    Transforms of torch.distributions may change the number of entries as their `forward_shape` says. Log-determinants
+    must be floating-point, [B], on the same device. One number for all samples is accepted only from layers of
+    libraries that return one.
 
-    Arguments and errors are those of `assert_invertible`; the inverse is not needed.
+    Arguments and errors are those of `assert_invertible`; no inverse is needed.
     """
     with _probe(transform, inputs, context, {}) as probe:
         x, t = probe.inputs, probe.given
@@ -195,13 +194,13 @@ def assert_shape_and_dtype_preserved(transform: Any, inputs: Tensor, context: An
 
 
 def assert_hooks_run(transform: Any, inputs: Tensor, context: Any = None) -> None:
-    """Asserts that the parts of a module are called, in both directions, and not their `forward`.
+    """Asserts that both directions call the parts of a module, not their `forward`.
 
     Calling `part.forward(x)` instead of `part(x)` skips the part's hooks, on which pruning, weight normalisation and
-    FSDP rely. Code of libraries that `nflows_kconv.bijection` knows may do so. Other methods, such as a part's
+    FSDP rely. Code of libraries that `nflows_kconv.bijection` supports may do so. Other methods, such as a part's
     `inverse`, have no hooks in torch and may be called.
 
-    Arguments and errors are those of `assert_invertible`; the inverse is not needed.
+    Arguments and errors are those of `assert_invertible`; no inverse is needed.
     """
     with _probe(transform, inputs, context, {}) as probe:
         if probe.given.module is not None:
@@ -210,13 +209,13 @@ def assert_hooks_run(transform: Any, inputs: Tensor, context: Any = None) -> Non
 
 
 def assert_deterministic(transform: Any, inputs: Tensor, context: Any = None, **tolerance: float | None) -> None:
-    """Asserts that results depend on the inputs' values and on nothing else, and that calls have no side effects.
+    """Asserts that results depend only on the values of the inputs, and that calls have no side effects.
 
-    Results must not depend on earlier calls, random numbers, whether gradients are on, or the inputs' memory layout (a
-    layout may be refused with a RuntimeError). A call must not change its argument in place or draw from torch's global
-    random numbers.
+    Results must not depend on earlier calls, random numbers, whether gradients are enabled, or the inputs' memory
+    layout (a RuntimeError may refuse a layout). A call must not modify its argument in place or draw from torch's
+    global random numbers.
 
-    Arguments and errors are those of `assert_invertible`; the inverse is not needed.
+    Arguments and errors are those of `assert_invertible`; no inverse is needed.
     """
     with _probe(transform, inputs, context, tolerance) as probe:
         for effect in sorted(probe.given.side_effects):
@@ -246,25 +245,25 @@ def assert_state_dict_round_trip(
     rebuild: Callable[[], Any] | None = None,
     **tolerance: float | None,
 ) -> None:
-    """Asserts that the state_dict, saved and loaded, carries all that results depend on, and that they follow it.
+    """Asserts that the state_dict, saved and loaded, holds everything that results depend on.
 
-    The state comes from a copy that has seen data and whose parameters have then changed in place, as an optimiser
-    changes them. Loaded with `weights_only=True`, it must give the same results in a transform that never ran, in one
-    that ran with other parameters, and in one built on the meta device and emptied by `to_empty`: a buffer that is not
-    persistent must be computed at use or by `reset_parameters`. Copying parameters and buffers in place, as
-    DistributedDataParallel does, must give them, too. A transform that is not a module has no state, and passes.
+    The state comes from a copy that has seen data and whose parameters then changed in place, as by an optimiser.
+    Loaded with `weights_only=True`, it must give the same results in a transform that never ran, in one that ran with
+    other parameters, and in one built on the meta device and emptied by `to_empty`: non-persistent buffers must be
+    computed at use or by `reset_parameters`. Copying parameters and buffers in place, as DistributedDataParallel does,
+    must give the same results too. A transform that is not a module has no state and passes.
 
-    Without `rebuild` these transforms are copies, which share even what saving loses. So a tensor that is not a buffer
-    counts as lost if results depend on it, unless it follows the parameters, as a cache does, or looks like a mask of
+    Without `rebuild` these transforms are copies, which share even state that saving loses. So a tensor that is not a
+    buffer counts as lost if results depend on it, unless it follows the parameters, as a cache does, or is a mask of
     -1, 0 and 1.
 
-    Arguments and errors are those of `assert_invertible`; the inverse is not needed, and
+    Arguments and errors are those of `assert_invertible`; no inverse is needed, and
 
     Args:
         transform: What to test.
         inputs: x, [B, ...].
-        context: Second argument of the transform's calls; left out if None.
-        rebuild: Builds the transform as a program that loads its state would.
+        context: Second argument of the transform's calls; omitted if None.
+        rebuild: Builds the transform as a program that loads its state would, or None.
         tolerance: `atol` and `rtol`.
 
     Raises:
@@ -275,7 +274,7 @@ def assert_state_dict_round_trip(
         if probe.given.module is None:
             return
         x, source, used = probe.inputs, probe.given.copy(), probe.given.copy()
-        probe.results(source, x)  # fills caches, which may go stale by the step
+        probe.results(source, x)  # fills caches, which the step may make stale
         source.step(state.training_step)
         expected = probe.results(source, x)
         used.step(lambda parameter: state.training_step(state.training_step(parameter)))
@@ -293,7 +292,7 @@ def assert_state_dict_round_trip(
         ):
             take_over(target, source)
             claim = f"a transform that {name} differs once {action}"
-            with contextlib.suppress(AssertionError):  # from other data, of which nothing must be learnt any more
+            with contextlib.suppress(AssertionError):  # other data must no longer initialise anything
                 target.forward((x / 2).floor() if probe.discrete else x / 2)
             try:
                 results = probe.results(target, x)
@@ -313,14 +312,14 @@ def check_transform(
     rebuild: Callable[[], Any] | None = None,
     **tolerance: float | None,
 ) -> None:
-    """Runs every assertion that applies, and again after a change of all parameters, in evaluation mode.
+    """Runs every assertion that applies, then again in evaluation mode after a change of all parameters.
 
-    The change shows what goes stale, and what initial values hide, such as couplings that start as the identity. It
-    skips what needs an inverse, if there is none; determinism and the Jacobian for discrete inputs, which a flow
-    dequantises with noise; the Jacobian where a torch Transform's `forward_shape` changes the number of entries; and,
-    with a warning, the Jacobian of samples with more than 4096 entries, and of integers if the transform takes
-    fractions as well. Arguments and errors are those of `assert_state_dict_round_trip`; the error lists all failures,
-    the likeliest cause first.
+    The change reveals stale caches and faults that initial values hide, such as in couplings that start as the
+    identity. Skips assertions that need an inverse if there is none; determinism and the Jacobian for discrete inputs,
+    which a flow dequantises with noise; the Jacobian if a torch Transform's `forward_shape` changes the number of
+    entries; and, with a warning, the Jacobian of samples with more than 4096 entries, and of integers if the transform
+    also takes fractions. Arguments and errors are those of `assert_state_dict_round_trip`; the error lists all
+    failures, the likeliest cause first.
     """
     _check_rebuild(rebuild, transform)
     inputs, context = _at_least_two(inputs, context)
@@ -340,14 +339,14 @@ def check_transform(
         probe.fail(list(failures.values()))
 
 
-# Failures after which nothing else can be judged.
+# After these failures nothing else can be judged.
 FUNDAMENTAL = {"forward", "assert_shape_and_dtype_preserved"}
 
 
 def _failures(
     probe: Probe, rebuild: Callable[[], Any] | None, skipped: Container[str] = ()
 ) -> dict[str, AssertionError]:
-    """Returns what fails, by the name of the assertion or direction, the likeliest cause first."""
+    """Returns the failures by name of assertion or direction, the likeliest cause first."""
     try:
         probe.look()
     except AssertionError as error:
@@ -377,7 +376,7 @@ def _failures(
 
 
 def _has_jacobian(probe: Probe) -> bool:
-    """Returns whether there is a Jacobian to compare with; warns where that depends on the choice of inputs."""
+    """Returns whether there is a Jacobian to compare with; warns if other inputs would have one."""
     entries, reason = probe.inputs[0].numel(), None
     if probe.discrete and probe.takes_fractions:
         reason = f"inputs must be floating-point unless the transform dequantises, got {probe.dtype}"
@@ -389,7 +388,7 @@ def _has_jacobian(probe: Probe) -> bool:
 
 
 def _probe(transform: Any, inputs: Tensor, context: Any, tolerance: dict[str, float | None]) -> Any:
-    """Returns a probe as a context manager, which leaves failures to `check_transform` where that passes its own."""
+    """Returns a probe as a context manager; a probe from `check_transform` leaves failures to it."""
     if isinstance(transform, Probe):
         return contextlib.nullcontext(transform)
     return Probe(transform, inputs, context, tolerance)
@@ -404,14 +403,14 @@ def _check_rebuild(rebuild: Any, transform: Any) -> None:
 
 
 def _at_least_two(inputs: Tensor, context: Any) -> tuple[Tensor, Any]:
-    """Inputs and context with a batch of one doubled."""
+    """Returns inputs and context, doubled if the batch is one."""
     if not _is_batch(inputs, 1):
         return inputs, context
     return torch.cat([inputs, inputs]), _by_row(lambda row: torch.cat([row, row]), context, 1)
 
 
 def _by_row(change: Callable[[Tensor], Tensor], context: Any, size: int) -> Any:
-    """Returns the context with what has a row for each of so many samples changed: a tensor, or some in a tuple."""
+    """Applies a function to the tensors of the context, alone or in a tuple, that have one row per sample."""
     return tree_map_only(Tensor, lambda tensor: change(tensor) if _is_batch(tensor, size) else tensor, context)
 
 
@@ -431,7 +430,7 @@ def _with_gaps(tensor: Tensor) -> Tensor:
     return tensor.repeat_interleave(2, -1)[..., ::2]
 
 
-# Ways to call a transform that must not matter: whether gradients are on, and the argument's memory layout.
+# Ways to call a transform that must not matter: gradients enabled or not, and the argument's memory layout.
 Variant = tuple[bool, Callable[[Tensor], Tensor]]
 VARIANTS: dict[str, Variant] = {
     "a second call": (True, as_it_is),

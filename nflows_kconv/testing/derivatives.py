@@ -1,4 +1,4 @@
-"""Jacobians by autograd, and autograd's gradients against finite differences."""
+"""Computes Jacobians by autograd, and compares autograd's gradients with finite differences."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ from nflows_kconv.testing.subject import Subject, show
 
 __tracebackhide__ = True  # pytest shows the line of the test that called, not ours
 
-DIRECTIONS = 3  # each of which shows a wrong gradient
+DIRECTIONS = 3  # each can reveal a wrong gradient
 NEWTON_STEPS = 10  # to another point with the same outputs
-MAX_NEWTON = 256  # entries of a sample, for as many systems of equations to be solved in no time
-BATCHED_ROWS = 128  # of a Jacobian, computed together
-MAX_ELEMENTS = 1024  # of a tensor, for a failure to name the worst
+MAX_NEWTON = 256  # entries of a sample, above which solving for them takes too long
+BATCHED_ROWS = 128  # rows of a Jacobian computed together
+MAX_ELEMENTS = 1024  # elements of a tensor, above which a failure does not name the worst
 
 
 def jacobian(t: Subject, x: Tensor) -> Tensor:
-    """Computes dy/dx of every sample, [B, entries of y, entries of x], in float64."""
+    """Returns dy/dx of every sample, [B, entries of y, entries of x], in float64."""
     x = x.clone().requires_grad_()
     columns = t.forward(x)[0].reshape(len(x), -1).sum(0)
     if not columns.requires_grad:
         return to_float64(x.new_zeros(len(x), len(columns), x[0].numel()))
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # as some operators are slow so
+            warnings.simplefilter("ignore")  # some operators warn that batched gradients are slow
             units = torch.eye(len(columns), dtype=columns.dtype, device=x.device).split(BATCHED_ROWS)
             batched = {"is_grads_batched": True, "retain_graph": True, "materialize_grads": True}
             rows = torch.cat([torch.autograd.grad(columns, x, unit, **batched)[0] for unit in units])
-    except RuntimeError:  # some operator takes one gradient at a time
+    except RuntimeError:  # some operators do not support batched gradients
         rows = torch.stack([_gradients(column, [x])[0] for column in columns])
     return to_float64(rows.transpose(0, 1).reshape(len(x), len(columns), -1))
 
 
 def check_orientation(probe: Probe) -> None:
-    """Asserts that det dy/dx has one sign, as for every injective function with a continuous derivative.
+    """Asserts that det dy/dx keeps its sign, as for every injective function with a continuous derivative.
 
-    Looks at the inputs, and between them and their neighbours and zero, for each context by itself.
+    Checks the inputs and points between them, their neighbours and zero, separately for each context.
     """
     t, x, generator = probe.exact, probe.exact_inputs, torch.Generator().manual_seed(0)
     points, signs = [x], [_orientation(t, x)]
@@ -51,7 +51,7 @@ def check_orientation(probe: Probe) -> None:
             signs.append(_orientation(t, point))
             points.append(point)
         except AssertionError:
-            pass  # it lies outside the domain
+            pass  # the point is outside the domain
     by_context = torch.stack(signs) if t.context is not None else torch.stack(signs).view(-1, 1)
     if ((by_context.amax(0) > 0) & (by_context.amin(0) < 0)).any():
         up, down = (show(torch.cat(points)[torch.cat(signs) == sign][0]) for sign in (1, -1))
@@ -59,9 +59,9 @@ def check_orientation(probe: Probe) -> None:
 
 
 def check_collisions(probe: Probe) -> None:
-    """Asserts that no other point is found with the outputs of an input.
+    """Asserts that a search finds no other point with the outputs of an input.
 
-    Newton's method looks for it from the neighbours of the inputs and from their negatives, if samples are small.
+    Newton's method starts from the neighbours of the inputs and from their negatives, if samples are small.
     """
     t, x = probe.exact, probe.exact_inputs
     outputs = t.forward(x)[0].reshape(len(x), -1)
@@ -76,9 +76,9 @@ def check_collisions(probe: Probe) -> None:
                 point = point - steps.view_as(x).to(x)
             errors = to_float64((t.forward(point)[0].reshape(len(x), -1) - outputs).detach()).norm(dim=1)
         except (AssertionError, torch.linalg.LinAlgError):
-            continue  # it has left the domain
+            continue  # the search has left the domain
         distances, scale = to_float64(point - x).flatten(1).norm(dim=1), 1 + to_float64(x).flatten(1).norm(dim=1)
-        # Where forward is almost flat, different points have almost the same outputs.
+        # If forward is almost flat, different points have almost equal outputs.
         found = (distances > 1e-3 * scale) & (errors < 1e-6 * smallest * distances.clamp(max=scale))
         if found.any():
             one, other = (show(points[found][0]) for points in (x, point))
@@ -86,17 +86,17 @@ def check_collisions(probe: Probe) -> None:
 
 
 def _orientation(t: Subject, x: Tensor) -> Tensor:
-    """Returns the sign of each sample's det dy/dx, [B]; 0 where rounding might decide it."""
+    """Returns the sign of each sample's det dy/dx, [B]; 0 if rounding might decide it."""
     matrices = jacobian(t, x)
     sure = torch.linalg.cond(matrices, "fro") < 1e-3 / torch.finfo(x.dtype).eps
     return torch.linalg.slogdet(matrices).sign * sure
 
 
 def check_gradients(probe: Probe, direction: str, argument: Tensor) -> None:
-    """Asserts that gradients of a random weighting of results, in argument and parameters, are finite differences.
+    """Asserts that gradients of a random weighting of results, in argument and parameters, match finite differences.
 
     Args:
-        probe: The transform; the exact one is differentiated.
+        probe: The probe, whose exact transform is differentiated.
         direction: "forward" or "inverse".
         argument: Where to differentiate.
     """
@@ -122,7 +122,7 @@ def check_gradients(probe: Probe, direction: str, argument: Tensor) -> None:
     else:
         gradients = {name: torch.zeros_like(value) for name, value in values.items()}
 
-    # Central differences err by a third derivative times h^2, and by the rounding of the loss over h.
+    # The error of central differences is a third derivative times h^2, plus the rounding of the loss over h.
     eps = torch.finfo(argument.dtype).eps
     h = eps ** (1 / 3)
     sensitivity = probe.sensitivity(lambda t, x: {"": loss(t, x if direction == "forward" else t.forward(x)[0])})[""]
@@ -148,7 +148,7 @@ def check_gradients(probe: Probe, direction: str, argument: Tensor) -> None:
                 return probe.require(claim, "along a random direction", got, *difference(along), argument.dtype)
             except AssertionError as error:
                 failure = error
-        # The worst element of the variable whose gradient is wrong most.
+        # The worst element of the variable with the largest gradient error.
         mismatch = {}
         for name, gradient in gradients.items():
             along = {name: random_like(gradient)}

@@ -1,4 +1,4 @@
-"""Whether a transform calls its parts, or goes around their hooks."""
+"""Checks that a transform calls its parts and does not bypass their hooks."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ __tracebackhide__ = True  # pytest shows the line of the test that called, not o
 
 
 def check_hooks(t: Subject, direction: str, argument: Tensor) -> None:
-    """Asserts that every part's `forward` is run by its `__call__`, which runs its hooks.
+    """Asserts that every part's `forward` runs through its `__call__`, which runs its hooks.
 
-    A part that calls its own forward is left alone, and so is code of the libraries that `bijection` knows.
+    Ignores parts that call their own forward, and code of the libraries that `bijection` supports.
 
     Args:
-        t: The transform, which is unusable afterwards.
+        t: The transform, unusable afterwards.
         direction: "forward" or "inverse".
-        argument: Of the call.
+        argument: The argument of the call.
     """
     around: set[str] = set()
 

@@ -1,4 +1,4 @@
-"""Compares what a transform returns with what it must, to a tolerance that follows from precision and conditioning."""
+"""Compares results of a transform with expected ones, to a tolerance from precision and conditioning."""
 
 from __future__ import annotations
 
@@ -18,44 +18,44 @@ Values = dict[str, Tensor]
 Compute = Callable[[Subject, Tensor], Values]
 Call = Callable[[Subject, str, Tensor], Any]
 
-SAFETY = 100  # rounding may do this many times what a perturbation of the size of one rounding does
-FLOOR = 1e-5  # relative error that constants may bring which a transform makes in float32 whatever its dtype
-DRAWS = 4  # perturbations to measure a sensitivity with
+SAFETY = 100  # rounding may have this many times the effect of a perturbation by one rounding
+FLOOR = 1e-5  # relative error of constants that a transform makes in float32 whatever its dtype
+DRAWS = 4  # perturbations that measure a sensitivity
 
 
 class Probe:
-    """A transform and inputs, in their own precision and, if the transform can be copied so, in float64.
+    """A transform and inputs in their own precision and, if the transform can be converted, in float64.
 
-    Mathematics is judged in float64, where a wrong formula stands out from rounding however ill-conditioned the
-    transform is; the given precision may then err by what rounding explains:
+    Formulas are judged in float64, where a wrong one stands out from rounding however ill-conditioned the transform is.
+    Results in the given precision may differ by what rounding explains:
 
         tolerance = max(100 eps (sensitivity + scale), 1e-5 scale)
 
-    with the largest eps of the dtypes that take part. The scale is the largest expected entry, and for a
-    log-determinant at least a tenth of the entries of a sample, since it sums so many. The sensitivity is measured: how
+    with the largest eps of the dtypes involved. The scale is the largest expected entry; for a log-determinant, a sum
+    over entries, it is at least a tenth of the number of entries per sample. The sensitivity is measured: it is how
     much results change, relative to the perturbation, when the arguments of every call and all parameters change at
     random by a small relative amount (Higham 2002, Accuracy and Stability of Numerical Algorithms, section 1.6). For a
     round trip it is the amplification of the inverse.
 
-    The transform sees the inputs once before all else, in `look`, so data-dependent initialisation has happened.
-    As a context manager, a probe looks, turns gradients on, and completes what the AssertionErrors in it say.
+    The transform sees the inputs once before anything else, in `look`, so data-dependent initialisation has happened.
+    As a context manager, a probe looks, enables gradients, and completes the messages of AssertionErrors inside.
 
     Args:
         transform: See `Subject`.
-        inputs: [B, ...], at least one entry. Integers count as discrete, and so do whole numbers where the transform
-            takes no others: nothing is differentiated in them.
+        inputs: [B, ...], at least one entry. Integers are discrete, and so are whole numbers if the transform takes no
+            others; nothing is differentiated in discrete inputs.
         context: See `Subject`.
-        tolerance: `atol` and `rtol`, in place of the derived tolerance; one that is not given is then 0.
+        tolerance: `atol` and `rtol`, which replace the derived tolerance; if only one is given, the other is 0.
 
     Attributes:
-        transform: What was given.
+        transform: The given transform.
         given: Its copy, in its own precision.
         dtype: The dtype of the given inputs.
         inputs: The inputs of `given`.
-        exact: The transform in float64, on the CPU where the device has none, or `given` where that cannot be had.
+        exact: The transform in float64, on the CPU if the device has no float64; or `given` if it cannot be converted.
         exact_inputs: The inputs of `exact`.
-        no_inverse: What the transform raised when asked for an inverse, or None.
-        discrete: Whether the inputs are.
+        no_inverse: The error that the transform raised instead of an inverse, or None.
+        discrete: Whether the inputs are discrete.
         takes_fractions: Whether the transform takes fractions.
 
     Raises:
@@ -81,7 +81,7 @@ class Probe:
             self.inputs = inputs.to(next(dtypes, torch.get_default_dtype()))
 
     def look(self) -> None:
-        """Calls the transform, and finds out what applies to it.
+        """Calls the transform and determines which checks apply.
 
         Raises:
             AssertionError: If the transform raises an error in forward.
@@ -95,7 +95,7 @@ class Probe:
                 if failed is None or self.no_inverse:
                     self.exact, self.exact_inputs = exact, exact_inputs
             except AssertionError:
-                pass  # its constants have the one dtype
+                pass  # its constants have a fixed dtype
         if torch.equal(self.inputs, self.inputs.round()):
             try:
                 self._perturbed(0).forward(self.exact_inputs)
@@ -105,7 +105,7 @@ class Probe:
 
     def __enter__(self) -> Probe:
         """Looks at the transform."""
-        self._mode = torch.inference_mode(False)  # which also undoes no_grad
+        self._mode = torch.inference_mode(False)  # also undoes no_grad
         self._mode.__enter__()
         try:
             self.look()
@@ -116,13 +116,13 @@ class Probe:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        """Has a failure say what was tested."""
+        """Adds to a failure what was tested."""
         self._mode.__exit__(kind, error, traceback)
         if isinstance(error, AssertionError):
             self.fail([error])
 
     def fail(self, failures: Sequence[AssertionError]) -> NoReturn:
-        """Raises all failures as one, which also says what was tested and how to see it again."""
+        """Raises all failures as one error, with what was tested and how to reproduce it."""
         told = "\n  also: ".join(str(failure) for failure in failures)
         raise AssertionError(
             f"{told}\n  tested: {self.given.describe()}\n  inputs: {show(self.inputs)}"
@@ -139,7 +139,7 @@ class Probe:
         return [("forward", x)] if self.no_inverse else [("forward", x), ("inverse", t.forward(x)[0])]
 
     def results(self, t: Subject, x: Tensor, call: Call = Subject.call) -> Values:
-        """Outputs and log-determinants of both directions, called in some way; the inverse at forward's outputs."""
+        """Returns outputs and log-determinants of both directions, with the inverse at forward's outputs."""
         forward = t.forward(x)
         results = {"forward": forward if call is Subject.call else call(t, "forward", x)}
         if not self.no_inverse:
@@ -150,7 +150,7 @@ class Probe:
         return named
 
     def compare_calls(self, claim: str, call: Call, expected: Call = Subject.call) -> None:
-        """Asserts that two ways to call both directions give the same, see `compare`."""
+        """Asserts that two ways to call both directions give the same results; see `compare`."""
         ways = (lambda t, x: self.results(t, x, call)), (lambda t, x: self.results(t, x, expected))
         self.compare(claim, *ways, self.sensitivity_of_results)
 
@@ -160,10 +160,10 @@ class Probe:
         """Asserts that two computations agree, in float64 and in the given precision.
 
         Args:
-            claim: What holds if they do not.
-            compute: Takes a transform and inputs, gives values by name.
-            expected: Gives what they must be.
-            sensitivities: Those of the values, measured if None.
+            claim: The claim that a failure reports.
+            compute: A function from a transform and inputs to values by name.
+            expected: A function to the expected values.
+            sensitivities: Sensitivities of the values, measured if None.
         """
         if sensitivities is None:
             sensitivities = self.sensitivity(lambda *at: _difference(compute(*at), expected(*at)))
@@ -175,15 +175,15 @@ class Probe:
     def require(
         self, claim: str, name: str, actual: Tensor, wanted: Tensor, sensitivity: float, dtype: torch.dtype
     ) -> None:
-        """Asserts that two tensors agree to the tolerance that was given, or else to the derived one.
+        """Asserts that two tensors agree to the given tolerance, or else to the derived one.
 
         Args:
-            claim: What holds if they do not.
-            name: Of the tensors; that of log-determinants ends so.
-            actual: What was got.
-            wanted: What it must be.
+            claim: The claim that a failure reports.
+            name: The name of the tensors; for log-determinants it ends in "log-determinants".
+            actual: The actual values.
+            wanted: The expected values.
             sensitivity: See the class.
-            dtype: That in which they were computed, if it is not theirs.
+            dtype: The dtype of their computation, if it is not theirs.
         """
         eps = max(torch.finfo(each).eps for each in (actual.dtype, wanted.dtype, dtype))
         actual, wanted = to_float64(actual.detach()), to_float64(wanted.detach())
@@ -222,7 +222,7 @@ class Probe:
 
     @cached_property
     def sensitivity_of_results(self) -> dict[str, float]:
-        """The sensitivity of `results`."""
+        """Returns the sensitivity of `results`."""
         return self.sensitivity(self.results)
 
     @property
@@ -234,7 +234,7 @@ class Probe:
         t, generator = self.exact.copy(), torch.Generator().manual_seed(seed)
 
         def change(tensor: Tensor) -> Tensor:
-            # Towards zero, so the tensor stays in an interval that holds it, as most domains do.
+            # Towards zero, so the tensor stays inside most domains.
             noise = torch.rand(tensor.shape, generator=generator, dtype=torch.float64).to(tensor)
             return tensor * (1 - self._size * noise)
 
@@ -248,7 +248,7 @@ class Probe:
 
 
 def _first_calls(t: Subject, x: Tensor) -> AssertionError | None:
-    """Returns what is raised in inverse."""
+    """Returns the error that inverse raises, or None."""
     with torch.no_grad():
         outputs, _ = t.forward(x)
         try:

@@ -1,4 +1,4 @@
-"""Follows a transform as its parameters change, and looks for state outside its state_dict."""
+"""Finds state of a transform outside its state_dict."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ __tracebackhide__ = True  # pytest shows the line of the test that called, not o
 
 
 def training_step(parameter: Tensor) -> Tensor:
-    """Returns what an optimiser may make of a parameter: 0 to 10 % smaller, and small values in place of zeros."""
+    """Returns a parameter as after an optimiser step: 0 to 10 % smaller, with small values instead of zeros."""
     noise = torch.rand(parameter.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(parameter)
     zeros = 0.1 * (2 * noise - 1) / max(1, math.prod(parameter.shape[1:])) ** 0.5
     return torch.where(parameter == 0, zeros, parameter * (1 - 0.1 * noise))
 
 
 def load_saved(target: Subject, source: Subject) -> None:
-    """Loads the state of another transform, by way of a file."""
+    """Loads the state of another transform through a file."""
     file = io.BytesIO()
     try:
         torch.save(source.transform.state_dict(), file)
         file.seek(0)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # as a module may say that parameters are unusual
+            warnings.simplefilter("ignore")  # a module may warn about unusual parameters
             target.transform.load_state_dict(torch.load(file, weights_only=True))
         target.step()
     except Exception as error:
@@ -51,9 +51,9 @@ def copy_in_place(target: Subject, source: Subject) -> None:
 
 
 def emptied(t: Subject, device: torch.device) -> Subject:
-    """Returns a copy as if built on the meta device and emptied: with new memory, filled with nonsense.
+    """Returns a copy as if built on the meta device and emptied: in new memory filled with garbage.
 
-    `reset_parameters` may rebuild what a load does not. If this fails, the copy is a plain one.
+    `reset_parameters` may rebuild what loading does not. If that fails, returns a plain copy.
     """
     other = t.copy()
     try:
@@ -70,7 +70,7 @@ def emptied(t: Subject, device: torch.device) -> Subject:
 
 
 def lost_buffers(t: Subject) -> str:
-    """Names the buffers outside the state_dict."""
+    """Returns the names of buffers outside the state_dict."""
     names = {name for name, _ in t.transform.named_buffers()} - t.transform.state_dict().keys()
     return f", which {', '.join(sorted(names))} is not in" if names else ""
 
@@ -82,7 +82,7 @@ def _tensors(t: Subject) -> list[tuple[str, Tensor]]:
 def check_for_lost_tensors(probe: Probe, t: Subject, x: Tensor) -> None:
     """Asserts that results do not depend on tensors that are not buffers, unless they are caches or masks.
 
-    They may be in lists, tuples and dictionaries.
+    Also finds tensors in lists, tuples and dictionaries.
 
     Args:
         probe: The transform before its parameters changed.
@@ -102,7 +102,7 @@ def check_for_lost_tensors(probe: Probe, t: Subject, x: Tensor) -> None:
                 leaves, structure = tree_flatten(vars(owner).get(name))
                 after = leaves[index] if index < len(leaves) else None
                 if not isinstance(after, Tensor) or not torch.equal(after, tensor):
-                    continue  # it follows the parameters, as a cache
+                    continue  # it follows the parameters, as a cache does
                 leaves[index] = tensor.flatten().roll(1).view_as(tensor)
                 setattr(owner, name, tree_unflatten(leaves, structure))
                 try:

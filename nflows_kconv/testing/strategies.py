@@ -1,4 +1,4 @@
-"""Hypothesis strategies for images, layers and flows, which shrink to one pixel, one channel, one tap."""
+"""Hypothesis strategies for images, layers and flows that shrink to one pixel, one channel and one tap."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ _GENERATORS = _SEEDS.map(lambda seed: torch.Generator().manual_seed(seed))
 
 
 def register_profiles() -> None:
-    """Registers hypothesis profiles by depth, for `pytest --hypothesis-profile NAME`, and loads one.
+    """Registers hypothesis profiles for `pytest --hypothesis-profile NAME`, and loads one.
 
-    "default" draws 20 cases a test, "thorough" 1000. "ci" draws the same cases at every run, and tells how to reproduce
-    a failure; it is loaded if the environment variable CI is set, else "default". None has a deadline, since a busy
-    machine is not a failure. Call it in conftest.py.
+    "default" draws 20 cases per test, "thorough" 1000. "ci" draws the same cases at every run and prints how to
+    reproduce a failure. Loads "ci" if the environment variable CI is set, else "default". No profile has a deadline,
+    because a busy machine is not a failure. Call it in conftest.py.
     """
-    phases = [phase for phase in Phase if phase != Phase.explain]  # which traces every line, of torch too
+    phases = [phase for phase in Phase if phase != Phase.explain]  # explaining traces every line, including torch's
     settings.register_profile(
         "default", max_examples=20, deadline=None, phases=phases, suppress_health_check=[HealthCheck.too_slow]
     )
@@ -53,7 +53,7 @@ def noise(shape: Sequence[int], seed: int, dtype: torch.dtype = torch.float32) -
 
 @st.composite
 def _shapes(draw: DrawFn, given: Sequence[int | None]) -> tuple[int, ...]:
-    """Fills up [B, C, H, W]."""
+    """Draws the sizes of [B, C, H, W] that are None."""
     shape = [
         draw(st.integers(1, most)) if size is None else size for size, most in zip(given, (3, 8, 6, 6), strict=True)
     ]
@@ -71,24 +71,24 @@ def images(
     width: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> SearchStrategy[Tensor]:
-    """Batches of images, [B, C, H, W]: normal noise, or values 0..255 for an integer dtype.
+    """Draws batches of images, [B, C, H, W]: normal noise, or values 0..255 for an integer dtype.
 
-    A batch has at least two pixels, unless B, H and W are all given, so each channel has a variance, from which
-    an ActNorm can be initialised.
+    A batch has at least two pixels, unless B, H and W are all given, so every channel has a variance for the
+    initialisation of an ActNorm.
 
     Args:
         channels: C; 1 to 8 if None.
         batch: B; 1 to 3 if None.
         height: H; 1 to 6 if None.
         width: W; 1 to 6 if None.
-        dtype: Of the images.
+        dtype: Dtype of the images.
     """
     shapes = _shapes((batch, channels, height, width))
     return st.builds(noise, shapes, _SEEDS, **({} if dtype == torch.float32 else {"dtype": st.just(dtype)}))
 
 
 def corners(groups: int | None = None, dimensions: int = 2) -> SearchStrategy[tuple[str, ...]]:
-    """Draws a corner or a side for each of so many channel groups, 1 to 4 if None."""
+    """Draws a corner or a side for each channel group; 1 to 4 groups if None."""
     least, most = (1, 4) if groups is None else (groups, groups)
     return st.lists(st.sampled_from(tuple(stencil.STENCILS[dimensions])), min_size=least, max_size=most).map(tuple)
 
@@ -107,23 +107,23 @@ def weights(
     dimensions: int = 2,
     dtype: torch.dtype = torch.float32,
 ) -> SearchStrategy[Tensor]:
-    """Weights of `nflows_kconv.functional.conv2d`, [C, C/G, kh, kw], or of `conv1d` or `conv3d`.
+    """Draws weights for `nflows_kconv.functional.conv2d`, [C, C/G, kh, kw], or for `conv1d` or `conv3d`.
 
-    With D the diagonal of the convolution A = D (1 - N), "well" has sizes of D between 1/2 and 2 and absolute row sums
-    of N of at most 1/2: in the maximum norm, ||A^-1|| <= ||D^-1|| / (1 - ||N||) <= 4. "ill" has sizes of D between 1/32
-    and 32 and an N >= 0 with row sums of 2 away from the border, where nothing cancels in A^-1 = (1 + N + N^2 + ...)
-    D^-1: the inverse amplifies more the larger the image is.
+    With D the diagonal of the convolution A = D (1 - N), "well" draws |D| between 1/2 and 2 and absolute row sums of N
+    up to 1/2: in the maximum norm, ||A^-1|| <= ||D^-1|| / (1 - ||N||) <= 4. "ill" draws |D| between 1/32 and 32 and N
+    >= 0 with row sums of 2 away from the border, so nothing cancels in A^-1 = (1 + N + N^2 + ...) D^-1 and the inverse
+    amplifies more for larger images.
 
     Args:
         conditioning: "well" or "ill".
-        corners: One for each of the G groups of channels.
+        corners: One per channel group.
         per_group: C/G; 1 to 3 if None.
         kernel_size: (kh, kw); up to 4 along each axis if None.
-        dimensions: Of the images.
-        dtype: Of the weight.
+        dimensions: Number of spatial dimensions.
+        dtype: Dtype of the weight.
 
     Raises:
-        ValueError: If `conditioning` is another word.
+        ValueError: If `conditioning` is neither.
     """
     if conditioning not in ("well", "ill"):
         raise ValueError(f'conditioning must be "well" or "ill", got {conditioning!r}')
@@ -146,14 +146,14 @@ def weight(
     seed: int,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Returns the weight that `weights` draws, by which a failure names it."""
+    """Returns the weight that `weights` draws; failures print this call."""
     well, groups = conditioning == "well", stencil.parse(corners, len(kernel_size))
     shape, generator = (len(groups) * per_group, per_group, *kernel_size), torch.Generator().manual_seed(seed)
 
     def uniform(*shape: int) -> Tensor:
         return torch.rand(shape, generator=generator, dtype=torch.float64)
 
-    # What is drawn first stays as it is while the kernel shrinks behind it.
+    # Earlier draws keep their values while the kernel shrinks.
     column = shape[0], *[1] * (len(shape) - 1)
     sign = torch.where(uniform(*column) < 0.5, 1, -1)
     diagonal = sign * 2 ** ((2 * uniform(*column) - 1) * (1 if well else 5))
@@ -172,14 +172,14 @@ def layers(
     channels: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> InvertibleConv:
-    """Layers with drawn corners, kernel sizes, options and parameters.
+    """Draws layers with corners, kernel sizes, options and parameters.
 
     Args:
         draw: Given by hypothesis.
         layer_class: `InvertibleConv1d`, `2d` or `3d` of the package or of an adapter.
-        conditioning: See `weights`; rows of a unit diagonal are divided by theirs.
+        conditioning: See `weights`; for a unit diagonal, rows are divided by the diagonal.
         channels: C; 1 to 8 if None.
-        dtype: Of the parameters.
+        dtype: Dtype of the parameters.
     """
     size = draw(st.integers(1, 8)) if channels is None else channels
     groups = draw(st.sampled_from([groups for groups in (1, 2, 3, 4) if size % groups == 0]))
@@ -206,11 +206,11 @@ def layers(
 
 @st.composite
 def flows(draw: DrawFn, finc_flow: Callable[..., Any], image_shape: tuple[int, int, int] = (1, 4, 4)) -> nn.Module:
-    """Draws small flows of images with values 0..255, with changed parameters.
+    """Draws small flows of images with values 0..255 and changed parameters.
 
     Args:
         draw: Given by hypothesis.
-        finc_flow: What builds them, that of one of the adapters.
+        finc_flow: The `finc_flow` of an adapter.
         image_shape: (C, H, W), H and W multiples of 4.
     """
     generator = draw(_GENERATORS)

@@ -1,4 +1,4 @@
-"""A copy of a transform of any library, called in a way that shows a test all that a call does."""
+"""Wraps a copy of a transform of any library and records everything a call does."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from nflows_kconv.torch_internals import tree_map_only
 
 __tracebackhide__ = True  # pytest shows the line of the test that called, not ours
 
-MAX_SHOWN = 24  # entries of a tensor that a failure writes out
+MAX_SHOWN = 24  # entries of a tensor that a failure prints
 
 
 class NoInverse(AssertionError):
-    """The transform says that it has no inverse, or none in its present mode."""
+    """The transform has no inverse, or none in its current mode."""
 
 
 class Subject:
     """A copy of a transform as `forward(x) -> (y, log_abs_det)` and `inverse(y) -> (x, log_abs_det)`.
 
-    Arguments are tensors [B, ...] and stay as they are, results are finite. Outputs that are several tensors, as of a
-    multiscale flow, are flattened side by side. Each call starts from one state of torch's random numbers, so noise
-    repeats, and restores it. What the transform raises comes out as an AssertionError.
+    Arguments are tensors [B, ...] and do not change; results are finite. Several output tensors, as of a multiscale
+    flow, are flattened and concatenated. Each call starts from the same state of torch's random numbers, so noise
+    repeats, and restores it. Errors of the transform become AssertionErrors.
 
     Args:
-        transform: What `nflows_kconv.bijection.as_bijection` takes.
-        context: Second argument of each call; left out if None.
+        transform: A transform that `nflows_kconv.bijection.as_bijection` accepts.
+        context: Second argument of each call; omitted if None.
 
     Attributes:
-        prepare: What a call does to its copy of the argument first.
-        side_effects: What the calls did besides returning a result.
+        prepare: A function that a call first applies to its copy of the argument.
+        side_effects: Descriptions of side effects of the calls.
 
     Raises:
-        TypeError: If `as_bijection` does not take the transform, or it cannot be copied.
+        TypeError: If `as_bijection` does not accept the transform, or it cannot be copied.
     """
 
     def __init__(self, transform: Any, context: Any = None) -> None:
@@ -59,19 +59,19 @@ class Subject:
         self.step()
 
     def describe(self) -> str:
-        """Returns type and mode."""
+        """Returns the type and mode of the transform."""
         name = f"{type(self.transform).__module__}.{type(self.transform).__qualname__}"
         return name if self.module is None else f"{name} in {'training' if self.module.training else 'evaluation'} mode"
 
     def copy(self) -> Subject:
-        """Returns an independent copy, without what the library caches."""
+        """Returns an independent copy without the library's caches."""
         with _CopyOfNonLeaves():
             other = copy.deepcopy(self)
         other.step()
         return other
 
     def in_float64(self) -> Subject:
-        """Returns a copy with parameters, buffers and context in float64; on the CPU where their device has none."""
+        """Returns a copy with parameters, buffers and context in float64; on the CPU if their device has no float64."""
         other = self.copy()
         if other.module is not None:
             other.module._apply(to_device_with_float64).to(torch.float64)
@@ -83,7 +83,7 @@ class Subject:
         return other
 
     def step(self, change: Callable[[Tensor], Tensor] | None = None) -> None:
-        """Changes trained parameters in place, in training mode, on entering which libraries drop their caches."""
+        """Changes trained parameters in place, in training mode, in which libraries drop their caches."""
         if self.module is None:
             return
         modes = {part: part.training for part in self.module.modules()}
@@ -101,7 +101,7 @@ class Subject:
         return self.call("forward", x)
 
     def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the inverse of outputs as `forward` returns them, and its log-determinants."""
+        """Returns the inverse of outputs of `forward`, and its log-determinants."""
         return self.call("inverse", y)
 
     def call(self, direction: str, argument: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,7 +115,7 @@ class Subject:
         except Exception as error:
             if isinstance(error, bijection.NoInverse):
                 raise NoInverse(str(error)) from error
-            # `as_bijection` names the module itself where it returns what it must not.
+            # The message of `as_bijection` already names the module.
             got = error if str(error).startswith(type(self.transform).__name__) else f"{name} raised {error!r}"
             raise AssertionError(f"{got} for {describe(argument)}") from error
         if not torch.equal(own.nan_to_num(), before.nan_to_num()):
@@ -133,7 +133,7 @@ class Subject:
         return outputs, log_abs_det
 
     def _parts(self, direction: str, argument: Tensor) -> Tensor | list[Tensor]:
-        """Returns the several tensors that `forward` has returned, of one."""
+        """Splits concatenated outputs into the tensors that `forward` returned."""
         if direction == "forward" or self._latent_shapes is None:
             return argument
         flat = argument.split([shape[1:].numel() for shape in self._latent_shapes], 1)
@@ -156,7 +156,7 @@ class Subject:
 
 
 class _CopyOfNonLeaves(TorchFunctionMode):
-    """Lets deepcopy pass tensors with a history, which a transform may hold as constants or in a cache."""
+    """Lets deepcopy copy tensors with autograd history, which a transform may hold as constants or in a cache."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.__deepcopy__ and args[0].grad_fn is not None:
@@ -170,14 +170,14 @@ def as_it_is(tensor: Tensor) -> Tensor:
 
 
 def describe(value: Any) -> str:
-    """Returns dtype and shape of a tensor, the type of anything else."""
+    """Returns dtype and shape of a tensor, or the type of anything else."""
     if not isinstance(value, Tensor):
         return type(value).__name__
     return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
 
 
 def show(tensor: Tensor) -> str:
-    """Returns the Python code of a small tensor, a description of a large one."""
+    """Returns the Python code of a small tensor, or a description of a large one."""
     if tensor.numel() > MAX_SHOWN:
         return describe(tensor)
     digits = {torch.float64: 17, torch.float32: 9}.get(tensor.dtype, 5)
@@ -186,7 +186,7 @@ def show(tensor: Tensor) -> str:
 
 
 def _without_variance(inputs: Tensor) -> str:
-    """Returns what keeps inputs from initialising a normalisation, in words."""
+    """Returns a note if the inputs cannot initialise a normalisation."""
     channels = inputs.unsqueeze(-1).transpose(0, 1).flatten(1)
     if not (channels == channels[:, :1]).all(1).any():
         return ""

@@ -1,7 +1,7 @@
-"""What turns a density of real numbers into one of images, and samples into pictures.
+"""Converts a density of real numbers to one of images, and samples to pictures.
 
 The modules have `forward(x) -> (y, log_abs_det)` from data to latent and `inverse(y) -> (x, log_abs_det)`,
-log-determinants [B] in float32 at least, like those of `nflows_kconv.flows.steps`.
+with log-determinants [B] in float32 at least, like those of `nflows_kconv.flows.steps`.
 """
 
 from nflows_kconv.flows.images.dequantization import UniformDequantization

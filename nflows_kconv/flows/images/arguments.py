@@ -1,4 +1,4 @@
-"""What the functions on images ask of their arguments."""
+"""Argument checks of the functions on images."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def check_images(input: Tensor) -> None:
-    """Raises an error unless it is a tensor [B, C, H, W] of real numbers."""
+    """Raises a TypeError or a ValueError unless the input is a real tensor [B, C, H, W]."""
     if not isinstance(input, Tensor):
         raise TypeError(f"images must be a tensor, got {type(input).__name__}")
     if input.is_complex():
@@ -17,7 +17,7 @@ def check_images(input: Tensor) -> None:
 
 
 def check_numbers(input: Tensor) -> None:
-    """Raises an error unless it is a tensor [B, ...] of floating-point numbers."""
+    """Raises a TypeError or a ValueError unless the input is a floating-point tensor [B, ...]."""
     if not isinstance(input, Tensor) or not input.is_floating_point():
         kind = input.dtype if isinstance(input, Tensor) else type(input).__name__
         raise TypeError(f"input must be a floating-point tensor, got {kind}")
@@ -33,6 +33,6 @@ def at_least_float32(input: Tensor) -> Tensor:
 
 
 def for_each_image(input: Tensor, of_each_number: float) -> Tensor:
-    """Returns the sum over an image of a constant, [B], in float32 at least."""
+    """Returns a constant summed over each image, [B], in float32 at least."""
     dtype = torch.promote_types(input.dtype, torch.float32)
     return input.new_full(input.shape[:1], input.shape[1:].numel() * of_each_number, dtype=dtype)

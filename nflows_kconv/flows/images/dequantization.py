@@ -1,4 +1,4 @@
-"""Noise inside the cells of whole numbers, which turns the probability of an image into a density."""
+"""Adds noise within the cells of whole numbers, which turns the probability of an image into a density."""
 
 from __future__ import annotations
 
@@ -23,37 +23,36 @@ class UniformDequantization(InvertibleModule):
         log P(x) = log E_u[p(y)] - D log levels >= E_u[log p(y)] - D log levels
 
     (Theis, van den Oord, Bethge 2016, arXiv 1511.01844, section 3.1; Ho et al. 2019, Flow++, arXiv 1902.00275, section
-    3.1). The noise takes its values from the midpoints of a grid (2^13 in float32 for 256 levels), which no rounding
-    carries out of the cell of x: 0 < y < 1, and `inverse` restores x.
+    3.1). The noise takes its values from the midpoints of a grid (2^13 in float32 for 256 levels), so no rounding moves
+    it out of the cell of x: 0 < y < 1, and `inverse` restores x.
 
-    `forward` takes x, [B, C, H, W], whole numbers 0..levels-1 in any real dtype. It gives y in the dtype of x, but
+    `forward` takes x, [B, C, H, W], whole numbers 0..levels-1 in any real dtype. It returns y in the dtype of x, but in
     float32 for half precision and torch's default dtype for integers; and log_abs_det = -D log levels, [B].
 
-    `inverse` takes y, [B, C, H, W], of a floating-point dtype; a value outside [0, 1) counts as the nearest inside. It
-    gives x = floor(levels y) in the dtype of y, float32 at least; and D log levels, [B].
+    `inverse` takes y, [B, C, H, W], of a floating-point dtype, and clamps it to [0, 1). It returns x = floor(levels y)
+    in the dtype of y, float32 at least; and D log levels, [B].
 
-    Values are checked in every batch on a CPU; on another device in a module's first batch alone, as each look waits
-    for the device; under torch.compile and torch.export, on a CPU or a CUDA device, by an assertion in the compiled
-    code, which raises a RuntimeError (after which the process can no longer use a CUDA device). Under torch.func they
-    pass unchecked.
+    On a CPU, values are checked in every batch. On other devices they are checked only in a module's first batch,
+    because each check synchronizes. Under torch.compile and torch.export, on a CPU or a CUDA device, an assertion in
+    the compiled code checks them and raises a RuntimeError, after which the process can no longer use a CUDA device.
+    Under torch.func they are not checked.
 
     Args:
         levels: Number of values that x takes, 2 to 65536.
 
     Raises:
-        TypeError: If `levels` is not an integer; in a call, if x is not a tensor of real numbers, or y not one of
-            floating-point numbers.
-        ValueError: If `levels` is out of its range; in a call, if the images have another number of dimensions, or a
-            value of x is not a whole number in 0..levels-1.
+        TypeError: If `levels` is not an integer; in a call, if x is not a real tensor or y not a floating-point tensor.
+        ValueError: If `levels` is out of range; in a call, if the images do not have four dimensions, or a value of x
+            is not a whole number in 0..levels-1.
 
     Warns:
-        UserWarning: If x is of a floating-point dtype and a batch holds only 0 and 1, as images scaled to 0..1 may.
+        UserWarning: If x is floating-point and a batch holds only 0 and 1, as images scaled to 0..1 may.
     """
 
     def __init__(self, levels: int = 256) -> None:
         super().__init__()
         self.levels = check_levels("levels", levels)
-        # Only saves repeated looks. A list, which the replicas of DataParallel share.
+        # Only avoids repeated checks. A list, so that replicas of DataParallel share it.
         self._devices_looked_at: list[torch.device] = []
 
     def _run_forward(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
@@ -68,22 +67,22 @@ class UniformDequantization(InvertibleModule):
         return values, _log_levels(values, self.levels)
 
     def middle(self, input: Tensor) -> tuple[Tensor, Tensor]:
-        """Does what `forward` does with u = 1/2, so equal images have equal results."""
+        """Does `forward` with u = 1/2, so equal images have equal results."""
         values = self._whole_numbers(input)
         return (values + 0.5) / self.levels, -_log_levels(values, self.levels)
 
     def with_noise(self, input: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Does what `forward` does with this u in [0, 1), of the shape of x, moved to the midpoint of its grid cell."""
+        """Does `forward` with this u in [0, 1), of the shape of x, moved to the midpoint of its grid cell."""
         values = self._whole_numbers(input)
         return (values + _on_grid(noise.to(values.dtype), self.levels)) / self.levels, -_log_levels(values, self.levels)
 
     def _whole_numbers(self, input: Tensor) -> Tensor:
-        """Returns the images as floating-point numbers, checked."""
+        """Returns the images as checked floating-point numbers."""
         check_images(input)
         values = at_least_float32(input)
         if not _holds_nothing_else(input.dtype, self.levels):
             if torch.compiler.is_compiling():
-                # vmap and devices such as MPS know no assertion.
+                # vmap and devices such as MPS do not support assertions.
                 if values.device.type in ("cpu", "cuda") and not is_under_torch_func():
                     assert_async(_is_allowed(values, self.levels).all(), _expected(self.levels))
             elif checks.can_inspect_values(values):
@@ -94,18 +93,18 @@ class UniformDequantization(InvertibleModule):
         return values
 
     def _may_wait(self, values: Tensor) -> bool:
-        """Returns whether to wait for a device, once: a failed assertion, which does not wait, makes it unusable."""
+        """Returns True once, to synchronize and check: a failed assertion would make the device unusable."""
         capturing = values.is_cuda and torch.cuda.is_current_stream_capturing()
         device_looked_at = values.device in self._devices_looked_at
         return checks.is_plain(values) and values.device.type != "meta" and not capturing and not device_looked_at
 
     def extra_repr(self) -> str:
-        """Returns the levels; submodules print themselves."""
+        """Returns the levels."""
         return f"levels={self.levels}"
 
 
 def _holds_nothing_else(dtype: torch.dtype, levels: int) -> bool:
-    """Returns whether a dtype has no values but 0..levels-1."""
+    """Returns whether a dtype only has the values 0..levels-1."""
     if dtype.is_floating_point:
         return False
     return dtype == torch.bool or (torch.iinfo(dtype).min == 0 and torch.iinfo(dtype).max < levels)
@@ -136,8 +135,8 @@ def _uniform_noise(values: Tensor, levels: int) -> Tensor:
 
 
 def _on_grid(noise: Tensor, levels: int) -> Tensor:
-    # torch.rand alone goes up to 1 - 2^-24, and 255 with that added rounds to 256. The margin is a power of 2 above the
-    # rounding error of levels ((x + u) / levels) for every x below `levels`.
+    # torch.rand goes up to 1 - 2^-24, and 255 plus that rounds to 256. The margin is a power of 2 above the rounding
+    # error of levels ((x + u) / levels) for every x below `levels`.
     margin = 2 * torch.finfo(noise.dtype).eps * 2 ** (levels - 1).bit_length()
     return noise.div(2 * margin).floor() * (2 * margin) + margin
 

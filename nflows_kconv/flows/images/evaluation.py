@@ -1,4 +1,4 @@
-"""How well a density describes images."""
+"""Evaluates densities of images."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from nflows_kconv.flows.images.arguments import at_least_float32, check_images
 
 
 def bits_per_dim(log_prob: Tensor, image_shape: Sequence[int]) -> Tensor:
-    """Computes -log2 of an image's probability for each of its numbers: -log_prob / (D log 2), D = C H W.
+    """Computes -log2 of an image's probability per dimension: -log_prob / (D log 2), D = C H W.
 
-    It compares models only if log_prob is that of the image in whole numbers, with the log-determinants of all that is
-    done to it, the dequantisation's too. Guessing among 256 levels then takes 8 bits.
+    It compares models only if log_prob is that of the image in whole numbers, with the log-determinants of everything
+    done to it, including the dequantisation. Guessing among 256 levels then takes 8 bits.
 
     Args:
-        log_prob: In nats, [B], or a mean of such.
+        log_prob: In nats, [B], or their mean.
         image_shape: (C, H, W).
 
     Returns:
@@ -27,7 +27,7 @@ def bits_per_dim(log_prob: Tensor, image_shape: Sequence[int]) -> Tensor:
 
     Raises:
         TypeError: If a size is not an integer.
-        ValueError: If `image_shape` is not of three sizes, each at least 1.
+        ValueError: If `image_shape` does not have three sizes, each at least 1.
     """
     if len(image_shape) != 3:
         raise ValueError(f"image_shape must be (C, H, W), got {tuple(image_shape)}")
@@ -38,13 +38,13 @@ def bits_per_dim(log_prob: Tensor, image_shape: Sequence[int]) -> Tensor:
 
 @torch.no_grad()
 def importance_weighted_bound(log_prob: Callable[[Tensor], Tensor], images: Tensor, num_samples: int) -> Tensor:
-    """Computes log (1/K) sum_k exp(log_prob_k(x)) over K draws of the dequantisation's noise, for evaluation.
+    """Computes log (1/K) sum_k exp(log_prob_k(x)) over K draws of the dequantisation noise, for evaluation.
 
-    In expectation a lower bound on log P(x) that grows with K and converges to it (Burda, Grosse, Salakhutdinov 2016,
-    arXiv 1509.00519, section 3). One draw is held at a time, and no gradient.
+    Its expectation is a lower bound on log P(x) that grows with K and converges to it (Burda, Grosse, Salakhutdinov
+    2016, arXiv 1509.00519, section 3). Memory holds one draw at a time and no gradients.
 
     Args:
-        log_prob: Takes x, gives [B] in nats, with new noise at each call.
+        log_prob: A function from x to [B] in nats, with new noise at each call.
         images: x, [B, C, H, W].
         num_samples: K.
 
@@ -53,8 +53,8 @@ def importance_weighted_bound(log_prob: Callable[[Tensor], Tensor], images: Tens
 
     Raises:
         TypeError: If `images` is not a tensor, or `num_samples` is not an integer.
-        ValueError: If `images` has another number of dimensions, `num_samples` is below 1, or what `log_prob` gives has
-            another shape.
+        ValueError: If `images` does not have four dimensions, `num_samples` is below 1, or `log_prob` returns another
+            shape.
     """
     check_images(images)
     checks.positive("num_samples", num_samples)

@@ -1,4 +1,4 @@
-"""Images for the eye."""
+"""Converts images for display."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def to_uint8(images: Tensor) -> Tensor:
     """Clamps real numbers of any shape and dtype to 0..255 and rounds them; NaN becomes 0.
 
     Raises:
-        TypeError: If `images` is not a tensor, as what normflows' `sample` returns, a pair with the log-densities.
+        TypeError: If `images` is not a tensor, such as the pair that normflows' `sample` returns.
     """
     if not isinstance(images, Tensor):
         raise TypeError(f"images must be a tensor, got {type(images).__name__}")
@@ -24,18 +24,18 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def grid(images: Tensor, columns: int) -> Tensor:
-    """Draws the images row by row in one picture, two black pixels around each.
+    """Arranges images row by row in one picture, with two black pixels around each.
 
     Args:
-        images: [B, C, H, W], at least one, values 0..255 (see `to_uint8`).
-        columns: Number of images in a row; the last row may have fewer.
+        images: [B, C, H, W], at least one, with values 0..255 (see `to_uint8`).
+        columns: Images per row; the last row may have fewer.
 
     Returns:
         [C, rows (H + 2) + 2, columns (W + 2) + 2], uint8.
 
     Raises:
-        TypeError: If `images` is not a tensor of real numbers, or `columns` is not an integer.
-        ValueError: If `images` has another number of dimensions, or none is in it, or `columns` is below 1.
+        TypeError: If `images` is not a real tensor, or `columns` is not an integer.
+        ValueError: If `images` does not have four dimensions or is empty, or `columns` is below 1.
     """
     check_images(images)
     checks.positive("columns", columns)

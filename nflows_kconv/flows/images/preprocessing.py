@@ -1,4 +1,4 @@
-"""From [0, 1] to the numbers that a flow takes."""
+"""Maps [0, 1] to the real numbers that a flow takes."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from nflows_kconv.invertible import InvertibleModule
 
 
 class Logit(InvertibleModule):
-    """y = logit(p) with p = alpha + (1 - 2 alpha) x, which takes [0, 1] to the real numbers.
+    """y = logit(p) with p = alpha + (1 - 2 alpha) x, which maps [0, 1] to the real numbers.
 
         log |det dy/dx| = sum log(1 - 2 alpha) - log p - log(1 - p)
 
     (Dinh, Sohl-Dickstein, Bengio 2017, Real NVP, arXiv 1605.08803, section 4.1).
 
-    Both directions take and give numbers [B, ...] of one floating-point dtype, and a log-determinant [B]; they compute
-    in float32 at least. Where p is outside [0, 1], `forward` gives NaN. What `inverse` gives is at most
-    alpha / (1 - 2 alpha) outside [0, 1].
+    Both directions keep the floating-point dtype of their input, [B, ...], return a log-determinant, [B], and compute
+    in float32 at least. `forward` returns NaN where p is outside [0, 1]. `inverse` returns values at most alpha / (1 -
+    2 alpha) outside [0, 1].
 
     Args:
-        alpha: Distance that p keeps from 0 and 1, at least 0 and below 1/2. With 0, x = 0 and 1 become infinite.
+        alpha: Distance of p from 0 and 1, at least 0 and below 1/2. With alpha = 0, x = 0 and 1 become infinite.
 
     Raises:
         TypeError: In a call, if the input is not a tensor of floating-point numbers.
@@ -40,7 +40,7 @@ class Logit(InvertibleModule):
     def _run_forward(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
         check_numbers(input)
         values = at_least_float32(input)
-        # From 1 - x, which is exact near x = 1: p has lost the digits there that 1 - p would need.
+        # From 1 - x, which is exact near x = 1, where 1 - p would lose digits.
         log_p, log_1_minus_p = ((self.alpha + (1 - 2 * self.alpha) * part).log() for part in (values, 1 - values))
         return (log_p - log_1_minus_p).to(input.dtype), self._log_abs_det(log_p, log_1_minus_p)
 
@@ -62,8 +62,8 @@ class Logit(InvertibleModule):
 class Affine(InvertibleModule):
     """y = scale x + shift, log |det dy/dx| = D log |scale| with D numbers in an image.
 
-    The default centres [0, 1], as Glow does (Kingma, Dhariwal 2018, arXiv 1807.03039). Both directions take and give
-    numbers [B, ...] of one floating-point dtype, and a log-determinant [B]; they compute in float32 at least.
+    The default centres [0, 1], as Glow does (Kingma, Dhariwal 2018, arXiv 1807.03039). Both directions keep the
+    floating-point dtype of their input, [B, ...], return a log-determinant, [B], and compute in float32 at least.
 
     Args:
         scale: A finite number other than 0.
