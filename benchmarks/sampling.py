@@ -1,8 +1,9 @@
 """Times sampling and training of the FInC flow against Glow of the same size: `finc_flow` with and without its layer.
 
     python -m benchmarks.sampling                 prints the tables of the CPU, of a small model
-    python -m benchmarks.sampling --device cuda   prints those of the GPU, of the CIFAR-10 model with 44 million
-                                                  parameters, and writes benchmarks/results/sampling-cuda-<GPU>.json
+    python -m benchmarks.sampling --device cuda   prints those of the GPU, of the CIFAR-10 model, of 44 to 46
+                                                  million parameters, and writes
+                                                  benchmarks/results/sampling-cuda-<GPU>.json
     --output FILE.json                            writes there
 
 Times are medians of one call from its beginning until the device has done it; the contestants of a row take turns.
@@ -51,11 +52,12 @@ SIZES = {"cpu": Size((1, 16, 16), 2, 4, 32, 16), "cuda": Size((3, 32, 32), 3, 32
 TINY = Size((1, 8, 8), 2, 1, 4, 2)
 
 LIBRARIES = {"nflows": nflows_kconv.nflows, "normflows": nflows_kconv.normflows}
+UNIT = {"corners": ("TL", "TR", "BL", "BR")}
 MODELS: dict[str, dict[str, Any]] = {
-    "FInC": {},
+    "FInC": UNIT,
     "Glow": {"kernel_size": None},
     "pair of full layers": {"corners": (("TL",), ("BR",))},
-    "inverse direction": {"direction": "inverse"},
+    "inverse direction": UNIT | {"direction": "inverse"},
 }
 
 COMPARED = ("FInC", "Glow")

@@ -115,7 +115,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentP
     group.add_argument(
         "--corners",
         nargs="+",
-        default=["TL,TR,BL,BR"],
+        default=["TL", "BR"],
         help="one convolution each, in sequence: TL BR is a pair of full ones, TL,TR,BL,BR the FInC unit",
     )
     group.add_argument("--diagonal", choices=("unit", "learned"), default="unit")

@@ -334,7 +334,7 @@ def finc_flow(data_shape: Sequence[int], levels: int, steps: int, **options: Any
     Examples:
         >>> import torch
         >>> from nflows_kconv.nflows import finc_flow
-        >>> flow = finc_flow((3, 32, 32), levels=3, steps=2, hidden_channels=64)  # 32 and 512: 44 million parameters
+        >>> flow = finc_flow((3, 32, 32), levels=3, steps=2, hidden_channels=64)  # 32 and 512: 46 million parameters
         >>> images = torch.randint(256, (10, 3, 32, 32))
         >>> loss = -flow(images).mean()  # log_prob, and what DistributedDataParallel and torch.compile wrap
         >>> flow.sample(5).shape

@@ -124,7 +124,7 @@ class GlowBlock(flows.GlowBlock):
     arXiv 2301.09266, section 3). Replaces `normflows.flows.GlowBlock` anywhere.
 
     Args:
-        channels: C, a multiple of the number of corners of a convolution.
+        channels: C, a multiple of the number of a convolution's corners.
         hidden_channels: Width of the coupling's network.
         scale: Whether the coupling scales as well as shifts.
         scale_map: "sigmoid", "sigmoid_inv" or "exp".
@@ -134,8 +134,9 @@ class GlowBlock(flows.GlowBlock):
         use_lu: Whether the 1x1 convolution is parametrised by its LU decomposition.
         net_actnorm: Whether the network has ActNorm layers.
         kernel_size: See `nflows_kconv.InvertibleConv2d`.
-        corners: See `nflows_kconv.InvertibleConv2d`; or a tuple of these, for one convolution each: (("TL",), ("BR",))
-            is a pair of full convolutions in opposite corners.
+        corners: See `nflows_kconv.InvertibleConv2d`; or a tuple of these, for one convolution each. The
+            default is a pair of full convolutions in opposite corners; the paper's unit of four groups is
+            ("TL", "TR", "BL", "BR").
         dilation: See `nflows_kconv.InvertibleConv2d`.
         diagonal: See `nflows_kconv.InvertibleConv2d`.
         max_inverse_gain: See `nflows_kconv.InvertibleConv2d`.
@@ -162,7 +163,7 @@ class GlowBlock(flows.GlowBlock):
         net_actnorm: bool = False,
         *,
         kernel_size: int | tuple[int, int] = 3,
-        corners: image_flow.Corners | None = None,
+        corners: image_flow.Corners = (("TL",), ("BR",)),
         dilation: int | tuple[int, int] = 1,
         diagonal: Literal["unit", "learned"] = "unit",
         max_inverse_gain: float | None = None,
@@ -457,7 +458,7 @@ def finc_flow(data_shape: Sequence[int], levels: int, steps: int, **options: Any
     Examples:
         >>> import torch
         >>> from nflows_kconv.normflows import finc_flow
-        >>> flow = finc_flow((3, 32, 32), levels=3, steps=2, hidden_channels=64)  # 32 and 512: 44 million parameters
+        >>> flow = finc_flow((3, 32, 32), levels=3, steps=2, hidden_channels=64)  # 32 and 512: 46 million parameters
         >>> images = torch.randint(256, (10, 3, 32, 32))
         >>> loss = flow(images).mean()  # the negative log-likelihood; flow.forward_kld(images) is the same
         >>> samples, log_prob = flow.sample(5)

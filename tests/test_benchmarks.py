@@ -407,7 +407,7 @@ def test_lost_pixel_values_are_counted():
 def test_sizes_of_the_papers_models(model, millions):
     size = published.MODELS[model].size
     with torch.device("meta"):
-        flow = nflows_kconv.nflows.finc_flow(*size[:3], hidden_channels=size.hidden_channels)
+        flow = nflows_kconv.nflows.finc_flow(*size[:3], hidden_channels=size.hidden_channels, **sampling.UNIT)
     assert round(sum(parameter.numel() for parameter in flow.parameters()) / 1e6) == millions
 
 

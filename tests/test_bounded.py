@@ -216,14 +216,15 @@ def test_training_keeps_the_bound():
 @pytest.mark.parametrize("library", [nflows_kconv.nflows, nflows_kconv.normflows], ids=["nflows", "normflows"])
 def test_adapters_and_builders_pass_it_on(library):
     assert library.InvertibleConv2d(4, max_inverse_gain=3).max_inverse_gain == 3
-    for options, cls in (({}, InvertibleConv2d), (dict(padding_mode="circular", kernel_size=2), PeriodicConv2d)):
+    unit = dict(corners=("TL", "TR", "BL", "BR"))
+    for options, cls in ((unit, InvertibleConv2d), (dict(padding_mode="circular", kernel_size=2), PeriodicConv2d)):
         flow = library.finc_flow((1, 8, 8), 2, 1, hidden_channels=4, max_inverse_gain=3, **options)
         assert [m.max_inverse_gain for m in flow.modules() if isinstance(m, cls)] == [3, 3]
 
 
 def test_glow_blocks_pass_it_on():
     block = nflows_kconv.normflows.GlowBlock(4, 4, max_inverse_gain=3)
-    assert [m.max_inverse_gain for m in block.modules() if isinstance(m, InvertibleConv2d)] == [3]
+    assert [m.max_inverse_gain for m in block.modules() if isinstance(m, InvertibleConv2d)] == [3, 3]
 
 
 def test_it_is_shown_if_given():

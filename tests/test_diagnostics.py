@@ -198,7 +198,10 @@ NFLOWS_KINDS = [
 
 def normflows_flow() -> nf.MultiscaleFlow:
     """Couplings of several modules with inverses, ActNorm inside a network, and what works in place."""
-    blocks = [nflows_kconv.normflows.GlowBlock(4, 8, net_actnorm=True), nf.flows.Reverse(nf.flows.Invertible1x1Conv(4))]
+    blocks = [
+        nflows_kconv.normflows.GlowBlock(4, 8, net_actnorm=True, corners="TL"),
+        nf.flows.Reverse(nf.flows.Invertible1x1Conv(4)),
+    ]
     return nf.MultiscaleFlow(
         [nf.distributions.DiagGaussian((2, 4, 4), trainable=False) for _ in range(2)],
         [[nflows_kconv.normflows.InvertibleConv2d(2, corners="TL")], [*blocks, nf.flows.Squeeze()]],
@@ -401,7 +404,7 @@ def test_image_flows(library, options: dict):
     assert torch.equal(torch.get_rng_state(), state)
     kinds = [one.kind for one in result.steps]
     assert kinds[:2] == ["UniformDequantization", "Logit"]
-    assert kinds.count("InvertibleConv2d") == 2
+    assert kinds.count("InvertibleConv2d") == 4
     assert "nothing is lost" in result.verdict
 
 
@@ -532,13 +535,14 @@ def torch_layers() -> Any:
 
 
 def of_classes(library: Any, **options: Any) -> nn.Module:
-    return library.finc_flow((4, 8, 8), 1, 1, hidden_channels=4, num_classes=3, **options)
+    return library.finc_flow((4, 8, 8), 1, 1, hidden_channels=4, num_classes=3, max_inverse_gain=4, **options)
 
 
 IMAGE_FLOW = [
     "UniformDequantization",
     "Logit",
     "Squeeze",
+    "InvertibleConv2d",
     "InvertibleConv2d",
     "ActNorm",
     "InvertibleConv1x1",

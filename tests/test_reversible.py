@@ -83,7 +83,7 @@ def nflows_splines() -> nn.Module:
 
 
 def normflows_step() -> nn.Module:
-    block = nflows_kconv.normflows.GlowBlock(4, 6, init_zeros=False, leaky=0.0)
+    block = nflows_kconv.normflows.GlowBlock(4, 6, init_zeros=False, leaky=0.0, corners=("TL", "TR", "BL", "BR"))
     block.flows[0].flows[1].param_map = smooth_network(2, 4)
     return block
 

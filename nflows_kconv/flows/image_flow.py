@@ -35,6 +35,7 @@ _CONDITIONAL_LAYERS: dict[int, Any] = {
     2: conditional.ConditionalInvertibleConv2d,
     3: conditional.ConditionalInvertibleConv3d,
 }
+_PAIRS = {dimensions: ((names[0],), (names[-1],)) for dimensions, names in stencil.CORNERS.items()}
 _SIZES = {dimensions: ", ".join(axes) for dimensions, axes in stencil.AXES.items()}
 
 
@@ -56,8 +57,9 @@ class Architecture:
         steps: K, in each level.
         hidden_channels: Width of the coupling networks.
         kernel_size: See `InvertibleConv2d`; None omits the convolution, which makes the flow Glow.
-        corners: See `InvertibleConv2d`; or a tuple of these, for one convolution each: (("TL",), ("BR",)) is a pair of
-            full convolutions in opposite corners. The default is one of each corner for the data's number of axes.
+        corners: See `InvertibleConv2d`; or a tuple of these, for one convolution each. The default is a pair of full
+            convolutions in opposite corners, (("TL",), ("BR",)) for images; the paper's unit of four groups is
+            ("TL", "TR", "BL", "BR").
         dilation: See `InvertibleConv2d`.
         diagonal: See `InvertibleConv2d`.
         max_inverse_gain: See `InvertibleConv2d`.
@@ -208,7 +210,8 @@ class Architecture:
         classes = _LAYERS
         if self.conditional_kernels and self.context_shape is not None:
             classes, options["context_features"] = _CONDITIONAL_LAYERS, self.context_shape[0]
-        return convolutions(classes[self.dimensions], channels, kernel_size, self.corners, **options)
+        corners = _PAIRS[self.dimensions] if self.corners is None else self.corners
+        return convolutions(classes[self.dimensions], channels, kernel_size, corners, **options)
 
 
 Architecture.__init__.__qualname__ = "finc_flow"  # the name in Python's errors about unknown arguments
@@ -235,7 +238,7 @@ def with_arguments_of(
 
 
 def convolutions(
-    layer_class: Callable[..., Any], channels: int, kernel_size: Any, corners: Corners | None, **options: Any
+    layer_class: Callable[..., Any], channels: int, kernel_size: Any, corners: Corners, **options: Any
 ) -> list[Any]:
     """Builds a convolution, or one for each entry of `corners` that is itself what a layer takes."""
     several = isinstance(corners, Sequence) and not all(isinstance(each, str) for each in corners)
