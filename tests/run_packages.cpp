@@ -1,25 +1,22 @@
-// Runs packages of AOTInductor where only libtorch is. Takes pairs of files, a package and a pickled pair of its input
-// and output; tells for each whether the package gives that output, or on the error stream why it does not run.
-#include <ATen/ATen.h>
+// Runs a package of AOTInductor where only libtorch is, on float32 numbers: run_packages PACKAGE SIZE... <input >output
+#include <ATen/ops/from_blob.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
-#include <torch/csrc/jit/serialization/pickle.h>
 
-#include <fstream>
 #include <iostream>
 #include <iterator>
+#include <string>
+#include <vector>
 
 int main(int count, char** arguments) {
-  for (int index = 1; index < count; index += 2) {
-    try {
-      torch::inductor::AOTIModelPackageLoader package(arguments[index]);
-      std::ifstream file(arguments[index + 1], std::ios::binary);
-      const std::vector<char> bytes{std::istreambuf_iterator<char>(file), {}};
-      const auto tensors = torch::jit::pickle_load(bytes).toTuple();
-      const at::Tensor output = package.run({tensors->elements()[0].toTensor()})[0];
-      std::cout << (at::allclose(output, tensors->elements()[1].toTensor(), 1e-5, 1e-5) ? "yes\n" : "wrong\n");
-    } catch (const c10::Error& error) {
-      std::cerr << error.what_without_backtrace() << '\n';
-      std::cout << "no\n";
-    }
+  try {
+    torch::inductor::AOTIModelPackageLoader package(arguments[1]);
+    std::vector<int64_t> sizes;
+    for (int index = 2; index < count; ++index) sizes.push_back(std::stoll(arguments[index]));
+    std::vector<char> bytes{std::istreambuf_iterator<char>(std::cin), {}};
+    const at::Tensor output = package.run({at::from_blob(bytes.data(), sizes)})[0].contiguous();
+    std::cout.write(static_cast<const char*>(output.const_data_ptr()), output.nbytes());
+  } catch (const c10::Error& error) {
+    std::cerr << error.what_without_backtrace() << '\n';
+    return 1;
   }
 }

@@ -26,6 +26,12 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*treespec:FutureWarning"),  # torch's own
 ]
 
+# Without optimisation, headers to compile for other packages, and a search for what vectors the compiler knows.
+QUICKLY = {
+    "aot_inductor.compile_wrapper_opt_level": "O0",
+    "aot_inductor.precompile_headers": False,
+    "cpp.vec_isa_ok": False,
+}
 COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
 
 
@@ -83,28 +89,16 @@ def outcome(call: Callable[[Tensor], Any], model: Model) -> str:
     return "yes"
 
 
-def outcomes_elsewhere(command: Sequence[str], files: Sequence[Path], models: Sequence[Model]) -> list[str]:
-    """Those that a process prints which is given pairs of files, a program and what it takes and gives."""
-    arguments = []
-    for file, model in zip(files, models, strict=True):
-        arguments += [file, file.with_suffix(".pt")]
-        torch.save((model.larger, model.expected), arguments[-1])
-    done = subprocess.run([*command, *arguments], cwd=files[0].parent, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "nflows_kconv" in done.stderr  # of what does not run
-    return done.stdout.split()
-
-
 WITH_TORCH_ALONE = """
-import sys, torch
+import pathlib, sys, torch
 
-for file, tensors in zip(sys.argv[1::2], sys.argv[2::2]):
+for file in map(pathlib.Path, sys.argv[1:]):
     try:
         program = torch.export.load(file).module()
     except RuntimeError:
         print("no")
     else:
-        input, expected = torch.load(tensors)
+        input, expected = torch.load(file.with_suffix(".pt"))
         torch.testing.assert_close(program(input), expected)
         print("yes")
 assert "nflows_kconv" not in sys.modules
@@ -119,26 +113,36 @@ def programs(models: Sequence[Model], folder: Path) -> list[list[str]]:
         torch.export.save(program, files[-1])
         here.append(outcome(torch.export.load(files[-1]).module(), model))
         torch.export.save(program.run_decompositions(), files[-1])
-    return [here, outcomes_elsewhere([sys.executable, "-c", WITH_TORCH_ALONE], files, models)]
+        torch.save((model.larger, model.expected), files[-1].with_suffix(".pt"))
+    command = [sys.executable, "-c", WITH_TORCH_ALONE, *files]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "nflows_kconv" in done.stderr  # of what does not run
+    return [here, done.stdout.split()]
 
 
 def packages(models: Sequence[Model], folder: Path) -> list[list[str]]:
     if COMPILER is None:
         pytest.skip("needs a C++ compiler")
-    files, here = [], []
-    models = models[2:]  # which convolve as layers do, and solve; a package takes ten seconds to compile
-    for index, model in enumerate(models):
-        files.append(folder / f"{index}.pt2")
-        quickly = {"aot_inductor.compile_wrapper_opt_level": "O0"}
-        program, path = model.exported(), str(files[-1])
-        torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=quickly)
-        here.append(outcome(torch._inductor.aoti_load_package(str(files[-1])), model))
-    includes = [f"-I{path}" for path in cpp_extension.include_paths()]
-    libraries = [option for path in cpp_extension.library_paths() for option in (f"-L{path}", f"-Wl,-rpath,{path}")]
-    source, program = ROOT / "tests" / "run_packages.cpp", folder / "run_packages"
-    libraries += ["-ltorch", "-ltorch_cpu", "-lc10"]
-    subprocess.run([COMPILER, "-std=c++20", *includes, source, "-o", program, *libraries], check=True)
-    return [2 * here, 2 * outcomes_elsewhere([str(program)], files, models)]
+    program = folder / "run_packages"
+    paths = [f"-I{path}" for path in cpp_extension.include_paths()]
+    paths += [option for path in cpp_extension.library_paths() for option in (f"-L{path}", f"-Wl,-rpath,{path}")]
+    sources = ["-std=c++20", ROOT / "tests" / "run_packages.cpp", "-o", program]
+    subprocess.run([COMPILER, *sources, *paths, "-ltorch", "-ltorch_cpu", "-lc10"], check=True)
+    here, elsewhere = [], []
+    for model in models[2:]:  # which convolve as layers do, and solve; a package takes ten seconds to compile
+        file = str(folder / "package.pt2")
+        torch._inductor.aoti_compile_and_package(model.exported(), package_path=file, inductor_configs=QUICKLY)
+        here.append(outcome(torch._inductor.aoti_load_package(file), model))
+        command = [program, file, *map(str, model.larger.shape)]
+        done = subprocess.run(command, input=model.larger.numpy().tobytes(), capture_output=True)
+        if done.returncode:
+            assert b"nflows_kconv" in done.stderr
+            elsewhere.append("no")
+        else:
+            output = torch.frombuffer(bytearray(done.stdout), dtype=torch.float32).view_as(model.expected)
+            elsewhere.append(outcome(lambda _, output=output: output, model))
+    return [2 * here, 2 * elsewhere]
 
 
 def onnx(models: Sequence[Model], folder: Path) -> list[list[str]]:
@@ -181,7 +185,7 @@ WAYS: dict[tuple[str, ...], Callable[[Sequence[Model], Path], list[list[str]]]] 
     ("`torch.export`", "`torch.export`, decomposed, where only torch is"): programs,
     ("AOTInductor", "AOTInductor, from C++, where only libtorch is"): packages,
     ("ONNX Runtime",): onnx,
-    ("`torch.compile`",): compiled,
+    ("`torch.compile`, by `aot_eager`",): compiled,
     ("safetensors, the weights",): weights,
     ("`torch.jit.script`",): scripted,
 }
