@@ -15,7 +15,6 @@ from cases import CASES, Case
 from oracles import assert_close
 from torch import Tensor, nn
 
-import nflows_kconv.nflows
 import nflows_kconv.normflows
 from nflows_kconv import (
     ConditionalInvertibleConv2d,
@@ -42,11 +41,14 @@ class Calls(nn.Module):
         return [function(*arguments) for function in self.functions]
 
 
-def exported(module: nn.Module, arguments: Sequence[Any], **options: Any) -> Callable[..., list[Tensor]]:
-    """The module as onnxruntime runs it."""
+def exported(
+    module: nn.Module, arguments: Sequence[Any], optimize: bool = False, **options: Any
+) -> Callable[..., list[Tensor]]:
+    """The module as onnxruntime runs it; the optimizer takes as long as the rest: flows and docs/deploy.md have it."""
     program = torch.onnx.export(
         module.eval(),
         tuple(arguments),
+        optimize=optimize,
         dynamo=True,
         custom_translation_table=translation_table(),
         verbose=False,
@@ -112,7 +114,7 @@ class Solutions(nn.Module):
 def test_solutions():
     cases = [case for case in CASES if is_small(case)]
     module, operands = Solutions(cases), [(case.input(), case.weight(), case.bias()) for case in cases]
-    run = exported(module, operands, optimize=False)  # which takes most of the time
+    run = exported(module, operands)
     for actual, expected in zip(run(*operands), module(*operands), strict=True):
         assert_close(actual, expected, factor=2)
 
@@ -127,19 +129,12 @@ def test_triangular_systems():
         assert_close(actual, expected)
 
 
-FLOWS = {"nflows": nflows_kconv.nflows.finc_flow, "normflows": nflows_kconv.normflows.finc_flow}
-
-
-# An export takes seconds: docs/deploy.md has others.
-@pytest.mark.parametrize(
-    ("library", "direction", "levels"),
-    [("nflows", "inverse", 1), ("normflows", "forward", 2)],
-)
-def test_flows(library: str, direction: str, levels: int):
+def test_flows():
+    """With all arguments, of normflows; docs/deploy.md has nflows, and convolutions for the density."""
     torch.manual_seed(0)
     shape, numbers = (2, 4, 8), 2**16  # so many that a decoded image tells its rounding
-    options = {"direction": direction, "diagonal": "learned", "num_levels": numbers, "context_shape": (3,)}
-    flow = FLOWS[library](shape, levels, 1, hidden_channels=4, **options).eval()
+    options = {"direction": "inverse", "diagonal": "learned", "num_levels": numbers, "context_shape": (3,)}
+    flow = nflows_kconv.normflows.finc_flow(shape, 2, 1, hidden_channels=4, **options).eval()
     with torch.no_grad():
         for parameter in flow.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
@@ -153,7 +148,8 @@ def test_flows(library: str, direction: str, levels: int):
         images = torch.randint(numbers, (batch, *shape))
         return images, torch.rand(images.shape), torch.randn(batch, images[0].numel()), torch.randn(batch, 3)
 
-    run, others = exported(both, arguments(2), dynamic_shapes=(({0: torch.export.Dim.DYNAMIC},) * 4,)), arguments(5)
+    sizes = (({0: torch.export.Dim.DYNAMIC},) * 4,)
+    run, others = exported(both, arguments(2), optimize=True, dynamic_shapes=sizes), arguments(5)
     (density, images), expected = run(*others), both(*others)
     assert_close(density, expected[0])
     assert (images - expected[1]).abs().max() <= 1
