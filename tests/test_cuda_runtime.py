@@ -205,8 +205,8 @@ for index in range(200):
     assert code in (None, name.encode() * 100_000), name
     cache.store(name, name.encode() * 100_000)
 """
-    processes = [subprocess.Popen([sys.executable, "-c", script]) for _ in range(3)]
-    assert [process.wait() for process in processes] == [0, 0, 0]
+    processes = [subprocess.Popen([sys.executable, "-c", script]) for _ in range(2)]
+    assert [process.wait() for process in processes] == [0, 0]
     assert sorted(path.name for path in directory.iterdir()) == list("01234")
 
 
@@ -454,16 +454,6 @@ def test_running_on_the_reference_is_told_once(gpu: None, monkeypatch: pytest.Mo
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert cuda.why_not(call) == "this torch is built for ROCm"
-
-
-def test_importing_imports_nothing_of_cuda():
-    script = """
-import sys, torch
-before = set(sys.modules)
-import nflows_kconv
-assert not [name for name in set(sys.modules) - before if name.partition(".")[0] == "cuda"]
-"""
-    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 # The driver's interface

@@ -48,8 +48,9 @@ libraries += ("pyro.distributions", "torchflows", "zuko")
 for library in ("torch", "matplotlib.pyplot", *libraries):
     if importlib.util.find_spec(library.partition(".")[0]):
         importlib.import_module(library)
-before_the_package, files_before = len(seen), files()
+before_the_package, files_before, modules_before = len(seen), files(), set(sys.modules)
 import nflows_kconv, torch
+assert not [name for name in set(sys.modules) - modules_before if name.partition(".")[0] == "cuda"]
 
 for module in pkgutil.walk_packages(nflows_kconv.__path__, "nflows_kconv."):
     if not module.name.endswith(("__main__", "_native")):
