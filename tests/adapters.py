@@ -1,4 +1,4 @@
-"""What the tests of every adapter share: checks that hold in any library."""
+"""Checks shared by the tests of all adapters."""
 
 import copy
 import importlib
@@ -16,7 +16,7 @@ from nflows_kconv import layer
 
 
 def scatter(module: nn.Module) -> nn.Module:
-    """Moves convolutions away from the identity and from zero, where a wrong sign or a lost tap shows."""
+    """Moves convolutions away from the identity and from zero, to reveal a wrong sign or a lost tap."""
     with torch.no_grad():
         for part in module.modules():
             if isinstance(part, layer.InvertibleConv2d | nn.Conv2d):
@@ -26,7 +26,7 @@ def scatter(module: nn.Module) -> nn.Module:
 
 
 def check_training(model: nn.Module, loss: Callable[[], Tensor]) -> None:
-    """Asserts that Adam lowers the loss and that every parameter has a part in it."""
+    """Asserts that Adam lowers the loss and changes every parameter."""
     optimizer = torch.optim.Adam(model.parameters(), 0.02)
     losses = []
     for _ in range(30):
@@ -43,7 +43,7 @@ def check_training(model: nn.Module, loss: Callable[[], Tensor]) -> None:
 
 
 def check_deep_copy(module: nn.Module, inputs: Tensor) -> None:
-    """Asserts that a copy computes the same and stays as it is when the original changes."""
+    """Asserts that a copy computes the same and does not change with the original."""
     expected = module(inputs)
     twin = copy.deepcopy(module)
     with torch.no_grad():
@@ -55,7 +55,7 @@ def check_deep_copy(module: nn.Module, inputs: Tensor) -> None:
 
 
 def check_saved_state(build: Callable[[], nn.Module], inputs: Tensor) -> None:
-    """Asserts that a state_dict, saved and loaded, carries all that the results depend on."""
+    """Asserts that a state_dict, saved and loaded, holds everything that results depend on."""
     module, other = scatter(build()), build()
     expected = module(inputs)
     file = io.BytesIO()
@@ -67,7 +67,7 @@ def check_saved_state(build: Callable[[], nn.Module], inputs: Tensor) -> None:
 
 
 def check_missing_library(monkeypatch: pytest.MonkeyPatch, adapter: str, imported: str) -> None:
-    """Asserts that the adapter's import names the extra where the library's module `imported` is missing."""
+    """Asserts that importing the adapter names the extra if the library's module `imported` is missing."""
     monkeypatch.setitem(sys.modules, imported, None)
     monkeypatch.delitem(sys.modules, f"nflows_kconv.{adapter}")
     with pytest.raises(ImportError, match=re.escape(f'pip install "nflows-kconv[{adapter}]"')) as raised:
@@ -80,7 +80,7 @@ def check_directions(
     inverse: Callable[[Tensor], tuple[Tensor, Tensor]],
     inputs: Tensor,
 ) -> None:
-    """Asserts, in double precision, that one undoes the other and log-determinants are those of the Jacobians."""
+    """Asserts, in double precision, that the directions undo each other and log-determinants match the Jacobians."""
     outputs, log_abs_det = forward(inputs)
     restored, inverse_log_abs_det = inverse(outputs)
     assert_close(restored, inputs)

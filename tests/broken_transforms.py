@@ -27,13 +27,13 @@ SHAPE = "assert_shape_and_dtype_preserved"
 STATE = "assert_state_dict_round_trip"
 DETERMINISTIC = "assert_deterministic"
 HOOKS = "assert_hooks_run"
-# No assertion alone: only a change of the parameters brings the fault to light.
+# No single assertion: only a change of the parameters reveals the fault.
 CHECK = "check_transform"
 
 
 @dataclass(frozen=True)
 class Broken:
-    """A transform with one fault, inputs that show it, and the assertion that must fail."""
+    """A transform with one fault, inputs that reveal it, and the assertion that must fail."""
 
     fault: str
     caught_by: str
@@ -55,7 +55,7 @@ CATALOGUE: list[Broken] = []
 
 
 def broken(fault: str, caught_by: str, *shape: int, dtype: torch.dtype = torch.float32, context: bool = False) -> Any:
-    """Puts what builds a broken transform into the catalogue, with inputs of this shape."""
+    """Adds the builder of a broken transform to the catalogue, with inputs of this shape."""
 
     def register(build: Callable[[], Any]) -> Callable[[], Any]:
         generator = torch.Generator().manual_seed(0)
@@ -323,7 +323,7 @@ class ComplexSquare(nn.Module):
         raise NotImplementedError
 
 
-# Of so many entries that det J alone tells: other points with the same outputs are not looked for.
+# So many entries that only det J reveals it: no search looks for other points with the same outputs.
 @broken("not injective, and without inverse", JACOBIAN, 3, 300)
 class Folded(nn.Module):
     def forward(self, x):
@@ -371,7 +371,7 @@ class OnChanged(nflows.transforms.AffineCouplingTransform):
 
 
 class Net(nn.Module):
-    """A network for nflows' couplings."""
+    """A network for couplings of nflows."""
 
     def __init__(self, inputs, outputs):
         super().__init__()
@@ -543,7 +543,7 @@ class CachedByVersion(Elementwise):
     def load_state_dict(self, state_dict, *args):
         with torch.no_grad():
             for name, parameter in self.named_parameters():
-                parameter.data = state_dict[name].clone()  # which leaves the version as it is
+                parameter.data = state_dict[name].clone()  # does not change the version
 
     def inverse(self, y):
         if self.cache is None or self.cache[0] != self.log_scale._version:
@@ -673,7 +673,7 @@ class UnsafeToLoad(Elementwise):
 
 
 class Shifted(nn.Module):
-    """A sound transform to break: a network of the first half is added to the second."""
+    """A sound transform to break: adds a network of the first half to the second."""
 
     def __init__(self):
         super().__init__()
@@ -714,7 +714,7 @@ class AroundParts(nn.Module):
         return y, log_abs_det
 
 
-# What results must not depend on, and side effects
+# Hidden dependences and side effects
 
 
 @broken("damages its input in place", DETERMINISTIC, 3, 3)

@@ -1,4 +1,4 @@
-"""The one table of cases that every property runs over, and the strategy that draws more of them."""
+"""The table of cases that every property runs over, and a strategy that draws more."""
 
 import math
 import zlib
@@ -21,8 +21,8 @@ CORNERS_3D = ("NTL", "NTR", "NBL", "NBR", "FTL", "FTR", "FBL", "FBR")
 STENCILS = {1: ("L", "R"), 2: CORNERS + SIDES, 3: CORNERS_3D}
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
-# Views of every kind that a kernel could take for contiguous memory, each of the shape of its argument. `expanded`
-# gives every image the memory of the first one, all others keep the values.
+# Views of every kind that a kernel could mistake for contiguous memory, in the shape of the argument. `expanded` gives
+# every image the memory of the first one; all others keep the values.
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda t: t,
     "channels_last": lambda t: t.movedim(1, -1).contiguous().movedim(-1, 1),
@@ -37,7 +37,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """An operator and a batch of images for it, drawn from the seed on demand."""
+    """An operator and a batch of images, drawn from the seed on demand."""
 
     corners: tuple[str, ...] = CORNERS
     per_group: int = 2
@@ -48,7 +48,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     layout: str = "contiguous"
     seed: int = 0
-    biased: bool = False  # for what is compiled with or without a bias
+    biased: bool = False  # some kernels are compiled with or without a bias
 
     @property
     def dimensions(self) -> int:
@@ -60,7 +60,7 @@ class Case:
 
     @property
     def unknowns(self) -> int:
-        """Unknowns of an image, in each group."""
+        """Unknowns of an image per group."""
         return self.per_group * math.prod(self.size)
 
     @property
@@ -77,12 +77,12 @@ class Case:
 
     @property
     def transposes(self) -> tuple[bool, ...]:
-        """Whether the operators take the case as it is, and so have their transposes."""
+        """Whether the operators take the case directly, so that it has transposes."""
         return (False, True) if self.dimensions > 1 else (False,)
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is of contiguous images or volumes in whole precision."""
+        """Whether it has contiguous images or volumes in full precision."""
         whole = self.dtype in (torch.float32, torch.float64)
         return self.dimensions > 1 and whole and self.layout == "contiguous"
 
@@ -92,7 +92,7 @@ class Case:
 
     @property
     def steps(self) -> tuple[int, ...]:
-        """The dilation, one number for each axis."""
+        """The dilation, one number per axis."""
         return functional.parse_dilation(self.dilation, self.dimensions)
 
     @property
@@ -101,12 +101,12 @@ class Case:
 
     @property
     def conv(self) -> Callable[..., Tensor]:
-        """`functional.conv2d` for this case, a function of input, weight and bias."""
+        """Returns `functional.conv2d` for this case, a function of input, weight and bias."""
         return self._function(f"conv{self.dimensions}d")
 
     @property
     def inverse(self) -> Callable[..., Tensor]:
-        """`functional.conv2d_inverse` likewise."""
+        """Returns `functional.conv2d_inverse` for this case."""
         return self._function(f"conv{self.dimensions}d_inverse")
 
     def operators(
@@ -127,7 +127,7 @@ class Case:
         return partial(function, ops.conv), partial(function, ops.solve)
 
     def of_channels(self, vector: Tensor) -> Tensor:
-        """Returns numbers, [C], in a shape that adds to images."""
+        """Reshapes numbers, [C], to broadcast over images."""
         return vector.view(-1, *[1] * self.dimensions)
 
     def input(self, device: str = "cpu", seed: int = 1) -> Tensor:
@@ -138,7 +138,7 @@ class Case:
     def weight(self, device: str = "cpu") -> Tensor:
         """Returns a well-conditioned weight with a diagonal of both signs.
 
-        Its masked entries are as large as the others, so a result that reads them is wrong.
+        Masked entries are as large as the others, so results that read them are wrong.
         """
         generator = self._generator(0)
         weight = torch.rand(self.weight_shape, generator=generator, dtype=torch.float64) * 2 - 1
@@ -150,11 +150,11 @@ class Case:
         return LAYOUTS[layout](weight.to(self.dtype).to(device))
 
     def bias(self, device: str = "cpu") -> Tensor:
-        """Draws normal noise, one number for each channel."""
+        """Draws normal noise, one number per channel."""
         return torch.randn(self.channels, generator=self._generator(2), dtype=torch.float64).to(self.dtype).to(device)
 
     def integers(self, device: str = "cpu") -> tuple[Tensor, Tensor]:
-        """An input and a weight of small integers, the diagonal of powers of two: float32 computes them exactly."""
+        """Returns an input and a weight of small integers with powers of two on the diagonal, exact in float32."""
         generator = self._generator(0)
         input = torch.randint(-3, 4, self.input_shape, generator=generator)
         weight = torch.randint(-1, 2, self.weight_shape, generator=generator)
@@ -172,7 +172,7 @@ class Case:
 TL, TR, BL, BR = CORNERS
 _wide, _tall = dict(size=(1, 300)), dict(size=(300, 1))
 
-# No group has more than MAX_UNKNOWNS unknowns an image, so the dense oracles stay quick.
+# No group has more than MAX_UNKNOWNS unknowns per image, to keep the dense oracles fast.
 MAX_UNKNOWNS = 1300
 # What kernels do in another way by such a number; the reference has no such branch, and is slow.
 CASES_OF_KERNELS = (
@@ -249,7 +249,7 @@ CASES = (
     Case(("NBR", "FTL", "FTL"), kernel_size=(1, 3, 2), size=(3, 4, 2), batch=9, dtype=torch.float16),
     Case(("FBR",), per_group=5, kernel_size=(4, 2, 3), size=(2, 1, 5), layout="channels_last"),
     Case(("NTL", "FBR"), kernel_size=(2, 2, 2), size=(0, 2, 3)),
-    # Dilation: sizes that divide, that do not, and that are smaller
+    # Dilation: sizes that it divides, that it does not divide, and smaller sizes
     Case(dilation=2, size=(6, 8)),
     Case(dilation=3, size=(7, 8), dtype=torch.float64),
     Case(dilation=(1, 2), layout="channels_last"),
@@ -278,7 +278,7 @@ _PER_GROUP = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 16, 17, 32, 33)
 
 @st.composite
 def cases(draw: st.DrawFn, max_unknowns: int = 400) -> Case:
-    """Draws a case with at most this many unknowns an image in each group."""
+    """Draws a case with at most this many unknowns per image and group."""
     dimensions = draw(st.sampled_from((2, 2, 2, 2, 1, 3)))
     per_group = draw(_up_to(_PER_GROUP, max_unknowns))
     size: tuple[int, ...] = ()
@@ -304,13 +304,13 @@ Value = TypeVar("Value")
 
 
 def over_cases(*more: Case) -> Callable[[Test], Test]:
-    """Runs a property `test(case, ...)` over the table, over more cases, and over drawn ones."""
+    """Runs a property `test(case, ...)` over the table, more cases and drawn ones."""
 
     def decorate(test: Test) -> Test:
         @wraps(test)
         def once(case: Case, **others: Any) -> None:
-            # What is the same for all instruction sets one of them shows: strides, half precision, and sequences,
-            # which become images before a kernel sees them.
+            # One instruction set suffices for strides, half precision, and sequences, which become images before a
+            # kernel sees them.
             if others.get("backend") in ("cpu-baseline", "cpu-avx2") and not case.is_plain:
                 return
             if others.get("backend") == "reference" and case in CASES_OF_KERNELS:

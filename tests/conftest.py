@@ -1,4 +1,4 @@
-"""What every test shares: the device, the backends, and how many cases hypothesis draws."""
+"""Fixtures for the device and the backends, and hypothesis profiles."""
 
 import os
 from collections.abc import Iterator
@@ -22,15 +22,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda needs a CUDA device, and torch finds none")
-    # The tensors are small, and tests run side by side; what threads may change has tests of its own.
+    # The tensors are small and tests run in parallel; separate tests cover threads.
     torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"  # of child processes
+    os.environ["OMP_NUM_THREADS"] = "1"  # for child processes
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" in metafunc.fixturenames:
         if metafunc.config.getoption("device") == "cpu":
-            # Sets of instructions differ in what the operators compute, which test_primitive runs on all.
+            # Instruction sets matter only to the operators, which test_primitive runs on all of them.
             sets = native.instruction_sets()
             kernels = [f"cpu-{name}" for name in (sets if metafunc.module.__name__ == "test_primitive" else sets[-1:])]
         else:
@@ -47,7 +47,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def impatient() -> Iterator[None]:
-    """Returns a hypothesis profile in which no test is fast enough: what users copy runs without a profile of ours."""
+    """Returns a hypothesis profile whose deadline every test misses: code that users copy runs without our profiles."""
     before = settings.get_current_profile_name()
     settings.register_profile("impatient", max_examples=5, deadline=timedelta(microseconds=1))
     settings.load_profile("impatient")
@@ -57,13 +57,13 @@ def impatient() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> str:
-    """Returns the device that `--device` names."""
+    """Returns the device of `--device`."""
     return request.config.getoption("device")
 
 
 @pytest.fixture(scope="session")
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs a test once on each implementation that works here; what one cannot run, the reference does."""
+    """Runs a test on each backend that works here; the reference runs what a backend cannot."""
     if request.param == "reference":
         with use_backend("reference"):
             yield request.param
@@ -78,7 +78,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def own_precision() -> Iterator[None]:
-    """Puts back what a test makes of the precision of float32 convolutions and matrix products on GPUs."""
+    """Restores the precision settings of float32 convolutions and matrix products on GPUs."""
     operations = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
     before = [operation.fp32_precision for operation in operations]
     yield

@@ -1,4 +1,4 @@
-"""Stands for the CUDA driver and its devices, so launchers run without a GPU, on tensors of the CPU."""
+"""A test double of the CUDA driver, with which launchers run without a GPU, on CPU tensors."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ _pointer, _unsigned, _int = ctypes.c_void_p, ctypes.c_uint, ctypes.c_int
 
 
 def emulate(launch: Launch) -> None:
-    """Runs a launch, whose arguments begin with the pointers of a call, in the emulator."""
+    """Runs a launch in the emulator; its arguments start with the pointers of a call."""
     cuda_emulator.run_launch(launch)
 
 
 class DriverDouble:
-    """What `nflows_kconv.backends.cuda.driver` offers, in Python and through the addresses of functions.
+    """A double of `nflows_kconv.backends.cuda.driver`, in Python and by addresses of functions.
 
     Args:
         run: Called for each launch.
 
     Attributes:
-        loaded: The code of every module, and its device.
-        launches: What was launched, on which stream, in which context.
-        zeroed: How many bytes each call has filled with zeros.
-        contexts: The contexts of this thread, the current one last.
+        loaded: The code and the device of every module.
+        launches: Launches with their stream and context.
+        zeroed: Bytes that each call filled with zeros.
+        contexts: Contexts of this thread, the current one last.
         capturing: Whether the stream is being captured into a graph.
         error: What launches return.
     """
@@ -68,7 +68,7 @@ class DriverDouble:
         return self.capturing
 
     def load(self, code: Kernel, index: int) -> int:
-        """Loads the source of a kernel, which stands for its code here."""
+        """Loads the source of a kernel, which serves as its code here."""
         self.loaded.append((code, index))
         return len(self.loaded) - 1
 

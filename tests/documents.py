@@ -16,7 +16,7 @@ _FENCES = Sybil([RawFencedCodeBlockLexer(re.compile(r"(?P<language>[^\n]*)\n"))]
 
 
 def page_id(page: Path) -> str:
-    """Returns how a test names the page."""
+    """Returns the test id of a page."""
     return str(page.relative_to(ROOT))
 
 
@@ -32,15 +32,15 @@ def commands(page: Path) -> list[str]:
 
 
 def installs(block: str) -> bool:
-    """Returns whether the block fetches packages: continuous integration runs those in a new environment."""
+    """Returns whether the block installs packages; continuous integration runs those in a new environment."""
     return "pip install" in block
 
 
-if __name__ == "__main__":  # a script of the blocks that install something, each from the checkout, the same but once
+if __name__ == "__main__":  # prints a script of the distinct blocks that install something, each run from the checkout
     order = ["docs/index.md", *map(page_id, PAGES)]
     pages = sorted(PAGES, key=lambda page: order.index(page_id(page)))
     scripts = [re.sub(r" *#.*", "", block) for page in pages for block in commands(page) if installs(block)]
     first, *others = dict.fromkeys(scripts)
-    print(f"(\n{first})\nexport NFLOWS_KCONV_BUILD=0")  # the native library is built once, as that takes a while
+    print(f"(\n{first})\nexport NFLOWS_KCONV_BUILD=0")  # builds the native library only once, because it takes a while
     for script in others:
         print(f"(\n{script})")

@@ -1,6 +1,6 @@
-"""A few images in the format in which each data set is published.
+"""Writes a few images in the published format of each data set.
 
-A function returns its images, [B, C, H, W], the test images last, and makes torchvision expect these files.
+Each function returns its images, [B, C, H, W], with the test images last, and makes torchvision accept the files.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def write_cifar10(root: Path, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
         rows = images[2 * index : 2 * index + 2].reshape(2, 3072)
         (folder / name).write_bytes(pickle.dumps({"data": rows, "labels": [index, index + 1]}, protocol=2))
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": ["airplane"] * 10}, protocol=2))
-    # torchvision knows the checksums of the real files.
+    # torchvision checks the checksums of the real files.
     monkeypatch.setattr(published, "train_list", [[name, None] for name in names[:5]])
     monkeypatch.setattr(published, "test_list", [["test_batch", None]])
     monkeypatch.setattr(published, "meta", published.meta | {"md5": None})

@@ -1,13 +1,13 @@
-"""What the results must be, from the definition alone: nothing here uses the package.
+"""The required results, from the definition alone: nothing here uses the package.
 
 A pixel p of a group reads the pixels p + d (t - pivot), d the dilation, through the taps t of its kernel; the image is
 zero outside its borders:
 
     y[o, p] = sum_{i, t} W[o, i, t] x[i, p + d (t - pivot)]
 
-A corner (FInC Flow, arXiv 2301.09266, section 3) has its pivot at the kernel's end, W's entries with i > o at the pivot
-count as zero. A side, "T", "B", "L" or "R", has it in the middle of a border of the kernel, and of that border one half
-counts as zero, too.
+A corner (FInC Flow, arXiv 2301.09266, section 3) has its pivot at a corner of the kernel; W's entries with i > o at the
+pivot count as zero. A side, "T", "B", "L" or "R", has it in the middle of a border of the kernel, and one half of that
+border also counts as zero.
 """
 
 import itertools
@@ -19,19 +19,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# A sum of n terms of either sign errs by about sqrt(n) roundings, n is below 10,000 here, and the inverses of the table
-# of cases have norms of a few: 64 units in the last place of the largest entry. Half precision must be the result in
-# float32 rounded once: each entry is right to half a unit, or to one unit of another such result, beside float32's own
-# error.
+# The error of a sum of n terms of either sign is about sqrt(n) roundings, n is below 10,000 here, and the inverses in
+# the table of cases have small norms: 64 units in the last place of the largest entry. Half precision must be the
+# float32 result rounded once: each entry is within half a unit, or within one unit of another such result, plus
+# float32's own error.
 ROUNDINGS = 64
 HALF_PRECISION = (torch.float16, torch.bfloat16)
-SIDES = ("T", "B", "L", "R")  # of images of two dimensions
+SIDES = ("T", "B", "L", "R")  # only in two dimensions
 
 Dilation = int | Sequence[int]
 
 
 def assert_close(actual: Tensor, expected: Tensor, factor: float = 1) -> None:
-    """Asserts equality to the rounding of the dtype of `actual`; a `factor` forgives that many times more of sums."""
+    """Asserts equality up to rounding in the dtype of `actual`; `factor` multiplies the tolerance of sums."""
     half = actual.dtype in HALF_PRECISION
     roundings = 1 if expected.dtype == actual.dtype else 1 / 2
     computed = torch.float32 if half else actual.dtype
@@ -48,12 +48,12 @@ def assert_close(actual: Tensor, expected: Tensor, factor: float = 1) -> None:
 
 
 def is_side(name: str, dimensions: int) -> bool:
-    """Returns whether the name is that of a side; in one dimension "L" and "R" are corners."""
+    """Returns whether the name is a side; in one dimension "L" and "R" are corners."""
     return dimensions == 2 and name in SIDES
 
 
 def pivot(name: str, kernel_size: Sequence[int]) -> tuple[int, ...]:
-    """Returns where the kernel holds the tap that reads the pixel itself."""
+    """Returns the index of the tap that reads the pixel itself."""
     if is_side(name, len(kernel_size)):
         rows, columns = kernel_size
         return {
@@ -66,7 +66,7 @@ def pivot(name: str, kernel_size: Sequence[int]) -> tuple[int, ...]:
 
 
 def padding(name: str, kernel_size: Sequence[int], dilation: Dilation = 1) -> tuple[int, ...]:
-    """Returns what F.pad adds, (left, right) in one dimension, (left, right, top, bottom) in two."""
+    """Returns the padding for F.pad: (left, right) in one dimension, (left, right, top, bottom) in two."""
     steps = _per_axis(dilation, len(kernel_size))
     axes = zip(pivot(name, kernel_size), kernel_size, steps, strict=True)
     before_after = [(step * place, step * (size - 1 - place)) for place, size, step in axes]
@@ -74,7 +74,7 @@ def padding(name: str, kernel_size: Sequence[int], dilation: Dilation = 1) -> tu
 
 
 def masked(shape: Sequence[int], corners: Sequence[str]) -> Tensor:
-    """Marks the entries of a weight of this shape that count as zero."""
+    """Returns a mask of the entries of a weight that count as zero."""
     mask = torch.zeros(tuple(shape), dtype=torch.bool)
     for name, group in zip(corners, mask.unflatten(0, (len(corners), -1)), strict=True):
         place = pivot(name, shape[2:])
@@ -97,13 +97,13 @@ def diagonal(weight: Tensor, corners: Sequence[str]) -> Tensor:
 
 
 def set_diagonal(weight: Tensor, corners: Sequence[str], values: Tensor) -> None:
-    """Writes `values` [C], or one for all, where `diagonal` reads."""
+    """Writes `values`, [C] or one for all, to the entries that `diagonal` reads."""
     for entry, value in zip(_diagonal_entries(weight.shape, corners), values.expand(len(weight)), strict=True):
         weight[entry] = value
 
 
 def effective(weight: Tensor, corners: Sequence[str]) -> Tensor:
-    """Returns the weight in float64 on the CPU, zero where it counts as zero."""
+    """Returns the weight in float64 on the CPU, with masked entries zero."""
     return weight.to("cpu", torch.float64).masked_fill(masked(weight.shape, corners), 0)
 
 
@@ -111,7 +111,7 @@ def conv(input: Tensor, weight: Tensor, corners: Sequence[str], dilation: Dilati
     """Computes y = A x by F.pad and torch's convolutions, in float64."""
     input, weight = input.to("cpu", torch.float64), effective(weight, corners)
     if 0 in input.shape:
-        return input.clone()  # F.conv2d refuses images that are smaller than the kernel even with their padding
+        return input.clone()  # F.conv2d refuses padded images smaller than the kernel
     convolution = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[input.dim()]
     groups = zip(input.chunk(len(corners), 1), weight.chunk(len(corners)), corners, strict=True)
     return torch.cat(
@@ -120,7 +120,7 @@ def conv(input: Tensor, weight: Tensor, corners: Sequence[str], dilation: Dilati
 
 
 def matrices(weight: Tensor, corners: Sequence[str], size: Sequence[int], dilation: Dilation = 1) -> list[Tensor]:
-    """Returns each group's A as a dense float64 matrix, lower triangular in the group's `_order`."""
+    """Returns A of each group as a dense float64 matrix, lower triangular in the group's `_order`."""
     steps = _per_axis(dilation, len(size))
     result = []
     for group, name in zip(effective(weight, corners).chunk(len(corners)), corners, strict=True):
@@ -136,10 +136,10 @@ def matrices(weight: Tensor, corners: Sequence[str], size: Sequence[int], dilati
 
 
 def circular_matrices(weight: Tensor, size: Sequence[int]) -> list[Tensor]:
-    """Returns the dense float64 matrix of each group under circular borders: in the order of memory, channels outside.
+    """Returns the dense float64 matrix of each group with circular borders, in memory order, channels outermost.
 
-    The tap (k - 1) // 2 along each axis reads the pixel itself, and what leaves an image on one side enters it again on
-    the other: y[o, p] = sum_{i, t} W[o, i, t] x[i, (p + t - (k - 1) // 2) mod size].
+    The tap (k - 1) // 2 along each axis reads the pixel itself: y[o, p] = sum_{i, t} W[o, i, t]
+    x[i, (p + t - (k - 1) // 2) mod size].
     """
     result = []
     for group in weight.detach().to("cpu", torch.float64).split(weight.shape[1]):
@@ -189,7 +189,7 @@ def weight_gradient(
 
 
 def followers(marked: Tensor, name: str) -> Tensor:
-    """Marks the pixels, [B, C, ...], that a marked one can affect: those that may read it, at any distance."""
+    """Returns a mask of the pixels, [B, C, ...], that marked pixels can affect, at any distance."""
     size = marked.shape[2:]
     if is_side(name, len(size)):
         order = _order(name, size)
@@ -212,9 +212,9 @@ def _diagonal_entries(shape: Sequence[int], corners: Sequence[str]) -> Iterator[
 
 
 def _order(name: str, size: Sequence[int]) -> Tensor:
-    """Returns the pixels in an order in which each reads itself and earlier ones alone."""
+    """Returns the pixels in an order in which each reads only itself and earlier ones."""
     pixels = torch.arange(math.prod(size)).view(*size)
-    if is_side(name, len(size)):  # row after row, or column after column, from there on
+    if is_side(name, len(size)):  # row by row, or column by column, from that side
         pixels = pixels.mT if name in "LR" else pixels
         return pixels.flatten().flip(0) if name in "BR" else pixels.flatten()
     return pixels.flip([axis for axis, letter in enumerate(name) if letter in "FBR"]).flatten()

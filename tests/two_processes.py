@@ -1,4 +1,4 @@
-"""What two processes do together: each scenario runs on both, and says what went wrong."""
+"""Scenarios for two processes: each runs on both and reports what went wrong."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def scenario(function: Callable[[int], None]) -> Callable[[int], None]:
 
 
 def run(rank: int, path: str) -> None:
-    """Writes to {path}.{rank} what each scenario said, None where all was well."""
+    """Writes the report of each scenario to {path}.{rank}, None if all was well."""
     torch.set_num_threads(1)
     distributed.init_process_group(
         "gloo", f"file://{path}", rank=rank, world_size=2, timeout=datetime.timedelta(seconds=20)
@@ -48,7 +48,7 @@ def run(rank: int, path: str) -> None:
 
 
 class Density(nn.Module):
-    """A flow of continuous numbers, whose forward is the negative log-likelihood of each image."""
+    """A flow of continuous numbers whose forward is the negative log-likelihood per image."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class Density(nn.Module):
 
 
 def numbers(count: int = 8) -> Tensor:
-    """Returns the same ones in both processes, the first half of which has another mean than the second."""
+    """Returns the same numbers in both processes; the halves have different means."""
     generator = torch.Generator().manual_seed(5)
     images = torch.randn(count, 4, 4, 4, generator=generator) * 2
     images[: count // 2] += 3
@@ -98,7 +98,7 @@ def train(loss: Callable[[], Tensor], parameters, steps: int = 3) -> None:
 
 
 def train_together(model: DistributedDataParallel, rank: int, library: str | None = None) -> None:
-    """Trains on each process's half, after which everything must be equal and ActNorm initialised."""
+    """Trains on each process's half, then requires equal state and an initialised ActNorm."""
     if library is None:
         images = half(numbers(), rank)
         train(lambda: model(images).mean(), model.parameters())
@@ -121,7 +121,7 @@ def assert_equal_in_both(model: nn.Module) -> None:
 
 
 def checkpoint(build: Callable[[], nn.Module]) -> dict[str, Tensor]:
-    """Returns the same in both processes."""
+    """Returns the same checkpoint in both processes."""
     with torch.random.fork_rng():
         torch.manual_seed(11)
         flow = build()
@@ -131,7 +131,7 @@ def checkpoint(build: Callable[[], nn.Module]) -> dict[str, Tensor]:
 
 
 def each_flow(function: Callable[[int, str | None, Callable[[], nn.Module]], None]) -> None:
-    """Registers a scenario for the flow of each library, and one for the bare steps."""
+    """Registers a scenario for the flow of each library and one for the bare steps."""
     builders = {library: lambda library=library: flow_of(library) for library in LIBRARIES}
     for library, build in {None: Density, **builders}.items():
         SCENARIOS[f"{function.__name__}, {library or 'steps'}"] = lambda rank, library=library, build=build: function(
@@ -146,7 +146,7 @@ def from_a_fresh_start(rank, library, build):
 
 @each_flow
 def without_broadcasting_buffers(rank, library, build):
-    torch.manual_seed(3)  # those of the processes must then be alike from the start
+    torch.manual_seed(3)  # so the processes start from equal parameters
     train_together(DistributedDataParallel(build(), broadcast_buffers=False, static_graph=True), rank, library)
 
 
@@ -185,7 +185,7 @@ def initialised_by_a_call_on_one_rank(rank, library, build):
 
 
 def assert_trained_from(saved: dict[str, Tensor], flow: nn.Module) -> None:
-    """Three small steps do not move an ActNorm far, an initialisation does."""
+    """Asserts that ActNorm moved little, as by three small steps and unlike an initialisation."""
     for name, value in flow.state_dict().items():
         if "shift" in name or "log_scale" in name:
             torch.testing.assert_close(value, saved[name], atol=0.1, rtol=0, msg=name)
@@ -197,7 +197,10 @@ def as_one_process_on_the_joined_batch(rank, library, build):
     alone = Density() if library is None else flow_of(library, preprocessing=None)
     together = DistributedDataParallel(copy.deepcopy(alone))
     images = numbers() if library is None else numbers().view(8, 1, 8, 8)[:, :, ::2, ::2]
-    for model, own in ((alone, images), (together, half(images, rank))):  # the first one waits for nobody
+    for model, own in (
+        (alone, images),
+        (together, half(images, rank)),
+    ):  # the first one must not wait for the other process
         train(lambda f=model, x=own: negative_log_likelihood(library or "normflows", f, x), model.parameters())
     assert_equal_in_both(together)
     for one, two in zip(alone.state_dict().values(), together.module.state_dict().values(), strict=True):
@@ -230,7 +233,7 @@ def an_empty_batch_takes_part(rank):
 def buffers_that_differ(rank):
     model = DistributedDataParallel(Density())
     for norm in norms(model):
-        norm.initialized.fill_(rank == 1)  # the first rank's are broadcast
+        norm.initialized.fill_(rank == 1)  # the first rank's buffers are broadcast
     train_together(model, rank)
 
 
@@ -282,7 +285,7 @@ def sharded_steps(rank):
     alone(numbers())
     sharded = shard(copy.deepcopy(alone))
     for model, images in ((alone, numbers()), (sharded, half(numbers(), rank))):
-        for function in (model, model.inverse):  # both directions are the module's own call, of the root too
+        for function in (model, model.inverse):  # both directions go through the module's own call, also for the root
             train(lambda f=function, x=images: f(x)[0].square().mean() - f(x)[1].mean() / 64, model.parameters())
     for one, two in zip(alone.parameters(), sharded.parameters(), strict=True):
         torch.testing.assert_close(two.full_tensor(), one, atol=1e-5, rtol=1e-5)
@@ -290,7 +293,7 @@ def sharded_steps(rank):
 
 @scenario
 def sharded_before_the_first_batch(rank):
-    """Is refused, since what ActNorm sets would be lost."""
+    """Requires an error, because ActNorm's initialisation would be lost."""
     sharded = shard(Density().steps)
     with pytest.raises(
         RuntimeError, match="ActNorm must see its first batch, or load a state_dict, before fully_shard"

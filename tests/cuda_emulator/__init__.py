@@ -1,7 +1,7 @@
 """Runs plans of CUDA kernels on the CPU: compiles their sources as C++, with a fiber for every CUDA thread.
 
-It is made to show mistakes, see emulator.cpp. Beyond what that finds inside a kernel, memory that a kernel may not
-touch lies behind guard pages, and memory that nobody wrote reads as NaN.
+It is designed to reveal mistakes, see emulator.cpp. In addition, guard pages surround the memory that a kernel may
+touch, and unwritten memory reads as NaN.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from nflows_kconv.backends.cuda.plan import POINTER_BYTES, Device, Launch, Launc
 
 H100 = Device((9, 0), 132, 232448)
 
-# Orders of threads: increasing, decreasing, and random ones, which any seed from 0 on gives.
+# Orders of threads: increasing, decreasing, and random for any seed from 0.
 INCREASING, DECREASING = -1, -2
 ORDERS = (INCREASING, DECREASING, 0, 1)
 
-# What every GPU allows, but for the shared memory, which is that of the largest one.
+# Limits of every GPU, except that shared memory is that of the largest.
 MAX_SHARED = 232448
 MAX_THREADS = 1024
 MAX_GRID = (2**31 - 1, 65535, 65535)
@@ -42,15 +42,15 @@ needs_compiler = pytest.mark.skipif(
 
 
 class EmulatorError(RuntimeError):
-    """A kernel did what no CUDA kernel may do."""
+    """A kernel broke a rule of CUDA."""
 
 
 def call(problem: registry.OperatorCall, *, device: Device = H100, seed: int = INCREASING) -> Tensor:
-    """Plans and runs one call of the primitive as the CUDA backend does.
+    """Plans and runs an operator call as the CUDA backend does.
 
     Args:
-        problem: What to run, not empty, its vectors contiguous.
-        device: Which GPU to plan for.
+        problem: The call, not empty, with contiguous vectors.
+        device: The GPU to plan for.
         seed: The order of threads.
 
     Returns:
@@ -65,7 +65,7 @@ def call(problem: registry.OperatorCall, *, device: Device = H100, seed: int = I
 
 
 def planned(problem: registry.OperatorCall) -> ProblemSpec:
-    """Returns what is planned for a call; tensors on the device "meta" will do."""
+    """Returns the problem of a call; tensors may be on the device "meta"."""
     return ProblemSpec.of(problem, _output(problem))
 
 
@@ -86,7 +86,7 @@ def run(
     log_diagonal: Tensor | None = None,
     seed: int = INCREASING,
 ) -> None:
-    """Runs every launch of a plan on CPU tensors; they may lie anywhere.
+    """Runs every launch of a plan on CPU tensors anywhere in memory.
 
     Args:
         plan: What to run.
@@ -98,12 +98,12 @@ def run(
         seed: The order of threads: `INCREASING`, `DECREASING`, or a seed from 0 on for a random order.
 
     Raises:
-        EmulatorError: If a kernel reads or writes where it may not, waits for ever, or breaks a rule of CUDA.
+        EmulatorError: If a kernel reads or writes where it may not, waits forever, or breaks a rule of CUDA.
     """
     at_end = seed != INCREASING
     result, scratch = Memory(span(output), output.element_size(), at_end), Memory(plan.scratch, 256, at_end)
     scratch.data[: plan.zeroed] = 0
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # what is compiled, all at once
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # compiles in parallel
         list(pool.map(library.library, {replace(launch.kernel, name="") for launch in plan.launches}))
     read = [None if tensor is None else _copied(tensor, at_end) for tensor in (first, second, bias, log_diagonal)]
     memories = (*read[:2], result, scratch, *read[2:])
@@ -127,11 +127,11 @@ def _copied(tensor: Tensor, at_end: bool) -> Memory:
 def run_launch(
     launch: Launch, *, output: Memory | None = None, scratch: Memory | None = None, seed: int = INCREASING
 ) -> None:
-    """Runs a launch whose arguments begin with the addresses of a call.
+    """Runs a launch whose arguments start with the addresses of a call.
 
     Args:
         launch: What to run.
-        output: Where the order of accesses is checked, as it is for shared memory.
+        output: Memory in which the order of accesses is checked, as in shared memory.
         scratch: The same.
         seed: The order of threads.
 

@@ -1,13 +1,13 @@
-// Runs the thread blocks of a kernel on one CPU thread: every CUDA thread is a fiber that runs until it waits.
+// Runs the thread blocks of a kernel on one CPU thread. Every CUDA thread is a fiber that runs until it waits.
 //
-// What CUDA leaves open is decided so as to show mistakes. By the seed the order of threads is increasing (-1),
-// decreasing (-2) or random; with the last two, several blocks are under way at a time and later ones may start first.
-// Shared memory starts as NaN. Asynchronous copies land at once or as late as they may. Counters that others release
-// are seen as late as they may be.
+// Whatever CUDA leaves open is chosen to reveal mistakes. The seed makes the order of threads increasing (-1),
+// decreasing (-2) or random; with the last two, several blocks run at a time and later ones may start first. Shared
+// memory starts as NaN. Asynchronous copies complete at once or as late as allowed. Released counters become visible as
+// late as allowed.
 //
-// What CUDA forbids is an error: accesses to the same memory in no certain order, barriers that some threads never
-// reach, shuffles from lanes that take no part, accesses outside of shared memory. Stricter than CUDA: no thread may
-// return before a barrier of its block, or of its warp.
+// Everything CUDA forbids is an error: unordered accesses to the same memory, barriers that some threads never reach,
+// shuffles from inactive lanes, accesses outside shared memory. Stricter than CUDA, no thread may return before a
+// barrier of its block or its warp.
 #include "emulator.h"
 
 #include <dlfcn.h>
@@ -31,8 +31,8 @@ constexpr size_t kStack = 1 << 18;
 constexpr size_t kSharedMemory = 1 << 18, kMargin = 1 << 12;
 constexpr unsigned char kUnwritten = 0xff;  // NaN in every type
 constexpr size_t kBlocksAtATime = 3;
-constexpr int kIdleRounds = 20;      // after which other blocks run
-constexpr size_t kFruitless = 1000;  // turns of blocks in a row after which none is expected to go on
+constexpr int kIdleRounds = 20;      // before other blocks run
+constexpr size_t kFruitless = 1000;  // consecutive turns of blocks without progress that count as a deadlock
 
 }  // namespace
 
@@ -59,7 +59,7 @@ struct Fiber {
   State state = State::kReady;
   std::vector<Copy> copies;
   int line = 0;
-  int syncwarps = 0;    // of all lanes
+  int syncwarps = 0;    // with all lanes
   Knowledge knowledge;  // its own, until the next barrier
   // In a warp
   Meeting meeting;
@@ -77,18 +77,18 @@ struct Block {
   std::vector<Fiber> fibers;
   char* stacks;
   uint3 index;
-  unsigned number;  // in the order of the grid
+  unsigned number;  // in grid order
   std::vector<char> shared;
   Memory shared_accesses;
-  Knowledge knowledge;                // of all its threads
-  std::map<const int*, size_t> seen;  // the next of a counter's releases to see
+  Knowledge knowledge;                // shared by all its threads
+  std::map<const int*, size_t> seen;  // next release of a counter to see
   std::vector<int> ready, polling;
   int at_barrier, done;
-  int barriers;     // that all threads have passed
-  int idle_rounds;  // in a row, in which threads did nothing but look at memory
+  int barriers;     // passed by all threads
+  int idle_rounds;  // consecutive rounds in which threads only polled memory
 };
 
-// What was written to a counter, and what is known to who reads it.
+// A value written to a counter, and the knowledge that a reader gains.
 struct Release {
   int value;
   Knowledge knowledge;
@@ -99,10 +99,10 @@ struct Run {
   const Launch& launch;
   std::mt19937 random;
   Memory output, scratch;
-  std::map<const int*, std::vector<Release>> releases;  // the first one stands for the value before
+  std::map<const int*, std::vector<Release>> releases;  // the first one is the initial value
   jmp_buf scheduler{};
-  Block* block = nullptr;  // whose shared memory is in place
-  Fiber* fiber = nullptr;  // that runs
+  Block* block = nullptr;  // whose shared memory is mapped
+  Fiber* fiber = nullptr;  // running
   bool failed = false;
 };
 
@@ -148,7 +148,7 @@ void record(const char* format, va_list values) {
   vsnprintf(run->launch.error + used, run->launch.error_size - used, format, values);
 }
 
-// As `fail`, in the scheduler.
+// Does `fail` from the scheduler.
 __attribute__((format(printf, 1, 2))) void report(const char* format, ...) {
   va_list values;
   va_start(values, format);
@@ -156,7 +156,7 @@ __attribute__((format(printf, 1, 2))) void report(const char* format, ...) {
   va_end(values);
 }
 
-// Where code is, for the caller to find the line.
+// The offset of code in the library, for the caller to find the line.
 long offset_of(const void* code) {
   Dl_info library{};
   dladdr(code, &library);
@@ -164,7 +164,7 @@ long offset_of(const void* code) {
 }
 
 void on_signal(int number, siginfo_t* info, void* context) {
-  if (!run || !run->fiber) {  // no fault of the kernel
+  if (!run || !run->fiber) {  // not the kernel's fault
     signal(number, SIG_DFL);
     return;
   }
@@ -210,14 +210,14 @@ void access(const void* address, size_t size, bool writes, const void* code) {
 }
 
 int take(std::vector<int>& ready) {
-  // Half of the time the one that became ready last: some threads run far ahead of others.
+  // Picks the thread that became ready last half of the time, so some threads run far ahead.
   const size_t choice = random_order() && coin() ? run->random() % ready.size() : ready.size() - 1;
   const int thread = ready[choice];
   ready.erase(ready.begin() + choice);
   return thread;
 }
 
-// Appends threads, which come in increasing order, to those that are ready; the last ones run first.
+// Appends threads, given in increasing order, to the ready ones; the last ones run first.
 void make_ready(Block& block, const std::vector<int>& threads) {
   for (int thread : threads) block.fibers[thread].state = State::kReady;
   if (run->launch.seed == -1) {
@@ -236,7 +236,7 @@ void arrive_in_warp(Block& block, const Fiber& arrived) {
   for (int lane = 0; lane < 32 && first + lane < (int)block.fibers.size(); lane++) {
     const Fiber& other = block.fibers[first + lane];
     if (!(arrived.mask >> lane & 1)) continue;
-    // It may still come; if not, this is found when nothing can run.
+    // It may still arrive; otherwise the deadlock is found when nothing can run.
     if (other.state != State::kInWarp || !(other.mask >> arrived.thread % 32 & 1)) return;
     if (other.meeting != arrived.meeting || other.mask != arrived.mask || other.detail != arrived.detail) {
       report("lane %d is at %s with mask %08x in line %d, lane %d at %s with mask %08x in line %d", arrived.thread % 32,
@@ -256,7 +256,7 @@ void arrive_in_warp(Block& block, const Fiber& arrived) {
   for (int thread : threads) {
     block.fibers[thread].exchange = exchange;
     block.fibers[thread].exchange.lane = thread % 32;
-    // Of what warps do together only __syncwarp orders memory, and here only that of a whole warp.
+    // Of warp operations only __syncwarp orders memory, and here only with the whole warp.
     if (arrived.meeting == Meeting::kSyncwarp && arrived.mask == ~0u) block.fibers[thread].syncwarps++;
   }
   make_ready(block, threads);
@@ -344,7 +344,7 @@ void explain_deadlock(Block& block) {
 
 enum class Outcome { kDone, kWaitsForOthers, kNothingNew };
 
-// Runs a block until it is done or can only wait for other blocks.
+// Runs a block until it is done or waits for other blocks.
 Outcome run_block(Block& block) {
   put_in_place(block);
   bool went_on = false;
@@ -402,7 +402,7 @@ void run_grid(int threads) {
   std::vector<Block*> idle, active;
   for (Block& block : blocks) idle.push_back(&block);
   unsigned next = 0;
-  size_t waiting = 0;  // `waiting` blocks in a row did not go on
+  size_t waiting = 0;  // consecutive blocks without progress
   while ((next < total || !active.empty()) && !run->failed) {
     while (next < total && !idle.empty()) {
       active.push_back(idle.back());
@@ -461,7 +461,7 @@ int acquire(const int* address, bool learns) {
   poll();
   const std::vector<Release>& releases = run->releases[address];
   if (releases.empty()) return *address;
-  // The oldest value that a GPU may still see, with no more knowledge than that brings.
+  // Returns the oldest value that a GPU may still see, and only its knowledge.
   size_t& seen = run->block->seen[address];
   const Release& release = releases[seen];
   if (seen + 1 < releases.size()) seen++;
@@ -538,7 +538,7 @@ bool execute(void (*kernel)(const void*), const Launch& launch) {
 
 }  // namespace emulator
 
-// What the compiler calls before every access to memory that threads may share, with -fsanitize=thread.
+// With -fsanitize=thread the compiler calls these before every access to memory that threads may share.
 #define EMULATOR_ACCESS(size)                                                                                  \
   void __tsan_read##size(void* p) { emulator::access(p, size, false, __builtin_return_address(0)); }           \
   void __tsan_write##size(void* p) { emulator::access(p, size, true, __builtin_return_address(0)); }           \

@@ -1,7 +1,7 @@
-// CUDA C++ as ordinary C++, as far as the kernels use it. Threads are fibers, see emulator.cpp.
+// The part of CUDA C++ that the kernels use, as ordinary C++. Threads are fibers, see emulator.cpp.
 #pragma once
 
-// That of C: reading the one of C++ would be a third of the time that a kernel takes to compile.
+// The C header, because the C++ one would take a third of a kernel's compile time.
 #define _GLIBCXX_INCLUDE_NEXT_C_HEADERS
 #include <math.h>
 #undef _GLIBCXX_INCLUDE_NEXT_C_HEADERS
@@ -20,38 +20,38 @@
 #define __launch_bounds__(...)
 #define __align__(bytes) __attribute__((aligned(bytes)))
 
-// Whose accesses to memory no other one races with.
+// An operation whose memory accesses never race.
 #define EMULATOR_UNCHECKED __attribute__((no_sanitize("thread")))
 
 namespace emulator {
 
-// What the threads of a warp, or of a block, meet at: all of them must be at the same.
+// A point where the threads of a warp or block meet; all of them must be at the same one.
 enum class Meeting { kSyncwarp, kShuffle, kShuffleUp, kShuffleDown, kShuffleXor, kBallot, kAny, kAll };
 enum class Barrier { kPlain, kOr, kAnd, kCount };
 
 struct Exchange {
   uint64_t values[32];    // by lane
-  unsigned participants;  // lanes whose value counts
+  unsigned participants;  // lanes with values
   int lane;               // of the calling thread
 };
 
-// Waits for the other lanes in the mask and returns what they brought.
+// Waits for the other lanes in the mask and returns their values.
 Exchange meet(Meeting meeting, unsigned mask, int detail, uint64_t value, int line);
-// Waits for all threads of the block; returns how many brought true.
+// Waits for all threads of the block; returns how many passed true.
 int wait(Barrier barrier, bool predicate, int line);
-// Lets other threads run before a look at memory that they may change.
+// Lets other threads run before a read of memory that they may change.
 void poll();
-// Tells that memory which others may wait for has changed.
+// Signals a change of memory that others may wait for.
 void progress();
-// Of counters by which blocks wait for each other; `learns` what was known where the value comes from.
+// For counters with which blocks wait for each other. `learns` the knowledge of the value's writer.
 int acquire(const int* address, bool learns = true);
 void release(int* address, int value);
-// Copies now or at complete_copies, as the hardware may.
+// Copies now or at complete_copies, as hardware may.
 void copy_later(void* target, const void* source, int size);
 void complete_copies();
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
-// What the caller passes, from Python.
+// Arguments from Python.
 struct Launch {
   unsigned grid[3];
   unsigned block;
@@ -67,7 +67,7 @@ struct Launch {
   long long error_size;
 };
 
-// Runs all blocks; returns false with an error if they do what they may not.
+// Runs all blocks; returns false with an error if they break a rule.
 bool execute(void (*kernel)(const void*), const Launch& launch);
 
 template <typename T>
@@ -143,7 +143,7 @@ inline float min(float a, float b) { return fminf(a, b); }
 inline float max(float a, float b) { return fmaxf(a, b); }
 inline double min(double a, double b) { return fmin(a, b); }
 inline double max(double a, double b) { return fmax(a, b); }
-// A template, as the <cmath> that emulator.cpp includes has such a function.
+// A template, because <cmath>, which emulator.cpp includes, has such a function.
 template <typename T>
 inline T exp(T x) {
   static_assert(std::is_same_v<T, float>, "exp of C is for double");
@@ -169,7 +169,7 @@ T __ldg(const T* address) {
   return *address;
 }
 
-// A line, not a return address, tells meetings apart: the compiler may copy and merge code.
+// A line, not a return address, identifies a meeting, because the compiler may copy and merge code.
 inline void __syncthreads(int line = __builtin_LINE()) { emulator::wait(emulator::Barrier::kPlain, false, line); }
 inline int __syncthreads_or(int predicate, int line = __builtin_LINE()) {
   return emulator::wait(emulator::Barrier::kOr, predicate, line) != 0;

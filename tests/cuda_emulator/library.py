@@ -1,4 +1,4 @@
-"""Kernels as shared libraries of the CPU: their sources, compiled as C++ and linked with the emulator's."""
+"""Compiles kernels as C++ and links them with the emulator to shared libraries for the CPU."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from pathlib import Path
 from nflows_kconv.backends.cuda import compiler
 from nflows_kconv.backends.cuda.plan import Kernel
 
-COMPILER = "g++"  # others instrument accesses to memory in other ways
+COMPILER = "g++"  # other compilers instrument memory accesses differently
 CACHE = Path(__file__).parents[2] / ".pytest_cache" / "cuda_emulator"
 
 _HERE = Path(__file__).parent
 _SOURCES = compiler.source_directory()
-# With -O2 the compiler takes a quarter longer, and kernels as long.
+# -O2 takes a quarter longer to compile and runs no faster.
 _FLAGS = ("-std=c++17", "-O1", "-march=native", "-fPIC", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas")
 _KERNEL_FLAGS = (
-    *("-g1", "-gdwarf-4"),  # lines, as addr2line reads them
-    "-fsanitize=thread",  # calls of emulator.cpp at every access to memory
+    *("-g1", "-gdwarf-4"),  # lines for addr2line
+    "-fsanitize=thread",  # calls emulator.cpp at every memory access
     "-fsanitize=alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero,bool,null,float-cast-overflow",
     "-fsanitize-undefined-trap-on-error",
 )
@@ -50,7 +50,7 @@ class Launch(ctypes.Structure):
 
 
 def with_lines(message: str, library: ctypes.CDLL) -> str:
-    """Returns a message of the emulator, with the lines of the sources in the place of <offsets> in the library."""
+    """Replaces <offsets> in a message of the emulator by lines of the sources."""
     return re.sub("<([0-9a-f]+)>", lambda offset: _line(library, offset[1]) or offset[0], message)
 
 
@@ -63,7 +63,7 @@ def _line(library: ctypes.CDLL, offset: str) -> str:
 
 
 def library(kernel: Kernel) -> ctypes.CDLL:
-    """Compiles a kernel with the others of its source, or finds what came of it before.
+    """Compiles a kernel with the others of its source, or finds an earlier result.
 
     Returns:
         For each kernel `run_NAME`, which takes a `Launch`, and `launch_bound_NAME`, its most threads; `arguments_size`.
@@ -103,7 +103,7 @@ def _library(source: str, constants: tuple[tuple[str, int | str], ...]) -> ctype
 
 
 def _compiled(code: str, flags: Sequence[str], files: Sequence[Path]) -> Path:
-    """Compiles C++ that includes files to an object file whose name is as unique as these."""
+    """Compiles C++ that includes these files to an object file with a name unique to them."""
     command = [*_FLAGS, *flags, f"-I{_HERE}", f"-I{_SOURCES}", "-c"]
     parts = [COMPILER, *command, code, *(file.read_text() for file in files)]
     path = CACHE / f"{hashlib.sha256(repr(parts).encode()).hexdigest()[:32]}.o"
@@ -115,7 +115,7 @@ def _compiled(code: str, flags: Sequence[str], files: Sequence[Path]) -> Path:
 
 
 def _make(path: Path, arguments: Sequence[str]) -> None:
-    """Runs the compiler for a file, unless it is there."""
+    """Runs the compiler for a file unless it exists."""
     if path.exists():
         return
     unfinished = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}")

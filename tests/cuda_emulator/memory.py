@@ -1,4 +1,4 @@
-"""Memory for the tensors of an emulated kernel: between guard pages, and NaN until somebody writes it."""
+"""Memory for the tensors of an emulated kernel, between guard pages and NaN until written."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 class Memory:
-    """Bytes between two regions that nothing may touch.
+    """Bytes between two regions that must not be touched.
 
     Attributes:
-        all: All of it, as bytes.
-        data: The bytes asked for, at the start or at the end.
-        start: Where these start.
-        alignment: Of these.
-        address: Of these.
+        all: All bytes.
+        data: The requested bytes, at the start or at the end.
+        start: Offset of the requested bytes.
+        alignment: Alignment of the requested bytes.
+        address: Address of the requested bytes.
     """
 
     def __init__(self, size: int, alignment: int, at_end: bool) -> None:
@@ -40,7 +40,7 @@ class Memory:
         self.address = self._begin + self.start
 
     def beyond(self, tensor: Tensor | None = None) -> int | None:
-        """Returns the first byte that was written beside those asked for, or beside the elements of such a tensor."""
+        """Returns the first byte written outside the requested ones, or outside the elements of such a tensor."""
         if tensor is None:
             self.data.fill_(255)
         else:
@@ -53,7 +53,7 @@ class Memory:
         return self.data.view(dtype or tensor.dtype).as_strided(tensor.shape, tensor.stride())
 
     def read_only(self) -> None:
-        """Makes writing fail from now on."""
+        """Makes later writes fail."""
         _protect(self._begin, self._size, mmap.PROT_READ)
 
 
@@ -63,13 +63,13 @@ def _protect(address: int, size: int, protection: int) -> None:
 
 
 def span(tensor: Tensor) -> int:
-    """Bytes from the first to the last element of a tensor."""
+    """Returns the bytes from the first to the last element of a tensor."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return (last + 1) * tensor.element_size()
 
 
 def once(tensor: Tensor) -> Tensor:
-    """Returns the tensor without the elements that expanding it repeats."""
+    """Returns the tensor without repeated elements of expanded axes."""
     for dim, stride in enumerate(tensor.stride()):
         if stride == 0:
             tensor = tensor.narrow(dim, 0, 1)

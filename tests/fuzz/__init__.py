@@ -1,9 +1,9 @@
-"""Calls that a hostile caller makes, drawn from seeds, and what must come of each.
+"""Calls of a hostile caller, drawn from seeds, and their required outcomes.
 
 oracle      what a result must be
-tensors     problems, and the many kinds of tensors that hold one
-calls       calls that are in order, and must give the right numbers
-refusals    calls that are not, and must be refused
+tensors     problems, and many kinds of tensors that hold them
+calls       valid calls, which must give the right numbers
+refusals    invalid calls, which must be refused
 driver      many seeds in child processes; `python -m fuzz --help`
 """
 
@@ -17,7 +17,7 @@ from fuzz import calls, refusals
 from fuzz.oracle import Wrong
 from nflows_kconv.backends import native
 
-# A kind of call and its share of the seeds.
+# Kinds of calls and their shares of the seeds.
 KINDS = {
     calls.functions: 50,
     calls.operators: 15,
@@ -30,7 +30,7 @@ KINDS = {
 
 
 def run(seed: int) -> Counter[str]:
-    """Makes the calls of this seed and returns how many there were of each kind.
+    """Makes the calls of a seed and returns the number of each kind.
 
     Raises:
         Wrong: If one of them went wrong.
@@ -41,7 +41,7 @@ def run(seed: int) -> Counter[str]:
     if native.available:
         native.select_instruction_set(random.choice(native.instruction_sets()))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's, about sparse, nested and quantised tensors
+        warnings.simplefilter("ignore")  # torch warns about sparse, nested and quantised tensors
         try:
             return Counter({name: kind(random)})
         except Exception as error:

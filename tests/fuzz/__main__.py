@@ -1,4 +1,4 @@
-"""Runs many seeds in child processes, so a crash or a hang is found, and tells how to replay it.
+"""Runs many seeds in child processes, to find crashes and hangs, and prints how to replay them.
 
 From the checkout: `PYTHONPATH=tests python -m fuzz --minutes 15`, and `PYTHONPATH=tests python -m fuzz --replay SEED`.
 """
@@ -22,26 +22,26 @@ import torch
 
 import fuzz
 
-SEEDS = 1000  # of a child process
+SEEDS = 1000  # per child process
 HANGS_AFTER = 120  # seconds without a new seed
-MEMORY = 1 << 30  # bytes that the calls of a child may take, so what is too large fails at once
+MEMORY = 1 << 30  # bytes that the calls of a child may allocate, so larger requests fail at once
 
 
 @dataclass
 class Report:
-    """What came of some seeds."""
+    """The outcome of some seeds."""
 
     counts: Counter[str] = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
 
     def add(self, other: Report) -> None:
-        """Takes in another report."""
+        """Adds another report."""
         self.counts += other.counts
         self.failures += other.failures
 
 
 def run_child(first: int, last: int, progress: Path) -> None:
-    """Runs the seeds [first, last) here, and prints the report; `progress` names the seed at work."""
+    """Runs the seeds [first, last) in this process and prints the report; `progress` names the current seed."""
     torch.set_num_threads(1)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + MEMORY
@@ -77,7 +77,7 @@ def run_seeds(first: int, last: int) -> Report:
             seed = int(progress.read_text())
             end = f"hung for {HANGS_AFTER} seconds" if hung else f"ended with status {child.returncode}"
             report.failures.append(f"seed {seed}: the process {end} {words}".rstrip())
-            first = seed + 1  # what this child had counted is lost
+            first = seed + 1  # the counts of this child are lost
     return report
 
 
@@ -87,7 +87,7 @@ def _environment() -> dict[str, str]:
 
 
 def _hangs(child: subprocess.Popen[str], progress: Path) -> bool:
-    """Waits for the child, and kills it if it stays at one seed for too long."""
+    """Waits for the child, and kills it if it stays at one seed too long."""
     seed, since = "", time.monotonic()
     while True:
         try:
@@ -102,7 +102,7 @@ def _hangs(child: subprocess.Popen[str], progress: Path) -> bool:
 
 
 def main() -> int:
-    """Returns the command line."""
+    """Parses the arguments and runs the seeds."""
     parser = argparse.ArgumentParser(prog="python -m fuzz", description=__doc__)
     parser.add_argument("--minutes", type=float, default=1.0, help="how long to go on (default: 1)")
     parser.add_argument("--first", type=int, default=0, help="the first seed (default: 0)")

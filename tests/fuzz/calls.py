@@ -1,4 +1,4 @@
-"""Calls that are in order, and must give the right numbers."""
+"""Valid calls, which must give the right numbers."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from fuzz.oracle import STENCILS, Problem, Wrong
 from fuzz.tensors import Subclass, bits, draw_problem, lay_out
 from nflows_kconv import InvertibleConv2d, functional, use_backend
 
-CALLS = 24  # of one problem
+CALLS = 24  # per problem
 
 
 class Verified:
-    """Results that were checked: what equals one of them bit by bit needs no check of its own."""
+    """Checked results; a bitwise equal result needs no further check."""
 
     def __init__(self) -> None:
         self._results: dict[Any, list[Tensor]] = {}
 
     def check(self, key: Any, got: Tensor, check: Callable[..., None], *args: Any) -> None:
-        """Calls `check(got, *args)` unless it has passed an equal result of this key."""
+        """Calls `check(got, *args)` unless an equal result with this key has passed."""
         pattern = bits(got)
         seen = self._results.setdefault(key, [])
         if not any(torch.equal(pattern, other) for other in seen):
@@ -36,7 +36,7 @@ class Verified:
 
 
 def functions(random: Random) -> int:
-    """`conv2d` and `conv2d_inverse` on all kinds of tensors."""
+    """Calls `conv2d` and `conv2d_inverse` on all kinds of tensors."""
     problem, verified = draw_problem(random), Verified()
     inputs = [problem.input, *(lay_out(random, problem.input) for _ in range(3))]
     weights = [problem.weight, *(lay_out(random, problem.weight) for _ in range(3))]
@@ -49,7 +49,7 @@ def functions(random: Random) -> int:
         input, weight, bias = random.choice(inputs), random.choice(weights), random.choice((None, *biases))
         mode = random.choice((torch.no_grad, torch.inference_mode, torch.enable_grad))
         if any(tensor is not None and tensor.is_inference() for tensor in (input, weight, bias)):
-            mode = torch.inference_mode  # elsewhere torch refuses to save them for a derivative
+            mode = torch.inference_mode  # otherwise torch refuses to save them for a derivative
         solve = random.random() < 0.5
         function = partial(functional.conv2d_inverse if solve else functional.conv2d, bias=bias, corners=corners)
         wrap = random.choice(WRAPPERS) if mode is torch.no_grad and len(input) else WRAPPERS[0]
@@ -83,7 +83,7 @@ WRAPPERS: tuple[Callable[[Callable[..., Tensor]], Callable[..., Tensor]], ...] =
 
 
 def operators(random: Random) -> int:
-    """torch.ops past the functions' checks: every operator, transposed or not, on any backend."""
+    """Calls torch.ops directly: every operator, transposed or not, on any backend."""
     problem, verified, grad_seed = draw_problem(random), Verified(), random.getrandbits(32)
     inputs, weights, biases = (
         [tensor, lay_out(random, tensor)] for tensor in (problem.input, problem.weight, problem.bias)
@@ -113,7 +113,7 @@ def operators(random: Random) -> int:
 
 
 def expect_singular(problem: Problem, function: Callable[..., Tensor], *args: Any) -> None:
-    """Checks that an inverse that does not exist is refused; for an empty input it need not be."""
+    """Checks that a nonexistent inverse is refused, unless the input is empty."""
     try:
         function(*args)
     except ValueError as error:
@@ -125,7 +125,7 @@ def expect_singular(problem: Problem, function: Callable[..., Tensor], *args: An
 
 
 def layers(random: Random) -> int:
-    """Layers of any configuration on images of any kind."""
+    """Calls layers of any configuration on images of any kind."""
     per_group, corners = random.choice((1, 2, 3, 6)), tuple(random.choices(STENCILS, k=random.choice((1, 2, 4))))
     dtype = random.choice((torch.float32, torch.float64))
     layer = InvertibleConv2d(
@@ -167,7 +167,7 @@ def layers(random: Random) -> int:
 
 
 def gradients(random: Random) -> int:
-    """Derivatives in tensors of all kinds, some of which are changed before the backward pass."""
+    """Differentiates in tensors of all kinds, some modified before the backward pass."""
     problem = draw_problem(random, torch.float64)
     while problem.weight.shape[1] * problem.input.shape[2] * problem.input.shape[3] > 60:  # unknowns of the oracle
         problem = draw_problem(random, torch.float64)
@@ -199,7 +199,7 @@ def gradients(random: Random) -> int:
         product = (result * grad).sum()
         expected = torch.autograd.grad(product + sum(0 * tensor.sum() for tensor in exact), exact)
         for ours, theirs in zip(got, expected, strict=True):
-            # An ill-conditioned inverse amplifies roundings: of its gradient, eight digits are enough to be right.
+            # An ill-conditioned inverse amplifies rounding: eight digits of its gradient are enough.
             scale = max(1.0, theirs.abs().max().item()) if theirs.numel() else 1.0
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-8 * scale)
     return calls

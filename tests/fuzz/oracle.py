@@ -1,8 +1,9 @@
-"""What a result must be for any floating-point numbers: every entry within a bound that holds for it alone.
+"""The required results for any floating-point numbers, with a bound per entry.
 
-The whole operator is one F.conv2d in float64. A product A x of n terms errs by at most n roundings of |A| |x|; a
-solution x is checked by its residual A x - y, which back-substitution keeps within n roundings of |A| |x| + |y| however
-ill-conditioned A is. What is not finite in an argument marks the entries that it may, and those that it must, spoil.
+The whole operator is one F.conv2d in float64. The error of a product A x of n terms is at most n roundings of |A| |x|.
+A solution x is checked by its residual A x - y, which back-substitution keeps within n roundings of |A| |x| + |y|
+however ill-conditioned A is. Non-finite entries of an argument mark the entries that they may spoil and those that they
+must spoil.
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ from nflows_kconv import stencil
 from nflows_kconv.backends import native
 
 STENCILS = ("TL", "TR", "BL", "BR", *oracles.SIDES)
-SAFETY = 4  # roundings that are allowed for each one that is counted
+SAFETY = 4  # allowed roundings per counted one
 
 
 class Wrong(AssertionError):
-    """A call gave a wrong result, or was not refused as it must be."""
+    """A call gave a wrong result or was not refused as required."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Tensors that are in order."""
+    """Valid tensors."""
 
     corners: tuple[str, ...]
     input: Tensor  # [B, C, H, W]
@@ -42,12 +43,12 @@ class Problem:
 
     @property
     def numbers(self) -> list[int]:
-        """The stencils as the operators take them."""
+        """The stencils as integers, for the operators."""
         return stencil.parse(self.corners)
 
     @cached_property
     def invertible(self) -> bool:
-        """Whether every entry of the diagonal and its reciprocal is finite and not zero."""
+        """Whether every entry of the diagonal and its reciprocal is finite and nonzero."""
         diagonal = oracles.diagonal(self.weight, self.corners).double()
         reciprocal = (1 / diagonal).to(self._computed)
         return all(bool((tensor.isfinite() & (tensor != 0)).all()) for tensor in (diagonal, reciprocal))
@@ -78,14 +79,14 @@ class Problem:
         rhs, bias = _finite(rhs.double()), _finite(bias)
         magnitude, rhs = rhs.abs() + bias.abs(), rhs - bias
         if bool((~got.isfinite() & ~may).any()):
-            # Right where the solution, or a sum on the way to it, leaves the range of the dtype; wrong anywhere else.
+            # Allowed only where the solution, or a partial sum, leaves the range of the dtype.
             exact = oracles.solve(rhs, _finite(self.weight), self.corners, transpose=transpose).abs()
             sums = self._apply(exact, self._matrix.abs(), transpose) + magnitude
             may = may | self._followers(~(torch.maximum(64 * exact, 2 * sums) < self._limit), transpose)
         x = _finite(got.double()).masked_fill(may, 0)
         error = (self._apply(x, self._matrix, transpose) - rhs).abs()
         product = self._apply(x.abs(), self._matrix.abs(), transpose)
-        # A rounding of x itself counts as often as the row has entries, that of a denormal one, too.
+        # The rounding of x itself counts once per entry of the row, also for denormal x.
         denormals = 1 + self._apply(torch.ones_like(x), self._matrix.abs(), transpose)
         tolerance = self._tolerance(product + magnitude, self._terms, denormals)
         if self._half:
@@ -94,7 +95,7 @@ class Problem:
         self._report(got, (~(error <= tolerance) & ~may) | (must & got.isfinite()), error)
 
     def check_weight_gradient(self, got: Tensor, input: Tensor, grad: Tensor) -> None:
-        """Checks d<grad, A input> / dW where all numbers are finite."""
+        """Checks d<grad, A input> / dW if all numbers are finite."""
         x, g = input.double(), grad.double()
         if not bool((x.isfinite().all() & g.isfinite().all()).item()):
             return
@@ -115,7 +116,7 @@ class Problem:
         return function(input.contiguous(), kernel, padding=padding, groups=len(self.corners))
 
     def _embed(self, weight: Tensor) -> Tensor:
-        """Returns the kernels of all groups inside one of [C, C/G, 2 kh - 1, 2 kw - 1], the pivots in its centre."""
+        """Embeds the kernels of all groups in one of [C, C/G, 2 kh - 1, 2 kw - 1], with the pivots in its centre."""
         rows, columns = weight.shape[2:]
         padded = []
         for corner, group in zip(
@@ -171,8 +172,7 @@ class Problem:
             )
 
     # ---- What is not finite ----
-    #
-    # Zero times infinity is NaN where it is computed, and what counts as zero may be computed or left out.
+    # Zero times infinity is NaN if computed, and terms that count as zero may be computed or skipped.
 
     @cached_property
     def _bad_weight(self) -> Tensor:
@@ -198,7 +198,7 @@ class Problem:
         return self._apply(bad.double(), kernel, transpose) > 0
 
     def _followers(self, bad: Tensor, transpose: bool) -> Tensor:
-        """Entries of a solution that may depend on bad ones: all that follow them from the group's corner on."""
+        """Returns entries of a solution that may depend on bad ones: all that follow them from the group's corner."""
         if not bool(bad.any()):
             return bad
         groups = []

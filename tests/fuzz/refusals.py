@@ -1,4 +1,4 @@
-"""Calls that are not in order, and must be refused by one clear exception."""
+"""Invalid calls, which must be refused with one clear exception."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from fuzz.tensors import DTYPES, draw_problem, lay_out
 from nflows_kconv import functional, use_backend
 
 HUGE = (2**31 - 1, 2**31, 2**32 + 1, 2**40, 2**62, 2**63 - 1)
-# The words of a bug, or of C++ that has lost the reason.
+# Words that indicate a bug, or C++ that lost the reason.
 UNREADABLE = ("INTERNAL ASSERT", "Internal error", "please report", "API call failed", "std::")
 
 
 def functions(random: Random) -> int:
-    """Returns the functions, with one or two arguments that are out of order."""
+    """Calls the functions with one or two invalid arguments."""
     problem = draw_problem(random, torch.float64)
     for _ in range(CALLS):
         name = random.choice(("conv2d", "conv2d_inverse", "log_abs_det"))
@@ -64,14 +64,14 @@ def _wrong_argument(random: Random, name: str, value: Any, groups: int) -> Any:
         layouts += (torch.quantize_per_tensor(dense, 0.1, 0, torch.qint8), dense.to_mkldnn())
     if name == "weight":
         shapes += (value[..., :0], value[:, :, :0])
-    if name != "weight":  # nothing else tells log_abs_det the device or dtype
+    if name != "weight":  # log_abs_det gets device and dtype only from it
         shapes += (value.to(torch.float32), value.to("meta"))
     wrong = random.choice((shapes, dtypes, types, layouts))
     return value.to(random.choice(dtypes)) if wrong is dtypes else random.choice(wrong)
 
 
 def operators(random: Random) -> int:
-    """torch.ops past the functions' checks, with something wrong in the arguments."""
+    """Calls torch.ops directly with invalid arguments."""
     problem = draw_problem(random)
     image, weight = lay_out(random, problem.input), lay_out(random, problem.weight)
     for _ in range(CALLS):
@@ -133,7 +133,7 @@ def _wrong_bias(random: Random, bias: Tensor) -> Any:
 
 
 def sizes(random: Random) -> int:
-    """Returns the functions, on sizes beyond 32 and 64 bits that need no memory: all elements of a tensor are one."""
+    """Calls the functions on sizes beyond 32 and 64 bits, on expanded tensors that need no memory."""
     for _ in range(CALLS):
         corners, per_group = tuple(random.choices(STENCILS, k=random.choice((1, 2)))), random.choice((1, 2))
         channels, dtype = len(corners) * per_group, random.choice(DTYPES)
@@ -151,7 +151,7 @@ def sizes(random: Random) -> int:
             continue  # torch has no such tensor
         try:
             got = function(input, weight, corners=corners)
-        except RuntimeError as error:  # of torch: too many elements, or not enough memory
+        except RuntimeError as error:  # raised by torch: too many elements, or not enough memory
             check_readable(error)
             if not {*image, *kernel} & set(HUGE):
                 raise
@@ -166,7 +166,7 @@ def sizes(random: Random) -> int:
 
 
 def check_readable(error: Exception) -> None:
-    """Asserts that the message of a refusal is for a person."""
+    """Asserts that the message of a refusal is readable."""
     message = str(error)
     if len(message) < 10 or any(words in message for words in UNREADABLE):
         raise Wrong(f"unreadable {type(error).__name__}: {message}") from error

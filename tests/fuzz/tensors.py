@@ -1,4 +1,4 @@
-"""Problems drawn at random, and the many kinds of tensors that hold one."""
+"""Random problems, and many kinds of tensors that hold them."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor
 from fuzz.oracle import STENCILS, Problem
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-MOST_NUMBERS = 3000  # of an input
+MOST_NUMBERS = 3000  # per input
 
 
 class Subclass(Tensor):
-    """A tensor of a user's own class."""
+    """A user-defined tensor class."""
 
 
 def draw_problem(random: Random, dtype: torch.dtype | None = None) -> Problem:
-    """A small problem; if no dtype is given, in any one, and with anything that floating-point numbers can be."""
+    """Draws a small problem; without a given dtype, in any dtype and with any floating-point values."""
     generator = torch.Generator().manual_seed(random.getrandbits(48))
     corners = tuple(random.choices(STENCILS, k=random.choice((1, 1, 1, 2, 2, 3, 4, 5))))
     per_group = random.choice((1, 1, 2, 2, 3, 4, 7, 13))
@@ -48,7 +48,7 @@ def draw_problem(random: Random, dtype: torch.dtype | None = None) -> Problem:
         spoil(random, weight)
     if random.random() < 0.15:
         spoil(random, bias)
-    if random.random() < 0.2:  # masked entries count as zero, whatever is in them
+    if random.random() < 0.2:  # masked entries count as zero whatever they hold
         weight = weight.masked_fill(oracles.masked(weight.shape, corners), random.choice((math.nan, math.inf, 1e4)))
     if random.random() < 0.2:
         input = overlap(random, input)
@@ -73,7 +73,7 @@ def spoil(random: Random, tensor: Tensor) -> None:
 
 
 def overlap(random: Random, tensor: Tensor) -> Tensor:
-    """Returns a tensor of this shape whose elements share memory: expanded, or windows that slide over it."""
+    """Returns a tensor of this shape whose elements share memory: expanded, or sliding windows."""
     if tensor.numel() == 0:
         return tensor
     if random.random() < 0.5:
@@ -85,7 +85,7 @@ def overlap(random: Random, tensor: Tensor) -> Tensor:
 
 
 def lay_out(random: Random, tensor: Tensor) -> Tensor:
-    """Returns the same values in a tensor of another kind, or elsewhere in memory."""
+    """Returns the same values in another kind of tensor or memory layout."""
     ways = (_permuted, _scattered, _restrided, _negated, _conjugated, _misaligned, _of_inference, _parameter, _view)
     way = random.choice((*ways, Tensor.clone, Tensor.contiguous, _subclass))
     return way(tensor, random) if way in ways else way(tensor)
@@ -97,14 +97,14 @@ def _permuted(tensor: Tensor, random: Random) -> Tensor:
 
 
 def _scattered(tensor: Tensor, random: Random) -> Tensor:
-    """Puts every element between others, which are NaN."""
+    """Separates the elements by NaNs."""
     steps = [random.choice((1, 1, 2, 3)) for _ in tensor.shape]
     memory = tensor.new_full([1 + size * step for size, step in zip(tensor.shape, steps, strict=True)], math.nan)
     return memory[tuple(slice(1, None, step) for step in steps)].copy_(tensor)
 
 
 def _restrided(tensor: Tensor, random: Random) -> Tensor:
-    """Strides of dimensions of size 1 mean nothing."""
+    """Changes strides of dimensions of size 1, which are meaningless."""
     tensor = tensor.contiguous()
     strides = [
         random.choice((0, 1, 7, 2**40)) if n == 1 else s for n, s in zip(tensor.shape, tensor.stride(), strict=True)
@@ -149,6 +149,6 @@ def _subclass(tensor: Tensor) -> Tensor:
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """Returns what tells tensors apart that are equal, and NaNs from each other."""
+    """Returns the bits of a tensor, which distinguish equal values and NaNs."""
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     return tensor.detach().as_subclass(Tensor).resolve_neg().contiguous().view(integer)

@@ -1,7 +1,7 @@
-// Random problems for the CPU kernel without torch, to run under sanitizers and valgrind: `harness FIRST LAST THREADS`.
+// Runs the CPU kernel on random problems without torch, under sanitizers and valgrind: `harness FIRST LAST THREADS`.
 //
-// Each seed is a problem on memory of exactly its size, with any strides, solved with every instruction set. Results
-// are compared with the formula in nflows_kconv/backends/reference.py, a solution by its residual.
+// Each seed is a problem in memory of exactly its size, with any strides, run with every instruction set. Results are
+// compared with the formula in nflows_kconv/backends/reference.py, solutions by their residual.
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -15,7 +15,7 @@
 
 #include "cpu/problem.h"
 
-// For the formula, which is slow as it is.
+// For the formula, which is slow enough without instrumentation.
 #define UNCHECKED __attribute__((no_sanitize("address", "thread", "undefined")))
 
 namespace {
@@ -48,7 +48,7 @@ UNCHECKED T at(const T* tensor, const kconv::Strides& strides, int64_t b, int64_
   return tensor[b * strides.batch + c * strides.channel + d * strides.plane + h * strides.row + w * strides.column];
 }
 
-// Splits as a thread pool does: chunks of at least the grain, each on a thread of its own.
+// Splits work as a thread pool does, into chunks of at least the grain, with one thread each.
 int64_t thread_count = 1;
 
 void parallel_for(int64_t count, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
@@ -60,8 +60,8 @@ void parallel_for(int64_t count, int64_t grain, void (*body)(int64_t, int64_t, v
   for (std::thread& thread : threads) thread.join();
 }
 
-// The tap (r, c) of a kernel in the canonical frame of nflows_kconv/stencil.py, and the frame's numbers of rows and
-// columns.
+// The tap (r, c) of a kernel in the canonical frame of nflows_kconv/stencil.py, with the numbers of rows and columns
+// there.
 std::array<int64_t, 4> canonical(int64_t stencil, int64_t rows, int64_t columns, int64_t r, int64_t c) {
   if (stencil & 16) std::swap(rows, columns), std::swap(r, c);
   return {stencil & 2 ? rows - 1 - r : r, stencil & 1 ? columns - 1 - c : c, rows, columns};
@@ -83,7 +83,7 @@ std::array<int64_t, 2> pivot(int64_t stencil, int64_t rows, int64_t columns) {
   std::abort();
 }
 
-// The entry of y = A x, or A^T x, and of |A| |x|.
+// Returns an entry of y = A x, or A^T x, and of |A| |x|.
 template <typename T>
 UNCHECKED std::array<double, 2> product(const kconv::KernelProblem<T>& problem, const T* x,
                                         const kconv::Strides& strides, int64_t b, int64_t channel, int64_t d, int64_t h,
@@ -146,7 +146,7 @@ template <typename T>
 void run(uint64_t seed) {
   Random random(seed);
   std::normal_distribution<double> normal;
-  const bool large = random() % 200 == 0;  // several strips of rows, where lanes are images
+  const bool large = random() % 200 == 0;  // several strips of rows, if lanes are images
   const int64_t groups = large ? 1 : draw(random, {1, 1, 2, 3, 4});
   const int64_t per_group = large ? 1 : draw(random, {1, 2, 3, 4, 5, 7, 13});
   const bool volume = random() % 3 == 0;
@@ -160,7 +160,7 @@ void run(uint64_t seed) {
 
   const kconv::Strides input_strides = draw_strides(random, sizes, random() % 4 == 0);
   const kconv::Strides output_strides = draw_strides(random, sizes, false);
-  // Of exactly this size, so that a sanitizer sees every step beyond it.
+  // Of exactly this size, so a sanitizer detects any access beyond it.
   const std::unique_ptr<T[]> input(new T[span(sizes, input_strides)]),
       weight(new T[sizes[1] * per_group * planes * rows * columns]);
   std::generate_n(input.get(), span(sizes, input_strides), [&] { return T(normal(random)); });
