@@ -53,7 +53,7 @@ def test_selected_are_those_that_present_devices_run_on():
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """Returns a machine with a GPU, as far as the report can see."""
+    """Fakes a machine with a GPU for the report."""
     monkeypatch.setattr(runtime, "why_not", lambda device=None: None)
     monkeypatch.setattr(driver, "device_names", lambda: ["NVIDIA H100 80GB HBM3"] * 2)
     monkeypatch.setattr(compiler, "version", lambda: (13, 0))
@@ -103,7 +103,7 @@ def test_without_the_library_the_reference_is_selected(library_missing):
 
 @pytest.fixture
 def runs(monkeypatch):
-    """Returns the backends' names in order. None is chosen, though the `backend` fixture may have left one."""
+    """Returns the names of the backends that run, in order, with none chosen by the `backend` fixture."""
     names = []
     monkeypatch.setattr(registry, "_chosen", None)
     for name, each in registry._registered.items():
@@ -125,7 +125,7 @@ def test_a_backend_can_be_chosen(runs):
     assert ran(lambda: layer(images)) == {"cpu"}
     with use_backend("reference"):
         expected, _ = layer(images)
-        assert ran(lambda: output.sum().backward()) == {"reference"}  # in the threads of autograd, too
+        assert ran(lambda: output.sum().backward()) == {"reference"}  # also in autograd's threads
         with use_backend("cpu"):
             assert ran(lambda: layer(images)) == {"cpu"}
         assert ran(lambda: layer.inverse(images)) == {"reference"}
@@ -224,7 +224,7 @@ def test_library_that_was_never_built(tmp_path):
 
 def test_library_that_was_not_built(tmp_path):
     (tmp_path / "_native_build.json").write_text(json.dumps({"built": False, "reason": "no C++ compiler"}))
-    # Whatever lies there from another build is not touched.
+    # Files of another build are not touched.
     (tmp_path / "_native.abi3.so").write_text("")
     assert native._load(tmp_path) == (None, "it was not built: no C++ compiler")
 

@@ -1,6 +1,6 @@
-"""The benchmarks run, in their smallest form, and what their numbers mean is what is said of them.
+"""The benchmarks run in their smallest form, and their numbers mean what they claim.
 
-No test measures time. Where there is no GPU, its tables run on the CPU.
+No test measures time. Without a GPU, its tables run on the CPU.
 """
 
 import contextlib
@@ -56,7 +56,7 @@ H100 = "NVIDIA H100 80GB HBM3"
 
 
 def run(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: str) -> None:
-    """Runs the command in this process, and sets back what it has set for a GPU."""
+    """Runs the command in this process and restores its settings for a GPU."""
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     monkeypatch.setattr(sys, "argv", [name, *arguments])
     before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
@@ -67,7 +67,7 @@ def run(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: str) -> None:
 
 @pytest.fixture
 def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets a CPU and its clock stand for the GPU."""
+    """Replaces the GPU and its clock by the CPU's."""
     for name in (*cuda_tables.MODES, "host"):
         monkeypatch.setattr(timing, name, timing.wall)
     sections = cuda_tables.sections
@@ -91,7 +91,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
         ("sampling", "--tiny --seconds 0", {"machine", "tiny", "model", "sampling", "training", "variants"}),
         ("one_by_one", "--tiny --seconds 0", {"machine", "tiny", "1x1"}),
         ("published", "--tiny --seconds 0 --models MNIST --images 1", {"machine", "tiny", "models"}),
-        ("calibration", "", set()),  # compiles its kernels where there is no GPU
+        ("calibration", "", set()),  # only compiles its kernels without a GPU
     ],
 )
 def test_commands_run(name: str, arguments: str, keys: set[str], monkeypatch, tmp_path, request):
@@ -114,7 +114,7 @@ def test_the_evidence_goes_on_where_it_was(monkeypatch, tmp_path):
     run(monkeypatch, "evidence", *arguments, "--seeds", "0")
     first = json.loads((tmp_path / "runs.json").read_text())["runs"]
     assert {one["method"] for one in first} == set(evidence_training.METHODS)
-    for one in first:  # as many steps as fit into the time
+    for one in first:  # as many steps as fit in the time
         assert 0 < 0.05 - one["step_seconds"] * (one["training_steps"] - 1) <= one["step_seconds"]
     assert (tmp_path / "report.md").exists()
     run(monkeypatch, "evidence", *arguments, "--seeds", "0", "1")
@@ -128,7 +128,7 @@ def test_the_evidence_goes_on_where_it_was(monkeypatch, tmp_path):
 
 
 def test_parts_on_a_gpu_that_fail_stop_no_other(tmp_path):
-    """Runs them on the CPU, with what stands for the sanitizer."""
+    """Runs them on the CPU with a fake sanitizer."""
     sanitizer = tmp_path / "compute-sanitizer"
     sanitizer.write_text("#!/bin/sh\necho '========= Invalid __global__ read of size 4 bytes'\nexit 1\n")
     sanitizer.chmod(0o755)
@@ -148,7 +148,7 @@ def test_parts_on_a_gpu_that_fail_stop_no_other(tmp_path):
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """Stands for torch.cuda in the clocks; `gpu.call(n)` makes a call that takes n microseconds."""
+    """Replaces torch.cuda in the clocks; `gpu.call(n)` makes a call that takes n microseconds."""
     gpu = SimpleNamespace(now=0.0, synchronize=lambda: None, current_stream=lambda: None)
 
     def call(microseconds):
@@ -172,7 +172,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 @pytest.mark.parametrize("clock", [timing.eager, timing.graph, timing.cold])
 def test_clocks_of_the_gpu_give_the_time_of_one_call(clock, gpu, monkeypatch):
-    monkeypatch.setattr(timing, "_read_of_the_cache", lambda: gpu.call(40))  # which is not counted
+    monkeypatch.setattr(timing, "_read_of_the_cache", lambda: gpu.call(40))  # not counted
     assert clock({"short": gpu.call(1), "long": gpu.call(7)}, 0) == pytest.approx({"short": 1, "long": 7})
 
 
@@ -279,7 +279,7 @@ def test_rows_are_judged_and_the_summary_names_what_was_missed(capsys):
     assert first == "targets: 4 of 5 met"
     assert missed.endswith(f"corners {FOUR}, graph inverse: 11 us, <= 10 us: missed (aim 5 us)")
     others = targets.judge_row(case, {"eager": names, "graph": names}, "NVIDIA A100")
-    assert {record["unit"] for record in others} == {"x"}  # microseconds are those of an H100
+    assert {record["unit"] for record in others} == {"x"}  # microseconds are for an H100
 
 
 def test_every_row_of_the_gpu_has_a_target_and_tiny_ones_have_none():
@@ -338,7 +338,7 @@ def test_curves_have_a_line_for_what_was_measured():
 
 def test_latencies_and_nodes_of_a_graph_are_slopes(gpu, monkeypatch):
     def launch(index, function, grid, block, shared, arguments, stream):
-        """Takes a thousand cycles, and five of half a nanosecond for each instruction."""
+        """Takes a thousand cycles, plus five of half a nanosecond per instruction."""
         result, _, count, _ = struct.unpack("=QQif", arguments)
         cycles = 1000 + 5 * count
         ctypes.memmove(result, (ctypes.c_int64 * 3)(cycles, cycles // 2, 0), 24)
@@ -351,7 +351,9 @@ def test_latencies_and_nodes_of_a_graph_are_slopes(gpu, monkeypatch):
 
 def test_chains_stay_chains_of_addresses_that_go_round():
     pytest.importorskip("cuda.bindings.nvrtc")
-    code = compiler.compile(Kernel(str(calibration.SOURCE), "nothing", ()), (99, 0)).decode()  # no GPU's: text
+    code = compiler.compile(
+        Kernel(str(calibration.SOURCE), "nothing", ()), (99, 0)
+    ).decode()  # text, not code for a GPU
     for instruction in ("fma.rn", "shfl.sync", "bar.sync", "ld.shared", "ld.global.ca", "ld.global.cg"):
         assert code.count(instruction) == 128
     ring = calibration.ring(1024, "cpu")
@@ -461,7 +463,7 @@ def fake(method: str, milliseconds: float, bits: float, seed: int = 0, steps: in
 
 RUNS = [
     fake("Glow", 10, 3.0),
-    fake("Glow", 12, 3.1, steps=6),  # slower and worse: not on the front
+    fake("Glow", 12, 3.1, steps=6),  # slower and worse, so not on the front
     fake("Glow", 20, 2.8, steps=8, parameters=1100),
     fake("pair", 15, 2.85, parameters=1050),
     fake("pair", 15, 2.99, seed=1, parameters=1050),

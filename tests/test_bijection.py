@@ -1,4 +1,4 @@
-"""What an invertible transformation is: modules of every library, both directions, found without their adapters."""
+"""Modules of every library as bijections, in both directions, without importing their adapters."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def seeded() -> None:
 
 
 class Reversed(nn.Module):
-    """The idiom of hand-written Glow: no log-determinant on the way back."""
+    """The idiom of hand-written Glow: no log-determinant in the inverse."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ def freia_sequence() -> nn.Module:
     return flow
 
 
-# name: how to make it, and whether it takes a context.
+# By name: how to make it, and whether it takes a context.
 BIJECTIONS = {
     "the layer": (lambda: InvertibleConv2d(D, diagonal="learned"), False),
     "nflows": (nflows_coupling, True),
@@ -154,7 +154,7 @@ def test_an_adapter_is_imported_when_its_library_is_met(monkeypatch: pytest.Monk
         pass
 
     monkeypatch.setattr(bijection, "_registry", {})
-    monkeypatch.setattr(nflows_kconv, "zuko", importlib.import_module("nflows_kconv.zuko"))  # to be put back
+    monkeypatch.setattr(nflows_kconv, "zuko", importlib.import_module("nflows_kconv.zuko"))  # restored afterwards
     monkeypatch.delitem(sys.modules, "nflows_kconv.zuko")
     caches = bijection._told_by_class, bijection._import_adapter
     for cache in caches:
@@ -221,7 +221,7 @@ class Failing(Reversed):
 
 
 class WithoutKernel(Reversed):
-    """For which torch raises a NotImplementedError."""
+    """A module for which torch raises a NotImplementedError."""
 
     def reverse(self, y: Tensor) -> Tensor:
         return torch.linalg.solve_triangular(torch.eye(D).half(), y.half().mT, upper=True)

@@ -1,4 +1,4 @@
-"""`max_inverse_gain`: no parameters break the bound, at no image size; and where it is not needed nothing changes."""
+"""`max_inverse_gain`: no parameters break the bound at any image size, and nothing changes if it is inactive."""
 
 import copy
 
@@ -31,7 +31,7 @@ every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.
 
 
 def scattered(layer: InvertibleConv2d, size: float, seed: int = 0) -> InvertibleConv2d:
-    """Returns the layer with parameters of a size, masked entries included."""
+    """Returns the layer with parameters of a given size, including masked entries."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in layer.named_parameters():
@@ -59,7 +59,7 @@ def layers(draw: st.DrawFn) -> InvertibleConv:
         diagonal=draw(st.sampled_from(("unit", "learned"))),
         max_inverse_gain=draw(st.sampled_from(GAINS) | st.floats(1.001, 1000)),
     ).double()
-    if draw(st.booleans()):  # one tap alone, and one channel's: where the bound is tight
+    if draw(st.booleans()):  # a single tap of a single channel, where the bound is tight
         scattered(layer, 10.0 ** draw(st.integers(-3, 6)), draw(st.integers(0, 1000)))
     else:
         with torch.no_grad():
@@ -82,7 +82,7 @@ def test_singular_values_stay_in_bounds(layer: InvertibleConv, sides: tuple[int,
 
 
 def test_the_bound_is_reached_in_the_limit():
-    """One channel, one negative tap: x[h] = y[h] + rho x[h-1], whose gain comes to 1/(1 - rho) in long columns."""
+    """One channel, one negative tap: x[h] = y[h] + rho x[h-1], whose gain approaches 1/(1 - rho) in long columns."""
     layer = InvertibleConv2d(1, (2, 1), corners="TL", max_inverse_gain=4).double()
     with torch.no_grad():
         layer.raw_weight.fill_(-1000)
@@ -93,7 +93,7 @@ def test_the_bound_is_reached_in_the_limit():
 
 @given(layer=layers())
 def test_the_scale_is_no_smaller_than_the_proof_needs(layer: InvertibleConv):
-    """The effective weight is the raw one times a factor in each group: 1, or such that r = 1 - 1/g to 10 %."""
+    """The effective weight is the raw one times a factor per group: 1, or such that r = 1 - 1/g to 10 %."""
     weight, groups = layer.weight.detach(), len(layer.corners)
     raw = oracles.effective(layer.raw_weight.detach(), layer.corners)
     diagonal = oracles.diagonal(weight, layer.corners)
@@ -133,7 +133,7 @@ def test_layers_that_need_no_bound_stay_as_they_are(options: dict, channels: int
 
 @every_option
 def test_bounded_layers_are_layers(options: dict, backend: str, device: str):
-    """Inverse, log-determinants and bias are as ever."""
+    """Inverse, log-determinants and bias work as without a bound."""
     layer = scattered(InvertibleConv2d(8, **options, max_inverse_gain=3), 10).to(device)
     input = torch.randn(2, 8, 6, 5, device=device)
     output, log_det = layer(input)
@@ -164,7 +164,7 @@ def test_gradients(options: dict, size: float, inverse: bool):
 
 
 def test_zero_weights_have_gradients():
-    """Where a norm has none."""
+    """Although a norm has none at zero."""
     layer = InvertibleConv2d(4, corners="TL", max_inverse_gain=2)
     nn.init.zeros_(layer.raw_weight)
     layer(torch.ones(1, 4, 3, 3))[0].sum().backward()
@@ -193,7 +193,7 @@ def test_compiled_layers():
 
 
 def test_training_keeps_the_bound():
-    """Steps that would make the inverse explode."""
+    """Takes steps that would make the inverse explode."""
     torch.manual_seed(0)
     gains = {}
     for gain in (None, 2):

@@ -1,4 +1,4 @@
-"""torch.compile and torch.export: one graph without breaks, the same numbers, and no recompilation by the sizes."""
+"""torch.compile and torch.export: one graph without breaks, the same numbers, no recompilation for other sizes."""
 
 import copy
 import shutil
@@ -38,7 +38,7 @@ def fresh_compiler():
 
 
 def compiled(function, **options):
-    """Traces all the way, derivatives included, but leaves code generation out: seconds instead of minutes."""
+    """Traces everything, including derivatives, without code generation: seconds instead of minutes."""
     return torch.compile(function, backend="aot_eager", fullgraph=True, **options)
 
 
@@ -73,7 +73,7 @@ def test_layer(build: Callable[[], InvertibleConv], inverse: bool, grad: bool, d
 
 
 class Flow(nn.Module):
-    """Both directions in one loss, as a training step has them."""
+    """Both directions in one loss, as in a training step."""
 
     def __init__(self, build: Callable[[], InvertibleConv], device: str) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class Flow(nn.Module):
         return (output.square().flatten(1).sum(1) / 2 - log_det - inverse_log_det).mean()
 
 
-# Each asks torch.func for derivatives of f, a function of x, in the direction v; u is f with its sum of cubes.
+# Each asks torch.func for derivatives of f, a function of x, in direction v; u is f followed by a sum of cubes.
 TRANSFORMS = {
     "jvp": lambda f, u, x, v: jvp(f, (x,), (v,))[1],
     "jacfwd": lambda f, u, x, v: jacfwd(f)(x),
@@ -198,7 +198,7 @@ def steps_with_actnorm(device: str) -> steps.Sequence:
 
 
 def test_actnorm_compiles_once_more_after_its_first_batch(device: str):
-    """The first one breaks the graph; from the second one on it is one graph, whatever happens to the buffer."""
+    """The first one breaks the graph; from the second on it is one graph, whatever happens to the buffer."""
     model, input = steps_with_actnorm(device), images(device=device)
     expected, other = copy.deepcopy(model), copy.deepcopy(model)
     fast = torch.compile(model, backend="aot_eager")
@@ -213,7 +213,7 @@ def test_actnorm_compiles_once_more_after_its_first_batch(device: str):
     with torch.compiler.set_stance("fail_on_recompile"):
         fast(input)
         for norm in norms:
-            norm.initialized.fill_(True)  # as the broadcasts of DistributedDataParallel do at each step
+            norm.initialized.fill_(True)  # as DistributedDataParallel does at each step
         model.eval().train()
         fast(input)
         model.load_state_dict(model.state_dict())
@@ -225,7 +225,7 @@ def test_actnorm_compiles_once_more_after_its_first_batch(device: str):
     assert norms[1].initialized
     assert not torch.equal(norms[1].shift, shift)
 
-    other(input)  # after which there is one graph from the start
+    other(input)  # then it is one graph from the start
     torch.compiler.reset()
     assert_close(compiled(other)(input)[0], other(input)[0])
 
@@ -283,7 +283,7 @@ def test_compiled_programs_have_the_kernels(device: str):
 
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler")
 def test_inductor(device: str):
-    """The compiler people use: code generated around the operators."""
+    """The default compiler, with code generation around the operators."""
     model = Flow(LAYERS["learned, bias"], device)
     other = copy.deepcopy(model)
     input = images(device=device)

@@ -1,4 +1,4 @@
-"""Weights from a context: each image is treated as a layer with its weight alone would treat it."""
+"""Weights from a context: each image is treated as by an unconditional layer with its weight."""
 
 import copy
 import math
@@ -54,7 +54,7 @@ def build(dimensions: int = 2, **options) -> conditional.ConditionalInvertibleCo
 
 
 def trained(layer: nn.Module, seed: int = 0) -> nn.Module:
-    """Returns the layer in float64 with parameters, masked entries included, for which contexts matter."""
+    """Returns the layer in float64 with parameters for which contexts matter, including masked entries."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in layer.double().parameters():
@@ -70,7 +70,7 @@ def data(layer: nn.Module, batch: int = 3) -> tuple[Tensor, Tensor]:
 
 
 def alone(module: nn.Module, context: Tensor) -> layer.InvertibleConv:
-    """Returns the unconditional layer with the parameters that one context stands for."""
+    """Returns the unconditional layer with the parameters for one context."""
     twin = getattr(layer, f"InvertibleConv{module.dimensions}d")(
         module.num_channels,
         module.kernel_size,
@@ -116,7 +116,7 @@ def test_each_image_has_its_own_layer(options: dict, backend: str, device: str):
 
 @over_cases(Case(("TL", "B"), per_group=3, batch=20), Case(("L",), per_group=16, batch=9))
 def test_any_weights_any_images(case: Case, backend: str, device: str):
-    """The operator against the oracle, image by image."""
+    """Compares the operator with the oracle, image by image."""
     if not 0 < case.batch <= 20 or case.dtype in oracles.HALF_PRECISION:
         return
     weight, images = case.weight(device), case.input(device)
@@ -213,7 +213,7 @@ def test_half_precision_and_autocast(dtype: torch.dtype):
     layer = trained(build(diagonal="learned")).float()
     images, contexts = data(layer)
     expected = layer(images, contexts)
-    with torch.autocast("cpu", dtype):  # which the network alone sees
+    with torch.autocast("cpu", dtype):  # affects only the network
         output, log_det = layer(images, contexts.to(dtype))
         assert_close(layer.inverse(output, contexts)[0], images, factor=4)
     assert output.dtype == log_det.dtype == torch.float32
@@ -316,13 +316,13 @@ def test_a_context_of_nan_is_told():
 
 
 class Zeros(nn.Module):
-    """Of normflows' conditional base: mean and log-scale of a standard normal."""
+    """The network of normflows' conditional base: mean and log-scale of a standard normal."""
 
     def forward(self, context: Tensor) -> Tensor:
         return context.new_zeros(len(context), 4, 4, 4)
 
 
-# How a library builds the layer for a shape.
+# Builders of the layer for a shape, by library.
 BY_CHANNELS = ("distributions", "nflows", "normflows", "pyro", "zuko")
 LIBRARIES = {
     **{
@@ -397,7 +397,9 @@ def test_batches_of_images_and_contexts_broadcast(of_images: tuple, of_contexts:
     assert_close(transform(images), output.view(*batch, 4, 3, 2))
     assert_close(transform.inv(images), solution.view(*batch, 4, 3, 2))
     assert_close(transform.log_abs_det_jacobian(images, None), log_det.view(batch))
-    for inverse in (transform.inv, transform.inv.with_cache()) if len(output) else ():  # of which torch has no density
+    for inverse in (
+        (transform.inv, transform.inv.with_cache()) if len(output) else ()
+    ):  # torch has no density for empty batches
         density = TransformedDistribution(noise, [inverse])
         assert density.batch_shape == density.sample().shape[:-3] == batch
         expected = Normal(0, 1).log_prob(output).sum((1, 2, 3)) + log_det

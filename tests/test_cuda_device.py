@@ -1,4 +1,4 @@
-"""What only a GPU can show: streams, graphs, devices, threads, processes; `--device cuda` runs the properties there."""
+"""Tests that need a GPU: streams, graphs, devices, threads, processes; `--device cuda` runs the properties on it."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_in_a_graph(case: Case):
     run, input = directions(case), case.input("cuda")
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # as torch's documentation tells to warm up
+    with torch.cuda.stream(stream):  # the warm-up of torch's documentation
         run(input)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
@@ -132,7 +132,7 @@ def test_on_the_current_stream(case: Case):
     late = torch.zeros_like(input)
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(50_000_000)  # what runs on another stream reads zeros
+        torch.cuda._sleep(50_000_000)  # work on another stream would read zeros
         late.copy_(input)
         outputs = run(late)
     stream.synchronize()
@@ -167,7 +167,7 @@ def test_in_new_threads(case: Case):
 
     def work() -> None:
         try:
-            first = functional.conv2d(input, weight, corners=case.corners)  # what this thread does with CUDA first
+            first = functional.conv2d(input, weight, corners=case.corners)  # this thread's first use of CUDA
             with torch.cuda.stream(torch.cuda.Stream()):
                 for _ in range(10):
                     assert_equal(run(input), expected)
@@ -283,7 +283,7 @@ print(len(compiled) > 0)
 
 
 def test_forked_workers():
-    """Workers that only use the CPU are not disturbed by what their parent does on the GPU."""
+    """The parent's use of the GPU does not disturb workers that only use the CPU."""
     in_a_process("""
 class Images(torch.utils.data.Dataset):
     layer = nflows_kconv.InvertibleConv2d(4)
@@ -303,7 +303,7 @@ torch.testing.assert_close(torch.cat(list(loader)), expected)
 
 
 def test_corners_are_those_of_the_reference():
-    """A last look at the whole way from the public function to the kernels."""
+    """Checks the whole path from the public function to the kernels."""
     case = Case(CORNERS, batch=5)
     output = functional.conv2d(case.input("cuda"), case.weight("cuda"), corners=case.corners)
     torch.testing.assert_close(output.cpu(), functional.conv2d(case.input(), case.weight(), corners=case.corners))

@@ -1,4 +1,4 @@
-"""The emulator finds the mistakes that it is there to find."""
+"""The emulator finds the mistakes it is designed to find."""
 
 import inspect
 import re
@@ -31,7 +31,7 @@ extern "C" __global__ void __launch_bounds__(64) snippet(const __grid_constant__
 
 
 def written(code: str) -> Path:
-    """Returns a file with this code, the same one in every run, as is what comes of compiling it."""
+    """Returns a file with this code, the same file in every run, so compiled code is reused."""
     path = CACHE / f"{zlib.crc32(code.encode()):08x}.cu"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(code)
@@ -40,7 +40,7 @@ def written(code: str) -> Path:
 
 @pytest.fixture
 def run():
-    """Runs the body of a kernel under an order; x counts from 0, shared memory has room for one float a thread."""
+    """Runs the body of a kernel in an order of threads; x counts from 0, shared memory holds one float per thread."""
 
     def run(body: str, seed: int, blocks: int = 1, x: torch.Tensor | None = None) -> torch.Tensor:
         source = written(HEAD + inspect.cleandoc(body) + "\n}\n")
@@ -75,7 +75,7 @@ NO_ORDER = "which another thread .* in no certain order"
         ("shared[t] = x[t]; BARRIER; y[t] = shared[t ^ 31];", "__syncwarp()"),
         ("const float v = x[63 - t]; y[t] = v; shared[t] = y[t]; BARRIER; shared[63 - t] = v;", "__syncthreads()"),
         ("shared[t] = 0; __syncthreads(); y[t] = shared[t ^ 1]; BARRIER; shared[t] = 1;", "__syncwarp()"),
-        # Adding up without atomics: one after the other it would be right.
+        # Sums without atomics, which would be right sequentially.
         (
             "for (int i = 0; i < 64; i++) { BARRIER; if (i == t) shared[0] = i > 0 ? shared[0] + 1 : 0; }",
             "__syncthreads()",
@@ -98,7 +98,7 @@ def test_a_missing_wait_for_copies_shows(run):
     assert run(body.format(""), DECREASING).isnan().all()
 
 
-# Every block doubles what the one before it wrote.
+# Every block doubles the previous block's result.
 IN_TURNS = """
     if (t == 0 && blockIdx.x > 0) while (load_acquire(counters + blockIdx.x - 1) == 0);
     __syncthreads();

@@ -1,7 +1,7 @@
-"""The CUDA kernels against the formula, on the CPU: every thread a fiber of the emulator.
+"""The CUDA kernels against the formula, in the emulator on the CPU.
 
-What a kernel is compiled for, its shapes, comes from the table here, as compiling takes longer than running; hypothesis
-draws the rest. The profile "thorough" adds the table of `cases`.
+Shapes, for which kernels are compiled, come from the table here, because compiling takes longer than running;
+hypothesis draws the rest. The profile "thorough" adds the table of `cases`.
 """
 
 import re
@@ -29,12 +29,12 @@ from nflows_kconv.backends.registry import OperatorCall
 pytestmark = emulator.needs_compiler
 
 BOTH = (False, True)
-# So small that plans need several bands, chunks and tiles for images that the emulator gets through.
+# So small that plans need several bands, chunks and tiles for images small enough for the emulator.
 SMALL = Device((8, 0), multiprocessors=2, shared_memory=48 * 1024)
 
 TABLE = (
     (Case(), H100),
-    # Several output channels, or parts of them, a thread
+    # Several output channels, or parts of them, per thread
     (Case((TL,), per_group=12, batch=3, size=(9, 7), biased=True), H100),
     (Case((BR, TL, TR), per_group=6, kernel_size=(2, 2), batch=9, size=(4, 4)), H100),
     (Case((BR, TL), per_group=7, batch=9, size=(6, 5), biased=True), SMALL),
@@ -46,7 +46,7 @@ TABLE = (
     # Clipped kernels, and kernels of many taps
     (Case((BL, TR), per_group=3, kernel_size=(9, 4), size=(3, 2), dtype=torch.bfloat16, biased=True), H100),
     (Case((BR,), per_group=1, kernel_size=(11, 9), batch=2, size=(17, 33), dtype=torch.float64), H100),
-    # The least there is
+    # The smallest case
     (Case((TR,), per_group=1, kernel_size=(1, 1), batch=1, size=(1, 1)), H100),
     (Case((TL, BR) * 9, per_group=1, batch=13, size=(3, 3), biased=True), H100),
     (Case((BL,), per_group=5, kernel_size=(1, 1), batch=33, size=(2, 3)), H100),
@@ -69,14 +69,14 @@ WITH_SIDES = (
     (Case(("T",), kernel_size=(2, 3), batch=1, size=(70, 9)), H100),
     (Case(("B",), per_group=3, kernel_size=(3, 4), batch=1, size=(37, 34), dtype=torch.float64, biased=True), SMALL),
     (Case(("T",), per_group=1, kernel_size=(4, 5), batch=1, size=(41, 40)), SMALL),
-    # Clipped kernels, and one that reads nothing to the right
+    # Clipped kernels, and one that does not read to the right
     (Case(("T", "B"), kernel_size=(3, 7), size=(4, 3), dtype=torch.bfloat16), H100),
     (Case(("T",), kernel_size=(3, 3), size=(6, 1)), H100),
     (Case(("B",), kernel_size=(1, 5), size=(40, 6)), H100),
 )
 thorough = settings.default.max_examples > 100
 if thorough:
-    # What the emulator gets through in minutes
+    # The emulator takes minutes for these
     TABLE += tuple(
         (case, device)
         for case in CASES
@@ -124,7 +124,7 @@ def call_of(operation: str, case: Case, **changes: Any) -> OperatorCall:
 
 
 def expected(operation: str, case: Case, weight: Tensor, transpose: bool) -> Tensor:
-    """Computes by dense linear algebra, or for too large matrices by the reference, in float64."""
+    """Computes the result by dense linear algebra, or for large matrices by the reference, in float64."""
     input, solves = case.input().double(), operation == "solve"
     bias = case.bias().double() if case.biased else torch.zeros(case.channels, dtype=torch.float64)
     bias = bias[:, None, None]
@@ -153,7 +153,7 @@ def test_operators(case: Case, device: Device, operation: str, transpose: bool, 
         oracles.set_diagonal(broken, case.corners, torch.full((case.channels,), float("nan")))
         is_unit = diagonal == "unit"
         asked = asked._replace(unit_diagonal=is_unit, log_diagonal=None if is_unit else log_diagonal)
-    # With entries that do not count showing where they are read, and in any order of the threads.
+    # In any order of threads, and with ignored entries that would show in results.
     output = emulator.call(asked._replace(other=broken), device=device, seed=order)
     assert_close(output, expected(operation, case, weight, transpose))
     assert output.stride() == torch.empty_like(asked.input).stride()
@@ -177,7 +177,7 @@ def test_weight_gradient(case: Case, device: Device, data: st.DataObject):
 @pytest.mark.parametrize("operation", ["solve", "conv"])
 @over_table
 def test_a_non_finite_pixel_changes_only_its_quadrant(case: Case, device: Device, operation: str):
-    """And only in its own image."""
+    """The change also stays in its own image."""
     input = case.input()
     changed, (image, row, column) = input.clone(), (size // 2 for size in (case.batch, *case.size))
     changed[image, :, row, column] = -float("inf")
@@ -214,7 +214,7 @@ def test_non_finite_values_stay_in_their_weights(case: Case, device: Device, whi
     assert not finite[own].all()
 
 
-# Constants that decide between branches of a kernel, and sizes that do not always divide others.
+# Constants that select branches of a kernel, and sizes that do not always divide others.
 BRANCHES = {
     "solve_rows": ("BANDED", "CHUNKED", "TRANSPOSE", "BIAS", "TAU"),
     "solve_channels": ("BANDED", "CHUNKED", "REPLICAS", "BIAS"),

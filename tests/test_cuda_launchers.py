@@ -1,4 +1,4 @@
-"""From a call of an operator to launches, by both launchers, on a driver that is a test double."""
+"""From an operator call to launches, with both launchers, on a double of the driver."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def call_of(case: Case, operation: str = "solve", **changes: Any) -> OperatorCal
 
 # With real plans and kernels
 
-# Where it matters little, of the sizes in the table of test_cuda_kernels, which are compiled once for both.
+# Uses the sizes in the table of test_cuda_kernels where possible, to share compiled kernels.
 EMULATED = (
     Case(),
     Case(layout="channels_last"),
@@ -94,7 +94,7 @@ def test_results_are_those_of_the_reference(launcher: SimpleNamespace, case: Cas
     ids=str,
 )
 def test_what_kernels_do_a_part_of(launcher: SimpleNamespace, case: Case, monkeypatch: pytest.MonkeyPatch):
-    """Exchanged axes, three dimensions, and solutions of many channels."""
+    """Covers exchanged axes, three dimensions, and solutions of many channels."""
     monkeypatch.setattr(native, "available", launcher.name == "native")
     monkeypatch.setattr(driver, "describe", launcher.driver.describe)
     monkeypatch.setattr(cuda, "_python_launcher", launcher)
@@ -107,11 +107,11 @@ def test_what_kernels_do_a_part_of(launcher: SimpleNamespace, case: Case, monkey
     assert launcher.driver.launches
 
 
-# With plans that are made up
+# With made-up plans
 
 
 class Planner:
-    """Plans two launches, with scratch memory, for every problem."""
+    """Plans two launches with scratch memory for every problem."""
 
     def __init__(self) -> None:
         self.problems: list[plan.ProblemSpec] = []
@@ -125,7 +125,7 @@ class Planner:
 
 @pytest.fixture
 def planner(monkeypatch: pytest.MonkeyPatch, launcher: SimpleNamespace) -> Planner:
-    """Makes up the plans of the launcher, whose launches do nothing then."""
+    """Replaces the launcher's plans by made-up ones, whose launches do nothing."""
     planner = Planner()
     monkeypatch.setattr(planning, "plan", planner)
     launcher.driver.run = lambda launch: None
@@ -217,7 +217,9 @@ def test_a_problem_is_planned_once(launcher: SimpleNamespace, planner: Planner):
         launcher.run(call_of(Case(), transpose=True))
         launcher.run(call_of(Case(), bias=Case().bias()))
         launcher.run(call_of(Case(), unit_diagonal=True))
-        launcher.run(call_of(Case(), log_diagonal=Case().bias()))  # the kernels ask for it
+        launcher.run(
+            call_of(Case(), log_diagonal=Case().bias())
+        )  # needs no other plan, because kernels read it at run time
         launcher.run(call_of(Case(), "conv"))
     assert len(planner.problems) == len(set(planner.problems)) == len(changes) + 4
 
@@ -309,7 +311,7 @@ def test_threads_share_what_is_loaded(launcher: SimpleNamespace, planner: Planne
     assert len(launcher.driver.launches) == 8 * 24 * 2
 
 
-# What the native launcher does by itself
+# Only the native launcher
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The compiler, its cache on disk, the driver's interface, and the runtime that keeps what was loaded."""
+"""The compiler, its cache on disk, the driver's interface, and the runtime that keeps loaded kernels."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ SOURCE = b'extern "C" __global__ void made_up(SCALAR* x) { x[threadIdx.x] = CHAN
 
 @pytest.fixture
 def directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Returns where kernels are kept in this test; nothing is there yet."""
+    """Returns the cache directory of this test, still empty."""
     monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "kernels"))
     return tmp_path / "kernels"
 
 
 @pytest.fixture
 def sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Returns a directory of sources with the one of `KERNEL`."""
+    """Returns a directory with the source of `KERNEL`."""
     monkeypatch.setattr(compiler, "source_directory", lambda: tmp_path)
     (tmp_path / KERNEL.source).write_bytes(SOURCE)
     (tmp_path / "empty.cuh").write_bytes(b"")
@@ -67,13 +67,13 @@ def sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     "shape", [(12, 16, 16), (48, 4, 4), (12, 64, 64), (64, 16, 16), (96, 8, 8), (256, 8, 8)], ids=str
 )
 def test_batches_share_kernels(operation: str, shape: tuple[int, int, int]):
-    """Whatever the batch, few kernels run it, in as many blocks as it takes."""
+    """A few kernels run every batch size, with more blocks for larger ones."""
     input = torch.empty(1, *shape, device="meta")
     other = input if operation == "weight_gradient" else torch.empty(shape[0], shape[0] // 4, 3, 3, device="meta")
     asked = planned(registry.OperatorCall(operation, input, other, (0, 1, 2, 3), kernel_size=(3, 3)))
     plans = [planning.plan(replace(asked, shape=(batch, *shape)), H100).launches for batch in range(1, 129)]
     assert len({tuple((launch.kernel.source, launch.kernel.constants) for launch in plan) for plan in plans}) <= 4
-    if operation != "weight_gradient":  # which shares the pixels among as many blocks as fill the device
+    if operation != "weight_gradient":  # it shares pixels among enough blocks to fill the device
         blocks = [sum(launch.grid[0] for launch in plan) for plan in plans]
         assert blocks[59] < blocks[119]
 
@@ -196,7 +196,7 @@ def test_the_directory_is_the_users(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_processes_share_the_directory(directory: Path):
-    """Each writes the same entries many times over; whoever reads finds none or a whole one."""
+    """Each writes the same entries many times; readers find none or a complete one."""
     script = """
 from nflows_kconv.backends.cuda import cache
 for index in range(200):
@@ -215,7 +215,7 @@ for index in range(200):
 
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Kernel]:
-    """Returns what was compiled, by a compiler that is not there."""
+    """Returns what a fake compiler was asked to compile."""
     compiled: list[Kernel] = []
 
     def compile(kernel: Kernel, capability: tuple[int, int]) -> bytes:
@@ -228,7 +228,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Kernel]:
 
 
 class CodeDriver(DriverDouble):
-    """Loads any code."""
+    """A driver that loads any code."""
 
     def function(self, module: int, name: str, index: int) -> int:
         return 100 * (1 + index) + module
@@ -240,7 +240,7 @@ def test_a_kernel_is_compiled_once(directory: Path, compiled: list[Kernel]):
         running = Runtime(driver)
         functions = [running.load(PROBLEM, device).functions for device in (0, 0, 1)]
         assert functions[0] == functions[1] != functions[2]
-        assert len(driver.loaded) == 2, process  # one for each device
+        assert len(driver.loaded) == 2, process  # one per device
         assert len(compiled) == 1
     for entry in directory.iterdir():
         entry.write_bytes(b"damaged")
@@ -270,12 +270,12 @@ def test_a_failed_compilation_can_be_repeated(directory: Path, compiled: list[Ke
 
 
 def waiting_compiler(monkeypatch: pytest.MonkeyPatch, together: int) -> None:
-    """Makes each compilation wait until so many run at a time."""
+    """Makes each compilation wait until this many run at a time."""
     compile, barrier = compiler.compile, threading.Barrier(together)
 
     def wait(kernel: Kernel, capability: tuple[int, int]) -> bytes:
         barrier.wait(timeout=20)
-        time.sleep(0.2)  # in which other threads come
+        time.sleep(0.2)  # time for other threads to arrive
         return compile(kernel, capability)
 
     monkeypatch.setattr(compiler, "compile", wait)
@@ -354,7 +354,7 @@ def call_of(*corners: str, operation: str = "conv") -> registry.OperatorCall:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Returns a machine where all is well, as far as the runtime can see."""
+    """Fakes a machine on which the runtime finds no fault."""
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -462,7 +462,7 @@ def test_running_on_the_reference_is_told_once(gpu: None, monkeypatch: pytest.Mo
 @pytest.mark.skipif(importlib.util.find_spec("cuda") is None, reason="needs cuda-bindings")
 @pytest.mark.skipif(sys.platform != "linux" or shutil.which("cc") is None, reason="needs Linux and a C compiler")
 def test_calls_of_the_driver(tmp_path: Path):
-    """`cuda.bindings` calls a driver that tells what it is asked for."""
+    """`cuda.bindings` calls a fake driver that reports its calls."""
     stub = tmp_path / "libcuda.so.1"
     source = Path(__file__).with_name("cuda_driver_stub.c")
     subprocess.run(["cc", "-shared", "-fPIC", str(source), "-o", str(stub), "-ldl"], check=True)

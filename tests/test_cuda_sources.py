@@ -1,7 +1,7 @@
-"""The CUDA sources through the compilers, which need no GPU: no warning, nothing spilled, nothing too large to launch.
+"""The CUDA sources compile without warnings or spills, and every launch fits. Compilers need no GPU.
 
-By default the 3 x 3 kernels for float32 on an H100 are compiled, and for each number of channels one of the others on
-each device; all of them under the profile "thorough".
+The default compiles the 3 x 3 float32 kernels for an H100 and, per number of channels, one other kernel for each
+device; the profile "thorough" compiles all.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def problems(
         size = rows, side
         weight = torch.empty(total, channels, *size, dtype=dtype, device="meta")
         for operation, transpose in product(("solve", "conv"), (False, True)):
-            # A bias takes registers: where it fits, so does the same without one.
+            # A bias takes registers: if a kernel fits with it, it fits without it.
             bias = None if transpose else torch.empty(total, device="meta")
             called = operation, input, weight, stencils, bias
             problem = emulator.planned(registry.OperatorCall(*called, transpose=transpose, kernel_size=size))
@@ -66,7 +66,7 @@ def problems(
 def launches(device: Device) -> Iterator[Launch]:
     others, place = tuple(product(SIDES, IMAGES, DTYPES)), DEVICES.index(device)
     for number, channels in enumerate(CHANNELS):
-        # Steps with which few launches have nearly all pairs of values that the constants of a kernel take.
+        # With these steps a few launches cover nearly all pairs of values of a kernel's constants.
         few = [others[(17 * number + 5 * place) % len(others)]]
         if device is H100:
             few.append((3, IMAGES[0], torch.float32))
@@ -77,7 +77,7 @@ def launches(device: Device) -> Iterator[Launch]:
 
 
 class Verbose(threading.local):
-    """NVRTC as the package calls it, but told to report what kernels take; each thread has a log of its own."""
+    """NVRTC with an option to report the resources of kernels; each thread has its own log."""
 
     def __init__(self, nvrtc: Any) -> None:
         self._nvrtc = nvrtc
@@ -103,7 +103,7 @@ def verbose(monkeypatch: pytest.MonkeyPatch) -> Verbose:
 
 
 def complaints(launch: Launch, device: Device, log: str) -> Iterator[str]:
-    """Returns what is wrong with a launch, from the compiler's log."""
+    """Returns the faults of a launch, from the compiler's log."""
     yield from re.findall(r".*(?:warning|error)[ :].*", log)
     found = re.search(rf"Function properties for {launch.kernel.name}\n(.*)\n.*Used (\d+) registers(.*)", log)
     if found is None:
@@ -124,14 +124,16 @@ def complaints(launch: Launch, device: Device, log: str) -> Iterator[str]:
 @pytest.mark.parametrize("device", DEVICES, ids=lambda device: "sm_{}{}".format(*device.capability))
 def test_kernels_compile_without_warnings_and_spills(device: Device, verbose: Verbose):
     def log(kernel: Kernel) -> str:
-        """Returns what the compiler says about a kernel, and others of its source, compiled as at run time."""
+        """Returns the compiler's log for a kernel and others of its source, compiled as at run time."""
         try:
             compiler.compile(kernel, device.capability)
         except RuntimeError as error:
             return str(error)
         return verbose.log
 
-    programs: dict[str, list[Launch]] = defaultdict(list)  # kernels of one source and of equal constants are one
+    programs: dict[str, list[Launch]] = defaultdict(
+        list
+    )  # kernels with the same source and constants are compiled together
     for launch in dict.fromkeys(launches(device)):
         programs[compiler.digest(launch.kernel, device.capability)].append(launch)
     kernels = [same[0].kernel for same in programs.values()]
@@ -166,11 +168,11 @@ def test_nvcc_has_no_warnings(path: Path, tmp_path: Path):
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
 def test_sources_stand_alone(path: Path):
-    """The compiler at run time has no system headers, and the emulator of the tests no assembly."""
+    """The run-time compiler has no system headers, and the emulator has no assembly."""
     text = path.read_text()
     own = {path.name for path in SOURCES}
     assert set(re.findall(r'#include [<"](.*)[>"]', text)) <= own
     assert path.name == "ptx.cuh" or not re.search(r"\basm\b", text)
     assert not re.search(
         r"^\s*(static )?__shared__", text, re.MULTILINE
-    )  # all of it is dynamic, and counted in the plan
+    )  # all shared memory is dynamic and counted in the plan

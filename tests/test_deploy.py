@@ -1,4 +1,4 @@
-"""The table of docs/deploy.md, as it is observed: what runs, and gives the same numbers for another batch size."""
+"""The table of docs/deploy.md, observed: what runs and gives the same numbers for another batch size."""
 
 import copy
 import shutil
@@ -21,9 +21,9 @@ from nflows_kconv.nflows import finc_flow
 from nflows_kconv.onnx import translation_table
 
 pytestmark = [
-    # Models whose parameters are all off their initial values.
+    # Models with all parameters changed from their initial values.
     pytest.mark.filterwarnings("ignore:.* nonzero entries that the layer ignores"),
-    pytest.mark.filterwarnings("ignore:.*treespec:FutureWarning"),  # torch's own
+    pytest.mark.filterwarnings("ignore:.*treespec:FutureWarning"),  # from torch
 ]
 
 # Without optimisation, headers to compile for other packages, and a search for what vectors the compiler knows.
@@ -36,7 +36,7 @@ COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None
 
 
 class Method(nn.Module):
-    """A method of a module in place of its `forward`."""
+    """A method of a module as a `forward`."""
 
     def __init__(self, module: nn.Module, name: str) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class Model(NamedTuple):
 
     module: nn.Module
     input: Tensor
-    larger: Tensor  # of another batch size, for a layer also of another size
+    larger: Tensor  # another batch size, for a layer also another image size
 
     @property
     def expected(self) -> Tensor:
@@ -65,7 +65,7 @@ class Model(NamedTuple):
 
 
 def models() -> list[Model]:
-    """In the order of the columns."""
+    """Returns the models in the order of the columns."""
     torch.manual_seed(0)
     layer = InvertibleConv2d(4, corners=("TL", "B"), diagonal="learned", bias=True)
     flow = finc_flow((1, 4, 4), 1, 1, hidden_channels=4, preprocessing=None).eval()
@@ -180,7 +180,7 @@ def scripted(models: Sequence[Model], folder: Path) -> list[list[str]]:
     return [["no"] * len(models)]
 
 
-# What fills which rows of the table.
+# The tests behind the rows of the table.
 WAYS: dict[tuple[str, ...], Callable[[Sequence[Model], Path], list[list[str]]]] = {
     ("`torch.export`", "`torch.export`, decomposed, where only torch is"): programs,
     ("AOTInductor", "AOTInductor, from C++, where only libtorch is"): packages,

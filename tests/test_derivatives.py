@@ -1,4 +1,4 @@
-"""Derivatives of any order in both directions, by every way that PyTorch has to ask for them."""
+"""Derivatives of any order in both directions, by every interface of PyTorch."""
 
 import math
 from dataclasses import replace
@@ -42,7 +42,7 @@ def gradients(output: torch.Tensor, grad: torch.Tensor, *arguments: torch.Tensor
 
 
 def of_oracle(name: str, case: Case):
-    """Returns the function of input, weight and bias that `getattr(case, name)` must be."""
+    """Returns the function of input, weight and bias that `getattr(case, name)` must equal."""
 
     def function(input, weight, bias=None):
         bias = 0 if bias is None else case.of_channels(bias)
@@ -59,7 +59,7 @@ def of_oracle(name: str, case: Case):
 @every_direction
 @over_cases()
 def test_gradients_are_those_of_the_oracle(case: Case, name: str, backend: str, device: str):
-    """F.conv2d's autograd for the convolution, the dense triangular solve's for the inverse."""
+    """Compares with autograd of F.conv2d and of the dense triangular solve."""
     if not case.unknowns <= 200 or case.batch == 0:
         return  # the oracle's gradient in the weight goes through the dense matrices
     grad_ = case.input(seed=2)
@@ -81,7 +81,7 @@ def test_gradients_are_those_of_the_oracle(case: Case, name: str, backend: str, 
 @every_direction
 @over_cases()
 def test_what_is_not_read_has_no_gradient(case: Case, name: str, device: str):
-    """Masked entries, and the diagonal of a raw weight where there is another one."""
+    """Covers masked entries, and the diagonal of a raw weight that has another one."""
     for diagonal in ("own", "unit", "learned")[: 3 if case.unknowns <= 100 else 1]:
         ignored = oracles.masked(case.weight_shape, case.corners)
         if diagonal != "own":
@@ -114,7 +114,7 @@ def test_gradgradcheck(case: Case, name: str, device: str):
 
 @every_small_case
 def test_gradcheck_of_the_operators(case: Case, device: str):
-    """The transposed operators and the weight gradient too, with every diagonal that there is."""
+    """Covers the transposed operators and the weight gradient, with every kind of diagonal."""
     input, weight, bias = arguments(case, device)
     log_diagonal = (bias / 2).detach().requires_grad_()
     for diagonal in ("own", "unit", "learned"):
@@ -162,7 +162,7 @@ def test_gradcheck_of_the_layer(diagonal: str, inverse: bool, device: str):
 @every_direction
 @pytest.mark.parametrize("needed", [(0,), (1,), (2,), (0, 1), (1, 2), (0, 2)], ids=str)
 def test_only_what_is_needed_is_computed_and_alike(name: str, needed: tuple[int, ...], device: str):
-    leaves = arguments(SMALL[0], device)  # the bias is the log-diagonal, too
+    leaves = arguments(SMALL[0], device)  # the bias also serves as log-diagonal
 
     def loss(input, weight, log_diagonal):
         function = SMALL[0].operators(weight, log_diagonal, log_diagonal)[name == "inverse"]
@@ -176,7 +176,7 @@ def test_only_what_is_needed_is_computed_and_alike(name: str, needed: tuple[int,
 
 @every_direction
 def test_finite_differences(name: str, backend: str, device: str):
-    """Without gradcheck's machinery, along a random direction."""
+    """Checks along a random direction, without gradcheck."""
     case = Case((TR, BL), per_group=3, batch=5, dtype=torch.float64)
     function, (input, weight, _) = getattr(case, name), arguments(case, device)
     output = function(input, weight)
@@ -234,7 +234,7 @@ TRANSFORMS = {
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS.keys())
 @pytest.mark.parametrize("case", SMALL[1:8:2], ids=lambda case: "-".join(case.corners))
 def test_function_transforms(transform, case: Case, name: str, device: str):
-    """Whatever torch.func does to the function gives what it does to the oracle."""
+    """Every torch.func transform gives the same results for the function and for the oracle."""
     input, weight, _ = (tensor.detach() for tensor in arguments(case, device))
     actual = transform(getattr(case, name), input, weight)
     expected = transform(of_oracle(name, case), input.cpu(), weight.cpu())
@@ -287,7 +287,7 @@ def test_gradients_of_each_sample_through_the_layer(device: str):
             assert_close(each[name][index], expected)
 
 
-# The operators under PyTorch's own tests, and in company
+# The operators under PyTorch's own tests and inside other programs
 
 
 @pytest.mark.parametrize("case", (SMALL[0], SMALL[5], SMALL[7]), ids=lambda case: "-".join(case.corners))
@@ -352,7 +352,7 @@ def test_gradient_checkpointing(name: str, use_reentrant: bool, device: str):
 
 @every_direction
 def test_the_output_may_be_overwritten(name: str, backend: str, device: str):
-    """As normflows' Shift does; what the gradient needs must not lie in the output."""
+    """normflows' Shift overwrites it, so the gradient must not need it."""
     function, (input, weight, bias) = getattr(SMALL[0], name), arguments(SMALL[0], device)
     for with_bias in (None, bias):
         output = function(input, weight, with_bias)

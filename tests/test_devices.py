@@ -1,4 +1,4 @@
-"""Devices without float64, such as Apple's GPUs: flows in float32 make no tensor of it, tools judge on the CPU."""
+"""Devices without float64, such as Apple's GPUs: float32 flows make no float64 tensors, tools compute on the CPU."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class WithoutFloat64(TorchDispatchMode):
 
 
 class OnDevice(torch.Tensor):
-    """A tensor on a device that the machine lacks, for which "meta" stands; its values are on the CPU."""
+    """A tensor that reports the device "meta" and keeps its values on the CPU."""
 
     def __new__(cls, values):
         layout = dict(strides=values.stride(), storage_offset=values.storage_offset(), dtype=values.dtype)
@@ -51,7 +51,7 @@ class OnDevice(torch.Tensor):
 
 
 class Device(TorchDispatchMode):
-    """The device of `OnDevice`, which has no float64, not for a copy from it to the CPU either."""
+    """The device of `OnDevice`, which has no float64, not even for a copy to the CPU."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
@@ -116,7 +116,7 @@ def test_neither_do_layers_and_steps():
 
 
 class ComplexSquare(nn.Module):
-    """Takes x and -x to the same, though the sign of its det dy/dx never changes."""
+    """Maps x and -x to the same output, though its det dy/dx never changes sign."""
 
     def forward(self, x):
         real, imaginary = x.unbind(1)
@@ -128,7 +128,7 @@ class ComplexSquare(nn.Module):
 
 
 class Doubled(ComplexSquare):
-    """It cannot be had on the CPU, where its constants do not go."""
+    """A transform that cannot move to the CPU, because its constants stay."""
 
     def __init__(self):
         super().__init__()
@@ -141,7 +141,7 @@ class Doubled(ComplexSquare):
 @pytest.fixture
 def device(monkeypatch):
     """Returns the device of `OnDevice`."""
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type=None: False)  # which knows no "meta"
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type=None: False)  # it does not support "meta"
     with Device(), torch.serialization.safe_globals([OnDevice]):
         yield "meta"
 

@@ -1,4 +1,4 @@
-"""Diagnostics: norms against dense matrices; and errors of round trips found where they were put."""
+"""Diagnostics: norms against dense matrices, and errors of round trips found where they were inserted."""
 
 import copy
 import math
@@ -37,7 +37,7 @@ SIZES = (1, 2, 4, 8, 12)
 
 
 def layer_with(size: float, seed: int = 0, channels: int = 4, **options) -> InvertibleConv2d:
-    """Returns a layer whose free entries are that large, which decides how much its inverse amplifies."""
+    """Returns a layer with free entries of this size, which determines how much its inverse amplifies."""
     layer = InvertibleConv2d(channels, **options)
     with torch.no_grad():
         noise = torch.randn(layer.raw_weight.shape, generator=torch.Generator().manual_seed(seed))
@@ -96,7 +96,7 @@ def test_large_gains_are_found_to_many_digits():
 
 
 def test_gains_grow_with_the_image():
-    """Exponentially without a bound, and never beyond it."""
+    """They grow exponentially without a bound and never exceed it with one."""
     free, bounded = layer_with(0.5), layer_with(0.5, max_inverse_gain=3)
     gains = [conditioning(free, (side, side)).inverse_gain for side in SIZES]
     assert all(large > 2 * small for small, large in pairwise(gains))
@@ -162,7 +162,7 @@ def test_errors_of_conditioning(arguments: dict, error: type[Exception], match: 
 
 
 class Net(nn.Module):
-    """A coupling's network, which may round its input as TF32 does, only to 8 bits."""
+    """A coupling's network that may round its input as TF32 does, but to 8 bits."""
 
     def __init__(self, in_channels: int, out_channels: int, rounds: bool = False) -> None:
         super().__init__()
@@ -173,7 +173,7 @@ class Net(nn.Module):
 
 
 def nflows_flow() -> Flow:
-    """Builds every container of nflows."""
+    """Builds a flow with every container of nflows."""
     level = [
         transforms.SqueezeTransform(),
         transforms.CompositeTransform([nflows_kconv.nflows.InvertibleConv2d(4), transforms.ActNorm(4)]),
@@ -197,7 +197,7 @@ NFLOWS_KINDS = [
 
 
 def normflows_flow() -> nf.MultiscaleFlow:
-    """Couplings of several modules with inverses, ActNorm inside a network, and what works in place."""
+    """Builds a flow with couplings of several invertible modules, ActNorm inside a network, and in-place steps."""
     blocks = [
         nflows_kconv.normflows.GlowBlock(4, 8, net_actnorm=True, corners="TL"),
         nf.flows.Reverse(nf.flows.Invertible1x1Conv(4)),
@@ -237,7 +237,7 @@ def test_steps_of_sound_flows(build, kinds: list[str]):
     for one in result.steps:
         assert max(one.local, one.arriving, one.leaving) < 100 * result.rounding
     for data_side, latent_side in pairwise(result.steps):
-        assert data_side.arriving <= latent_side.leaving * 2  # halves of which other entries are the largest
+        assert data_side.arriving <= latent_side.leaving * 2  # the halves have other largest entries
     assert result.error == max(one.leaving for one in result.steps)
     assert (result.rounding, result.cure) == (2**-23, "")
     assert "nothing is lost" in result.verdict
@@ -263,7 +263,7 @@ def test_it_runs_in_evaluation_mode():
 
 
 def stack(*tested: nn.Module) -> steps.Sequence:
-    """Steps that are not to blame, with those to be tested among them."""
+    """Returns accurate steps with the tested ones among them."""
     return steps.Sequence([steps.ActNorm(4), InvertibleConv2d(4), *tested, steps.InvertibleConv1x1(4)])
 
 
@@ -283,7 +283,7 @@ def test_it_blames_a_layer_that_amplifies():
 
 
 def test_errors_are_told_where_they_are_born_and_where_they_arrive():
-    """A step that undoes itself up to a known error, between steps that pass errors on as they are."""
+    """Puts a step with a known error in its inverse between steps that pass errors on unchanged."""
 
     class Off(nn.Module):
         def forward(self, input: Tensor, context: None = None) -> tuple[Tensor, Tensor]:
@@ -312,7 +312,7 @@ def test_it_blames_an_inverse_that_is_wrong():
 
 @pytest.mark.parametrize("there", [False, True], ids=["inverse", "forward"])
 def test_a_step_that_calls_another_is_measured_whole(there: bool):
-    """nflows' 1 x 1 convolution permutes by a transform of its own, then multiplies by its parameters."""
+    """nflows' 1 x 1 convolution permutes by another transform, then multiplies by its parameters."""
     convolution = transforms.OneByOneConvolution(4)
     with torch.no_grad():
         convolution.lower_entries.fill_(30)
@@ -325,7 +325,7 @@ def test_a_step_that_calls_another_is_measured_whole(there: bool):
 
 def test_an_error_between_steps_is_not_blamed_on_them():
     class Cubed(nn.Module):
-        """Cubes what a step gives, and takes the root a little wrong."""
+        """Cubes the output of a step, and takes a slightly wrong root."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -347,7 +347,7 @@ def test_an_error_between_steps_is_not_blamed_on_them():
 
 @pytest.mark.parametrize("setting", ["none", "ieee", "tf32", "bf16"])
 def test_it_blames_networks_in_reduced_precision(setting: str):
-    """A network that rounds its input jumps where the input is off by a rounding: its step has no error of its own."""
+    """A network that rounds its input jumps when the input changes by a rounding; its step has no error itself."""
     pairs = [(steps.AffineCoupling(Net(2, 4, rounds=True)), steps.InvertibleConv1x1(4)) for _ in range(6)]
     flow = stack(*chain.from_iterable(pairs))
     before = torch.backends.mkldnn.conv.fp32_precision
@@ -380,7 +380,7 @@ def test_ways_that_are_not_finite():
 
 
 def test_rounding_to_whole_numbers_is_no_loss():
-    """Dequantisation's noise may lie so close to the edge of a cell that any error makes a difference of one."""
+    """Dequantisation noise may be so close to the edge of a cell that any error changes the result by one."""
 
     class Edge(nn.Module):
         def forward(self, input: Tensor, context: None = None) -> tuple[Tensor, Tensor]:
@@ -441,7 +441,7 @@ def test_errors_of_half_precision_are_told_in_float32(dtype: torch.dtype):
 
 
 class GlowConvolution(nn.Module):
-    """The idiom of many repositories: `forward` gives a log-determinant, `reverse` does not."""
+    """The idiom of many repositories: `forward` returns a log-determinant, `reverse` does not."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -455,7 +455,7 @@ class GlowConvolution(nn.Module):
 
 
 class GlowScale(nn.Module):
-    """Another idiom: one method, that adds to a log-determinant."""
+    """Another idiom: one method that adds to a log-determinant."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -594,7 +594,7 @@ def test_flows_of_every_library(name: str):
 
 
 def test_what_has_no_inverse_is_told():
-    """In Pyro some find their inverse in a cache only."""
+    """Some Pyro transforms have only a cached inverse."""
     cached = pyro_transforms.Planar(4)
     cached._cache_size, cached._cached_x_y = 1, (None, None)
     for flow in (cached, ComposeTransform([cached]), nf.flows.Planar((4,))):
@@ -614,7 +614,7 @@ def test_it_prints_a_table():
 
 
 class Straight(nn.Module):
-    """Calls its steps in the same order both ways."""
+    """Calls its steps in the same order in both directions."""
 
     def __init__(self, *steps: nn.Module) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Two processes that train together: equal parameters, the same as one process, and nobody waits forever."""
+"""Two processes that train together have equal parameters, the same as one process, and never deadlock."""
 
 import sys
 
@@ -10,7 +10,7 @@ from torch import distributed, multiprocessing
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> list[dict[str, str | None]]:
-    """Returns what each scenario said on each process; one pair of processes runs them all."""
+    """Returns the report of each scenario from each process; one pair of processes runs them all."""
     path = str(tmp_path_factory.mktemp("two") / "store")
     context = multiprocessing.get_context("spawn")
     processes = [context.Process(target=two_processes.run, args=(rank, path), daemon=True) for rank in range(2)]

@@ -1,4 +1,4 @@
-"""The transform of torch.distributions: its contract, and work inside torch's, Pyro's and zuko's flows."""
+"""The adapter for torch.distributions: the contract of a transform, and use inside torch's, Pyro's and zuko's flows."""
 
 import copy
 import io
@@ -51,7 +51,7 @@ def standard_normal_log_prob(z):
 
 
 def both(transform):
-    """Returns a transform as a function that returns the log-determinant too."""
+    """Returns a transform as a function that also returns the log-determinant."""
 
     def function(x):
         y = transform(x)

@@ -1,4 +1,4 @@
-"""The documentation: its Python runs as it stands, and what its commands and texts name is there."""
+"""The documentation: its Python runs unchanged, and everything that commands and texts name exists."""
 
 import doctest
 import importlib
@@ -14,7 +14,7 @@ from sybil.parsers.markdown import PythonCodeBlockParser
 
 import nflows_kconv
 
-# What the libraries do.
+# Warnings of the libraries.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.(triangular_solve|lu) is deprecated"),
     pytest.mark.filterwarnings("ignore:Using a non-tuple sequence for multidimensional indexing"),
@@ -22,11 +22,11 @@ pytestmark = [
 
 PYTHON = Sybil([PythonCodeBlockParser()])
 FOLDERS = ("\\.ci", "benchmarks", "build_backend", "csrc", "docs", "examples", "nflows_kconv", "tests")
-PATH = re.compile(rf"(?<![\w/.-])(?:{'|'.join(FOLDERS)})/[\w./-]*\w\b(?!\*)")  # a star stands for several names
+PATH = re.compile(rf"(?<![\w/.-])(?:{'|'.join(FOLDERS)})/[\w./-]*\w\b(?!\*)")  # a star matches several names
 
 
 def docstrings() -> list[doctest.DocTest]:
-    """Returns the examples of every module; nothing is defined that they do not define, so users can copy them."""
+    """Returns the examples of every module, which must define everything they use, so users can copy them."""
     names = [module.name for module in pkgutil.walk_packages(nflows_kconv.__path__, "nflows_kconv.")]
     modules = [importlib.import_module(name) for name in ("nflows_kconv", *names) if "._" not in name]
     found = [each for module in modules for each in doctest.DocTestFinder().find(module, globs={}) if each.examples]

@@ -1,4 +1,4 @@
-"""The commands of the documentation: bash runs each block as it stands, this process the scripts, at tiny sizes."""
+"""The commands of the documentation: bash runs each block unchanged, this process the scripts, at tiny sizes."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from documents import PAGES, ROOT, commands, installs, page_id
 
 BLOCKS = {page_id(page): [block for block in commands(page) if not installs(block)] for page in PAGES}
 
-# What is put behind a script's arguments, where it outdoes those of the page.
+# Arguments appended to those of the page, which they override.
 FLOW = "--levels 1 --flow-steps 1 --hidden-channels 4 --minutes 1e-9 --validate-every 1 --warm-up 2 --batch-size 4"
 TINY = {
     "examples/graph_sampling.py": "--calls 1",
@@ -40,7 +40,7 @@ with open({calls!r}, "a") as calls:
 
 @pytest.fixture
 def cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Lets torchvision fetch CIFAR-10, of a few images, from here."""
+    """Makes torchvision fetch a CIFAR-10 of a few images from here."""
     folder = tmp_path / "published"
     image_files.write_cifar10(folder, monkeypatch)
     with tarfile.open(folder / "cifar-10-python.tar.gz", "w:gz") as archive:

@@ -1,4 +1,4 @@
-"""Wrong arguments: each says in one sentence what must hold and what was got."""
+"""Errors for wrong arguments: each says in one sentence what must hold and what was got."""
 
 import re
 from typing import NamedTuple
@@ -57,7 +57,7 @@ CORNERS_ERRORS = {
         dict(corners={"TL"}), TypeError, f"a string or a sequence of strings out of {_STENCILS}, got {{'TL'}}"
     ),
 }
-# None means all corners to a layer.
+# For a layer None means all corners.
 NO_CORNERS_ERRORS = {
     "no corners": Wrong(dict(corners=None), TypeError, f"a sequence of strings out of {_STENCILS}, got None")
 }
@@ -294,7 +294,7 @@ def test_diagonals_without_an_inverse_in_any_dtype(dtype: torch.dtype, backend: 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF, 1000.0, -1000.0])
 def test_layers_with_a_broken_log_diagonal(value: float, backend: str):
-    """NaN, or so far out that the diagonal overflows or vanishes."""
+    """Covers NaN and values for which the diagonal overflows or vanishes."""
     layer = InvertibleConv2d(8, diagonal="learned")
     with torch.no_grad():
         layer.log_diagonal[3] = value

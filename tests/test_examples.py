@@ -1,4 +1,4 @@
-"""The examples, at a tiny size, as a user runs them."""
+"""The examples at a tiny size, as a user runs them."""
 
 import difflib
 import re
@@ -24,7 +24,7 @@ def check_numbers(output: str) -> None:
 
 @pytest.fixture
 def run_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
-    """Runs a script in this process, where all is imported already; what it prints, in which numbers are finite."""
+    """Runs a script in this process, to save imports, and returns its output, whose numbers must be finite."""
 
     def run(script: str, *arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", [script, *arguments])
@@ -39,7 +39,7 @@ def run_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Sees that a script takes one thread where it is offered two."""
+    """Requires that a script uses one thread when two are available."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
@@ -96,7 +96,7 @@ def test_bounded_inverse(run_here):
     assert min(unbounded[1:]) > 1
     assert bounded[1] <= 4
     assert max(bounded[2:]) < 1e-4
-    assert "max_inverse_gain" in rows[3]  # what helps
+    assert "max_inverse_gain" in rows[3]  # the remedy
     assert "nothing is lost" in rows[4]
 
 

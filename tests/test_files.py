@@ -1,4 +1,4 @@
-"""Files of whole flows: what is loaded is what was saved, and what cannot be loaded is said in one error."""
+"""Files of whole flows: loading restores what was saved, or raises one error."""
 
 import copy
 import json
@@ -22,7 +22,7 @@ import nflows_kconv.nflows
 import nflows_kconv.normflows
 
 LIBRARIES = {"nflows": nflows_kconv.nflows, "normflows": nflows_kconv.normflows}
-# Parameters drawn at random are not zero where a layer ignores them.
+# Random parameters are nonzero where a layer ignores them.
 pytestmark = pytest.mark.filterwarnings("ignore:.*nonzero entries that the layer ignores")
 in_both = pytest.mark.parametrize("library", LIBRARIES.values(), ids=LIBRARIES.keys())
 
@@ -37,7 +37,7 @@ FLOWS: dict[str, dict[str, Any]] = {
     "NumPy's numbers": dict(data_shape=[np.int64(3), 8], levels=np.int64(1), steps=np.int32(2)),
 }
 
-# What a process computes of a flow, from the path alone.
+# What a process computes from only the path of a flow.
 RESULTS = """
 import sys
 import torch
@@ -70,7 +70,7 @@ results: Callable[[nn.Module], list[Tensor]] = names["results"]
 
 
 def build(library: Any, dtype: torch.dtype = torch.float32, seed: int = 0, **options: Any) -> nn.Module:
-    """Returns a flow with other parameters than at its start, whose ActNorms have seen a batch."""
+    """Returns a flow with changed parameters whose ActNorms have seen a batch."""
     torch.manual_seed(seed)
     shape = options.pop("data_shape", (1, 8, 8))
     levels, steps = options.pop("levels", 2), options.pop("steps", 1)
@@ -102,7 +102,7 @@ def test_a_process_that_gets_the_path_alone_computes_the_same(tmp_path: Path):
 @pytest.mark.parametrize("options", FLOWS.values(), ids=FLOWS.keys())
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_files_move_between_the_libraries(options: dict, dtype: torch.dtype, tmp_path: Path):
-    """There and back, all is as it was, the random numbers and the other files of the folder included."""
+    """A round trip changes nothing, including random numbers and other files in the folder."""
     flow = build(nflows_kconv.nflows, **options).to(dtype)
     flow.save(tmp_path / "flow")
     drawn = torch.get_rng_state()
@@ -141,7 +141,7 @@ def test_flows_load_into_flows(library, tmp_path: Path):
 
 
 def unchanged(flow: nn.Module, act: Callable[[], Any], match: str, error: type[Exception] = ValueError) -> None:
-    """Asserts that this raises one error, and leaves the flow as it was."""
+    """Asserts that this raises one error and leaves the flow unchanged."""
     before = copy.deepcopy(flow.state_dict())
     with pytest.raises(error, match=match):
         act()
@@ -171,7 +171,7 @@ def _missing(tensors: dict, entry: dict) -> None:
     del tensors[next(name for name in tensors if name.endswith("shift"))]
 
 
-# Made with a right checksum, as by a program of the wrong kind.
+# With a valid checksum, as by a faulty program.
 CHANGES: dict[str, tuple[Callable[[dict, dict], Any], str]] = {
     "a later version": (_entry(version=2), "must be at most 1, got 2, from a later release"),
     "no version": (lambda tensors, entry: entry.pop("version"), "damaged metadata"),

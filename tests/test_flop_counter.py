@@ -22,8 +22,8 @@ def operations(function: Callable[..., Any], *args: Any) -> int:
 
 
 def of_torch(case: Case) -> int:
-    """Two a multiply-add, those with the border and with masked entries included."""
-    if 0 in case.size:  # torch's convolutions take no image without pixels
+    """Counts two per multiply-add, including the border and masked entries."""
+    if 0 in case.size:  # torch's convolutions refuse images without pixels
         return 0
     axes = zip(case.size, case.kernel_size, case.steps, strict=True)
     padded = torch.empty(*case.input_shape[:2], *(n + (k - 1) * step for n, k, step in axes), device="meta")
@@ -33,7 +33,7 @@ def of_torch(case: Case) -> int:
 
 @over_cases()
 def test_operators_and_gradients(case: Case, device: str):
-    """The gradient of the input is one transpose, and that of the weight takes as many operations."""
+    """The gradient of the input is one transpose; that of the weight takes as many operations."""
 
     def step(function: Callable[..., Tensor], input: Tensor, weight: Tensor) -> None:
         output = function(input, weight, case.bias(device))

@@ -1,4 +1,4 @@
-"""The adapter for FrEIA: work inside its networks."""
+"""The adapter for FrEIA, inside its networks."""
 
 import re
 
@@ -55,7 +55,7 @@ def seeded():
 @pytest.fixture(params=NETWORKS.values(), ids=NETWORKS.keys())
 def network(request):
     network = scatter(request.param())
-    network(torch.randn(8, *SHAPE))  # ActNorm looks at its first batch
+    network(torch.randn(8, *SHAPE))  # initialises ActNorm
     return network
 
 

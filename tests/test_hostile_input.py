@@ -1,4 +1,4 @@
-"""Hostile calls: a slice of the fuzz of `fuzz`, and by name what it and its making have found."""
+"""Hostile calls: a part of `fuzz`, and the faults it has found, by name."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_slice_of_the_fuzz():
 
 
 def test_the_fuzz_reports_crashes(monkeypatch: pytest.MonkeyPatch, tmp_path):
-    """A child that dies of a signal is found, by its seed, and the seeds after it still run."""
+    """A child killed by a signal is reported with its seed, and later seeds still run."""
     (tmp_path / "sitecustomize.py").write_text(
         "import os, pathlib\n"
         "write = pathlib.Path.write_text\n"
@@ -95,7 +95,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore")  # torch's, about its prototypes
+@pytest.mark.filterwarnings("ignore")  # torch warns about prototypes
 @pytest.mark.parametrize("got", LAYOUTS)
 @pytest.mark.parametrize("name", ["input", "weight", "bias"])
 def test_only_dense_tensors(name: str, got: str):
@@ -131,7 +131,7 @@ def test_a_diagonal_whose_reciprocal_overflows_has_no_inverse(dtype: torch.dtype
     for function in (lambda: solve(images().to(dtype)), lambda: log_abs_det(small, corners="TL", size=(1, 1))):
         with pytest.raises(ValueError, match=r"and its reciprocal must be finite .* got 1(\.\d+)?e-39 in channel 1"):
             function()
-    small[1, 1] = 4 * TINY  # denormal as well
+    small[1, 1] = 4 * TINY  # also denormal
     assert_close(solve(images().to(dtype).fill_(4 * TINY))[:, 1], torch.ones(2, 4, 5), factor=4)
 
 
@@ -140,7 +140,7 @@ OPERATORS = torch.ops.nflows_kconv
 
 @pytest.mark.parametrize("name", ["conv", "solve", "weight_gradient"])
 def test_operators_refuse_tensors_without_memory(name: str):
-    """Of a CPU and a meta tensor torch takes the operator for meta tensors, which left the result uninitialised."""
+    """For a CPU and a meta tensor torch calls the meta kernel, which left the result uninitialised."""
     operator = getattr(OPERATORS, name)
     gradient = name == "weight_gradient"
     second, others = (
@@ -156,7 +156,7 @@ def test_operators_refuse_tensors_without_memory(name: str):
 
 
 def test_operators_check_shapes_and_dtypes():
-    """The reference went on with what F.conv2d and broadcasting made of shapes, the kernels took 8 bits for 64."""
+    """The reference accepted shapes that F.conv2d and broadcasting accept; kernels read 8-bit data as 64-bit."""
     for operator in (OPERATORS.conv, OPERATORS.solve):
         for dtype in (torch.float8_e4m3fn, torch.int32, torch.complex64):
             with pytest.raises(ValueError, match=rf"{dtype}"):
@@ -185,7 +185,7 @@ def test_operators_check_shapes_and_dtypes():
 @pytest.mark.skipif(not native.available, reason="what is freed is seen by the native library")
 @pytest.mark.parametrize("freed", ["input", "weight", "bias"])
 def test_freed_memory_is_not_read(freed: str):
-    """As of parameters between the uses of sharded training; torch itself crashes in most of its operators."""
+    """Sharded training frees parameters between uses; most of torch's own operators crash on them."""
     arguments = dict(input=images(), weight=weight(), bias=torch.zeros(2))
     arguments[freed].untyped_storage().resize_(0)
     with pytest.raises(RuntimeError, match="must not have been freed"), torch.no_grad(), use_backend("cpu"):
@@ -194,7 +194,7 @@ def test_freed_memory_is_not_read(freed: str):
 
 @pytest.mark.parametrize("function", [conv2d, conv2d_inverse], ids=lambda function: function.__name__)
 def test_memory_that_is_not_the_tensors_values_is_not_read(function, backend: str):
-    """Views that stand for the negative of their memory, tensors of zeros that have none, subclasses that wrap some."""
+    """Covers lazy negatives, zero tensors without memory, and wrapper subclasses."""
     x, w = images(), weight()
     of_negatives = [torch.complex(t, -t).conj().imag for t in (x, w)]
     assert all(t.is_neg() for t in of_negatives)

@@ -1,4 +1,4 @@
-"""A process that runs out of memory or is interrupted goes on: right results, nothing changed, nothing half done."""
+"""A process that runs out of memory or is interrupted can go on: right results and no partial state."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ for function in (layer, layer.inverse):
 @linux
 @needs_native
 def test_too_little_memory_for_the_buffers():
-    """The kernel holds a vector of lanes, one an image, for each of 64 channels of a row: 64 MiB beside the output."""
+    """The kernel holds a vector of lanes, one per image, for 64 channels of a row: 64 MiB besides the output."""
     run("""
 wide, image_ = InvertibleConv2d(64, (1, 3), corners="TL"), torch.randn(9, 64, 1, 1 << 14)
 for function in (wide, wide.inverse):
@@ -117,7 +117,7 @@ refused(lambda: torch.autograd.grad(output, [large, *layer.parameters()], ones),
 
 @linux
 def test_interrupted_anywhere():
-    """A timer raises KeyboardInterrupt at any place between two instructions of Python."""
+    """A timer raises KeyboardInterrupt between any two Python instructions."""
     interrupts = run("""
 import random
 random.seed(0)
@@ -142,12 +142,12 @@ print(interrupts)
     assert interrupts == "150\n"
 
 
-# The launcher of CUDA kernels, on a driver that is a test double
+# The launcher of CUDA kernels, on a double of the driver
 
 
 @pytest.fixture
 def launcher(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Returns the native launcher for tensors of the CPU, with the plans and kernels of the package."""
+    """Returns the native launcher for CPU tensors, with real plans and kernels."""
     monkeypatch.setattr(runtime, "_code", lambda kernel, capability: kernel)
     connected, driver = NativeLauncher.connected, DriverDouble(run=lambda launch: None)
     NativeLauncher(native.loaded(), Runtime(driver), driver).connect()
@@ -175,7 +175,7 @@ def test_interrupted_plans_are_not_kept(launcher: None, monkeypatch: pytest.Monk
     def fail(*args: object) -> None:
         raise error
 
-    for module, name in ((planning, "plan"), (runtime, "_code")):  # before, and half way through
+    for module, name in ((planning, "plan"), (runtime, "_code")):  # before planning, and halfway
         with monkeypatch.context() as context:
             context.setattr(module, name, fail)
             with pytest.raises(type(error)):

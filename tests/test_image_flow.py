@@ -1,4 +1,4 @@
-"""Flows of images, sequences and volumes in both libraries: density, samples, what arguments change and must be."""
+"""Flows of images, sequences and volumes in both libraries: density, samples, and arguments."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from nflows_kconv.stencil import CORNERS
 from nflows_kconv.testing import check_transform
 
 LIBRARIES = {"nflows": nflows_kconv.nflows.finc_flow, "normflows": nflows_kconv.normflows.finc_flow}
-# `build` changes masked entries, too.
+# `build` also changes masked entries.
 pytestmark = pytest.mark.filterwarnings("ignore:.* nonzero entries that the layer ignores")
 in_both = pytest.mark.parametrize("library", LIBRARIES)
 SHAPE = (3, 8, 12)
@@ -38,7 +38,7 @@ in_any_dimension = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def build(
     library: str, shape=SHAPE, levels: int = 2, steps: int = 2, *, trained: bool = True, **arguments
 ) -> nn.Module:
-    """Returns a flow whose parameters are all off their initial values, in float64."""
+    """Returns a flow in float64 with all parameters changed from their initial values."""
     torch.manual_seed(0)
     flow = LIBRARIES[library](shape, levels, steps, hidden_channels=8, **arguments).double()
     flow.eval()
@@ -90,7 +90,7 @@ def test_noise_may_be_given(library, shape):
     flow, images = build(library, shape), random_images(3, shape)
     torch.manual_seed(2)
     torch.testing.assert_close(flow.log_prob(images, noise=torch.rand_like(images)), log_prob(flow, images))
-    # What float32 rounds to 1 stays in the cell.
+    # Noise that float32 rounds to 1 stays in the cell.
     flow, images, noise = flow.float(), images.float(), torch.full(images.shape, 1 - 2**-40, dtype=torch.float64)
     expected = flow.log_prob(images, noise=torch.full_like(images, 1 - 2**-24))
     assert torch.equal(flow.log_prob(images, noise=noise), expected)
@@ -120,7 +120,7 @@ def test_both_libraries_start_from_the_same_parameters():
 @in_both
 @pytest.mark.parametrize("shape", [(2, 16), (2, 4, 4), (1, 4, 4, 4)])
 def test_the_density_is_that_of_the_jacobian(library, shape):
-    """log p(x) = log N(z; 0, I) + log |det dz/dx| - D log 256 for the real numbers that the preprocessing makes."""
+    """log p(x) = log N(z; 0, I) + log |det dz/dx| - D log 256 for the preprocessed real numbers."""
     flow = build(library, shape, diagonal="learned")
     images = random_images(1, shape)
 
@@ -163,7 +163,7 @@ def test_data_come_back_from_the_latent_variable(library, shape, direction):
 @in_any_dimension
 @pytest.mark.parametrize("direction", ["forward", "inverse"])
 def test_circular_flows_know_no_borders(library, shape, direction):
-    """Shifts by 2^levels pixels leave the density as it is, that of other flows not."""
+    """Shifts by 2^levels pixels keep the density, unlike for other flows."""
     fields, axes = random_images(3, shape) / 64 - 2, tuple(range(2, len(shape) + 1))
     for levels, kernel_size in ((1, 2), (2, None)):
         shifted = fields.roll([2**levels] * len(axes), axes)
@@ -286,7 +286,7 @@ CONDITIONS = {
 
 
 def arguments_of(condition: str, shape: tuple[int, ...]) -> dict[str, Any]:
-    """Returns those of a flow of this shape: its context is a sequence or a volume where others have an image."""
+    """Adapts arguments to this shape: the context becomes a sequence or a volume like the data."""
     given = dict(CONDITIONS[condition])
     if "image" in condition:
         given["context_shape"] = (2, *(shape[1:] if condition == "classes and image" else (5, 7, 3)[: len(shape) - 1]))
@@ -299,7 +299,7 @@ def random_condition(
     conditional_kernels: bool = False,
     count: int = 3,
 ):
-    """Returns what a flow made with these arguments is conditioned on."""
+    """Returns a condition for a flow with these arguments."""
     generator = torch.Generator().manual_seed(4)
     classes = None if num_classes is None else torch.randint(num_classes, (count,), generator=generator)
     if context_shape is None:
@@ -362,7 +362,7 @@ def test_every_digit_comes_back_from_its_encoding_through_a_trained_flow(library
 @in_both
 @pytest.mark.parametrize("shape", [(1, 32), (1, 4, 8), (1, 4, 4, 4)])
 def test_continuous_data(library, shape):
-    """The density in data units is that of the latent and the Jacobian, and the latent that of the library."""
+    """The density in data units follows from the latent and the Jacobian, and the latent equals the library's."""
     flow = build(library, shape, preprocessing=None)
     data = 100 * torch.randn(2, *shape, dtype=torch.float64)
     latent, log_abs_det = flow.encode(data)
@@ -408,7 +408,7 @@ def test_contexts_have_no_effect_at_the_start_and_one_on_every_part_later(librar
         there, back = (flow.encode(images, each)[0] for each in (context, other))
         assert ((there != back).any(0) == trained).all()
         assert torch.equal(flow.decode(there, context), images)
-    for module in flow.modules():  # the learned prior sees it, too
+    for module in flow.modules():  # the learned prior also takes it
         if isinstance(module, steps.AffineCoupling) and isinstance(module.network, nn.Sequential):
             nn.init.zeros_(module.network[-1].weight)
     there, back = (flow.encode(images, each)[0] for each in (context, other))
@@ -445,7 +445,7 @@ def test_contexts_get_gradients_through_reversible_steps(library, shape, conditi
 
 
 def test_a_context_adds_the_information_that_it_has():
-    """Of data y = 1.5 c + noise the context c tells I(y; c) = D/2 log(1 + 1.5^2), by which the log-density rises."""
+    """For data y = 1.5 c + noise the context c adds I(y; c) = D/2 log(1 + 1.5^2) to the log-density."""
 
     def data(count: int) -> tuple[Tensor, Tensor]:
         context = torch.randn(count, 4)
@@ -501,7 +501,7 @@ def test_samples_have_the_documented_shape_and_no_graph(library, condition, prep
 @in_both
 def test_each_row_of_samples_has_its_own_class(library):
     flow = build(library, num_classes=4, preprocessing=None, trained=False)
-    with torch.no_grad():  # means far apart: the class of a latent shows in every number
+    with torch.no_grad():  # means far apart, so every number of a latent shows its class
         if library == "nflows":
             flow._distribution._context_encoder.weight.copy_(
                 torch.cat([100.0 * torch.arange(4)[:, None].expand(4, 288), torch.zeros(4, 288)], 1)
@@ -596,7 +596,7 @@ def test_a_float32_flow_makes_no_float64_tensor(library, condition):
 @in_both
 @pytest.mark.parametrize("condition", ["none", "classes and image"])
 def test_flows_from_the_meta_device(library, condition):
-    """Nothing but the state_dict is needed, in whatever way it is loaded."""
+    """They need only the state_dict, however it is loaded."""
     arguments, context = CONDITIONS[condition], random_condition(**CONDITIONS[condition])
     flow, images = build(library, **arguments), random_images()
     with torch.device("meta"):
@@ -625,7 +625,7 @@ def test_compiled_and_replicated_flows(library):
 
 
 class Method(nn.Module):
-    """A method of a flow in place of its `forward`, for torch.export."""
+    """A method of a flow as a `forward`, for torch.export."""
 
     def __init__(self, flow: nn.Module, name: str) -> None:
         super().__init__()
@@ -670,7 +670,7 @@ def test_flows_are_exported_after_their_first_batch():
 
 
 def replica(module: nn.Module) -> nn.Module:
-    """Makes replicas as DataParallel does: tensors in place of parameters."""
+    """Makes replicas as DataParallel does, with tensors instead of parameters."""
     copies = {part: part._replicate_for_data_parallel() for part in module.modules()}
     for part, copy in copies.items():
         for name, child in part._modules.items():
@@ -783,7 +783,7 @@ def test_images_may_have_any_dtype(library, dtype):
 def test_samples_have_the_dtype_of_the_flow(library, dtype):
     flow = build(library).to(dtype)
     for images in (flow.sample(2), GraphSampler(flow, 2)()):
-        images = images[0] if isinstance(images, tuple) else images  # normflows gives the log-density too
+        images = images[0] if isinstance(images, tuple) else images  # normflows also returns the log-density
         assert images.dtype == dtype
 
 

@@ -1,4 +1,4 @@
-"""Images as numbers of a density: dequantisation, preprocessing, bits per dimension; and back as pictures."""
+"""Dequantisation, preprocessing, bits per dimension, and pictures."""
 
 import itertools
 import math
@@ -142,7 +142,7 @@ class TestUniformDequantization:
             with pytest.raises(ValueError, match=r"whole numbers in 0\.\.255, got 0\.5"):
                 module(wrong)
         module(2 * wrong.ceil())
-        module(wrong)  # a second look would wait for the device again
+        module(wrong)  # a second check would synchronize again
 
     def test_images_of_0_and_1_alone_get_a_warning(self, recwarn):
         x = random_images(2, 1, 4, 4, levels=2)
@@ -195,7 +195,13 @@ class TestUniformDequantization:
             with pytest.raises(RuntimeError, match=r"whole numbers in 0\.\.255"):
                 call(wrong)
         mapped = torch.vmap(lambda image: module(image[None])[0], randomness="different")
-        assert torch.compile(mapped, backend=compiler)(wrong).shape == (3, 1, 1, 2, 2)  # where nothing can be checked
+        assert torch.compile(mapped, backend=compiler)(wrong).shape == (
+            3,
+            1,
+            1,
+            2,
+            2,
+        )  # nothing can be checked under vmap
 
     def test_middle(self):
         x = random_images(2, 1, 4, 4, levels=7)
@@ -263,7 +269,7 @@ class TestPreprocessing:
 
     @pytest.mark.parametrize("alpha", [1e-6, 0.05])
     def test_logit_near_the_ends(self, alpha):
-        """In float32 as in float64, at 0, at 1 and as near as float32 comes."""
+        """float32 agrees with float64 at 0, at 1 and as near as float32 gets."""
         x = torch.tensor([0, 1e-45, 2**-24, 1e-6, 1e-3, 0.5, 0.999, 1 - 1e-6, 1 - 2**-24, 1.0])[:, None]
         y, log_abs_det = Logit(alpha)(x)
         exact = x.double()
@@ -277,7 +283,7 @@ class TestPreprocessing:
         torch.testing.assert_close(inverse_log_abs_det, -log_abs_det, rtol=1e-6, atol=1e-6)
 
     def test_logit_of_any_latent(self):
-        """Samples may be anywhere on the real line."""
+        """Samples may be any real numbers."""
         y = torch.tensor([[-1e6, -200.0, 0.0, 200.0, 1e6]]).T.requires_grad_()
         x, log_abs_det = Logit().inverse(y)
         torch.testing.assert_close(x.detach(), torch.tensor([[0.0, 0, 0.5, 1, 1]]).T, rtol=0, atol=2e-6)
@@ -287,7 +293,7 @@ class TestPreprocessing:
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
     def test_half_precision(self, preprocessing, dtype):
-        """Computed in float32, rounded once."""
+        """It is computed in float32 and rounded once."""
         x = (torch.randint(1, 128, (2, 1, 200, 100)) / 128).to(dtype)
         for function, input in ((preprocessing, x), (preprocessing.inverse, preprocessing(x)[0])):
             output, log_abs_det = function(input)
@@ -314,7 +320,7 @@ class TestPreprocessing:
 
 
 class Categorical:
-    """Independent pixels with known probabilities, as the density of y that is constant on each cell.
+    """Independent pixels with known probabilities, as a density of y that is constant on each cell.
 
     Attributes:
         probabilities: [levels, C, H, W].
@@ -333,11 +339,11 @@ class Categorical:
         return self.log_prob((self.levels * y).floor()) + y[0].numel() * math.log(self.levels)
 
     def entropy(self):
-        """Returns the entropy in bits for each number."""
+        """Returns the entropy in bits per dimension."""
         return scipy.stats.entropy(self.probabilities.numpy(), base=2, axis=0).mean()
 
     def images(self):
-        """Returns all images."""
+        """Returns all possible images."""
         values = itertools.product(range(self.levels), repeat=math.prod(self.size))
         return torch.tensor(list(values), dtype=torch.float64).view(-1, *self.size)
 
@@ -348,11 +354,11 @@ class TestBitsPerDim:
         """The expectation over all images is the entropy, through any preprocessing."""
         model = Categorical(4, 2, 1, 2)
         dequantization = UniformDequantization(4)
-        # In these the ends of [0, 1] stay inside.
+        # These keep the ends of [0, 1] inside.
         preprocessing = [PREPROCESSING[name] if name != "affine" else Affine(0.9, 0.05) for name in steps]
 
         def log_density_of_latent(z):
-            # The density of the latent by itself: what is known about y, times |dy/dz| by autograd.
+            # The density of the latent: the known density of y times |dy/dz| by autograd.
             z = z.detach().requires_grad_()
             y = z
             for module in reversed(preprocessing):
@@ -397,7 +403,7 @@ class TestImportanceWeightedBound:
         return (2 * y).log().flatten() + log_abs_det
 
     def bound(self, num_samples, repeats):
-        """Its mean and the standard error of that, over repeats."""
+        """Returns its mean and standard error over repeats."""
         x = torch.tensor([0.0, 1.0]).double().repeat_interleave(repeats).view(-1, 1, 1, 1)
         values = importance_weighted_bound(self.log_prob, x, num_samples).view(2, repeats)
         return values.mean(1), values.std(1) / repeats**0.5
@@ -412,12 +418,12 @@ class TestImportanceWeightedBound:
         torch.testing.assert_close(mean, self.EXACT, rtol=0, atol=0.01)
 
     def test_one_sample_is_the_plain_bound(self):
-        """E log(2 y) over the cell of 0 is -1, by hand, and log_abs_det is -log 2."""
+        """E log(2 y) over the cell of 0 is -1, and log_abs_det is -log 2."""
         mean, error = self.bound(1, 20000)
         assert abs(mean[0] + 1 + math.log(2)) < 4 * error[0]
 
     def test_mean_of_probabilities(self):
-        """Where the probabilities themselves are below the smallest float."""
+        """Also if the probabilities are below the smallest float."""
         samples = torch.tensor([-1e5, 3.0, -math.inf]) + 10 * torch.randn(7, 3)
         calls = iter(samples)
         actual = importance_weighted_bound(lambda images: next(calls), torch.zeros(3, 1, 1, 1), 7)

@@ -1,4 +1,4 @@
-"""The package reaches for no network, starts no program, writes into its cache alone; its modules import downward."""
+"""The package uses no network, starts no program, writes only to its cache; its modules import downward."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import nflows_kconv
 
 ROOT = Path(__file__).parent.parent
 
-# An audit hook sees what Python does; what a library does below Python, the files that are there afterwards.
+# An audit hook sees Python's operations; files that exist afterwards show those of libraries.
 CHILD = """
 import os, sys
 
@@ -90,29 +90,29 @@ def test_no_network_no_program_no_file(tmp_path: Path):
         "NFLOWS_KCONV_CACHE": str(tmp_path / "cache"),
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
     }
-    # -B: Python's own compiled modules are no files of the package.
+    # -B: Python's bytecode files do not count.
     command = [sys.executable, "-B", "-c", CHILD]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
 def test_every_module_is_what_its_name_gives():
-    """`import nflows_kconv.X as x` takes the attribute X of the package, which a function of that name would hide."""
+    """`import nflows_kconv.X as x` reads the attribute X of the package, which a function of that name would hide."""
     for _, name, _ in pkgutil.walk_packages(nflows_kconv.__path__, "nflows_kconv."):
-        if name != "nflows_kconv._native":  # which is loaded by torch
+        if name != "nflows_kconv._native":  # loaded by torch
             package, _, attribute = name.rpartition(".")
             assert importlib.import_module(name) is getattr(sys.modules[package], attribute), name
 
 
 def test_modules_import_from_their_own_line_of_the_tree_or_below():
-    """The tree in CONTRIBUTING.md, which has every module."""
+    """Checks the tree in CONTRIBUTING.md, which lists every module."""
     tree = re.search(r"^nflows_kconv/\n((?:  .+\n)+)", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)[1]
     lines = [line.split("   ")[0].split() for line in re.findall(r"^  (\w.*)", tree, re.MULTILINE)]
     levels = {name.rstrip("/"): level for level, names in enumerate(lines) for name in names}
     imported: dict[str, set[str]] = {}
     for path in (ROOT / "nflows_kconv").rglob("*.py"):
         module = path.relative_to(ROOT / "nflows_kconv").parts[0].removesuffix(".py")
-        if not module.startswith("__"):  # the package itself, and its command
+        if not module.startswith("__"):  # not the package itself or its command
             imported.setdefault(module, set()).update(_imported(path))
     assert imported.keys() == levels.keys()
     wrong = {(module, name) for module, names in imported.items() for name in names if levels[name] < levels[module]}
@@ -120,7 +120,7 @@ def test_modules_import_from_their_own_line_of_the_tree_or_below():
 
 
 def _imported(path: Path) -> set[str]:
-    """Returns the modules of the package that a file imports, those of a package in it by its name."""
+    """Returns the modules of the package that a file imports; modules of a subpackage count as the subpackage."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):

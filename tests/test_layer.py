@@ -1,4 +1,4 @@
-"""The layer: its weight, its log-determinants, where it starts, and that nothing done to it breaks it."""
+"""The layer: weight, log-determinants, initialization, and everything that may happen to it."""
 
 import copy
 import io
@@ -37,7 +37,7 @@ LAYERS = {1: InvertibleConv1d, 2: InvertibleConv2d, 3: InvertibleConv3d}
 
 
 def trained(layer: InvertibleConv2d, seed: int = 0) -> InvertibleConv2d:
-    """Returns the layer with parameters far from where they start, masked entries included."""
+    """Returns the layer with parameters far from their initial values, including masked entries."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in layer.parameters():
@@ -59,7 +59,7 @@ def jacobian_log_abs_det(function, input: torch.Tensor) -> torch.Tensor:
 
 
 def check(layer: InvertibleConv2d) -> None:
-    """Asserts that weight, outputs and log-determinants are those of the parameters, with gradients on and off."""
+    """Asserts that weight, outputs and log-determinants follow from the parameters, with gradients on and off."""
     parameters = {name: parameter.detach().cpu() for name, parameter in layer.named_parameters()}
     log_diagonal = parameters.get("log_diagonal", torch.zeros(layer.num_channels))
     weight = oracles.effective(parameters["raw_weight"], layer.corners)
@@ -97,7 +97,7 @@ def test_any_layer_any_image(case: Case, backend: str, device: str):
     assert log_det.shape == (case.batch,)
     assert log_det.dtype == torch.promote_types(case.dtype, torch.float32)
     shift = 0 if layer.bias is None else case.of_channels(layer.bias.detach().cpu().double())
-    if case.dtype not in oracles.HALF_PRECISION:  # the bias makes for a second rounding
+    if case.dtype not in oracles.HALF_PRECISION:  # the bias adds a second rounding
         assert_close(output, oracles.conv(input, layer.weight.detach(), case.corners, case.dilation) + shift)
         assert_close(layer.inverse(output)[0], input, factor=4)
 
@@ -146,7 +146,7 @@ def test_bias_is_a_constant_of_each_channel(backend: str, device: str):
     assert_close(case.inverse(output, weight, bias), input)
 
 
-# What happens to layers in use. Each event takes a layer and returns the one to go on with.
+# Events in the life of a layer. Each takes a layer and returns the one to continue with.
 
 
 def _steps(optimizer_class, **options):
@@ -171,7 +171,7 @@ def _in_place(layer: InvertibleConv2d) -> InvertibleConv2d:
 
 
 def _in_place_unseen(layer: InvertibleConv2d) -> InvertibleConv2d:
-    """Changes the values, but neither the address nor the version of the tensors."""
+    """Changes the values of the tensors but not their address or version."""
     for parameter in layer.parameters():
         parameter.data *= 0.9
     return layer
@@ -258,7 +258,7 @@ def test_events_leave_a_layer_whole(event, options: dict, device: str):
 
 
 def test_a_file_takes_nothing_that_belongs_to_a_device():
-    """torch.load maps the tensors of a pickled module elsewhere, from where `to_empty` brings none of them back."""
+    """torch.load may map the tensors of a pickled module to a device from which `to_empty` cannot restore them."""
     layer = InvertibleConv2d(4)
     expected, file = layer(torch.ones(1, 4, 3, 3))[0], io.BytesIO()
     torch.save(layer, file)
@@ -295,7 +295,7 @@ def test_half_precision_layers(dtype: torch.dtype, backend: str, device: str):
     assert output.dtype == dtype
     assert log_det.dtype == torch.float32
     weight = layer.weight.detach().to("cpu", torch.float64)
-    oracles.set_diagonal(weight, CORNERS, layer.log_diagonal.detach().cpu().double().exp())  # not rounded on its way
+    oracles.set_diagonal(weight, CORNERS, layer.log_diagonal.detach().cpu().double().exp())  # not rounded in between
     assert_close(output, oracles.conv(input, weight, CORNERS))
     assert_close(layer.inverse(input)[0], oracles.solve(input, weight, CORNERS))
 
@@ -343,7 +343,7 @@ class Operators(TorchDispatchMode):
 @pytest.mark.parametrize("diagonal", ["unit", "learned"])
 @pytest.mark.parametrize("dimensions", LAYERS)
 def test_a_direction_alone_is_one_operator(dimensions: int, diagonal: str, device: str):
-    """The weight is not computed: the operator takes the raw one. A convolution looks at a learned diagonal first."""
+    """The operator takes the raw weight and computes no other. A convolution first checks a learned diagonal."""
     layer = trained(LAYERS[dimensions](8, diagonal=diagonal, bias=True)).to(device)
     input = images(layer, size=(3, 4, 2)[:dimensions])
     expected = {"conv": layer(input)[0], "solve": layer.inverse(input)[0]}
@@ -387,7 +387,7 @@ def test_a_hundred_layers_invert_to_rounding(options: dict, backend: str, device
         assert not torch.allclose(output, input, atol=0.1)
         for layer in reversed(layers):
             output = layer.inverse(output)[0]
-    # 200 roundings of either sign on the way
+    # 200 roundings of either sign
     assert_close(output, input)
 
 
@@ -425,7 +425,7 @@ def test_layers_work_in_a_sequence_of_modules(device: str):
     assert_close(layers[0].inverse(layers[1].inverse(output)[0])[0], input)
 
 
-# layer.weight, which is computed
+# The computed layer.weight
 
 IN_PLACE = {
     "init": lambda layer: nn.init.normal_(layer.weight),

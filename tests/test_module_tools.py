@@ -1,4 +1,4 @@
-"""What people do to modules before and during training holds inside flows of both libraries, in both directions."""
+"""Tools for modules work inside flows of both libraries, in both directions."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FORMS = {
     "classes": dict(num_classes=3),
 }
 
-# Modules whose methods the host library, or nobody, calls in place of the module itself.
+# Modules that the host library calls by methods, or nobody calls.
 _NEVER = {nn.ModuleList, nflows_kconv.nflows._TransformContext}
 AROUND = {
     ("nflows", "log_prob"): _NEVER | {nflows.distributions.Distribution},  # but the flow, which is one
@@ -48,7 +48,7 @@ AROUND = {
 
 
 def build(library: str, **options) -> nn.Module:
-    """Returns a flow whose layers are off the identity, in float64 and evaluation mode."""
+    """Returns a flow with layers away from the identity, in float64 and evaluation mode."""
     torch.manual_seed(0)
     flow = LIBRARIES[library]((1, 8, 8), 2, 1, hidden_channels=4, **options).double().eval()
     with torch.no_grad():
@@ -62,7 +62,7 @@ def images() -> Tensor:
 
 
 def results(flow: nn.Module, library: str) -> list[Tensor]:
-    """Returns results of both directions, and a gradient."""
+    """Returns results of both directions and a gradient."""
     torch.manual_seed(2)
     density = flow.log_prob(images())
     gradients = torch.autograd.grad(density.mean(), [each for each in flow.parameters() if each.requires_grad])
@@ -134,7 +134,7 @@ TOOLS = {
 @pytest.mark.parametrize("tool", TOOLS)
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning", "ignore:.*nonzero entries")
 def test_tools_that_compute_parameters(library: str, tool: str):
-    """The flow is then that of the parameters computed, before and after a step of training, and after a file."""
+    """The flow uses the computed parameters, before and after a training step, and after loading."""
     flow = build(library, diagonal="learned")
     before = results(flow, library)
     TOOLS[tool](flow)
@@ -211,7 +211,7 @@ def test_data_parallel_on_the_cpu_is_the_module(library: str):
 
 
 def test_the_core_layer_in_a_flow_of_nflows():
-    """It takes a context, which it ignores."""
+    """It takes a context and ignores it."""
     flow = nflows.flows.Flow(
         nflows.transforms.CompositeTransform(
             [InvertibleConv2d(4), nflows.transforms.InverseTransform(InvertibleConv2d(4))]

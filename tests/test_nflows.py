@@ -1,4 +1,4 @@
-"""The adapter for nflows: what nflows asks of a transform, and work inside its containers and flows."""
+"""The adapter for nflows: the contract of a transform, and use inside its containers and flows."""
 
 import re
 
@@ -26,14 +26,14 @@ import nflows_kconv
 from nflows_kconv.nflows import InvertibleConv1x1, InvertibleConv2d
 from nflows_kconv.testing import check_transform, strategies
 
-# nflows' 1x1 convolution inverts with it.
+# nflows' 1x1 convolution uses it to invert.
 pytestmark = pytest.mark.filterwarnings("ignore:torch.triangular_solve is deprecated")
 
 SHAPE = (4, 4, 2)  # of an image
 
 
 class ContextNet(nn.Module):
-    """A coupling's network, which sees the context."""
+    """A coupling's network that takes the context."""
 
     def __init__(self, in_channels, out_channels):
         super().__init__()

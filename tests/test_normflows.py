@@ -1,4 +1,4 @@
-"""The adapter for normflows: its own test of a flow, work inside its models, and exchange with nflows."""
+"""The adapter for normflows: normflows' own test of a flow, use inside its models, and exchange with nflows."""
 
 import inspect
 import re
@@ -22,7 +22,7 @@ from nflows_kconv.flows import steps
 from nflows_kconv.normflows import GlowBlock, InvertibleConv1x1, InvertibleConv2d
 from nflows_kconv.testing import check_transform, strategies
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.lu is deprecated")  # normflows' 1x1 convolution
+pytestmark = pytest.mark.filterwarnings("ignore:torch.lu is deprecated")  # from normflows' 1x1 convolution
 
 SHAPE = (4, 4, 2)  # of an image
 
@@ -55,7 +55,7 @@ def seeded():
 def flow(request):
     flow = scatter(request.param())
     with torch.no_grad():
-        flow(images(8))  # ActNorm looks at its first batch
+        flow(images(8))  # initialises ActNorm
     return flow
 
 
@@ -112,7 +112,7 @@ def test_glow_block_rejects_channels_that_do_not_divide_before_any_work():
 
 
 def multiscale(num_classes=None):
-    """Builds two levels with GlowBlocks on images [4, 4, 2]; the data's end is a bare layer, before any squeeze."""
+    """Builds two levels with GlowBlocks on images [4, 4, 2], with a bare layer next to the data, before any squeeze."""
     bases = [nf.distributions.GlowBase(shape, num_classes) for shape in ((8, 2, 1), (2, 4, 2))]
     flows = [
         [GlowBlock(8, 8), GlowBlock(8, 8, corners="TL"), nf.flows.Squeeze()],
@@ -168,7 +168,7 @@ def test_reverse_kld():
 
 
 class Encoder(nn.Module):
-    """Mean and log-scale of an image's pixels for each context, side by side in the last dimension."""
+    """Returns mean and log-scale of an image's pixels per context, concatenated in the last dimension."""
 
     def __init__(self):
         super().__init__()

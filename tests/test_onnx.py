@@ -1,4 +1,4 @@
-"""ONNX: what onnxruntime computes of exported layers and flows is what torch computes, at any size."""
+"""ONNX: onnxruntime computes the same results as torch for exported layers and flows, at any size."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from nflows_kconv import (
 from nflows_kconv.onnx import translation_table
 from nflows_kconv.torch_internals import tree_leaves
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*treespec:FutureWarning")  # torch's own
+pytestmark = pytest.mark.filterwarnings("ignore:.*treespec:FutureWarning")  # from torch
 
 
 class Calls(nn.Module):
-    """What several functions give for the same arguments."""
+    """Several functions of the same arguments."""
 
     def __init__(self, module: nn.Module, *functions: Callable[..., Any]) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ def test_layers_of_images_of_any_size(build: Callable[[], Any]):
 
 
 def is_small(case: Case) -> bool:
-    """Whether a case is of what onnxruntime has on a CPU, and without what makes exports slow: many groups."""
+    """Returns whether onnxruntime supports a case on a CPU, and it has few groups, because many make exports slow."""
     supported = case.dimensions > 1 and case.dtype in (torch.float32, torch.float16)
     return (
         supported and 0 not in case.input_shape and case.batch <= 9 and len(case.corners) <= 6 and case.per_group < 50
@@ -98,7 +98,7 @@ def is_small(case: Case) -> bool:
 
 
 class Solutions(nn.Module):
-    """Those of several cases, of every other one the transposed."""
+    """Solutions of several cases, transposed for every other one."""
 
     def __init__(self, cases: Sequence[Case]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The build backend: what it asks for, what it compiles with, what it does where it cannot."""
+"""The build backend: its requirements, compiler flags, and behaviour if it cannot build."""
 
 import json
 import re
@@ -32,7 +32,7 @@ def executable(path, script):
 
 
 def install_torch(directory, version):
-    """Installs as much of a torch as can be found without importing it."""
+    """Installs the parts of torch that the build finds without importing it."""
     (directory / "torch" / "include").mkdir(parents=True)
     metadata = directory / f"torch-{version}.dist-info" / "METADATA"
     metadata.parent.mkdir()
@@ -42,7 +42,7 @@ def install_torch(directory, version):
 
 @pytest.fixture
 def compiler(monkeypatch, tmp_path):
-    """Returns a compiler that knows its version and writes what it is asked for."""
+    """Returns a fake compiler that reports a version and writes the requested file."""
     script = 'if [ "$1" = --version ]; then echo "cc 1.0"; echo more; else echo "$@" >> "$0.log"; fi'
     path = executable(tmp_path / "bin" / "mycc", script)
     monkeypatch.setenv("CXX", str(path))
@@ -51,7 +51,7 @@ def compiler(monkeypatch, tmp_path):
 
 @pytest.fixture
 def buildable(monkeypatch, compiler, tmp_path):
-    """Returns a machine that could build, with no torch but those a test installs in the directory."""
+    """Fakes a machine that can build, with only the torch that a test installs in the directory."""
     monkeypatch.delenv("NFLOWS_KCONV_BUILD", raising=False)
     monkeypatch.setattr(environment.sysconfig, "get_config_var", lambda name: None)
     directory = tmp_path / "site"
@@ -100,7 +100,7 @@ class TestSearchPath:
 
     @pytest.mark.parametrize("system_packages", [False, True])
     def test_virtual_environment(self, monkeypatch, system_packages):
-        """As `site` leaves it in a virtual environment with and without the system's packages."""
+        """Covers `site` in virtual environments with and without the system's packages."""
         monkeypatch.setattr(sys, "path", [])
         monkeypatch.setattr(sys, "base_prefix", "/system")
         monkeypatch.setattr(site, "PREFIXES", ["/venv", "/system"] if system_packages else ["/venv"])

@@ -43,7 +43,7 @@ every_small_case = pytest.mark.parametrize("case", SMALL.values(), ids=SMALL.key
 
 
 def layer_of(case: Case, **options: Any) -> PeriodicConv:
-    """Makes a layer for the images of a case, one group for each corner; options not given vary with the case."""
+    """Makes a layer for the images of a case, one group per corner; options not given vary with the case."""
     random = Random(repr(case))
     scale = random.choice((-1, 1)) * 10.0 ** random.randint(-3, 3)
     drawn = dict(
@@ -55,13 +55,13 @@ def layer_of(case: Case, **options: Any) -> PeriodicConv:
     kernel_size = tuple(map(min, case.kernel_size, case.size))
     layer = LAYERS[case.dimensions](case.channels, kernel_size, **drawn | options)
     scattered(layer, scale)
-    if random.random() < 0.3:  # one channel comes up to the bound
+    if random.random() < 0.3:  # one channel reaches the bound
         nn.init.constant_(layer.raw_weight, scale)
     return layer.to(case.dtype)
 
 
 def scattered(layer: PeriodicConv, size: float = 0.3, seed: int = 0) -> PeriodicConv:
-    """Returns the layer with a weight of a size; biases of that size would carry half precision beyond its range."""
+    """Returns the layer with a weight of a given size; biases of that size would overflow half precision."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in layer.named_parameters():
@@ -72,7 +72,7 @@ def scattered(layer: PeriodicConv, size: float = 0.3, seed: int = 0) -> Periodic
 
 @over_cases()
 def test_layers_are_dense_matrices(case: Case, device: str):
-    """Both directions and log-determinants; the singular values stay in bounds; and it is torch's convolution."""
+    """Checks both directions, log-determinants, bounds of singular values, and torch's convolution."""
     if not 0 < case.unknowns <= 400:
         return
     layer, input, size = layer_of(case).to(device), case.input(device), case.size
@@ -113,7 +113,7 @@ def test_layers_are_dense_matrices(case: Case, device: str):
 
 
 def test_the_bound_is_reached():
-    """A multiple of the identity: the singular values are 1 - r, and there is no smaller bound."""
+    """For a multiple of the identity the singular values are 1 - r, so no smaller bound exists."""
     layer = PeriodicConv1d(1, 1, max_inverse_gain=4).double()
     nn.init.constant_(layer.raw_weight, -1000.0)
     assert layer.solve(torch.ones(1, 1, 5, dtype=torch.float64)).flatten().tolist() == [pytest.approx(4)] * 5
@@ -130,7 +130,7 @@ def test_the_weight_is_computed_once_a_call(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize("dimensions", LAYERS)
 def test_every_convolution_is_an_operator(dimensions: int):
-    """Derivatives of any order included: a GPU would compute torch's own in TF32, if asked or not."""
+    """Also in derivatives of any order: a GPU would compute torch's own in TF32."""
     layer, input = LAYERS[dimensions](4, groups=2), torch.randn(2, 4, *(5, 4, 3)[:dimensions])
 
     def second(input: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
@@ -234,14 +234,14 @@ def test_starts_close_to_the_identity(options: dict):
     assert log_det.abs().max() < 0.01 * input[0].numel()
     limit = copy.deepcopy(layer)
     limit.max_inverse_gain = 1e9
-    assert torch.equal(layer.weight, limit.weight)  # without need of its bound
+    assert torch.equal(layer.weight, limit.weight)  # its bound is inactive
 
 
 # Files
 
 
 def test_the_weight_can_be_assigned_and_loaded():
-    """As torch's circular convolution saves it; and no file of another layer is taken for one of this."""
+    """Also as saved by torch's circular convolution; files of other layers are refused."""
     for options in ({}, dict(diagonal="learned", bias=True)):
         layer, other, loaded = (scattered(PeriodicConv2d(4, (3, 2), **options), 0.02, seed) for seed in range(3))
         state_dict = {name: value for name, value in layer.state_dict().items() if name == "bias"}
@@ -344,7 +344,7 @@ def _as_called(module: Any, input: Tensor, inverse: bool) -> tuple[Tensor, Tenso
     return module.inverse(input) if inverse else module(input)
 
 
-# How a library builds the layer for a shape, and how it convolves or solves.
+# Builders of the layer for a shape, and functions that convolve or solve, by library.
 LIBRARIES: dict[Any, tuple[Callable[[Any, tuple[int, ...]], nn.Module], Callable[..., tuple[Tensor, Tensor]]]] = {
     nflows_kconv.nflows: (lambda cls, shape: cls(shape[0], bias=True), _as_called),
     nflows_kconv.normflows: (

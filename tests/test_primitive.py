@@ -29,8 +29,8 @@ def test_oracles_agree(case: Case):
         assert not matrix.triu(1).any()
 
 
-# With a bias: half precision rounds once, bias included. An output that was rounded before its bias was added is off by
-# up to all of its value. Gradients, round trips and most other properties have none.
+# With a bias, half precision must still round once: rounding before adding the bias could lose the whole value.
+# Gradients, round trips and most other properties have no bias.
 
 
 @over_cases()
@@ -70,7 +70,7 @@ def test_weight_gradient_is_torchs(case: Case, backend: str, device: str):
         if unit_diagonal:
             oracles.set_diagonal(expected, case.corners, torch.zeros(()))
         assert gradient.shape == expected.shape
-        assert_close(gradient, expected, factor=4)  # torch's own sums all pixels of the batch in float32
+        assert_close(gradient, expected, factor=4)  # torch's own gradient sums all pixels of the batch in float32
 
 
 @over_cases()
@@ -274,7 +274,7 @@ LARGE = (
     Case((BL,), per_group=1, batch=20_000, size=(3, 2)),
     Case(("T", "L"), per_group=3, batch=3, size=(17, 16)),
     Case(("NTL", "FBR"), per_group=4, batch=9, kernel_size=(3, 3, 3), size=(6, 7, 8)),
-    # Rows too large for a cache, and kernels higher than a vector has lanes
+    # Rows too large for a cache, and kernels with more rows than a vector has lanes
     Case((BR,), per_group=64, batch=33, size=(20, 24), kernel_size=(5, 2)),
     Case((TL,), per_group=128, batch=17, size=(3, 40), kernel_size=(1, 2)),
     Case((TR,), per_group=1, batch=1, size=(40, 30), kernel_size=(11, 3), dtype=torch.float64),
@@ -339,7 +339,7 @@ def test_the_reference_switches_tf32_off_and_leaves_the_setting(setting: str, ow
 
 @over_cases()
 def test_what_export_leaves_of_a_conv_computes_the_same(case: Case):
-    if case.dimensions == 1 or 0 in case.size:  # torch's convolutions take no image without pixels
+    if case.dimensions == 1 or 0 in case.size:  # torch's convolutions refuse images without pixels
         return
     for transpose in BOTH:
         arguments = case.input(), case.weight(), case.bias(), None, case.stencils, case.steps, False, transpose

@@ -1,4 +1,4 @@
-"""Reversible training: the gradients are the ordinary ones, and the memory does not depend on the number of steps."""
+"""Reversible training: ordinary gradients, in memory independent of the number of steps."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ from nflows_kconv.flows import reversible, steps
 from nflows_kconv.nflows import ReversibleCompositeTransform
 from nflows_kconv.normflows import ReversibleComposite
 
-# nflows' 1x1 convolution inverts with it.
+# nflows' 1x1 convolution uses it to invert.
 pytestmark = pytest.mark.filterwarnings("ignore:torch.triangular_solve is deprecated")
 
 SHAPE = (4, 4, 2)  # of an image
-STEPS = 20  # more than the inputs that are kept, so most steps are undone
+STEPS = 20  # more than the kept inputs, so most steps are undone
 
 
 def smooth_network(inputs: int, outputs: int) -> nn.Sequential:
-    """Builds a network with a continuous derivative, so rounding changes the gradients by rounding."""
+    """Builds a network with a continuous derivative, so rounding changes gradients only by rounding."""
     return nn.Sequential(nn.Conv2d(inputs, 6, 3, padding=1), nn.SiLU(), nn.Conv2d(6, outputs, 1))
 
 
 class ContextNetwork(nn.Module):
-    """For a coupling of nflows."""
+    """A network for a coupling of nflows that takes a context."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ def nflows_step() -> nn.Module:
 def nflows_splines() -> nn.Module:
     def network(inputs: int, outputs: int) -> nn.Module:
         module = ContextNetwork(inputs, outputs)
-        module.hidden_features = 4  # the coupling divides by its square root, in place
+        module.hidden_features = 4  # the coupling divides in place by its square root
         return module
 
     return transforms.PiecewiseRationalQuadraticCouplingTransform([1, 0, 0, 1], network, num_bins=3, tails="linear")
@@ -94,7 +94,7 @@ def normflows_masked() -> nn.Module:
 
 
 class OrdinaryComposite(nf.flows.Composite):
-    """In normflows itself the sum of the log-determinants is in float32, on the CPU."""
+    """A composite that sums log-determinants in their own dtype; normflows' own sums in float32, on the CPU."""
 
     @staticmethod
     def _cascade(inputs, funcs):
@@ -105,7 +105,7 @@ class OrdinaryComposite(nf.flows.Composite):
         return inputs, total
 
 
-# name: a step, and the ordinary and the reversible container.
+# By name: a step, and the ordinary and the reversible container.
 LIBRARIES = {
     "neutral": (neutral_step, steps.Sequence, reversible.Chain),
     "neutral, inverse": (inverse_step, steps.Sequence, reversible.Chain),
@@ -128,7 +128,7 @@ def images(batch: int = 5, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def twins(library: str, steps: int = STEPS, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, nn.Module]:
-    """Builds two stacks with equal parameters, ordinary and reversible, changed and initialised by data."""
+    """Builds two stacks with equal, changed parameters, ordinary and reversible, initialised by data."""
     build, ordinary_class, reversible_class = LIBRARIES[library]
     modules = [build() for _ in range(steps)]
     ordinary = ordinary_class(modules).to(dtype)
@@ -144,7 +144,7 @@ def twins(library: str, steps: int = STEPS, dtype: torch.dtype = torch.float64) 
 def gradients(
     module: nn.Module, inputs: Tensor, *contexts: Tensor, direction: str = "forward", autocast: bool = False
 ) -> dict[str, Tensor]:
-    """Returns gradients of a loss that weighs outputs and log-determinants unevenly, and the results."""
+    """Returns gradients of a loss with uneven weights for outputs and log-determinants, and the results."""
     sources = {"input": inputs.clone().requires_grad_(), **dict(module.named_parameters())}
     function = module if direction == "forward" else module.inverse
     with torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext():
@@ -175,13 +175,13 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 def peak_bytes(module: nn.Module, inputs: Tensor, direction: str = "forward") -> int:
-    """Returns a training step's memory without the gradients of the parameters."""
+    """Returns the peak memory of a training step, without the gradients of the parameters."""
 
     def train() -> None:
         outputs, log_abs_det = getattr(module, direction)(inputs)
         (outputs.sum() + log_abs_det.sum()).backward()
 
-    train()  # what libraries allocate once
+    train()  # lets libraries allocate what they allocate once
     module.zero_grad()
     return memory.peak_growth(train, inputs.device.type) - sum(parameter.nbytes for parameter in module.parameters())
 
@@ -227,7 +227,7 @@ def test_gradients_stay_right_where_inverses_explode(monkeypatch):
     expected = gradients(steps.Sequence(modules), inputs)
     assert error(gradients(reversible.Chain(modules), inputs), expected) < 1e-5
     monkeypatch.setattr(reversible, "_is_close", lambda *arguments: True)
-    assert error(gradients(reversible.Chain(modules), inputs), expected) > 1e-4  # else this tests nothing
+    assert error(gradients(reversible.Chain(modules), inputs), expected) > 1e-4  # otherwise this tests nothing
 
 
 @pytest.mark.parametrize(
@@ -301,7 +301,7 @@ def test_contexts_get_gradients():
 
 
 class AddedContext(nn.Module):
-    """A network with a second argument, by name."""
+    """A network with a second, named argument."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -312,7 +312,7 @@ class AddedContext(nn.Module):
 
 
 class Shifted(nn.Module):
-    """A coupling of no library, whose directions are called otherwise."""
+    """A library-independent coupling with other method names."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -330,7 +330,7 @@ class Shifted(nn.Module):
 
     def _computed(self, x, context):
         classes, values = context
-        # The network's context has a history where gradients are recorded, and none where the step is undone.
+        # The network's context has an autograd history when gradients are recorded, but not when the step is undone.
         log_scale, shift = self.net(x[:, :2], context=values.mean(1) * (1 + classes[:, None])).chunk(2, 1)
         return 0.1 * log_scale.tanh(), shift
 
@@ -350,7 +350,7 @@ def test_contexts_of_several_tensors_and_handwritten_steps():
         found.append(torch.autograd.grad(loss, [inputs, values, *modules.parameters()]))
     for actual, expected in zip(*found, strict=True):
         torch.testing.assert_close(actual, expected)
-    assert all(calls.count(module.net.image) == 2 + 1 for module in modules)  # and once in the ordinary way
+    assert all(calls.count(module.net.image) == 2 + 1 for module in modules)  # plus one ordinary evaluation
 
 
 def ordinary_cascade(inputs, modules, context):
@@ -477,9 +477,11 @@ def test_sharding_around_the_steps_trains_and_of_each_step_is_refused(tmp_path):
         distributed.destroy_process_group()
 
 
-@pytest.mark.filterwarnings("ignore")  # of torch.compile, about its graph breaks
+@pytest.mark.filterwarnings("ignore")  # torch.compile warns about graph breaks
 def test_torch_compile_breaks_its_graph(monkeypatch):
-    monkeypatch.setattr(reversible, "_KEPT_INPUTS", 1)  # else it takes many steps, which compile slowly, to undo any
+    monkeypatch.setattr(
+        reversible, "_KEPT_INPUTS", 1
+    )  # otherwise many steps, which compile slowly, are needed to undo any
     module = reversible.Chain([steps.AffineCoupling(smooth_network(2, 4)) for _ in range(3)]).double()
     inputs = images()
     results = []
@@ -529,7 +531,7 @@ def test_without_gradients_it_is_the_ordinary_container():
 
 
 class AddNoise(nn.Module):
-    """What can only be undone by who knows the noise."""
+    """A step that can only be undone with the same noise."""
 
     def forward(self, input):
         return input + torch.randn_like(input), input.new_zeros(len(input))
@@ -581,7 +583,7 @@ def test_networks_that_change_whenever_they_are_called_are_refused(normalise):
 )
 @pytest.mark.parametrize("library", ["finc_flow of nflows", "finc_flow of normflows", "nflows", "normflows"])
 def test_a_refusal_leaves_everything_as_it_was(library, refused):
-    """In the flows of `finc_flow`, and beside the libraries' own ActNorm, which replace what ours changes in place."""
+    """Covers flows of `finc_flow` and the libraries' own ActNorm, which replaces tensors that ours changes in place."""
     if library in LIBRARIES:
         build, _, container = LIBRARIES[library]
         module, inputs = container([build(), steps.AffineCoupling(smooth_network(2, 4))]), images(dtype=torch.float32)
@@ -602,7 +604,7 @@ def test_a_refusal_leaves_everything_as_it_was(library, refused):
         for name, value in module.state_dict().items():
             assert torch.equal(value, before[name]), name
         module.eval()
-        call(inputs)  # evaluation, which is let pass, tells nothing about training
+        call(inputs)  # passing in evaluation mode says nothing about training
         module.train()
 
 
@@ -683,4 +685,6 @@ def test_on_a_gpu(monkeypatch):
         ordinary, other = (module.cuda() for module in twins("neutral", count, torch.float32))
         assert error(gradients(other, inputs), gradients(ordinary, inputs)) < 1e-4
         peaks[count] = peak_bytes(other, inputs)
-    assert peaks[64] < 1.05 * peaks[32] + 512 * len(list(other.parameters()))  # blocks are of 512 bytes
+    assert peaks[64] < 1.05 * peaks[32] + 512 * len(
+        list(other.parameters())
+    )  # memory is allocated in blocks of 512 bytes

@@ -1,4 +1,4 @@
-"""Sampling: the flow's own images, with fresh noise and current weights, whether or not a graph replays them."""
+"""Sampling: images equal the flow's own, with fresh noise and current weights, with or without a graph."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SHAPE = (1, 8, 8)
 
 
 class Recording(TorchDispatchMode):
-    """What a CUDA graph is, on the CPU: torch's calls without the Python around them, on the same memory each time."""
+    """A CUDA graph on the CPU: replays torch's calls on the same memory without their Python."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,14 +53,16 @@ class Recording(TorchDispatchMode):
 
 
 class Captures:
-    """Stands for `sampling._capture`, and counts."""
+    """Replaces `sampling._capture` and counts its calls."""
 
     def __init__(self) -> None:
         self.number = 0
 
     def __call__(self, flow: bijection.Bijection, draw: Callable[[], Any], device: torch.device) -> tuple[Any, Any]:
         self.number += 1
-        assert not any(module.training for module in flow.module.modules())  # going back might look at values
+        assert not any(
+            module.training for module in flow.module.modules()
+        )  # returning to training mode might read values
         recording = Recording()
         with torch.random.fork_rng(), recording:
             drawn = draw()
@@ -69,7 +71,7 @@ class Captures:
 
 @pytest.fixture
 def captures(monkeypatch: pytest.MonkeyPatch) -> Captures:
-    """Records on the CPU what would be captured on a GPU."""
+    """Records on the CPU what a GPU would capture."""
     stand_in = Captures()
     monkeypatch.setattr(sampling, "_capture", stand_in)
     monkeypatch.setattr(sampling, "_GRAPH_DEVICE", "cpu")
@@ -78,20 +80,20 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> Captures:
 
 @pytest.fixture(autouse=True)
 def exact_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """TF32 would carry pixels to other values."""
+    """Disables TF32, which would change pixels."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 @pytest.fixture(params=["run", "recorded", pytest.param("captured", marks=pytest.mark.gpu)])
 def place(request: pytest.FixtureRequest) -> Iterator[torch.device]:
-    """Chooses where to sample: on the CPU, there by replaying a recording, on a GPU by replaying a graph."""
+    """Chooses where to sample: on the CPU, on the CPU by a recording, or on a GPU by a graph."""
     if request.param == "recorded":
         request.getfixturevalue("captures")
     yield torch.device("cuda" if request.param == "captured" else "cpu")
 
 
 def scrambled(flow: nn.Module) -> nn.Module:
-    """Moves every parameter, as couplings start as the identity."""
+    """Changes every parameter, because couplings start as the identity."""
     with torch.no_grad():
         for parameter in flow.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -138,7 +140,7 @@ def own_samples(flow: nn.Module, number: int) -> Tensor:
 
 
 def assert_same_images(actual: Tensor, expected: Tensor) -> None:
-    """Asserts that images are equal, except for the few pixels that rounding carries to the next of 256 values."""
+    """Asserts that images are equal, except for a few pixels that rounding moves to the next of 256 values."""
     assert actual.shape == expected.shape
     difference = (actual - expected).abs()
     assert difference.max() <= 1
@@ -175,7 +177,7 @@ def test_every_call_draws_fresh_noise(place: torch.device):
 
 
 def test_moments_are_those_of_a_known_distribution(place: torch.device):
-    """x = mean + scale * z at temperature T has the standard deviation T * scale."""
+    """x = mean + scale * z at temperature T has standard deviation T * scale."""
     flow = normflows.NormalizingFlow(normflows.distributions.DiagGaussian(2), [])
     with torch.no_grad():
         flow.q0.loc.copy_(torch.tensor([[1.0, -2.0]]))
@@ -218,7 +220,7 @@ def test_by_default_as_many_as_a_graph_draws(place: torch.device):
 
 @pytest.mark.parametrize("library", CONDITIONAL)
 def test_images_of_classes(library: str, place: torch.device):
-    """At temperature 0 an image shows its class: the flow's own sample of the class at scale 0."""
+    """At temperature 0 an image is the flow's own sample of its class at scale 0."""
     flow = CONDITIONAL[library]().to(place)
     sampler = GraphSampler(flow, 4)
     labels = torch.tensor([2, 0, 1, 1, 0, 2])
@@ -273,7 +275,7 @@ def test_weights_may_change_between_calls(name: str, place: torch.device):
     optimizer.step()
     assert_current(sampler, flow)
     for parameter in flow.parameters():
-        parameter.data.mul_(1.05)  # which the version counter does not count
+        parameter.data.mul_(1.05)  # not counted as a new version
     assert_current(sampler, flow)
     flow.load_state_dict(scrambled(copy.deepcopy(flow)).state_dict())
     assert_current(sampler, flow)
@@ -281,7 +283,7 @@ def test_weights_may_change_between_calls(name: str, place: torch.device):
 
 def assert_current(sampler: GraphSampler, flow: nn.Module) -> None:
     torch.manual_seed(1)
-    images = sampler()  # before the flow itself is called, which computes pruned weights anew
+    images = sampler()  # before the flow itself runs, which recomputes pruned weights
     torch.manual_seed(1)
     assert_same_images(images, own_samples(flow, 3))
 
@@ -386,7 +388,7 @@ def test_what_layers_cached_in_evaluation_mode_is_dropped():
 
 
 class Handwritten(nn.Module):
-    """A flow that no library knows, conditioned on classes and vectors."""
+    """A hand-written flow, conditioned on classes and vectors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -442,7 +444,7 @@ def test_inverses_in_one_batch_are_those_of_each_layer(channels: int, dtype: tor
 
 
 class Doubled(nn.Module):
-    """A parametrization: half of each entry is stored."""
+    """A parametrization that stores half of each entry."""
 
     def forward(self, half: Tensor) -> Tensor:
         return 2 * half
@@ -547,7 +549,7 @@ def test_several_devices():
 
 
 class CudaDouble:
-    """Stands for what `_capture` takes of torch, and writes down in which order; a failing capture ends as CUDA's."""
+    """Replaces the functions of torch that `_capture` calls and records their order; a capture fails as CUDA's does."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.log: list[str] = []
@@ -632,7 +634,7 @@ def test_what_waits_for_the_gpu_is_refused_and_nothing_breaks():
     )
     flow = flow.cuda()
     flow.sample(2)
-    flow.to("cuda")  # as ActNorm leaves a buffer on the CPU
+    flow.to("cuda")  # because ActNorm leaves a buffer on the CPU
     with pytest.raises(
         RuntimeError, match=r"NormalizingFlow cannot be captured in a CUDA graph: .*synchronizing.*line"
     ):
@@ -674,5 +676,5 @@ def test_autocast_is_captured_without_the_weights_it_caches(where: str):
     before, _ = images()
     scrambled(flow)
     after, expected = images()
-    # Rounding to bfloat16 carries some pixels far.
+    # Rounding to bfloat16 changes some pixels a lot.
     assert (after - expected).abs().mean() < 0.1 * (before - expected).abs().mean()

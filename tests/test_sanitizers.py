@@ -1,4 +1,4 @@
-"""The CPU kernel without torch: no step outside its memory, no undefined behaviour, no race, and the same on arm64."""
+"""The CPU kernel without torch: no access outside its memory, no undefined behaviour, no race, also on arm64."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from build_backend import environment, native_library
 HARNESS = Path(__file__).parent / "sanitizers" / "harness.cpp"
 SOURCES = [*sorted((native_library.SOURCES / "cpu").glob("*.cpp")), HARNESS]
 FLAGS = ("-std=c++17", "-g1", "-pthread", f"-I{native_library.SOURCES}")
-# Checks that take as long to compile as all others: a wrong pointer shows where it is used, as a wrong address.
+# These checks double the compile time, and other sanitizers detect the use of a wrong pointer.
 POINTERS = "-fno-sanitize=pointer-overflow,null"
 
 
 def build(directory: Path, compiler: list[str], machine: str, *options: str) -> Path:
-    """Compiles the harness with these options; skips the test where the compiler does not have them."""
+    """Compiles the harness with these options; skips the test if the compiler lacks them."""
     if platform.system() != "Linux" or not compiler or not shutil.which(compiler[0]):
         pytest.skip(f"needs Linux and a C++ compiler for {machine}")
     empty = directory / "empty.cpp"
@@ -32,8 +32,8 @@ def build(directory: Path, compiler: list[str], machine: str, *options: str) -> 
 
     def compile(source: Path) -> str:
         target = str(directory / f"{source.stem}.o")
-        # Optimising the kernel would take longer than the problems gain by it, and hide what it leaves out; the formula
-        # takes most of their time.
+        # Optimising the kernel would take longer than it saves and would hide removed accesses; the formula takes most
+        # of the time.
         flags = ["-O1" if source == HARNESS else "-O0", *native_library.source_flags(source, machine)]
         subprocess.run([*compiler, *FLAGS, *flags, *options, "-c", str(source), "-o", target], check=True)
         return target
@@ -46,7 +46,7 @@ def build(directory: Path, compiler: list[str], machine: str, *options: str) -> 
 
 
 def solve(harness: list[str], problems: int, threads: int) -> None:
-    """Runs it; the numbers must be right."""
+    """Runs the harness and requires right numbers."""
     done = subprocess.run([*harness, "0", str(problems), str(threads)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-8000:]
     assert done.stdout == f"{problems} problems\n"
@@ -62,7 +62,7 @@ def solve(harness: list[str], problems: int, threads: int) -> None:
 )
 def test_random_problems(tmp_path: Path, sanitizer: tuple[str, ...], problems: int, threads: int):
     harness = build(tmp_path, environment.find_compiler(), platform.machine(), *sanitizer)
-    # The thread sanitizer needs addresses that a randomised layout may take.
+    # The thread sanitizer needs addresses that a randomised layout may occupy.
     fixed_layout = ["setarch", "--addr-no-randomize"] if shutil.which("setarch") else []
     solve([*fixed_layout, str(harness)], problems, threads)
 
@@ -70,5 +70,5 @@ def test_random_problems(tmp_path: Path, sanitizer: tuple[str, ...], problems: i
 def test_random_problems_on_arm64(tmp_path: Path):
     if not shutil.which("qemu-aarch64"):
         pytest.skip("needs qemu-aarch64, which runs programs for arm64")
-    harness = build(tmp_path, ["aarch64-linux-gnu-g++"], "aarch64", "-static", "-O3")  # as it is optimised in wheels
+    harness = build(tmp_path, ["aarch64-linux-gnu-g++"], "aarch64", "-static", "-O3")  # the optimisation of wheels
     solve(["qemu-aarch64", str(harness)], 400, 2)

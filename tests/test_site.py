@@ -1,4 +1,4 @@
-"""The documentation site: builds without a warning, links lead somewhere, nothing is cut, no other host is needed."""
+"""The documentation site: builds without warnings, no dead links, nothing cut off, no other host."""
 
 import html
 import importlib
@@ -25,12 +25,12 @@ import nflows_kconv
 pytest.importorskip("mkdocs", reason="the site needs mkdocs, which needs Python 3.11")
 
 ROOT = Path(__file__).parent.parent
-# What a browser loads by itself, unlike the href of a link.
+# Attributes that a browser loads by itself, unlike the href of a link.
 LOADED = {"img": "src", "script": "src", "iframe": "src", "source": "src", "link": "href", "use": "href"}
 
 
 class Page(HTMLParser):
-    """What a page loads, links to, and can be linked at."""
+    """The resources, links and anchors of a page."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, Page]:
-    """Returns the pages of the built site by their path."""
+    """Returns the pages of the built site by path."""
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -65,7 +65,7 @@ def folder_of(site: dict[Path, Page]) -> Path:
 
 
 def target(page: Path, address: str) -> tuple[Path, str]:
-    """Returns the file and the anchor that an address on a page leads to."""
+    """Returns the file and the anchor of an address on a page."""
     parts = urlsplit(address)
     return ((page.parent / unquote(parts.path)).resolve() if parts.path else page), unquote(parts.fragment)
 
@@ -107,13 +107,13 @@ def test_equations_are_rendered(site: dict[Path, Page]):
     assert 'class="arithmatex"' not in text
 
 
-WIDTHS = (1280, 390)  # of a small screen and of a telephone, in pixels
+WIDTHS = (1280, 390)  # of a small screen and a phone, in pixels
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync --hide-scrollbars --virtual-time-budget=100000 --dump-dom"
 )
-# Shows one page after the other, and lists what is wider than the place that it has.
+# Shows every page and lists elements wider than their container.
 MEASURE = """<!doctype html><body><script>
 async function measure(address, width) {
   const frame = document.createElement("iframe");
@@ -155,7 +155,7 @@ def test_nothing_is_cut(site: dict[Path, Page], tmp_path: Path):
 
 
 def public_names() -> Iterator[set[str]]:
-    """The dotted names of each class and function in an __all__: where it is public, and where it is defined."""
+    """Returns the dotted names of each class and function in an __all__: the public one, and where it is defined."""
     names = [module.name for module in pkgutil.walk_packages(nflows_kconv.__path__, "nflows_kconv.")]
     public_modules = [name for name in names if not re.search(r"\._|internals", name)]
     for module in map(importlib.import_module, ["nflows_kconv", *public_modules]):

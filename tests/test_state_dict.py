@@ -1,4 +1,4 @@
-"""Files: what is saved can be loaded anywhere, what cannot be loaded changes nothing, and what is strange is said."""
+"""State_dicts: saved ones load anywhere, refused ones change nothing, and unusual ones give a warning."""
 
 import copy
 import io
@@ -54,12 +54,12 @@ def through_a_file(state_dict: dict[str, Any]) -> dict[str, Any]:
 
 
 def tensors_alone(layer: nn.Module) -> dict[str, Any]:
-    """Returns what files of earlier versions had that keep no metadata."""
+    """Returns the state_dict as in files of earlier versions without metadata."""
     return {name: value for name, value in layer.state_dict().items() if name != "_extra_state"}
 
 
 def refused(module: nn.Module, state_dict: dict[str, Any], match: str, **options: Any) -> None:
-    """Asserts that loading raises this one error and leaves the module as it was."""
+    """Asserts that loading raises only this error and leaves the module unchanged."""
     before = copy.deepcopy(module.state_dict())
     with pytest.raises(RuntimeError, match=match) as raised:
         module.load_state_dict(state_dict, **options)
@@ -113,7 +113,7 @@ def test_the_metadata_says_what_the_tensors_do_not(options: dict):
 
 @every_layer
 def test_state_dicts_without_metadata(options: dict):
-    """As files of earlier versions in another format have them, or a plain dictionary."""
+    """Files of earlier versions in other formats, and plain dictionaries, have none."""
     layer, other = trained(InvertibleConv2d(4, **options)), InvertibleConv2d(4, **options)
     other.load_state_dict(tensors_alone(layer))
     assert torch.equal(other.weight, layer.weight)
@@ -129,7 +129,7 @@ OTHERS = {
 @pytest.mark.parametrize("saving", CLASSES, ids=lambda each: each.__module__)
 @pytest.mark.parametrize(("options", "message"), OTHERS.values(), ids=OTHERS.keys())
 def test_safetensors_keep_corners_and_dilation(saving: type, options: dict, message: str, tmp_path: Path):
-    save_file(saving(4, 1, **options).state_dict(), tmp_path / "layer")  # whose zeros tell nothing
+    save_file(saving(4, 1, **options).state_dict(), tmp_path / "layer")  # its zeros do not identify the corner
     saved = load_file(tmp_path / "layer")
     InvertibleConv2d(4, 1, **options).load_state_dict(saved)
     refused(InvertibleConv2d(4, 1, corners="BR"), saved, re.escape(message))
@@ -157,7 +157,7 @@ def test_masked_entries_are_ignored_with_a_warning():
 
 
 def test_nothing_is_said_of_ordinary_layers():
-    """Weight decay leaves the masked entries at zero."""
+    """Weight decay keeps masked entries at zero."""
     layer = trained(InvertibleConv2d(4, diagonal="learned"))
     InvertibleConv2d(4, diagonal="learned").load_state_dict(layer.state_dict())
 
@@ -174,7 +174,7 @@ def test_another_bound_is_loaded_with_a_warning(saved: float | None, loading: fl
 
 
 def plain(layer: InvertibleConv2d) -> OrderedDict[str, Tensor]:
-    """Returns what a module with `functional.conv2d` and a parameter `weight` would save."""
+    """Returns the state_dict of a module with `functional.conv2d` and a parameter `weight`."""
     weight = layer.weight.detach() + 0.1 * oracles.masked(layer.raw_weight.shape, layer.corners)
     return OrderedDict(weight=weight) if layer.bias is None else OrderedDict(weight=weight, bias=layer.bias.detach())
 
@@ -187,7 +187,7 @@ def test_plain_weights(options: dict, strict: bool):
     masked = int(oracles.masked(layer.raw_weight.shape, layer.corners).sum())
     with pytest.warns(UserWarning, match=rf"^0\.raw_weight has {masked} nonzero entries"):
         other.load_state_dict(state_dict, strict=strict)
-    assert "0.weight" in state_dict  # the caller's is as it was
+    assert "0.weight" in state_dict  # the caller's dictionary is unchanged
     torch.testing.assert_close(other[0].weight, layer.weight)
     input = torch.randn(2, 8, 5, 5)
     torch.testing.assert_close(
@@ -261,7 +261,7 @@ def test_refused(state_dict: Callable[[], dict[str, Any]], message: str):
     ],
 )
 def test_other_corners_are_known_without_metadata(saved, loading, prefix: str):
-    """What lies at the pivot is zero, and says where the pivot is."""
+    """Zeros at the pivot show where it is."""
     saved_tensors = tensors_alone(trained(InvertibleConv2d(8, corners=saved)))
     state_dict = {prefix + name: value for name, value in saved_tensors.items()}
     layer = InvertibleConv2d(8, corners=loading)
@@ -281,7 +281,7 @@ def test_zeros_that_tell_nothing(raw: Tensor):
 
 @pytest.mark.parametrize("dilation", [1, 2])
 def test_files_from_before_there_was_dilation(dilation: int):
-    """Their metadata has the corners alone, and their layers were not dilated."""
+    """Their metadata has only the corners, and their layers were not dilated."""
     layer, other = trained(InvertibleConv2d(4)), InvertibleConv2d(4, dilation=dilation)
     state_dict = layer.state_dict()
     del state_dict._metadata[""]["dilation"]
@@ -312,7 +312,7 @@ def test_missing_and_further_names_are_torchs_errors():
     assert not other.bias.any()
 
 
-# However the parameters come, the layer is theirs
+# The layer follows the parameters, however they are set
 
 OPTIONS = dict(diagonal="learned", bias=True)
 ADAPTERS: dict[str, Callable[[], nn.Module]] = {
@@ -359,7 +359,7 @@ def fake(build: Callable[[], nn.Module]) -> nn.Module:
 
 
 def emptied(build: Callable[[], nn.Module]) -> nn.Module:
-    """Builds a module with whatever memory held."""
+    """Builds a module with uninitialised memory."""
     module = on_meta(build).to_empty(device="cpu")
     with torch.no_grad():
         for tensor in (*module.parameters(), *module.buffers()):
@@ -415,16 +415,16 @@ def test_nothing_but_the_state_counts(adapter: str, way: str):
         for parameter in source.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what is masked is not zero
+        warnings.simplefilter("ignore")  # masked entries are nonzero
         other = WAYS[way](build, source)
-    both_directions(other)  # the first call sets what it may
+    both_directions(other)  # the first call may initialise
     expected = both_directions(source)
     for actual, value in zip(both_directions(other), expected, strict=True):
         torch.testing.assert_close(actual.float(), value, atol=1e-5, rtol=1e-4)
 
 
 def test_files_of_earlier_versions():
-    """Whose layers had their masks as buffers, which were not saved, and whose ActNorm had a flag of its own."""
+    """Their layers had masks as unsaved buffers, and their ActNorm had another flag."""
     keys = {
         InvertibleConv2d(4, **OPTIONS): ["raw_weight", "log_diagonal", "bias", "_extra_state"],
         steps.ActNorm(4): ["log_scale", "shift", "initialized"],
@@ -441,7 +441,7 @@ def test_emptied_modules_can_be_reset(adapter: str):
         if hasattr(each, "reset_parameters"):
             each.reset_parameters()
     if adapter.startswith("flow of nflows_kconv.normflows"):
-        return  # whose distributions have buffers that nothing resets
+        return  # its distributions have buffers that nothing resets
     assert all(tensor.isfinite().all() for tensor in both_directions(module))
     assert not any(
         norm.initialized and norm.shift.eq(0).all() for norm in module.modules() if isinstance(norm, steps.ActNorm)

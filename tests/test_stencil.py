@@ -1,4 +1,4 @@
-"""Stencils: names, paddings, pivots, masks, and in what order pixels can be solved."""
+"""Stencils: names, padding, pivots, masks, and the order in which pixels can be solved."""
 
 import oracles
 import pytest
@@ -46,7 +46,7 @@ def test_pivot_reads_the_pixel_itself(name: str, kernel_size: tuple[int, ...]):
 
 @every_stencil
 def test_the_schedule_solves_what_is_read_before_what_reads(name: str, kernel_size: tuple[int, ...]):
-    """And its numbers are the smallest: one less in any of them, and a pixel would not wait for one that it reads."""
+    """Its numbers are minimal: with any of them one smaller, a pixel would not wait for one that it reads."""
     (code,) = stencil.parse(name, len(kernel_size))
     lags = stencil.lags(code, kernel_size)
     assert len(lags) == (~oracles.masked((1, 1, *kernel_size), [name])).sum()
@@ -61,8 +61,8 @@ def test_the_schedule_solves_what_is_read_before_what_reads(name: str, kernel_si
         assert tau[axis] == 1 or not waits((*tau[:axis], tau[axis] - 1, *tau[axis + 1 :]))
     assert stencil.is_corner(code) != oracles.is_side(name, len(kernel_size))
     if stencil.is_corner(code):
-        assert set(tau) <= {1}  # none where there is nothing to wait for
-    # Mirrored and transposed in the image, the canonical frame reads where the kernel does.
+        assert set(tau) <= {1}  # empty if there is nothing to wait for
+    # Mirrored and transposed back, the canonical frame reads the same pixels as the kernel.
     marked = torch.zeros(kernel_size)
     marked[oracles.pivot(name, kernel_size)] = 1
     canonical = stencil.canonical(marked, code, len(kernel_size))

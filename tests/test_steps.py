@@ -1,4 +1,4 @@
-"""The neutral steps: log-determinants, round trips, initialisation."""
+"""The library-independent steps: log-determinants, round trips, initialisation."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_the_first_batch_in_training_mode_sets_actnorm(size):
 
 @pytest.mark.parametrize("size", [(4,), (4, 6), (2, 4, 6)])
 def test_squeezing_moves_blocks_of_two_into_channels(size):
-    """A channel of the output is one place in the blocks, the last axis changing fastest, of one channel."""
+    """An output channel is one position in the blocks of one channel, with the last axis fastest."""
     x = torch.randn(3, 2, *size)
     y, _ = steps.Squeeze()(x)
     assert y.shape == (3, 2 * 2 ** len(size), *(number // 2 for number in size))
@@ -107,7 +107,7 @@ def test_squeezing_moves_blocks_of_two_into_channels(size):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_actnorm_of_numbers_far_from_zero(dtype):
-    """Their variance is what float32 loses of the mean of squares."""
+    """float32 would lose their variance in the mean of squares."""
     norm = steps.ActNorm(2)
     x = (torch.randn(40, 2, 8, 8) * torch.tensor([1, 100.0])[:, None, None] + 1e4).to(dtype)
     norm.to(dtype)(x)
@@ -149,7 +149,7 @@ def test_the_buffer_of_actnorm_decides(reset, free, monkeypatch):
     torch.testing.assert_close(norm.shift, set_by_first - 1)
     norm.reset_parameters()
     norm.eval()(x)
-    norm.train().initialized.fill_(True)  # as a copy of another's parameters and buffers does
+    norm.train().initialized.fill_(True)  # as copying another layer's parameters and buffers does
     norm(x)
     assert not norm.shift.any()
 
@@ -163,7 +163,7 @@ def test_actnorm_waits_for_a_batch_with_values():
         torch.func.grad(lambda values: torch.func.functional_call(norm, values, (x,))[0].sum())(parameters)
     norm(x)
     torch.func.grad(lambda values: torch.func.functional_call(norm, values, (x,))[0].sum())(parameters)
-    parameters, buffers = torch.func.stack_module_state([norm, copy.deepcopy(norm)])  # an ensemble in training
+    parameters, buffers = torch.func.stack_module_state([norm, copy.deepcopy(norm)])  # trains an ensemble
     together = torch.func.vmap(lambda *state: torch.func.functional_call(norm, state, (x,))[0])(parameters, buffers)
     torch.testing.assert_close(together, norm(x)[0].expand(2, -1, -1, -1, -1))
     with torch.device("meta"):
@@ -179,7 +179,7 @@ def test_actnorm_waits_for_a_batch_with_values():
 
 
 class OneLook(TorchDispatchMode):
-    """Counts how often values are asked for."""
+    """Counts how often values are read."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -191,7 +191,7 @@ class OneLook(TorchDispatchMode):
 
 
 def test_other_devices_are_asked_once(monkeypatch):
-    """Where each look waits for the device: only the first, and after a change."""
+    """Each read synchronizes, so only the first, and one after a change, is allowed."""
     norm, x = steps.ActNorm(3), torch.randn(9, 3, 4, 4) + 5
     norm(x)
     monkeypatch.setattr(steps, "_LOOKS_ARE_FREE", ())

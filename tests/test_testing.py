@@ -1,4 +1,4 @@
-"""The assertions: sound transforms of every library pass, faults are named, and nothing is left behind."""
+"""The assertions: sound transforms of every library pass, faults are named, and no state changes."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ TRANSFORMS = {
         lambda: nf.flows.Composite([nflows_kconv.normflows.InvertibleConv2d(4), nf.flows.ActNorm((4, 1, 1))]),
         pictures(),
     ),
-    # torch.distributions, and what builds on it
+    # torch.distributions and libraries built on it
     "torch affine": (lambda: tt.AffineTransform(torch.randn(4), torch.randn(4)), vectors()),
     "torch affine of a network's output": (lambda: tt.AffineTransform(nn.Linear(1, 4)(torch.ones(1)), 2.0), vectors()),
     "torch sigmoid, cached": (lambda: tt.SigmoidTransform(cache_size=1), vectors()),
@@ -157,13 +157,13 @@ TRANSFORMS = {
         pictures(),
     ),
     "logit": (images.Logit, pictures().sigmoid()),
-    # Whose Jacobian has another sign in another context
+    # The sign of the Jacobian depends on the context
     "reflection, without inverse": (lambda: Reflection(), vectors(), torch.tensor([1.0, -1.0, 1.0])),
 }
 
 
 class Reflection(nn.Module):
-    """Changes the sign of one feature or not, as the context says."""
+    """Changes the sign of one feature, depending on the context."""
 
     def forward(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         return torch.cat([x[:, :1] * context[:, None], x[:, 1:]], 1), x.new_zeros(len(x))
@@ -223,7 +223,7 @@ def test_sound_transforms_pass_in_other_precisions(name: str, dtype: torch.dtype
 
 
 class Context(nn.Module):
-    """A coupling's network that sees the context."""
+    """A coupling's network that takes the context."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -270,7 +270,7 @@ def test_noise_is_the_same_at_every_replay():
 
 
 class HandWritten(nn.Module):
-    """A layer as Glow codes have it."""
+    """A layer as in Glow implementations."""
 
     def __init__(self, factor: float = 1) -> None:
         super().__init__()
@@ -292,7 +292,7 @@ def test_hand_written_code_is_tested_once_it_is_registered():
         testing.check_transform(HandWritten(2), pictures())
 
 
-# Nothing is left behind
+# No state changes
 
 
 @pytest.mark.parametrize("name", ["nflows ActNorm", "normflows ActNorm", "nflows 1x1, cached", "steps", "layer"])
@@ -335,14 +335,14 @@ def test_frozen_parameters_are_constants():
 
 
 class Wrong(InvertibleConv2d):
-    """The inverse is off by a thousandth in the last pixel."""
+    """A layer whose inverse is off by a thousandth in the last pixel."""
 
     def inverse(self, input: Tensor) -> tuple[Tensor, Tensor]:
         x, log_abs_det = super().inverse(input)
         return x * (1 + 1e-3 * (torch.arange(x.shape[3]) == x.shape[3] - 1)), log_abs_det
 
 
-@pytest.mark.filterwarnings("ignore:raw_weight has")  # the layer ignores what is drawn above its diagonal
+@pytest.mark.filterwarnings("ignore:raw_weight has")  # the layer ignores entries above its diagonal
 @pytest.mark.parametrize("std", [0.1, 0.5, 1.0])
 def test_rounding_is_told_from_errors_however_ill_conditioned(std: float):
     sound, wrong = (layer_class(4, corners="TL", diagonal="learned") for layer_class in (InvertibleConv2d, Wrong))
@@ -351,7 +351,7 @@ def test_rounding_is_told_from_errors_however_ill_conditioned(std: float):
     inputs = pictures(height=7, width=7)
     with torch.no_grad():
         error = (sound.inverse(sound(inputs)[0])[0] - inputs).abs().max()
-    # What the wrong inverse does to the last column is less than what rounding does at std 1.
+    # At std 1 the error of the wrong inverse is smaller than rounding.
     assert (error > 1e-2) == (std == 1.0)
     testing.check_transform(sound, inputs)
     with pytest.raises(AssertionError, match=r"worst at \[\d, \d, \d, 6\]"):
@@ -519,14 +519,14 @@ def test_whole_numbers_count_as_any_where_others_are_taken():
 
 
 def test_integers_are_not_compared_with_the_jacobian_but_by_warning():
-    permutation = fm.PermuteRandom([(4, 3, 2)], seed=1)  # whose parameters are integers, too
+    permutation = fm.PermuteRandom([(4, 3, 2)], seed=1)  # some of its parameters are integers
     for transform in (InvertibleConv2d(4, corners="TL").half(), permutation):
         with pytest.warns(UserWarning, match="not compared with the Jacobian.*got torch.int64") as warned:
             testing.check_transform(transform, torch.arange(24).view(1, 4, 3, 2))
         assert warned[0].filename == __file__
     flow = nflows_kconv.nflows.finc_flow((1, 4, 4), levels=1, steps=1, hidden_channels=4)
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # this one takes no others, and dequantises them
+        warnings.simplefilter("error", UserWarning)  # this transform takes only integers and dequantises them
         testing.check_transform(flow, torch.randint(256, (2, 1, 4, 4), dtype=torch.uint8))
 
 
@@ -538,7 +538,7 @@ def test_a_wrong_log_determinant_of_forward_is_told_as_that():
 
     with pytest.raises(AssertionError, match=r"log .det. of the Jacobian: forward's log-determinants") as failure:
         testing.check_transform(Wrong(4), pictures())
-    assert "  inputs: float32 [2, 4, 4, 2]\n" in str(failure.value)  # too many to be written out
+    assert "  inputs: float32 [2, 4, 4, 2]\n" in str(failure.value)  # too many to print
 
 
 @pytest.mark.parametrize("rebuild", [InvertibleConv2d(4), 3], ids=str)
@@ -555,7 +555,7 @@ def test_tolerances_have_names():
 
 
 class Table(nn.Module):
-    """Adds numbers that the constructor's arguments decide, or not."""
+    """Adds numbers that depend on the constructor's arguments, or not."""
 
     def __init__(self, numbers: Tensor) -> None:
         super().__init__()
@@ -583,7 +583,7 @@ def test_masks_and_constants_need_no_rebuild(numbers: list[float]):
 
 
 class TableInBuffer(nn.Module):
-    """Adds numbers of a buffer that is not persistent."""
+    """Adds numbers in a non-persistent buffer."""
 
     def __init__(self) -> None:
         super().__init__()

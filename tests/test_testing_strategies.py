@@ -1,4 +1,4 @@
-"""The strategies draw what they say, pass the assertions, and shrink to small cases."""
+"""The strategies draw what they promise, pass the assertions, and shrink to small cases."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_well_conditioned_weights_amplify_little(data: st.DataObject, corners: t
     for matrix in oracles.matrices(weight, corners, (side, side)):
         diagonal = matrix.diagonal().abs()
         assert (diagonal >= 0.5).all()
-        assert (matrix.abs().sum(1) <= 1.5 * diagonal + 1e-6).all()  # so that the inverse amplifies 4 times at most
+        assert (matrix.abs().sum(1) <= 1.5 * diagonal + 1e-6).all()  # so the inverse amplifies at most 4 times
 
 
 @given(weight=strategies.weights("ill", corners=("TL",), per_group=2, kernel_size=(2, 2)))
@@ -77,7 +77,7 @@ def test_layers_pass(layer: InvertibleConv2d, images: torch.Tensor):
 
 @pytest.mark.filterwarnings("ignore:torch.lu is deprecated", "ignore:torch.triangular_solve is deprecated")
 @settings(max_examples=5)
-@example(images=strategies.noise((2, 4, 1, 1), 0))  # the smallest that is drawn
+@example(images=strategies.noise((2, 4, 1, 1), 0))  # the smallest draw
 @given(images=strategies.images(channels=4, width=1))
 def test_drawn_images_initialise_the_act_norm_of_a_step(images: torch.Tensor):
     layers = [nflows_kconv.nflows.InvertibleConv2d(4), nt.ActNorm(4), nt.OneByOneConvolution(4)]
@@ -101,7 +101,7 @@ def test_flows_pass(flow: torch.nn.Module, images: torch.Tensor):
 
 
 def any_of(strategy: st.SearchStrategy) -> Any:
-    """Returns what it draws first, not shrunk."""
+    """Returns the first draw, not shrunk."""
     return find(strategy, lambda _: True, settings=settings(database=None, phases=[Phase.generate]))
 
 
@@ -113,7 +113,7 @@ def test_drawing_leaves_torchs_random_numbers_as_they_are():
 
 
 def smallest(strategy: st.SearchStrategy, condition: Callable[[Any], bool]) -> Any:
-    """Returns what it shrinks to, without the help of earlier runs."""
+    """Returns the shrunk example, without using earlier runs."""
     return find(strategy, condition, settings=settings(database=None))
 
 

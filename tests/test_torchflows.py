@@ -1,4 +1,4 @@
-"""The adapter for torchflows: work inside its compositions and flows."""
+"""The adapter for torchflows, inside its compositions and flows."""
 
 import math
 import re
@@ -51,7 +51,7 @@ def test_is_a_bijection_and_the_core_layer():
     bijection = InvertibleConv2d(SHAPE, context_shape=(3,))
     assert isinstance(bijection, Bijection)
     assert isinstance(bijection, nflows_kconv.InvertibleConv2d)
-    # What the constructor of Bijection sets.
+    # Attributes that the constructor of Bijection sets.
     expected = Bijection(SHAPE, (3,))
     for name in ("event_shape", "context_shape", "n_dim"):
         assert getattr(bijection, name) == getattr(expected, name)

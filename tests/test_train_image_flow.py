@@ -1,4 +1,4 @@
-"""The training of image flows: the published formats of data, resuming, several processes, the evaluation."""
+"""Training of image flows: published data formats, resuming, several processes, evaluation."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ def unchanged_generator() -> Iterator[None]:
 
 
 def train(output: Path, steps: int, *arguments: str) -> dict:
-    """Trains in this process; the checkpoint."""
+    """Trains in this process and returns the checkpoint."""
     train_image_flow.main(["--output", str(output), "--training-steps", str(steps), *SMALL, *arguments])
     return torch.load(output / "last.ckpt")
 
 
 def refused(capsys: pytest.CaptureFixture, *arguments: str) -> str:
-    """Returns the one line with which the command refuses the arguments."""
+    """Returns the only line of the command's error."""
     with pytest.raises(SystemExit) as stopped:
         train_image_flow.main([*SMALL, *arguments])
     assert stopped.value.code == 2
@@ -63,7 +63,7 @@ def refused(capsys: pytest.CaptureFixture, *arguments: str) -> str:
 
 
 def scalars(run: Path, name: str) -> dict[int, float]:
-    """Returns a curve that TensorBoard shows."""
+    """Returns a curve from TensorBoard's files."""
     events = EventAccumulator(str(run))
     events.Reload()
     return {event.step: event.value for event in events.Scalars(name)}
@@ -271,7 +271,7 @@ def test_classes_are_needed_for_a_conditional_flow(tmp_path, monkeypatch, capsys
 
 @given(st.data())
 def test_batches_are_a_function_of_seed_and_step(draw):
-    """Each epoch has every image once, whatever the batch size; processes share a batch; any step can be the first."""
+    """Each epoch has every image once for any batch size; processes share a batch; any step can be the first."""
     num_images, share, world_size = (draw.draw(st.integers(1, most)) for most in (9, 4, 3))
     batch_size, first_step = share * world_size, draw.draw(st.integers(0, 2))
 
@@ -298,7 +298,7 @@ def test_epochs_and_seeds_have_orders_of_their_own():
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory) -> Path:
-    """Returns a training of 10 steps without a break."""
+    """Returns an uninterrupted training of 10 steps."""
     run = tmp_path_factory.mktemp("runs") / "whole"
     train(run, 10, "--flip")
     return run
@@ -331,7 +331,7 @@ def test_weights_are_averaged_and_the_learning_rate_warms_up(tmp_path):
     run = tmp_path / "run"
     before = train(run, 2, "--ema-decay", "0.9")
     after = train(run, 3, "--ema-decay", "0.9", "--resume")
-    decay = 3 / 12  # of the third of the averages, (1 + n) / (10 + n) for n = 2
+    decay = 3 / 12  # for the third average, (1 + n) / (10 + n) with n = 2
     for name, average in after["state_dict"].items():
         current = after["current_model_state"][name]
         if average.is_floating_point():
@@ -352,7 +352,7 @@ def test_the_decay_of_averages_grows_to_its_value():
 
 @pytest.fixture
 def ten_seconds_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Returns the time on the clock of the training."""
+    """Replaces the clock of the training."""
     seconds, step = [0], image_flow_training.ImageFlow.training_step
 
     def timed(module: nn.Module, batch: list[Tensor], batch_idx: int) -> Tensor:
@@ -394,7 +394,7 @@ def test_an_early_end_leaves_a_checkpoint_pictures_and_figures(end, whole_run, t
 
 
 class Bar(list):
-    """What a progress bar is told."""
+    """Records the updates of a progress bar."""
 
     def __call__(self, initial: int, **_: Any) -> Bar:
         self.n = initial
@@ -414,7 +414,7 @@ class Bar(list):
 
 @pytest.mark.usefixtures("ten_seconds_a_step")
 def test_the_progress_bar_goes_on_where_the_training_does(tmp_path, monkeypatch):
-    """Steps of before do not count as steps of this part, which would make it look fast."""
+    """Earlier steps do not count for this part, which would make it look fast."""
     run, bar = tmp_path / "run", Bar()
     monkeypatch.setattr(image_flow_training, "tqdm", bar)
     train(run, 2)
@@ -471,7 +471,7 @@ def test_tensorboard_has_the_curves(whole_run):
 
 
 def test_two_processes_train_as_one(whole_run, tmp_path):
-    """A step started by Lightning, whose time is over then, and nine by torchrun."""
+    """Lightning starts one step, whose time then runs out; torchrun starts nine."""
     run = tmp_path / "run"
     script = str(EXAMPLES / "train_image_flow.py")
     common = [script, *SMALL, "--flip", "--output", str(run)]
@@ -528,7 +528,7 @@ def test_nothing_is_overwritten(whole_run, tmp_path, capsys):
 @torch.no_grad()
 @pytest.mark.parametrize("build", FLOWS)
 def test_pictures_of_latents(build):
-    """Continuous data, which are not rounded."""
+    """Covers continuous data, which are not rounded."""
     flow = pkgutil.resolve_name(build)((1, 8, 8), 3, 1, hidden_channels=4, corners="TL", preprocessing=None)
     images, samples = torch.randn(2, 4, 1, 8, 8)
     (latents, _), (fresh, _) = flow.encode(images), flow.encode(samples)
@@ -547,7 +547,7 @@ def test_pictures_of_latents(build):
 
 
 class Known(nn.Module):
-    """2^-8 for each value, but half of it in images of an odd sum; three draws estimate it as 1/2, 1 and 3/2 of it."""
+    """A density of 2^-8 per value, halved for images with an odd sum; three draws estimate 1/2, 1 and 3/2 of it."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Warming up: which layers and inputs it sees, and that it leaves no trace."""
+"""Warm-up: the layers and inputs it sees, and that it changes no state."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nflows_kconv.precompile import differentiate, problems
 
 
 class Squeeze(nn.Module):
-    """Two levels, of which the second one sees another shape; the second layer of the first is run backwards."""
+    """Two levels, the second with another shape; the second layer of the first runs backwards."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ def test_flows_of_normflows_are_called_by_their_density():
 
 
 def test_layers_are_seen_where_libraries_go_around_their_call():
-    """normflows' Reverse calls `forward` of its flow, and torchflows' composition that of its layers."""
+    """normflows' Reverse calls `forward` of its flow, and torchflows' composition calls that of its layers."""
     normflows = pytest.importorskip("normflows")
     from nflows_kconv.normflows import InvertibleConv2d
 
@@ -110,7 +110,7 @@ def test_both_directions_and_their_gradients_run(monkeypatch: pytest.MonkeyPatch
 
 def test_on_the_cpu_nothing_happens():
     warmup(Squeeze(), (2, 4, 4, 4))
-    warmup(Squeeze(), (1, 2, 3))  # not even a look at the shape
+    warmup(Squeeze(), (1, 2, 3))  # does not even check the shape
 
 
 def test_wrong_arguments():
