@@ -1,4 +1,4 @@
-"""Adds the native CPU library and the kernels' sources to what pyproject.toml says."""
+"""Adds the native library and the kernels' sources to pyproject.toml's package."""
 
 import os
 import sysconfig
@@ -16,7 +16,7 @@ NATIVE = "nflows_kconv._native"
 
 
 class Build(build):
-    """Builds in a directory of its own, so nothing of an earlier build can get into a wheel."""
+    """Builds in a separate directory, so nothing of an earlier build gets into a wheel."""
 
     def initialize_options(self) -> None:
         """Sets the defaults of the command's options."""
@@ -26,7 +26,7 @@ class Build(build):
 
 
 class BuildNative(build_ext):
-    """Compiles the native library, or leaves it out: an install never fails for want of it."""
+    """Compiles the native library, or omits it: an install never fails without it."""
 
     def run(self) -> None:
         """Runs the command."""
@@ -35,7 +35,7 @@ class BuildNative(build_ext):
 
 
 class Wheel(bdist_wheel):
-    """Makes a wheel for this platform, or for any if the native library was left out; the same one at every time."""
+    """Makes a reproducible wheel for this platform, or for any platform without the native library."""
 
     def run(self) -> None:
         """Runs the command."""
@@ -46,14 +46,14 @@ class Wheel(bdist_wheel):
         super().run()
 
 
-# setuptools refuses the limited API on free-threaded Python even where there is nothing to compile.
+# setuptools refuses the limited API on free-threaded Python even if there is nothing to compile.
 limited_api = not sysconfig.get_config_var("Py_GIL_DISABLED")
 
 setup(
     packages=[*find_packages(include=["nflows_kconv", "nflows_kconv.*"]), "nflows_kconv.csrc"],
-    # CUDA kernels are compiled when they are first needed, from the sources in the package.
+    # CUDA kernels are compiled when first needed, from the sources in the package.
     package_dir={"nflows_kconv.csrc": "csrc"},
-    # The sources are named in native_library, which compiles them.
+    # native_library lists and compiles the sources.
     ext_modules=[Extension(NATIVE, sources=[], py_limited_api=limited_api)],
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if limited_api else {},
     cmdclass={"build": Build, "build_ext": BuildNative, "bdist_wheel": Wheel},

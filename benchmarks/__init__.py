@@ -1,1 +1,1 @@
-"""What the layer costs, and whether it helps: commands, such as `python -m benchmarks.layer` in the checkout."""
+"""Commands that measure what the layer costs and whether it helps, such as `python -m benchmarks.layer`."""

@@ -1,9 +1,9 @@
-"""Errors of float32 against float64, on the CPU and on another device.
+"""Measures errors of float32 against float64, on the CPU and on another device.
 
-The yardstick is float64 on the CPU, whose own error is 2^-29 of what is measured. An error is the largest one of all
-entries, relative to the largest entry. The layer's initial taps are multiplied by five, so they add about a
-quarter of the signal's standard deviation: nearer the identity, more of the error is the last rounding alone. The
-inverse does not amplify there.
+The baseline is float64 on the CPU, whose own error is 2^-29 of the measured one. An error is the largest one of all
+entries, relative to the largest entry. The layer's initial taps are multiplied by five, so they add about a quarter of
+the signal's standard deviation: closer to the identity, the last rounding would dominate. The inverse does not amplify
+errors there.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def errors(case: Case, device: str) -> dict[str, dict[str, float]]:
 
 
 def ratio(error: dict[str, float]) -> float:
-    """Returns the device's error over the CPU's, which counts as one rounding at least."""
+    """Returns the device's error over the CPU's, which counts as at least one rounding."""
     return error["device"] / max(error["cpu"], ROUNDING)
 
 

@@ -1,8 +1,8 @@
-// Chains of one instruction, each waiting for the one before, for calibration.py.
+// Chains of dependent instructions for calibration.py.
 //
-// How many there are is known at run time alone: so each chain is a loop of its own, between both clocks.
+// The count is known only at run time, so each chain stays a separate loop between both clocks.
 struct Arguments {
-  long long* result;         // cycles, nanoseconds, and a use of what the chain computes
+  long long* result;         // cycles, nanoseconds, and the result of the chain
   unsigned long long chain;  // address of an address of an address ...
   int count;                 // a multiple of kUnrolled
   float factor;
@@ -38,7 +38,7 @@ extern "C" __global__ void multiply_add(const __grid_constant__ Arguments argume
 }
 
 extern "C" __global__ void shuffle(const __grid_constant__ Arguments arguments) {
-  const float own = arguments.factor * threadIdx.x;  // what all lanes have equally is not shuffled
+  const float own = arguments.factor * threadIdx.x;  // lanes differ, so the compiler keeps the shuffles
   measure(arguments, own, [](float& value) { value = __shfl_xor_sync(~0u, value, 1); });
 }
 
@@ -59,7 +59,7 @@ extern "C" __global__ void cached_load(const __grid_constant__ Arguments argumen
   });
 }
 
-// Past the L1 cache: from L2, or from memory where the chain is longer than that holds.
+// Bypasses the L1 cache: loads from L2, or from memory if the chain exceeds L2.
 extern "C" __global__ void load(const __grid_constant__ Arguments arguments) {
   measure(arguments, arguments.chain, [](unsigned long long& value) {
     asm volatile("ld.global.cg.u64 %0, [%0];" : "+l"(value));

@@ -1,10 +1,10 @@
-"""Measures what estimates of kernels from their machine code suppose: latencies, and the time of a graph's node.
+"""Measures the assumptions of kernel estimates from machine code: latencies, and the time of a graph node.
 
-    python -m benchmarks.calibration --device cuda   prints them, in cycles where nothing else is said
+    python -m benchmarks.calibration --device cuda   prints them, in cycles unless stated otherwise
     --output FILE.json                               writes them there
 
-A latency is the slope of a kernel's cycles over the length of a chain in which each instruction waits for the one
-before. One warp runs, and for the barrier eight.
+A latency is the slope of a kernel's cycles over the length of a chain of dependent instructions. One warp runs; for the
+barrier, eight.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from nflows_kconv.backends.cuda import compiler, driver
 from nflows_kconv.backends.cuda.plan import Kernel
 
 SOURCE = Path(__file__).with_suffix(".cu")
-COUNT = 1 << 13  # of instructions in the shorter chain; the longer one has twice as many
+COUNT = 1 << 13  # instructions in the shorter chain; the longer one has twice as many
 REPEATS = 5
 NODES = 10
 
@@ -31,10 +31,10 @@ class Latency(NamedTuple):
     """One constant.
 
     Attributes:
-        kernel: In calibration.cu.
-        supposed: Cycles that the estimates suppose.
-        ring: Bytes that its chain of addresses goes round.
-        threads: Of the block.
+        kernel: Name in calibration.cu.
+        supposed: Cycles that the estimates assume.
+        ring: Bytes of its ring of addresses.
+        threads: Threads of the block.
     """
 
     kernel: str
@@ -52,7 +52,7 @@ LATENCIES = {
     "LDG, L2": Latency("load", "230 to 330", ring=1 << 21),
     "LDG, memory": Latency("load", "500 to 800", ring=1 << 30),
 }
-STRIDE = 128  # bytes from one address of a chain to the next: a line of the caches
+STRIDE = 128  # bytes from one address of a chain to the next, a cache line
 
 
 def load(name: str, capability: tuple[int, int]) -> int:
@@ -67,7 +67,7 @@ def launcher(function: int, threads: int, arguments: bytes) -> Callable[[], None
 
 
 def ring(size: int, device: str) -> Tensor:
-    """Addresses of each other, STRIDE bytes apart, [size / 8]."""
+    """Returns a ring of addresses, STRIDE bytes apart, [size / 8]."""
     count = size // 8
     following = (torch.arange(count, device=device) + STRIDE // 8) % count
     addresses = torch.empty(count, dtype=torch.int64, device=device)
@@ -75,7 +75,7 @@ def ring(size: int, device: str) -> Tensor:
 
 
 def latency(function: int, constant: Latency, device: str) -> tuple[float, float]:
-    """Cycles of one instruction, and cycles in a nanosecond."""
+    """Returns the cycles of one instruction, and the cycles per nanosecond."""
     chain, result = ring(constant.ring, device), torch.zeros(3, dtype=torch.int64, device=device)
     measured: dict[int, tuple[int, int]] = {}
     for count in (2 * COUNT, COUNT):
@@ -91,7 +91,7 @@ def latency(function: int, constant: Latency, device: str) -> tuple[float, float
 
 
 def node_microseconds(function: int, seconds: float) -> float:
-    """Returns what one more kernel takes in a graph where each waits for the one before."""
+    """Returns the time of one more kernel in a graph of dependent kernels."""
     run = launcher(function, 32, bytes(24))
 
     def several() -> None:
@@ -103,7 +103,7 @@ def node_microseconds(function: int, seconds: float) -> float:
 
 
 def sections(seconds: float, capability: tuple[int, int], device: str) -> Iterator[tuple[str, Any]]:
-    """Measures and prints; the name of each section and what there is to store of it."""
+    """Measures and prints; yields the name and the results of each section."""
     print("\nconstant            measured  supposed")
     cycles: dict[str, float] = {}
     for name, constant in LATENCIES.items():
@@ -118,7 +118,7 @@ def sections(seconds: float, capability: tuple[int, int], device: str) -> Iterat
 
 
 def main() -> None:
-    """Parses the arguments, and measures; without a GPU it compiles the kernels for an H100 and runs none."""
+    """Parses the arguments and measures; without a GPU only compiles the kernels for an H100."""
     arguments = command_line.parse(__doc__, seconds=1.0)
     if arguments.device == "cpu":
         kernels = {constant.kernel for constant in LATENCIES.values()}

@@ -1,4 +1,4 @@
-"""The arguments that benchmarks have in common."""
+"""Command-line arguments shared by the benchmarks."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import nflows_kconv
 
 
 def parse(description: str, seconds: float, options: Mapping[str, Mapping[str, Any]] = {}) -> argparse.Namespace:
-    """Returns the command line, checked; the folder of the results is there.
+    """Parses and checks the command line, and makes the folder of the results.
 
     Args:
         description: What the benchmark measures.
-        seconds: For how long it measures each row, unless told.
-        options: Of this benchmark alone, by name, as `add_argument` takes them.
+        seconds: Default time to measure each row.
+        options: Options of this benchmark by name, as arguments of `add_argument`.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what to measure")

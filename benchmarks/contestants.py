@@ -1,4 +1,4 @@
-"""What is compared: the layer, and its forward as one would write it without this package."""
+"""The compared functions: the layer, and its forward as written without this package."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def pad_conv_cat(x: Tensor, weight: Tensor, corners: Sequence[str]) -> Tensor:
 
 
 def mirrored_conv2d(x: Tensor, weight: Tensor, corners: Sequence[str]) -> Tensor:
-    """Returns the same with all groups mirrored to the corner TL, and one grouped F.conv2d."""
+    """Returns the same with all groups mirrored to the corner TL and one grouped F.conv2d."""
     flips = [[dim for dim, letter in ((-2, "B"), (-1, "R")) if letter in corner] for corner in corners]
 
     def mirrored(tensor: Tensor, dim: int) -> Tensor:
@@ -38,7 +38,7 @@ def mirrored_conv2d(x: Tensor, weight: Tensor, corners: Sequence[str]) -> Tensor
 
 
 def for_curve(case: Case, device: str) -> tuple[Contestants, Tensor, Tensor]:
-    """Returns F.conv2d and the inverse, their images [B, C, H, W] and their weight [C, C/G, 3, 3]."""
+    """Returns F.conv2d and the inverse, with images [B, C, H, W] and a weight [C, C/G, 3, 3]."""
     weight = InvertibleConv2d(case.shape[0], corners=case.corners).to(device).weight.detach()
     x = torch.randn(case.batch, *case.shape, device=device)
     contestants: Contestants = {
@@ -51,7 +51,7 @@ def for_curve(case: Case, device: str) -> tuple[Contestants, Tensor, Tensor]:
 def for_table(case: Case, device: str) -> Contestants:
     """Returns all contestants of a table's row: F.conv2d, the inverse, the forward, and each with its backward.
 
-    "With its backward" are the function and its gradients in input and weight.
+    "With its backward" means the function and its gradients in input and weight.
     """
     contestants, x, weight = for_curve(case, device)
     leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
@@ -68,7 +68,7 @@ def for_table(case: Case, device: str) -> Contestants:
 
 
 def for_race(case: Case, device: str) -> Contestants:
-    """Returns what could replace kernels on a GPU: one grouped F.conv2d, and the reference's matrix products."""
+    """Returns alternatives to the kernels on a GPU: one grouped F.conv2d, and the reference's matrix products."""
     contestants, x, weight = for_curve(case, device)
     leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
 
@@ -84,7 +84,7 @@ def for_race(case: Case, device: str) -> Contestants:
 
 
 def for_inverse(case: InverseCase) -> Contestants:
-    """Returns the inverse, of any stencil, dimension and dilation, and torch's own convolution of the same layer."""
+    """Returns the inverse, for any stencil, dimension and dilation, and torch's convolution for the same layer."""
     dimensions, count = len(case.kernel_size), len(case.corners)
     kinds = {1: InvertibleConv1d, 2: InvertibleConv2d, 3: InvertibleConv3d}
     layer = kinds[dimensions](case.shape[0], case.kernel_size, corners=case.corners, dilation=case.dilation)
@@ -94,7 +94,7 @@ def for_inverse(case: InverseCase) -> Contestants:
     inverse = {1: functional.conv1d_inverse, 2: functional.conv2d_inverse, 3: functional.conv3d_inverse}[dimensions]
     padding = [
         case.dilation * amount for size in reversed(case.kernel_size) for amount in (size - 1, 0)
-    ]  # of one corner: where the border lies costs nothing
+    ]  # for one corner, because the position of the border does not affect the time
 
     def conv() -> Tensor:
         groups = zip(x.chunk(count, 1), weight.chunk(count), strict=True)
@@ -108,7 +108,7 @@ def for_inverse(case: InverseCase) -> Contestants:
 
 
 def multiply_adds(case: InverseCase) -> int:
-    """Counts those of the inverse, border included, masked taps left out; all corners of a case have as many."""
+    """Counts the multiply-adds of the inverse, with the border and without masked taps; equal for all corners."""
     taps = math.prod(case.kernel_size)
     if case.corners[0] in ("T", "B", "L", "R") and len(case.kernel_size) == 2:  # the pivot is in the middle of a row
         width = case.kernel_size[case.corners[0] in ("T", "B")]
@@ -118,7 +118,7 @@ def multiply_adds(case: InverseCase) -> int:
 
 
 def for_host(case: Case, device: str) -> Contestants:
-    """Returns torch.add into a given output, and calls of the layer, as a function and as a module."""
+    """Returns torch.add into an output, and calls of the layer as a function and as a module."""
     layer = InvertibleConv2d(case.shape[0], corners=case.corners).to(device)
     weight = layer.weight.detach()
     x = torch.randn(case.batch, *case.shape, device=device)

@@ -1,4 +1,4 @@
-"""The tables of a CPU."""
+"""Tables for a CPU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from benchmarks.workloads import Case, InverseCase, Workload
 
 
 def sections(workload: Workload, seconds: float) -> Iterator[tuple[str, list[dict]]]:
-    """Measures and prints; the name and the rows of each table."""
+    """Measures and prints; yields the name and the rows of each table."""
     for name, cases in workload.tables.items():
         title = f"{name}, k = 3, float32; the ratios are to F.conv2d (with its backward where there is one)"
         yield name, _table(title, cases, seconds)
@@ -40,7 +40,7 @@ def _table(title: str, cases: list[Case], seconds: float) -> list[dict]:
 
 
 def _curve(title: str, cases: list[Case], seconds: float) -> list[dict]:
-    """Prints the time of a pixel, which is constant where the cost is linear."""
+    """Prints the time per pixel, which is constant if the cost is linear."""
     print(f"\n{title}\n")
     print("batch  (C, H, W)           inverse       a pixel   F.conv2d")
     rows = []
@@ -57,7 +57,7 @@ def _curve(title: str, cases: list[Case], seconds: float) -> list[dict]:
 
 
 def _inverses(title: str, cases: list[InverseCase], seconds: float) -> list[dict]:
-    """Prints times of a multiply-add, too, to compare stencils of different numbers of taps."""
+    """Also prints times per multiply-add, to compare stencils with different numbers of taps."""
     print(f"\n{title}, float32; the ratio is to torch's own convolution of the same layer\n")
     print("batch  (C, ...)             corners                    conv     inverse         a multiply-add")
     rows = []

@@ -1,7 +1,7 @@
-"""The tables of a GPU, with floors and targets.
+"""Tables for a GPU, with lower bounds and targets.
 
-Times are medians in modes: "eager", calls queued back to back; "graph", calls captured into one CUDA graph, what they
-read in the L2 cache where it fits; and "cold", the same with nothing in that cache.
+Times are medians in three modes: "eager", calls queued back to back; "graph", calls captured into one CUDA graph, with
+their inputs in the L2 cache if they fit; and "cold", the same with a cold L2 cache.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ NAMES = {
 
 
 def sections(workload: Workload, seconds: float, device: str, device_name: str) -> Iterator[tuple[str, Any]]:
-    """Measures and prints; the name of each section and what there is to store of it."""
+    """Measures and prints; yields the name and the results of each section."""
     speeds = measure_speeds(workload, device, seconds)
     print(
         f"\nspeeds: copy {1e-12 * speeds.bytes_per_second:.2f} TB/s, float32 products"
@@ -51,7 +51,7 @@ def sections(workload: Workload, seconds: float, device: str, device_name: str) 
 
 
 def print_summary(results: dict) -> None:
-    """Returns how many targets were met, and which were missed."""
+    """Prints how many targets were met, and which were missed."""
     judged = [
         (section, row, record)
         for section, rows in results.items()
@@ -71,7 +71,7 @@ def print_summary(results: dict) -> None:
 
 
 def _times(compared: contestants.Contestants, seconds: float) -> dict[str, dict[str, float]]:
-    """Times by mode and contestant; the modes share the seconds."""
+    """Returns times by mode and contestant; the modes share the seconds."""
     return {mode: getattr(timing, mode)(compared, seconds / len(MODES)) for mode in MODES}
 
 
@@ -83,7 +83,7 @@ def _largest(floor: dict[str, float]) -> str:
 def _table(
     name: str, cases: list[Case], seconds: float, device: str, device_name: str, speeds: Speeds
 ) -> Iterator[list[dict]]:
-    """Returns the rows so far, after each."""
+    """Yields the rows so far after each row."""
     print(f"\n{name}, k = 3, float32; F.conv2d has its backward where the layer has\n")
     print(
         "batch  (C, H, W)        corners  mode   measured                    time      F.conv2d    ratio"

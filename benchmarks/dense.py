@@ -1,7 +1,7 @@
-"""The inverse as linear algebra would have it: the layer's Jacobian as dense triangular matrices.
+"""The inverse by dense linear algebra: the layer's Jacobian as dense triangular matrices.
 
-Each group is a system of its own. With pixels in raster order from the group's corner, the channels of a pixel next to
-each other, its matrix is lower triangular.
+Each group is a separate system. With pixels in raster order from the group's corner, and the channels of a pixel
+contiguous, its matrix is lower triangular.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from torch import Tensor
 from benchmarks.workloads import Case
 from nflows_kconv import functional
 
-MOST_BYTES = 4 * 2**30  # of the matrices; larger ones are not measured
+MOST_BYTES = 4 * 2**30  # larger matrices are not measured
 
 
 def matrix_bytes(case: Case) -> int:
-    """Bytes of the float32 matrices [G, N, N] with N = C/G H W."""
+    """Returns the bytes of the float32 matrices [G, N, N] with N = C/G H W."""
     channels, height, width = case.shape
     size = channels // len(case.corners) * height * width
     return 4 * len(case.corners) * size**2
 
 
 def matrices(weight: Tensor, case: Case) -> Tensor:
-    """Returns the Jacobian of each group, [G, N, N]: output by input."""
+    """Returns the Jacobian of each group, [G, N, N], output by input."""
     groups = weight.chunk(len(case.corners))
     return torch.stack([_jacobian(group, corner, case) for group, corner in zip(groups, case.corners, strict=True)])
 

@@ -1,4 +1,4 @@
-"""Does the layer help? Trains flows for equal times, with the layer and without it.
+"""Tests whether the layer helps: trains flows with and without it for equal times.
 
     python -m benchmarks.evidence --data digits --seconds 60 --output build/evidence-digits
     python -m benchmarks.evidence --data fashion-mnist --data-root DATA --device cuda --seconds 520 --steps 8
@@ -10,8 +10,8 @@ several seeds. With the first seed come the unit and the pair in the inverse dir
 every second step, a Glow with couplings so wide that it has as many parameters as the pair, and other kernels, widths
 and numbers of steps.
 
-First the time of a training step of each flow is measured, all in turns; each is then trained for as many steps as fit
-into the given time, so it does not matter how busy the machine is during the trainings.
+First the command measures the time of a training step of all flows in turns. Each is then trained for as many steps as
+fit in the given time, so it does not matter how busy the machine is during training.
 
 The folder benchmarks/results/evidence-DATA-DEVICE, or --output, gets runs.json after each run, and at the end report.md
 and pictures. The same command goes on with what is missing there, after Ctrl-C too. A run takes --seconds and the time
@@ -37,7 +37,7 @@ from benchmarks.layer import RESULTS, gpu_machine, machine
 from examples import image_data
 
 LEVELS = {"digits": 2, "fashion-mnist": 2, "photographs": 3}
-WIDTHS_APART = 16  # of couplings; on CPUs others are slower for each channel
+WIDTHS_APART = 16  # step between coupling widths; other widths are slower per channel on CPUs
 
 
 def configurations(
@@ -55,10 +55,10 @@ def configurations(
         image_shape: (C, H, W).
         levels: L.
         methods: Keys of `METHODS`.
-        kernels: Of the unit and the pair, the main one first.
+        kernels: Kernel sizes of the unit and the pair, the main one first.
         steps: Values of K, the main one first.
-        widths: Of the couplings' networks, the main one first.
-        seeds: The other sizes have the first.
+        widths: Widths of the coupling networks, the main one first.
+        seeds: All seeds for the main size; other sizes use the first.
     """
     seed, *_ = seeds
     main = Configuration("pair", levels, steps[0], widths[0], kernels[0], seed)
@@ -82,7 +82,7 @@ def configurations(
 
 
 def as_large_as(other: Configuration, image_shape: tuple[int, int, int]) -> Configuration:
-    """Builds a Glow with couplings so wide that it has at least as many parameters as another flow."""
+    """Returns a Glow with couplings wide enough to have at least as many parameters as another flow."""
 
     def parameters(configuration: Configuration) -> int:
         with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""The tables and plots of the evidence."""
+"""Tables and plots of the evidence."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def report(results: dict[str, Any]) -> str:
 
 
 def draw_curves(results: dict[str, Any]) -> Figure:
-    """Bits per dimension of the validation images, against time and against steps, at the main size."""
+    """Draws bits per dimension of the validation images against time and steps, at the main size."""
     figure = Figure(figsize=(9, 3.6), dpi=150)
     panels = figure.subplots(1, 2, sharey=True)
     ends = []
@@ -79,7 +79,7 @@ def draw_curves(results: dict[str, Any]) -> Figure:
     panels[0].set_xlabel("training time, s")
     panels[1].set_xlabel("training steps")
     panels[0].set_ylabel("validation bits per dimension")
-    # The first values are far above the others, whose differences one would not see.
+    # Without the first values, which are so high that they would hide the differences of the others.
     panels[0].set_ylim(min(ends) - 0.05, min(ends) + 0.6)
     panels[0].legend(fontsize=8)
     figure.tight_layout()
@@ -87,7 +87,7 @@ def draw_curves(results: dict[str, Any]) -> Figure:
 
 
 def draw_pareto(results: dict[str, Any]) -> Figure:
-    """Bits per dimension against sampling time: the mean of each size, with the front of each method."""
+    """Draws bits per dimension against sampling time: the mean of each size and the front of each method."""
     figure = Figure(figsize=(6, 4), dpi=150)
     axes = figure.subplots()
     for method, color in COLORS.items():
@@ -166,7 +166,7 @@ def _by_size(runs: Iterable[Run]) -> dict[tuple, list[Run]]:
 
 
 def _of_equal_parameters(sizes: dict[tuple, list[Run]]) -> dict[tuple, list[Run]]:
-    """Returns the pair at the main size, and the Glow that was made as large as it."""
+    """Returns the pair at the main size, and the Glow with as many parameters."""
     pair = next((size for size in sizes if size[0] == "pair"), None)
     if pair is None:
         return {}
@@ -182,7 +182,7 @@ def _main(runs: list[Run]) -> list[Run]:
 
 
 def _front(runs: Iterable[Run]) -> list[Run]:
-    """Returns those runs that no faster one reaches in bits per dimension, the fastest first."""
+    """Returns the runs that no faster run matches in bits per dimension, the fastest first."""
     front: list[Run] = []
     for run in sorted(runs, key=lambda run: run["sampling_seconds"]):
         if not front or run["bits_per_dim"] < front[-1]["bits_per_dim"]:
@@ -191,7 +191,7 @@ def _front(runs: Iterable[Run]) -> list[Run]:
 
 
 def _means(runs: Iterable[Run]) -> list[Run]:
-    """Returns a run for each size: the mean of its seeds."""
+    """Returns one run per size, the mean of its seeds."""
     means = []
     for seeds in _by_size(runs).values():
         mean = statistics.mean(run["bits_per_dim"] for run in seeds)

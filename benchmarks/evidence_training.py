@@ -1,4 +1,4 @@
-"""One run of the evidence: trains a flow for a given time and evaluates it."""
+"""Trains a flow of the evidence for a given time and evaluates it."""
 
 from __future__ import annotations
 
@@ -38,24 +38,24 @@ METHODS = MAIN_METHODS | {
     "pair, dilated": {"corners": PAIR},  # by 2 in every second step
 }
 BATCH = 64
-LEARNING_RATE = 1e-3  # of Adam; grows over the first 2 % of the steps, falls to zero over the last 30 %
-LARGEST_GRADIENT = 1.0  # norm, of bits per dimension
-POINTS = 20  # of a learning curve
-VALIDATION = 512  # images at most, out of the last tenth of the training set, which is held out
+LEARNING_RATE = 1e-3  # of Adam; rises over the first 2 % of the steps, falls to zero over the last 30 %
+LARGEST_GRADIENT = 1.0  # norm of the gradient of bits per dimension
+POINTS = 20  # on a learning curve
+VALIDATION = 512  # most images, from the last tenth of the training set, which is held out
 SAMPLES = 100
 WARM_UP, ROUNDS = 2, 7  # of `time_all`
 
 
 class Configuration(NamedTuple):
-    """A flow.
+    """A flow to train.
 
     Attributes:
         method: A key of `METHODS`.
         levels: L.
         steps: K, in each level.
-        width: Of the couplings' networks.
-        kernel: Side of the convolutions; 0 for Glow, which has none.
-        seed: Of weights, batches and noise.
+        width: Width of the coupling networks.
+        kernel: Kernel size of the convolutions; 0 for Glow.
+        seed: Seed of weights, batches and noise.
     """
 
     method: str
@@ -78,11 +78,11 @@ class Configuration(NamedTuple):
 
 
 class Timing(NamedTuple):
-    """How long a flow of some size takes.
+    """The times of a flow of some size.
 
     Attributes:
-        step_seconds: For a training step.
-        sampling_seconds: To draw `SAMPLES` images.
+        step_seconds: Time of a training step.
+        sampling_seconds: Time to draw `SAMPLES` images.
     """
 
     step_seconds: float
@@ -92,9 +92,9 @@ class Timing(NamedTuple):
 def time_all(
     configurations: Sequence[Configuration], data_name: str, data_root: Path, device: str
 ) -> dict[Configuration, Timing]:
-    """Returns the times of all flows, measured in turns, so whatever else the machine does slows all of them.
+    """Returns the times of all flows, measured in turns, so other load slows all of them.
 
-    On the CPU they are the times that one thread had a core.
+    On the CPU they are CPU times of one thread.
     """
     torch.set_num_threads(1)
     clock = time.process_time if device == "cpu" else _gpu_clock
@@ -114,10 +114,9 @@ def time_all(
 
 
 def run(configuration: Configuration, data_name: str, data_root: Path, steps: int, device: str) -> dict[str, Any]:
-    """Trains for so many steps; what was measured.
+    """Trains for a number of steps and returns the measurements.
 
-    The weights that were best on the validation images are those that are tested: small data sets are soon learnt by
-    heart.
+    Tests the weights that were best on the validation images, because small data sets overfit soon.
     """
     torch.set_num_threads(1)
     data = image_data.load(data_name, data_root)
@@ -160,9 +159,9 @@ def _step(flow: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor) -> 
 
 
 def _split(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns those to train on, and those that validate, evenly spaced over the last tenth.
+    """Returns the training images, and validation images evenly spaced over the last tenth.
 
-    Patches of photographs overlap, but not with those that are far from them in this order.
+    Patches of photographs overlap only with patches near them in this order.
     """
     number = len(images) - len(images) // 10
     held_out = images[number:]
@@ -175,7 +174,7 @@ def _schedule(fraction: float) -> float:
 
 @torch.no_grad()
 def _bits(flow: nn.Module, images: Tensor) -> Tensor:
-    """Bits per dimension of each image, with the same noise at each call; the state of the noise is left as it was."""
+    """Returns bits per dimension of each image, with the same noise at each call; restores the random state."""
     flow.eval()
     devices = [images.device] if images.is_cuda else []
     with torch.random.fork_rng(devices):

@@ -1,6 +1,6 @@
-"""What first calls take: `python -m benchmarks.first_use cuda 100 12 16 16` prints milliseconds in its process as JSON.
+"""Times first calls: `python -m benchmarks.first_use cuda 100 12 16 16` prints milliseconds in its process as JSON.
 
-A CUDA kernel is compiled when it is first needed, and kept on disk for later processes and in memory for later calls.
+A CUDA kernel is compiled when first needed, then kept on disk for later processes and in memory for later calls.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from nflows_kconv import InvertibleConv2d, functional
 
 
 def measure_first_use(case: Case, device: str) -> dict[str, dict[str, list[float]]]:
-    """Milliseconds of the first and the second call, in a process without and in one with kernels on disk."""
+    """Returns milliseconds of the first and the second call, in a process without and in one with kernels on disk."""
     with tempfile.TemporaryDirectory() as cache:
         return {process: _in_new_process(case, device, cache) for process in ("empty cache", "filled cache")}
 
@@ -51,7 +51,7 @@ def main() -> None:
     x = torch.randn(arguments.sizes, device=arguments.device)
     weight = InvertibleConv2d(x.shape[1]).to(x.device).weight.detach()
     leaf = weight.clone().requires_grad_()
-    # torch's own first call of these must not count.
+    # Must not count torch's own first call of these.
     _milliseconds(lambda: torch.autograd.grad((leaf + weight).clone(), leaf, weight)[0] + x.new_zeros(()))
     calls: dict[str, Callable[[], Tensor]] = {
         "inverse": lambda: functional.conv2d_inverse(x, weight, corners=FOUR),

@@ -1,15 +1,15 @@
-"""Floors: the time to move the bytes, to compute, and to take the steps that wait for each other.
+"""Floors, lower bounds of times: to move the bytes, to compute, and to take the dependent steps.
 
-A floor is an amount divided by a speed, and the three speeds are measured on the device itself.
+A floor is an amount divided by a speed measured on the device itself.
 
     bytes        images read and written once and the weight read once, over the bandwidth of a large copy
     operations   the layer's multiplications and additions, without those on padding and masked entries, over the rate
                  of a large float32 matrix product without TF32
     steps        H + W - 1 anti-diagonals of the inverse, times the latency of a step
 
-The latency of a step is that of the smallest one: the inverse of a 1 x 2 kernel on one row of one channel, where a
-pixel waits for one multiplication and addition with the pixel before. It is the slope of the time between two widths,
-in a CUDA graph. No other kernel solves this recurrence pixel by pixel, so the step is our own.
+The latency is that of the smallest step: the inverse of a 1 x 2 kernel on one row of one channel, where a pixel waits
+for one multiply-add with the previous pixel. It is the slope of the time between two widths, in a CUDA graph. No other
+kernel solves this recurrence pixel by pixel, so the step is our own kernel's.
 
 Only the operations bound every kernel: small images may stay in the GPU's cache, which is faster than a large copy, and
 an inverse that solves tiles of several pixels at once takes fewer than H + W - 1 steps.
@@ -31,12 +31,12 @@ BYTES_PER_VALUE = 4
 
 @dataclass(frozen=True)
 class Speeds:
-    """What a device was measured to do.
+    """Measured speeds of a device.
 
     Attributes:
-        bytes_per_second: Read and written by a large copy.
-        operations_per_second: Of a large float32 matrix product without TF32.
-        seconds_per_step: Of the smallest chain of dependent steps.
+        bytes_per_second: Bytes read and written by a large copy.
+        operations_per_second: Operations of a large float32 matrix product without TF32.
+        seconds_per_step: Latency of the smallest dependent step.
     """
 
     bytes_per_second: float
@@ -67,14 +67,14 @@ def measure_speeds(workload: Workload, device: str, seconds: float) -> Speeds:
 
 
 def count_bytes(case: Case) -> int:
-    """Bytes of the input, the output and the weight."""
+    """Returns the bytes of input, output and weight."""
     channels, height, width = case.shape
     weights = channels * channels // len(case.corners) * KERNEL_SIZE[0] * KERNEL_SIZE[1]
     return BYTES_PER_VALUE * (2 * case.batch * channels * height * width + weights)
 
 
 def count_operations(case: Case) -> int:
-    """Multiplications and additions, two for each weight that meets a pixel inside the image and is not masked."""
+    """Counts multiplications and additions, two for each unmasked weight at a pixel inside the image."""
     channels, height, width = case.shape
     per_group = channels // len(case.corners)
     rows, columns = (
@@ -91,7 +91,7 @@ def count_steps(case: Case) -> int:
 
 
 def floors(case: Case, speeds: Speeds) -> dict[str, dict[str, float]]:
-    """Microseconds of the inverse and the forward for bytes, operations and steps; the forward has no steps."""
+    """Returns microseconds of the inverse and the forward for bytes, operations and steps; the forward has no steps."""
     shared = {
         "bytes": 1e6 * count_bytes(case) / speeds.bytes_per_second,
         "operations": 1e6 * count_operations(case) / speeds.operations_per_second,

@@ -1,4 +1,4 @@
-"""What a problem launches on a GPU, for tools that judge the machine code: plans, code and arguments, without a GPU."""
+"""Returns plans, code and arguments of kernels without a GPU, for tools that analyse the machine code."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ class Launch:
     """One kernel launch of a plan.
 
     Attributes:
-        name: Of the kernel.
+        name: Name of the kernel.
         grid: Thread blocks.
-        threads: Of a block.
+        threads: Threads per block.
         shared: Bytes of dynamic shared memory.
         waits: Whether its blocks wait for each other.
-        kernel: What `compile_kernel` takes; equal ones are equal code.
-        arguments: The kernel's only parameter as bytes, its pointers zero.
+        kernel: The argument of `compile_kernel`; equal kernels have equal code.
+        arguments: The kernel's only parameter as bytes, with zero pointers.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Plan:
-    """The launches of a problem, the bytes of scratch they share and how many of these must be zero before."""
+    """The launches of a problem, the bytes of scratch they share, and how many of these must be zero before."""
 
     launches: tuple[Launch, ...]
     scratch: int
@@ -53,17 +53,17 @@ def make_plan(
     multiprocessors: int,
     shared_memory: int,
 ) -> Plan:
-    """Returns what the planner chooses for contiguous float32 tensors, without a bias, the diagonal the weight's own.
+    """Returns the plan for contiguous float32 tensors, without a bias and with the weight's own diagonal.
 
     Args:
         operation: "conv", "solve" or "weight_gradient".
         shape: (B, C, H, W).
         kernel_size: (kh, kw).
-        corners: One a channel group: 0 TL, 1 TR, 2 BL, 3 BR.
+        corners: One per channel group: 0 TL, 1 TR, 2 BL, 3 BR.
         transpose: Whether the transposed operator is applied.
-        capability: Of the GPU.
-        multiprocessors: Of the GPU.
-        shared_memory: Bytes that one of its thread blocks may have.
+        capability: Compute capability of the GPU.
+        multiprocessors: Number of multiprocessors of the GPU.
+        shared_memory: Most bytes of shared memory per thread block.
     """
     images = torch.empty(shape, device="meta").stride()
     weight = torch.empty(shape[1], shape[1] // len(corners), *kernel_size, device="meta").stride()
@@ -94,7 +94,7 @@ def packed_arguments(launch: Launch, first: int, second: int, output: int, scrat
 
 
 def compile_kernel(kernel: plan.Kernel, capability: tuple[int, int], lines: bool = False) -> bytes:
-    """Returns a kernel's cubin, as at run time; with source line information if `lines`."""
+    """Returns a kernel's cubin as at run time, with source lines if `lines`."""
     original = compiler._nvrtc
     if lines:
         compiler._nvrtc = lambda: _WithLines(original())

@@ -1,4 +1,4 @@
-"""Times the layer against its own forward written with F.conv2d, as ratios in one run.
+"""Times the layer against its own forward written with F.conv2d, as ratios within one run.
 
     python -m benchmarks.layer                      prints the tables of the CPU
     python -m benchmarks.layer --output FILE.json   and writes them, with machine, versions and date
@@ -6,10 +6,10 @@
                                                     benchmarks/results/cuda-<GPU>.json, or FILE.json
     python -m benchmarks.plots FILE.json            draws the plot
 
-The yardstick is what one would write without this package: for each group F.pad and F.conv2d, then torch.cat. Every
-row's contestants take turns, so whatever else the machine does slows all of them; the table shows their medians.
-On the GPU the yardstick has its best: TF32 off as in the layer, but cuDNN's fastest algorithm, by cudnn.benchmark.
-Results are written after each table, so an interrupted run keeps what it has measured.
+The baseline is the code without this package: F.pad and F.conv2d for each group, then torch.cat. The contestants of a
+row take turns, so other load slows all of them; the table shows their medians. On the GPU the baseline runs at its
+best: TF32 off as in the layer, but cuDNN's fastest algorithm, by cudnn.benchmark. Results are written after each table,
+so an interrupted run keeps its measurements.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def machine() -> dict[str, Any]:
-    """Returns where and with what this was measured."""
+    """Returns the machine and the versions of a measurement."""
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -49,7 +49,7 @@ def machine() -> dict[str, Any]:
 
 
 def gpu_machine() -> dict[str, Any]:
-    """Returns the same for a GPU, with its CPU; also how torch was set while this was measured."""
+    """Returns the same for a GPU and its CPU, with torch's settings."""
     on_cpu = machine()
     return {
         **on_cpu,
@@ -67,13 +67,13 @@ def gpu_machine() -> dict[str, Any]:
 def run(
     arguments: argparse.Namespace, sections: Callable[[str], Iterator[tuple[str, Any]]], prefix: str | None = None
 ) -> dict[str, Any]:
-    """Takes the measurements, writes them after each section, and returns them; those of tiny sizes say so.
+    """Measures, writes the results after each section, and returns them; tiny sizes are marked.
 
     Args:
-        arguments: What `command_line.parse` returns.
-        sections: Measures, given the device's name; yields the name of each section and what there is to store of it.
-        prefix: Of the file in `RESULTS` that a GPU's results go to unless told. None: to no file; "": those of "NVIDIA
-            H100 80GB HBM3" to cuda-h100-80gb-hbm3.json.
+        arguments: The result of `command_line.parse`.
+        sections: A function of the device's name that measures and yields the name and the results of each section.
+        prefix: Prefix of the default file in `RESULTS` for a GPU; "" writes results of "NVIDIA H100 80GB HBM3" to
+            cuda-h100-80gb-hbm3.json, None writes no file.
     """
     on_gpu, output = arguments.device == "cuda", arguments.output
     results = {"machine": gpu_machine() if on_gpu else machine(), **({"tiny": True} if arguments.tiny else {})}
@@ -102,7 +102,7 @@ def main() -> None:
     if arguments.device == "cpu":
         run(arguments, lambda _: cpu_tables.sections(workload, arguments.seconds))
         return
-    # A graph cannot be captured on the default stream, and where all work is on one stream none waits for another.
+    # A graph cannot be captured on the default stream, and work on one stream never waits for another.
     torch.cuda.set_stream(torch.cuda.Stream())
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False

@@ -1,4 +1,4 @@
-"""The peak of what PyTorch allocates."""
+"""Measures PyTorch's peak memory."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_growth(run: Callable[[], object], device: str) -> int:
-    """Bytes of tensors by which a call raises what is allocated, at its peak.
+    """Returns the bytes of tensors that a call allocates at its peak.
 
     Args:
-        run: What to call, which only uses the device.
-        device: "cpu", where the profiler tells of each allocation, or "cuda".
+        run: The function to call, which uses only the device.
+        device: "cpu", measured by the profiler's allocations, or "cuda".
     """
     if device == "cuda":
         torch.cuda.synchronize()

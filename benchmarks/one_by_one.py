@@ -1,14 +1,14 @@
-"""Times the layer beside the 1 x 1 convolutions that its users have today, as ratios in one run.
+"""Times the layer against the libraries' 1 x 1 convolutions, as ratios within one run.
 
     python -m benchmarks.one_by_one                       prints the tables of the CPU, with one thread and with two
     python -m benchmarks.one_by_one --output FILE.json    and writes them, with machine, versions and date
     python -m benchmarks.one_by_one --device cuda         prints the tables of the GPU, of eager calls
 
-The yardsticks are nflows' OneByOneConvolution and normflows' Invertible1x1Conv, with the LU decomposition as in its
-GlowBlock. The others are this package's, in nflows: InvertibleConv1x1, and InvertibleConv2d with 3 x 3 kernels in four
-groups and in one. All are called as modules, so their log-determinants are in the times. "forward" goes from data to
-latent and "inverse" back, whatever the library calls them; "with backward" adds the gradients in input and parameters.
-The contestants of a row take turns; times are medians.
+The baselines are nflows' OneByOneConvolution and normflows' Invertible1x1Conv, with the LU decomposition as in its
+GlowBlock. The others are this package's, for nflows: InvertibleConv1x1, and InvertibleConv2d with 3 x 3 kernels in four
+groups and in one. All are called as modules, so times include log-determinants. "forward" goes from data to latent and
+"inverse" back, whatever the library calls them; "with backward" adds the gradients in input and parameters. The
+contestants of a row take turns; times are medians.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def contestants(batch: int, shape: workloads.Shape, device: str) -> dict[str, Co
 
 
 def directions(module: nn.Module) -> dict[str, Direction]:
-    """Returns both directions by the names they have here."""
+    """Returns both directions by their names here."""
     forward, inverse = module, module.inverse
     if isinstance(module, normflows.flows.Flow):
         forward, inverse = inverse, forward
@@ -68,7 +68,7 @@ def directions(module: nn.Module) -> dict[str, Direction]:
 
 
 def with_backward(direction: Direction, leaves: list[Tensor], gradient: Tensor) -> None:
-    """Computes the output for the first leaf, and from a gradient of that output the gradients in all leaves."""
+    """Computes the output for the first leaf, and the gradients in all leaves from a gradient of the output."""
     torch.autograd.grad(direction(leaves[0])[0], leaves, gradient)
 
 

@@ -1,7 +1,7 @@
-"""Draws the curves of a result: `python -m benchmarks.plots FILE.json` writes FILE.png; the documentation has them too.
+"""Draws the curves of a result: `python -m benchmarks.plots FILE.json` writes FILE.png, as in the documentation.
 
-Time against image side, channels and batch, whichever the file has: the inverse, F.conv2d's forward, a dense triangular
-solve, and the inverse's floor.
+Draws time against image side, channels and batch, as far as the file has them: the inverse, F.conv2d's forward, a dense
+triangular solve, and the inverse's floor.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ AXES = {
     "batch": lambda row: row["batch"],
 }
 INVERSE, FORWARD = "#e07b39", "#3a6ea5"
-# Mode (None where a file has only one), contestant: label, color, line.
+# Mode (None if a file has only one), contestant: label, color, line.
 LINES = {
     (None, "inverse"): ("inverse", INVERSE, "-"),
     (None, "conv2d"): ("F.conv2d, forward", FORWARD, "-"),
@@ -42,7 +42,7 @@ LINES = {
 
 
 def draw(results: dict[str, Any]) -> Figure:
-    """Returns one panel for each curve of a result."""
+    """Returns one panel per curve of a result."""
     names = [name for name in AXES if name in results]
     if not names:
         raise ValueError(f"the results must have at least one of the curves {tuple(AXES)}, got {tuple(results)}")
@@ -53,7 +53,7 @@ def draw(results: dict[str, Any]) -> Figure:
 
 
 def modes_of(row: Row) -> list[str | None]:
-    """Returns the modes of a row: a GPU's has several, a CPU's one without a name."""
+    """Returns the modes of a row: several for a GPU, one unnamed mode for a CPU."""
     found: list[str | None] = [name for name, value in row["microseconds"].items() if isinstance(value, dict)]
     return found or [None]
 

@@ -1,4 +1,4 @@
-"""Times the models of the papers' tables, forward and sampling, beside the published figures.
+"""Times the models of the papers' tables, forward and sampling, next to the published figures.
 
     python -m benchmarks.published                     prints the tables of the CPU: all models, about an hour
     --models MNIST CIFAR-10 --images 1 --limit 10      some of it, cells of at most ten seconds
@@ -7,10 +7,10 @@
     python -m benchmarks.plots FILE.json               draws the sampling times
 
 Each model is nflows' `finc_flow` with couplings 512 wide, untrained, in evaluation mode without gradients; "forward" is
-`log_prob`, "sampling" is `sample`. What differs is the convolution. All convolutions of a model take turns; times are
-medians after a first call. A cell whose first call takes longer than --limit seconds is skipped, and said to be.
+`log_prob`, "sampling" is `sample`. Only the convolution differs. All convolutions of a model take turns; times are
+medians after a first call. A cell whose first call takes longer than --limit seconds is skipped and marked.
 
-Published figures are of other hardware and of trained models, from slides of Kallappa, Nagar, Varma 2023 (arXiv
+Published figures are for other hardware and trained models, from slides of Kallappa, Nagar, Varma 2023 (arXiv
 2301.09266). Two of their tables contradict each other: (A) compares methods, (B) has FInC Flow's time for 100 images.
 """
 
@@ -27,11 +27,11 @@ from benchmarks import command_line, layer, sampling, timing
 from benchmarks.contestants import Contestants
 from benchmarks.sampling import Size
 
-START = 4  # images of the batch that ActNorm starts with
+START = 4  # images of the batch that initialises ActNorm
 
 
 class Model(NamedTuple):
-    """A model of the papers and the number of its parameters in table (B)."""
+    """A model of the papers with its number of parameters in table (B)."""
 
     size: Size
     parameters: str = ""
@@ -82,7 +82,7 @@ PUBLISHED = {
         "CInC Flow": ("1.57 s (A)", "55.71 s (A)", "3.85"),
     },
 }
-# Sampling times of this model are drawn.
+# The model whose sampling times are drawn.
 DRAWN, SIDES, BATCHES = "CIFAR-10", (16, 32, 64, 128), (1, 4, 16, 64)
 
 
@@ -101,7 +101,7 @@ CALLS: dict[str, Callable[[nn.Module, Tensor], None]] = {
 def measure(
     size: Size, numbers: Sequence[int], calls: Sequence[str], device: str, seconds: float, limit: float
 ) -> list[dict[str, Any]]:
-    """Returns a row for each convolution and number of images: the seconds of each call, or why it was skipped."""
+    """Returns a row per convolution and number of images: the seconds of each call, or why it was skipped."""
     flows, impossible = {}, {}
     for name, options in CONVOLUTIONS.items():
         try:
@@ -129,7 +129,7 @@ def measure(
 
 
 def point(rows: list[dict[str, Any]], number: int, shape: Sequence[int]) -> dict[str, Any]:
-    """Returns the point of a curve: the sampling times of so many images."""
+    """Returns the point of a curve: the sampling times for a number of images."""
     rows = [row for row in rows if row["images"] == number]
     times = {row["convolution"]: 1e6 * row["seconds"]["sampling"] for row in rows if row["seconds"]}
     skipped = {row["convolution"]: row["skipped"]["sampling"] for row in rows if row["skipped"]}

@@ -1,19 +1,20 @@
-"""Memory and time of a training step over the number of steps K: ordinary, reversible, and checkpointed.
+"""Measures memory and time of a training step over the number of steps K: ordinary, reversible and checkpointed.
 
     python -m benchmarks.reversible                                  prints the table of the CPU, on one thread
     python -m benchmarks.reversible --output FILE.json               and writes it, with machine, versions and date
     python -m benchmarks.reversible --device cuda --output FILE.json the same on the GPU
 
-A stack of K steps [k x k convolution -> ActNorm -> 1 x 1 convolution -> affine coupling], forward and backward.
-"checkpoint" is `torch.utils.checkpoint` around each step, which keeps every step's input and needs no inverse.
+The model is a stack of K steps [k x k convolution -> ActNorm -> 1 x 1 convolution -> affine coupling], forward and
+backward. "checkpoint" is `torch.utils.checkpoint` around each step, which keeps every step's input and needs no
+inverse.
 
-Memory is the peak of what PyTorch allocates above what was allocated before the training step. The gradients of the
-parameters are among it: they exist in any case, and grow with K. Time is the shortest of several turns, as the least
-disturbed; on the CPU it is that of the processor, on one thread.
+Memory is PyTorch's peak during the training step above the memory before it. It includes the gradients of the
+parameters, which every method needs and which grow with K. Time is the shortest of several turns, as the least
+disturbed; on the CPU it is the CPU time of one thread.
 
-Gradients are compared as one vector with the ordinary ones, and with those of float64, which shows what float32 itself
-costs. A ReLU whose input rounds to the other side of zero changes them more than rounding does; the same stack with
-SiLU shows the rest.
+Gradients are compared as one vector with the ordinary ones, and with those of float64, which show the error of float32
+itself. A ReLU whose input rounds to the other side of zero changes them more than rounding; the same stack with SiLU
+shows the rest.
 """
 
 from __future__ import annotations
@@ -35,13 +36,13 @@ LEAST_TURNS = 5
 
 
 class Size(NamedTuple):
-    """What is trained.
+    """The trained model.
 
     Attributes:
-        batch: Images.
-        shape: (C, H, W), those of the first level of a flow of 32 x 32 colour images.
-        hidden_channels: Of the couplings' networks.
-        steps: Each K.
+        batch: Number of images.
+        shape: (C, H, W), as in the first level of a flow of 32 x 32 colour images.
+        hidden_channels: Width of the coupling networks.
+        steps: Values of K.
     """
 
     batch: int
@@ -73,7 +74,7 @@ STACKS = {"ordinary": steps.Sequence, "reversible": reversible.Chain, "checkpoin
 
 
 def build(size: Size, count: int, device: str) -> tuple[list[nn.Module], Tensor]:
-    """Returns the steps, ActNorm initialised, and a batch."""
+    """Returns the steps, with ActNorm initialised, and a batch."""
     torch.manual_seed(0)
     channels = size.shape[0]
     modules: list[nn.Module] = []
@@ -90,21 +91,21 @@ def build(size: Size, count: int, device: str) -> tuple[list[nn.Module], Tensor]
 
 
 def train(stack: nn.Module, batch: Tensor) -> None:
-    """Returns a forward and a backward pass of the negative log-likelihood."""
+    """Runs a forward and a backward pass of the negative log-likelihood."""
     stack.zero_grad()
     outputs, log_abs_det = stack(batch)
     (0.5 * outputs.square().sum((1, 2, 3)) - log_abs_det).mean().backward()
 
 
 def peak_bytes(stack: nn.Module, batch: Tensor) -> int:
-    """Returns what a training step allocates at its peak."""
-    train(stack, batch)  # what libraries allocate once
+    """Returns the bytes that a training step allocates at its peak."""
+    train(stack, batch)  # lets libraries allocate what they allocate once
     stack.zero_grad()
     return memory.peak_growth(lambda: train(stack, batch), batch.device.type)
 
 
 def shortest_times(stacks: dict[str, nn.Module], batch: Tensor, seconds: float) -> dict[str, float]:
-    """Seconds of a training step of each stack; they take turns."""
+    """Returns the seconds of a training step of each stack; they take turns."""
     synchronize, clock = (
         (torch.cuda.synchronize, time.perf_counter) if batch.is_cuda else (lambda: None, time.process_time)
     )
@@ -123,7 +124,7 @@ def shortest_times(stacks: dict[str, nn.Module], batch: Tensor, seconds: float) 
 
 
 def gradient_errors(stacks: dict[str, nn.Module], batch: Tensor) -> dict[str, dict[str, float]]:
-    """Compares each stack's gradients with the ordinary one's and with those in float64."""
+    """Compares each stack's gradients with the ordinary ones and with those in float64."""
     gradients = {name: _gradients(stack, batch) for name, stack in stacks.items()}
     references = {
         "ordinary": gradients["ordinary"],
@@ -154,7 +155,7 @@ def measure(size: Size, steps: int, device: str, seconds: float) -> dict[str, An
 
 
 def sections(size: Size, device: str, seconds: float) -> Iterator[tuple[str, Any]]:
-    """Measures and prints; yields the size, and the rows so far after each."""
+    """Measures and prints; yields the size, and the rows so far after each row."""
     yield "size", size._asdict()
     rows = []
     for count in size.steps:

@@ -1,4 +1,4 @@
-"""Times sampling and training of the FInC flow against Glow of the same size: `finc_flow` with and without its layer.
+"""Times sampling and training of the FInC flow and of Glow of the same size, `finc_flow` without its layer.
 
     python -m benchmarks.sampling                 prints the tables of the CPU, of a small model
     python -m benchmarks.sampling --device cuda   prints those of the GPU, of the CIFAR-10 model, of 44 to 46
@@ -6,13 +6,13 @@
                                                   benchmarks/results/sampling-cuda-<GPU>.json
     --output FILE.json                            writes there
 
-Times are medians of one call from its beginning until the device has done it; the contestants of a row take turns.
-"flow" is the library's own `sample` in evaluation mode, without gradients; "sampler" is `GraphSampler`, which replays a
-CUDA graph on a GPU. A training step is the negative log-likelihood of a batch and its gradients.
+Times are medians of one call, from its start until the device is done; the contestants of a row take turns. "flow" is
+the library's own `sample` in evaluation mode, without gradients; "sampler" is `GraphSampler`, which replays a CUDA
+graph on a GPU. A training step is the negative log-likelihood of a batch and its gradients.
 
-TF32 is as PyTorch sets it (on in convolutions), and cuDNN chooses its fastest algorithm. The variants change one thing
-each. What they cost in exactness is the share of pixel values that images have lost after a round trip, to latent
-variables and back; for it, the last convolutions of the couplings, which start at zero, are drawn from N(0, 0.001).
+TF32 is at PyTorch's default (on in convolutions), and cuDNN chooses its fastest algorithm. Each variant changes one
+thing. Its loss of exactness is the share of pixel values that differ after a round trip to latent variables and back;
+for it, the last convolutions of the couplings, which start at zero, are drawn from N(0, 0.001).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ TRAINING = Target(1.08, aim=1.03)
 
 
 class Size(NamedTuple):
-    """Of the model and its batch."""
+    """Size of the model and its batch."""
 
     image_shape: tuple[int, int, int]
     levels: int
@@ -67,8 +67,8 @@ class Variant(NamedTuple):
     """Another way to run the same model.
 
     Attributes:
-        prepare: What changes the flow, on its device.
-        context: What calls of it run in, on its device.
+        prepare: A function that changes the flow, on its device.
+        context: A context manager for its calls, on its device.
     """
 
     prepare: tuple[Callable[[nn.Module, str], None], ...] = ()
@@ -76,12 +76,12 @@ class Variant(NamedTuple):
 
 
 def channels_last(flow: nn.Module, device: str) -> None:
-    """Stores weights, and so the couplings' images, with channels last."""
+    """Stores weights, and so images inside couplings, with channels last."""
     flow.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def bfloat16_couplings(flow: nn.Module, device: str) -> None:
-    """Runs the couplings' networks, and nothing else, under autocast."""
+    """Runs only the coupling networks under autocast."""
     for module in flow.modules():
         if isinstance(module, AffineCoupling):
             module.network.forward = torch.autocast(device, torch.bfloat16)(module.network.forward)
@@ -95,12 +95,12 @@ def compiled(flow: nn.Module, device: str) -> None:
 
 
 def bfloat16(device: str) -> AbstractContextManager:
-    """Autocast around the whole flow."""
+    """Returns autocast around the whole flow."""
     return torch.autocast(device, torch.bfloat16)
 
 
 def without_tf32(device: str) -> AbstractContextManager:
-    """Convolutions in float32."""
+    """Runs convolutions in float32."""
     return torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False)
 
 
@@ -117,7 +117,7 @@ VARIANTS = {
 
 
 def prepared(model: str, variant: Variant, size: Size, device: str) -> nn.Module:
-    """Returns the model in normflows, for a variant."""
+    """Returns the model of a variant in normflows."""
     flow = build("normflows", model, size, device)
     for change in variant.prepare:
         change(flow, device)
@@ -130,7 +130,7 @@ def build(library: str, model: str, size: Size, device: str) -> nn.Module:
 
 
 def build_flow(library: str, options: Mapping[str, Any], size: Size, device: str) -> nn.Module:
-    """Returns a flow with these options whose ActNorms have seen a batch and whose couplings couple."""
+    """Returns a flow with these options, initialised ActNorms, and couplings that are not the identity."""
     torch.manual_seed(0)
     flow = (
         LIBRARIES[library]
@@ -146,12 +146,12 @@ def build_flow(library: str, options: Mapping[str, Any], size: Size, device: str
 
 
 def images(size: Size, device: str) -> Tensor:
-    """Returns a batch of noise, [B, C, H, W], values 0..255."""
+    """Returns a batch of noise, [B, C, H, W], with values 0..255."""
     return torch.randint(256, (size.batch, *size.image_shape), device=device).float()
 
 
 def finishing(call: Callable[[], object], device: str) -> Callable[[], None]:
-    """Returns the call, until the device has done it."""
+    """Returns the call extended to wait until the device is done."""
 
     def run() -> None:
         call()
@@ -173,7 +173,7 @@ def draw(flow: nn.Module, number: int) -> None:
 
 
 def sampling_table(size: Size, device: str, seconds: float, device_name: str) -> Iterator[list[dict]]:
-    """Measures both libraries, a batch and an image, `sample` and the sampler; yields the rows so far, after each."""
+    """Measures both libraries, a batch and an image, `sample` and the sampler; yields the rows so far after each."""
     print("\nsampling\n")
     print("library    images  model                           flow       sampler")
     rows: list[dict] = []
@@ -195,7 +195,7 @@ def sampling_table(size: Size, device: str, seconds: float, device_name: str) ->
 
 
 def judge_sampling(times: dict[str, float], number: int, size: Size, device_name: str) -> list[dict]:
-    """Returns the records of a row of `sampling_table`; only the big model has targets."""
+    """Returns the records of a row of `sampling_table`; only the large model has targets."""
     if size != SIZES["cuda"]:
         return []
     if number == 1:
@@ -210,7 +210,7 @@ def judge_sampling(times: dict[str, float], number: int, size: Size, device_name
 
 
 def variants_table(size: Size, device: str, seconds: float) -> list[dict]:
-    """Returns what other ways to run the models bring, and what they lose."""
+    """Measures the gain and the loss of other ways to run the models."""
     print("\nvariants, in normflows\n")
     print(
         "variant                              images    FInC sampler  Glow sampler     ratio  pixel values lost: FInC"
@@ -239,7 +239,7 @@ def values_lost(flow: Any, batch: Tensor) -> float:
 
 
 def training_table(size: Size, device: str, seconds: float) -> Iterator[list[dict]]:
-    """Measures a batch's negative log-likelihood and gradients; yields the rows so far, after each."""
+    """Measures a batch's negative log-likelihood and gradients; yields the rows so far after each."""
     print("\ntraining step, in normflows\n")
     print("variant                                  FInC           Glow     ratio  target")
     rows: list[dict] = []
@@ -261,7 +261,7 @@ def training_table(size: Size, device: str, seconds: float) -> Iterator[list[dic
 
 
 def train(flow: Any, batch: Tensor, variant: Variant, device: str) -> None:
-    """Returns one step, without the optimiser's."""
+    """Returns one training step, without the optimiser."""
     flow.zero_grad()
     with variant.context(device):
         loss = -flow.log_prob(batch).mean()
@@ -269,7 +269,7 @@ def train(flow: Any, batch: Tensor, variant: Variant, device: str) -> None:
 
 
 def print_records(records: list[dict]) -> None:
-    """Returns what was to be reached, and whether it was."""
+    """Prints the targets and whether they were met."""
     for record in records:
         print(
             f"    {record['quantity']}, {record['mode']}: {record['value']:.3g} {record['unit']}, {describe(record)}",
@@ -278,7 +278,7 @@ def print_records(records: list[dict]) -> None:
 
 
 def sections(size: Size, device: str, seconds: float, device_name: str) -> Iterator[tuple[str, Any]]:
-    """Measures and prints; the name of each section and what there is to store of it."""
+    """Measures and prints; yields the name and the results of each section."""
     parameters = {
         model: sum(parameter.numel() for parameter in build("normflows", model, size, device).parameters())
         for model in MODELS
@@ -297,7 +297,7 @@ def main() -> None:
     arguments = command_line.parse(__doc__, seconds=5.0)
     torch.backends.cudnn.benchmark = True
     size = TINY if arguments.tiny else SIZES[arguments.device]
-    with torch.compiler.set_stance("force_eager" if arguments.tiny else "default"):  # else tiny sizes take minutes
+    with torch.compiler.set_stance("force_eager" if arguments.tiny else "default"):  # otherwise tiny sizes take minutes
         layer.run(arguments, lambda name: sections(size, arguments.device, arguments.seconds, name), prefix="sampling-")
 
 

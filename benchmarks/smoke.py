@@ -1,10 +1,10 @@
-"""Does it compute the right numbers at all? Small problems through every family of kernels, against float64 on a CPU.
+"""Checks that the numbers are right: small problems for every family of kernels, against float64 on a CPU.
 
     python -m benchmarks.smoke --device cuda                            a minute at most
-    compute-sanitizer --tool memcheck python -m benchmarks.smoke ...    what they read and write; also racecheck
-    --output FILE.json                                                  writes properties of the GPU, and errors
+    compute-sanitizer --tool memcheck python -m benchmarks.smoke ...    checks reads and writes; also racecheck
+    --output FILE.json                                                  writes properties of the GPU and errors
 
-Each problem is the forward, the inverse and their gradients; see accuracy.py. The exit status is 1 where one is wrong.
+Each problem is the forward, the inverse and their gradients; see accuracy.py. The exit status is 1 if one is wrong.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import torch
 from benchmarks import accuracy, command_line, layer
 from benchmarks.workloads import ONE, Case
 
-# Errors that many times those of a CPU are no longer those of another order of summation.
+# Another order of summation cannot explain errors this many times those of a CPU.
 MOST = 16
-# By what solves them: kernels, or `backends/products.py`. All but those of sides have a weight gradient.
+# By solver: kernels, or `backends/products.py`. All except those of sides have a weight gradient.
 CASES = {
     "solve_rows": [
         Case(3, (12, 7, 6)),
@@ -48,7 +48,7 @@ CASES = {
 
 
 def sections(device: str) -> Iterator[tuple[str, Any]]:
-    """Runs the problems and prints; the name of each section and what there is to store of it."""
+    """Runs the problems and prints; yields the name and the results of each section."""
     if device == "cuda":
         properties = torch.cuda.get_device_properties("cuda")
         yield "properties", {name: str(getattr(properties, name)) for name in dir(properties) if name[0] != "_"}
@@ -57,7 +57,7 @@ def sections(device: str) -> Iterator[tuple[str, Any]]:
     for kernel, cases in CASES.items():
         for case in cases:
             ratios = {name: accuracy.ratio(error) for name, error in accuracy.errors(case, device).items()}
-            worst = max(ratios, key=lambda name: (not ratios[name] <= MOST, ratios[name]))  # NaN is the worst
+            worst = max(ratios, key=lambda name: (not ratios[name] <= MOST, ratios[name]))  # NaN counts as the worst
             right = ratios[worst] <= MOST
             rows.append({"kernel": kernel, **case._asdict(), "ratios": ratios, "right": right})
             print(

@@ -1,4 +1,4 @@
-"""Prints again what the parts of benchmarks/on_a_gpu.sh have found: `python -m benchmarks.summary FOLDER`."""
+"""Prints a summary of the parts of benchmarks/on_a_gpu.sh: `python -m benchmarks.summary FOLDER`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from benchmarks import cuda_tables
 _FAILURE = re.compile(
     r"^(?:.* )?(?:FAILED|ERROR) (?:tests/.*)|.*  WRONG$|^========= (?!COMPUTE|ERROR SUMMARY: 0).*", re.MULTILINE
 )
-_MOST = 30  # failures of a part
+_MOST = 30  # most failures to print per part
 
 
 def main() -> None:
-    """Prints each part's last line and what failed, then the targets."""
+    """Prints each part's last line and failures, then the targets."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder

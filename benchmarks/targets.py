@@ -1,6 +1,6 @@
-"""What each measured value should reach, and whether it did.
+"""Targets of measured values.
 
-Ratios are to a baseline of the same run and hold on every GPU, microseconds on an H100 alone.
+Ratios are to a baseline of the same run and apply to every GPU; microseconds apply only to an H100.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 
 from benchmarks.workloads import CUDA, PAPER_SHAPES, Case
 
-# A row's contestants with what they are compared to.
+# The contestants of a row and their baselines.
 BASELINES = {
     "inverse": "conv2d",
     "forward": "conv2d",
@@ -23,12 +23,12 @@ BASELINES = {
 
 @dataclass(frozen=True)
 class Target:
-    """What a value must not exceed.
+    """A limit for a value.
 
     Attributes:
-        limit: The value that must be reached.
+        limit: The largest allowed value.
         unit: "x", times the baseline, or "us", microseconds.
-        aim: The value to hope for, if there is one.
+        aim: A more ambitious value, if any.
     """
 
     limit: float
@@ -36,7 +36,7 @@ class Target:
     aim: float | None = None
 
     def judge(self, quantity: str, mode: str, value: float) -> dict[str, object]:
-        """Returns the record of a measured value: what it is, the target, and whether it was met."""
+        """Returns the record of a measured value with its target and whether it was met."""
         verdict = "missed" if not value <= self.limit else "met" if self.aim is None or value > self.aim else "aim met"
         return {"quantity": quantity, "mode": mode, "value": value, **asdict(self), "verdict": verdict}
 
@@ -76,7 +76,7 @@ def of_case(case: Case, device_name: str) -> dict[tuple[str, str], Target]:
 
 
 def judge_row(case: Case, microseconds: dict[str, dict[str, float]], device_name: str) -> list[dict[str, object]]:
-    """Returns the records of all values of a row that have a target; times by mode and contestant."""
+    """Returns the records of all values of a row with a target; times are by mode and contestant."""
     records = []
     for (quantity, mode), target in of_case(case, device_name).items():
         times = microseconds[mode]
@@ -86,6 +86,6 @@ def judge_row(case: Case, microseconds: dict[str, dict[str, float]], device_name
 
 
 def describe(record: dict) -> str:
-    """Returns a record as a table shows it: `<= 10 us: met (aim 5 us)`."""
+    """Returns a record as text for a table: `<= 10 us: met (aim 5 us)`."""
     aim = "" if record["aim"] is None else f" (aim {record['aim']:g} {record['unit']})"
     return f"<= {record['limit']:g} {record['unit']}: {record['verdict']}{aim}"

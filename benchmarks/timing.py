@@ -1,6 +1,6 @@
-"""Clocks: each gives the median time of one call of each contestant, in microseconds.
+"""Clocks, which return the median time of one call of each contestant, in microseconds.
 
-The contestants take turns, so whatever else the machine does slows all of them.
+The contestants take turns, so other load slows all of them.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ import torch
 
 from benchmarks.contestants import Contestants
 
-WARM_UP = 3  # calls: the first one compiles kernels and lets cuDNN choose its algorithm
-CALLS = 20  # of a contestant between two events, or in one graph
-HOST_CALLS = 100  # so few that their launches never fill the queue, where the host would wait for the device
+WARM_UP = 3  # the first call compiles kernels and lets cuDNN choose its algorithm
+CALLS = 20  # calls of a contestant between two events, or in one graph
+HOST_CALLS = 100  # few enough that launches never fill the queue, at which the host would wait for the device
 LEAST_SAMPLES = 5
 
 
 def take_turns(
     samples: Mapping[str, Callable[[], float]], seconds: float, least: int = LEAST_SAMPLES
 ) -> dict[str, float]:
-    """Returns the median of what each function returns, called in turn for about this long and at least so often."""
+    """Returns the median result of each function, called in turns for about `seconds`, at least `least` times."""
     values: dict[str, list[float]] = {name: [] for name in samples}
     if not values:
         return {}
@@ -36,14 +36,14 @@ def take_turns(
 
 
 def wall(contestants: Contestants, seconds: float) -> dict[str, float]:
-    """Times one call on the CPU, from beginning to end."""
+    """Times one call on the CPU, from start to end."""
     for run in contestants.values():
         run()
     return take_turns({name: partial(_wall_time, run, 1) for name, run in contestants.items()}, seconds)
 
 
 def wall_within(limit: float, contestants: Contestants, seconds: float) -> dict[str, float]:
-    """Times as `wall` does, once at least, those whose first call takes no more than `limit` seconds."""
+    """Times like `wall`, at least once, the contestants whose first call takes at most `limit` seconds."""
     in_time = {name: run for name, run in contestants.items() if _ends_within(limit, run)}
     return take_turns({name: partial(_wall_time, run, 1) for name, run in in_time.items()}, seconds, least=1)
 
@@ -65,7 +65,7 @@ def graph(contestants: Contestants, seconds: float) -> dict[str, float]:
 
 
 def cold(contestants: Contestants, seconds: float) -> dict[str, float]:
-    """Times as `graph` does, with a cold L2 cache: before each call it reads more than the cache holds."""
+    """Times like `graph` with a cold L2 cache: before each call it reads more than the cache holds."""
     read = _read_of_the_cache()
 
     times = graph({"": read, **{name: partial(_each, read, run) for name, run in contestants.items()}}, seconds)
@@ -74,7 +74,7 @@ def cold(contestants: Contestants, seconds: float) -> dict[str, float]:
 
 
 def host(contestants: Contestants, seconds: float) -> dict[str, float]:
-    """Times the host alone: until calls have returned, whether or not the GPU is done."""
+    """Times only the host: until calls return, whether or not the GPU is done."""
     for run in contestants.values():
         _warm_up(run)
 
@@ -86,11 +86,11 @@ def host(contestants: Contestants, seconds: float) -> dict[str, float]:
 
 
 class _TooLong(Exception):
-    """The time of a call is over."""
+    """A call exceeded its time limit."""
 
 
 def _ends_within(limit: float, run: Callable[[], object]) -> bool:
-    """Runs a call, which is stopped when the time is over, and returns whether it ended before."""
+    """Runs a call, stops it at the time limit, and returns whether it finished."""
 
     def stop(*_: object) -> None:
         raise _TooLong
@@ -146,7 +146,7 @@ def _warm_up(run: Callable[[], object]) -> None:
 def _captured(run: Callable[[], object]) -> Callable[[], None]:
     _warm_up(run)
     captured = torch.cuda.CUDAGraph()
-    # On the stream of the warm-up: autograd lets streams wait for each other, which a capture does not allow.
+    # On the stream of the warm-up, because autograd makes streams wait for each other, which a capture forbids.
     with torch.cuda.graph(captured, stream=torch.cuda.current_stream()):
         _repeat(run)
     return captured.replay

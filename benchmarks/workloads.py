@@ -1,4 +1,4 @@
-"""What is measured: batches of images, tables and curves of them."""
+"""The measured workloads: batches of images, in tables and curves."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class Case(NamedTuple):
 
 
 class InverseCase(NamedTuple):
-    """A batch of images of one to three dimensions and a layer for it, whose inverse is measured.
+    """A batch of images of one to three dimensions, and the layer whose inverse is measured.
 
     Attributes:
         batch: Number of images.
         shape: (C, ...) of an image.
-        corners: Of the layer.
-        kernel_size: Of the layer, one number an axis.
-        dilation: Of all axes.
+        corners: Corners of the layer.
+        kernel_size: Kernel size of the layer, one number per axis.
+        dilation: Dilation of all axes.
     """
 
     batch: int
@@ -39,16 +39,16 @@ class InverseCase(NamedTuple):
 
 @dataclass(frozen=True)
 class Workload:
-    """All that one run measures.
+    """Everything that one run measures.
 
     Attributes:
-        tables: Cases by the name of their table; each row has all contestants.
-        curves: Cases along one axis by the axis's name; each point has few contestants.
-        inverses: Cases of any stencil, dimension and dilation by the name of their table.
-        copied_bytes: Size of the tensor whose copy gives the copy bandwidth.
-        matrix_size: Of the product that gives the float32 rate.
-        chain_lengths: Widths of the two images whose difference in time gives the latency of a step.
-        tiny: Whether the sizes are too small for the times to mean anything.
+        tables: Cases by table; each row has all contestants.
+        curves: Cases along one axis by the name of the axis; each point has few contestants.
+        inverses: Cases of any stencil, dimension and dilation by table.
+        copied_bytes: Size of the tensor whose copy measures the bandwidth.
+        matrix_size: Size of the product that measures the float32 rate.
+        chain_lengths: Widths of the two images whose difference in time measures the latency of a step.
+        tiny: Whether the sizes are too small for meaningful times.
     """
 
     tables: dict[str, list[Case]]
@@ -78,7 +78,7 @@ CPU = Workload(
     tables={"four groups": _cpu_table(FOUR), "one group": _cpu_table(ONE)},
     curves={"image side": _SIDES, "batch": _BATCHES},
     inverses={
-        # About as many taps: 12 of the corners, 13 of the sides.
+        # About as many taps: 12 for the corners, 13 for the sides.
         "corners and sides": [
             InverseCase(100, shape, corners, kernel_size)
             for shape in PAPER_SHAPES
@@ -115,7 +115,7 @@ CUDA = Workload(
 
 
 def tiny(workload: Workload) -> Workload:
-    """Returns the same tables and curves at sizes that tell whether the benchmark works, and nothing about speed."""
+    """Returns the same tables and curves at sizes that only test whether the benchmark works."""
     return Workload(
         tables={name: [Case(2, (4, 3, 5), cases[-1].corners)] for name, cases in workload.tables.items()},
         curves={name: [Case(2, (4, side, side)) for side in (2, 3)] for name in workload.curves},

@@ -1,7 +1,6 @@
-"""The PEP 517 backend: setuptools, and torch as a build requirement only where the target has none.
+"""The PEP 517 backend: setuptools, with torch as a build requirement only if the target has none.
 
-A static requirement would make pip put a second torch into every isolated build, minutes and gigabytes,
-although the one to run with is already installed.
+A static requirement would make pip install a second torch into every isolated build, which takes minutes and gigabytes.
 """
 
 from collections.abc import Mapping
@@ -31,7 +30,7 @@ __all__ = [
 
 
 def get_requires_for_build_wheel(config_settings: Mapping[str, Any] | None = None) -> list[str]:
-    """Returns what must be installed to build a wheel in addition to the static requirements in pyproject.toml."""
+    """Returns requirements to build a wheel in addition to the static ones in pyproject.toml."""
     return build_requirements()
 
 

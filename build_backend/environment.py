@@ -1,4 +1,4 @@
-"""What there is to build the native library with: a compiler, and a torch, found without importing it."""
+"""Finds the compiler and the torch to build the native library with, without importing torch."""
 
 import os
 import shlex
@@ -23,17 +23,17 @@ class Torch:
 
     @property
     def recent_enough(self) -> bool:
-        """Returns whether it has the stable ABI that the native library is written for."""
+        """Returns whether it has the stable ABI that the native library uses."""
         return tuple(int(part) for part in self.version.split(".")[:2]) >= MINIMUM_TORCH
 
 
 def search_path() -> list[str]:
-    """Returns where to look for torch: what this process sees first, then the target's own directories.
+    """Returns the directories to search for torch: those of this process first, then the target's own.
 
-    Under pip's build isolation the target's interpreter runs with its own directories taken off `sys.path`.
+    pip's build isolation removes the target's own directories from `sys.path`.
     """
     directories = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages()]
-    # A virtual environment sees the user's packages only together with the system's.
+    # A virtual environment sees the user's packages only together with the system's packages.
     if sys.base_prefix in site.PREFIXES:
         directories.append(site.getusersitepackages())
     return [*sys.path, *directories]
@@ -47,7 +47,7 @@ def find_torch(path: Sequence[str]) -> Torch | None:
 
 
 def find_compiler() -> list[str]:
-    """Returns the C++ compiler, as the beginning of a command; empty where there is none."""
+    """Returns the command of the C++ compiler; empty if there is none."""
     return next((command for command in map(shlex.split, _compilers()) if shutil.which(command[0])), [])
 
 
@@ -56,7 +56,7 @@ def _compilers() -> Sequence[str]:
 
 
 def why_not() -> str | None:
-    """Returns why the native library cannot be built here whatever torch there is; None where it can."""
+    """Returns why the native library cannot be built here with any torch; None if it can."""
     if os.environ.get("NFLOWS_KCONV_BUILD") == "0":
         return "NFLOWS_KCONV_BUILD=0 was set"
     if os.name == "nt":
@@ -69,7 +69,7 @@ def why_not() -> str | None:
 
 
 def build_requirements() -> list[str]:
-    """Returns the requirement of torch, where the native library can be built and no usable torch is there yet."""
+    """Returns a requirement of torch if the native library can be built and no usable torch is installed."""
     if why_not() is not None:
         return []
     torch = find_torch(search_path())

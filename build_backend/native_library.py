@@ -1,4 +1,4 @@
-"""Compiles csrc into the one native library, or records why not."""
+"""Compiles csrc into the native library, or records why not."""
 
 import json
 import os
@@ -34,7 +34,7 @@ INSTRUCTION_SET_FLAGS = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the installed package reads to tell why it has no native library, or what built the one it has."""
+    """The record for the installed package of how the native library was built, or why it was not."""
 
     built: bool
     reason: str = ""
@@ -47,9 +47,9 @@ class CompilerError(Exception):
 
 
 def build(library: Path) -> Outcome:
-    """Builds `library` if it can be built, and writes the outcome next to it either way."""
+    """Builds `library` if possible, and writes the outcome next to it either way."""
     library.parent.mkdir(parents=True, exist_ok=True)
-    # Left over from an earlier build, or mapped by a running process: never overwritten in place.
+    # Never overwrites in place, because a running process may have mapped an earlier build.
     library.unlink(missing_ok=True)
     outcome = _build(library)
     library.with_name(RECORD).write_text(json.dumps(asdict(outcome), indent=4) + "\n")
@@ -81,14 +81,14 @@ def _build(library: Path) -> Outcome:
 
 
 def compile_library(compiler: Sequence[str], torch: Torch, sources: Sequence[Path], library: Path) -> None:
-    """Compiles `sources`, several at a time, and links them into `library`.
+    """Compiles `sources` in parallel and links them into `library`.
 
-    The library needs torch's by name alone, with no path to it: whoever loads it has imported torch before.
+    The library refers to torch's libraries by name, without a path, because torch is always imported before it.
 
     Raises:
         CompilerError: If the compiler or the linker fails.
     """
-    # Error messages name their place in the sources: without the directories above, which differ between machines.
+    # Error messages name paths inside the sources, because the directories above differ between machines.
     places = [f"-ffile-prefix-map={directory}=." for directory in (SOURCES.parent, torch.directory.parent)]
     compile = [*compiler, *FLAGS, *places, "-isystem", str(torch.directory / "include"), "-c"]
     link = [*compiler, "-shared", f"-L{torch.directory / 'lib'}", "-o", str(library)]
@@ -103,7 +103,7 @@ def compile_library(compiler: Sequence[str], torch: Torch, sources: Sequence[Pat
 
 
 def source_flags(source: Path, machine: str) -> tuple[str, ...]:
-    """Returns the flags for one file: those of the instruction set in its name, on the machines that have it."""
+    """Returns the flags for a file: those of the instruction set in its name, on machines that have it."""
     if machine not in ("x86_64", "AMD64"):
         return ()
     return next((flags for end, flags in INSTRUCTION_SET_FLAGS.items() if source.name.endswith(end)), ())
