@@ -1,12 +1,12 @@
-"""Trains flows without and with a bound on what their inverses amplify, and sends images to noise and back.
+"""Trains flows without and with a bound on the gain of their inverses, and sends images to noise and back.
 
     python examples/bounded_inverse.py [--steps 200] [--learning-rates 0.001 0.003 0.01] [--seed 0]
 
-Neighbouring pixels of a photograph are alike. Convolutions that take their differences raise the likelihood, but an
-inverse that adds them up again amplifies rounding errors; at a high learning rate so much that images are lost. With
-`max_inverse_gain` it cannot. Prints for each flow the test bits per dimension, the largest factor by which a layer's
-inverse amplifies, and the relative errors of the way to noise and back, of test images and of the flow's samples; then
-what `nflows_kconv.diagnostics` says. All flows see the same patches of one photograph, whose right end is for testing.
+Neighbouring pixels of a photograph are similar. Convolutions that take their differences raise the likelihood, but the
+inverse, which sums them up again, amplifies rounding errors; at a high learning rate, so much that images are lost.
+`max_inverse_gain` prevents this. Prints for each flow the test bits per dimension, the largest gain of a layer's
+inverse, and the relative errors of a round trip of test images and of the flow's samples; then the verdict of
+`nflows_kconv.diagnostics`. All flows see the same patches of one photograph, whose right end is the test set.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from nflows_kconv.nflows import ImageFlow, finc_flow
 
 SHAPE = (3, 32, 32)
 FEATURE_SIZE = (16, 16)  # after the squeeze, where the layers are
-TRAINING_SHARE = 0.8  # of the photograph's width
+TRAINING_SHARE = 0.8  # share of the photograph's width
 BATCH = 64
 TEST_IMAGES = 200
 SAMPLES = 50
@@ -34,14 +34,14 @@ BOUNDS = (None, 4)  # max_inverse_gain
 
 
 def load_photograph() -> tuple[Tensor, Tensor]:
-    """Returns the parts to train and to test on, [C, H, W], values 0..255."""
+    """Returns the training and test parts, [C, H, W], with values 0..255."""
     photograph = torch.tensor(load_sample_image("china.jpg")).permute(2, 0, 1)
     width = int(TRAINING_SHARE * photograph.shape[2])
     return photograph[..., :width], photograph[..., width:]
 
 
 def patches(photograph: Tensor, number: int) -> Tensor:
-    """Patches from random places, [B, C, H, W]."""
+    """Returns patches from random places, [B, C, H, W]."""
     _, height, width = SHAPE
     rows = torch.randint(photograph.shape[1] - height + 1, (number,)).tolist()
     columns = torch.randint(photograph.shape[2] - width + 1, (number,)).tolist()
@@ -60,7 +60,7 @@ def train(name: str, flow: ImageFlow, photograph: Tensor, steps: int, learning_r
 
 
 def largest_gain(flow: ImageFlow) -> float:
-    """Returns the largest ||A^-1||_2 of its layers."""
+    """Returns the largest ||A^-1||_2 of the flow's layers."""
     layers = [module for module in flow.modules() if isinstance(module, InvertibleConv2d)]
     return max(conditioning(layer, FEATURE_SIZE).inverse_gain for layer in layers)
 

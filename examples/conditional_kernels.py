@@ -1,11 +1,11 @@
-"""Trains flows of blurred images that are told the width of the blur: in no way, in the couplings, in the kernels too.
+"""Trains flows of blurred images: unconditional, with the blur's width in the couplings, and also in the kernels.
 
     python examples/conditional_kernels.py [--steps 300] [--seeds 3]
 
-An image is white noise, blurred to a width between 0.3 and 2 pixels, plus a little noise. All pixels have variance 1 at
-every width: it shows in how they correlate, which is what a convolution undoes, and each width needs another one.
-Prints the held-out log-density a pixel of three flows, mean and standard deviation over seeds, and that of the true
-distribution, which is normal, so it can be computed.
+An image is white noise, blurred to a width between 0.3 and 2 pixels, plus a little noise. Pixels have variance 1 at
+every width, which affects only their correlations. A convolution undoes correlations, and each width needs another one.
+Prints the held-out log-density per pixel of three flows, mean and standard deviation over seeds, and that of the true
+distribution, which is known, because it is normal.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from nflows_kconv.nflows import ImageFlow, finc_flow
 
 SIZE = 16
 WIDTHS = 0.3, 2.0
-NOISE = 0.1  # its standard deviation
-FEATURES = 4  # of a width
+NOISE = 0.1  # standard deviation
+FEATURES = 4  # features per width
 BATCH = 64
 TEST_IMAGES = 2000
 CONDITIONS = {
@@ -34,7 +34,7 @@ CONDITIONS = {
 
 
 def blurs(widths: Tensor) -> Tensor:
-    """Returns the matrix that blurs columns to each width, [B, SIZE, SIZE], with rows of norm 1."""
+    """Returns the matrix that blurs columns for each width, [B, SIZE, SIZE], with rows of norm 1."""
     distances = torch.arange(SIZE)[:, None] - torch.arange(SIZE)
     matrices = torch.exp(-0.5 * (distances / widths[:, None, None]) ** 2)
     return matrices / matrices.norm(dim=2, keepdim=True)
@@ -50,13 +50,13 @@ def draw(count: int) -> tuple[Tensor, Tensor]:
 
 
 def to_features(widths: Tensor) -> Tensor:
-    """Waves over the range of widths, [B, FEATURES]."""
+    """Returns waves over the range of widths, [B, FEATURES]."""
     low, high = WIDTHS
     return torch.cos(math.pi * (widths[:, None] - low) / (high - low) * torch.arange(1, FEATURES + 1))
 
 
 def true_log_prob(images: Tensor, widths: Tensor) -> Tensor:
-    """Returns the log-density of the distribution that `draw` draws from, [B]."""
+    """Returns the log-density of the distribution of `draw`, [B]."""
     matrices = blurs(widths).double()
     values, vectors = torch.linalg.eigh(matrices @ matrices.mT)
     variances = (values[:, :, None] * values[:, None, :] + NOISE**2) / (1 + NOISE**2)

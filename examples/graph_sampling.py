@@ -1,9 +1,9 @@
-"""Samples from a class-conditional image flow by replaying a CUDA graph; without a GPU by running the flow.
+"""Samples from a class-conditional image flow by replaying a CUDA graph, or without a GPU by running the flow.
 
     python examples/graph_sampling.py [--calls 10]
 
-Prints which of the two it is, and the time of a call next to that of the flow's own `sample`. The sampler follows the
-weights: it needs no new capture after a training step.
+Prints which of the two it uses, and the time of a call next to that of the flow's own `sample`. The sampler follows the
+weights, without a new capture after a training step.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from nflows_kconv.nflows import finc_flow
 
 
 def milliseconds(function, calls):
-    """Times one call: the mean of several."""
+    """Returns the mean time of several calls."""
     function()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -29,7 +29,7 @@ def milliseconds(function, calls):
 
 
 def main(calls):
-    """Returns samples in both ways."""
+    """Draws samples in both ways."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print("a CUDA graph" if device == "cuda" else "no GPU here: every call runs the flow, as its own sample does")
     torch.manual_seed(0)

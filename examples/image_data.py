@@ -1,7 +1,7 @@
 """Data sets of images for `train_image_flow.py`: uint8 tensors [C, H, W] with their classes.
 
-Nothing is downloaded unless `download` is called. Digits, photographs, Fashion-MNIST, CIFAR-10 and ImageNet are held in
-memory, which is 4 GB for ImageNet 32 and 16 GB for ImageNet 64 in each process; the others are read as they are needed.
+Only `download` downloads anything. Digits, photographs, Fashion-MNIST, CIFAR-10 and ImageNet are held in memory, which
+is 4 GB for ImageNet 32 and 16 GB for ImageNet 64 in each process; the others are read as needed.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 try:
     from torchvision import datasets, transforms
 except RuntimeError:
-    # The operators of PyPI's torchvision want CUDA. A torch without it cannot load them, and the import then fails
-    # for want of two schemas, which this supplies; the data sets need no operators.
+    # The operators of PyPI's torchvision need CUDA. A torch without it cannot load them, and the import then fails
+    # because two schemas are missing. This defines them; the data sets need no operators.
     for _operator in ("nms", "qnms"):
         torch.library.define(f"torchvision::{_operator}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     from torchvision import datasets, transforms
 
-VALIDATION_IMAGES = 2048  # that training looks at every now and then
-DIGITS_SPREAD = 15  # values of 0..255 for each of the 17 gray levels
+VALIDATION_IMAGES = 2048  # for the validation during training
+DIGITS_SPREAD = 15  # values out of 0..255 per gray level, of which there are 17
 PICTURE_WIDTH = 600
 PATCH = 32  # side of a photograph's patches
-PATCH_STRIDE = 8  # between those to train on, which overlap
-CHANNELS = {"L": 1, "RGB": 3}  # of PIL's modes with 8 bits a channel
+PATCH_STRIDE = 8  # between training patches, which overlap
+CHANNELS = {"L": 1, "RGB": 3}  # by PIL mode, with 8 bits per channel
 
 
 class ImageData(NamedTuple):
@@ -43,11 +43,11 @@ class ImageData(NamedTuple):
 
     Attributes:
         train: Pairs of an image, uint8 [C, H, W], and its class.
-        validation: What training looks at; it selects nothing.
-        test: What the evaluation is of.
+        validation: Images to monitor training; they select nothing.
+        test: Images for the evaluation.
         image_shape: (C, H, W).
-        num_classes: None where there are no classes.
-        note: What to know about bits per dimension.
+        num_classes: None if there are no classes.
+        note: A note on bits per dimension.
     """
 
     train: Dataset
@@ -62,7 +62,7 @@ class Source(NamedTuple):
     """Where a data set comes from.
 
     Attributes:
-        load: Takes the folder and the wanted size of images, or None.
+        load: A function of the folder and the size of images, or None.
         address: Where to get the files.
         downloadable: The class of torchvision that downloads it, if any does.
     """
@@ -78,12 +78,12 @@ def load(name: str, root: Path, image_size: int | None = None) -> ImageData:
     Args:
         name: One of `SOURCES`.
         root: The folder that holds it.
-        image_size: Height and width to which "celeba" (64 by default) and "directory" (as they are by default) crop
-            and resize.
+        image_size: Height and width to which "celeba" (default 64) and "directory" (default: unchanged) crop and
+            resize.
 
     Raises:
-        FileNotFoundError: If a file is missing; it says which, and where to get it.
-        ValueError: If a file has other contents than it should.
+        FileNotFoundError: If a file is missing, with where to get it.
+        ValueError: If a file has unexpected contents.
     """
     if image_size is not None and name not in ("celeba", "directory"):
         raise ValueError(f"an image size goes with celeba and directory only, got {image_size} for {name}")
@@ -91,10 +91,10 @@ def load(name: str, root: Path, image_size: int | None = None) -> ImageData:
 
 
 def download(name: str, root: Path) -> None:
-    """Fetches a data set that torchvision knows to fetch.
+    """Downloads a data set by torchvision.
 
     Raises:
-        ValueError: If it does not.
+        ValueError: If torchvision cannot download it.
     """
     source = SOURCES[name]
     if source.downloadable is None:
@@ -103,7 +103,7 @@ def download(name: str, root: Path) -> None:
 
 
 def save_picture(pixels: Tensor, path: Path) -> None:
-    """Writes a picture [C, H, W], small ones enlarged by a whole factor, to about `PICTURE_WIDTH`."""
+    """Writes a picture [C, H, W], enlarged by a whole factor to about `PICTURE_WIDTH` if it is small."""
     picture = transforms.ToPILImage()(pixels)
     ImageOps.scale(picture, max(1, round(PICTURE_WIDTH / picture.width)), Image.Resampling.NEAREST).save(path)
 
@@ -111,8 +111,8 @@ def save_picture(pixels: Tensor, path: Path) -> None:
 def _digits(root: Path, image_size: int | None) -> ImageData:
     """Loads scikit-learn's 8x8 digits.
 
-    Each of the 17 gray levels v becomes 15 v + n with n uniform in 0..14, drawn once. A model of these images is one of
-    the levels with log P(v) >= E log P(15 v + n) + D log 15: in bits per dimension, log2 15 less.
+    Each of the 17 gray levels v becomes 15 v + n with n uniform in 0..14, drawn once. A model of these images is a
+    model of the levels with log P(v) >= E log P(15 v + n) + D log 15: log2 15 fewer bits per dimension.
     """
     digits = load_digits()
     levels = torch.tensor(digits.images, dtype=torch.uint8)[:, None]
@@ -128,7 +128,7 @@ def _digits(root: Path, image_size: int | None) -> ImageData:
 
 
 def _photographs(root: Path, image_size: int | None) -> ImageData:
-    """Cuts 32x32 patches of colour photographs in scikit-image and scikit-learn, of other ones to test on."""
+    """Cuts 32x32 patches of colour photographs in scikit-image and scikit-learn; the test set is other photographs."""
     names = ("astronaut", "coffee", "rocket")
     train = [*(getattr(skimage.data, name)() for name in names), skimage.data.stereo_motorcycle()[0]]
     train.append(load_sample_image("china.jpg"))
@@ -204,7 +204,7 @@ def _celeba(root: Path, image_size: int | None) -> ImageData:
 
 
 def _directory(root: Path, image_size: int | None) -> ImageData:
-    """Folders as torchvision's ImageFolder reads them."""
+    """Loads folders as torchvision's ImageFolder does."""
     _require("directory", [root / "train", root / "test"])
     for split in (root / "train", root / "test"):
         if not any(path.is_dir() for path in split.iterdir()):
@@ -262,7 +262,7 @@ def _require(name: str, paths: Iterable[Path]) -> None:
 def _verified(folder: Path, published: Callable[[], Any]) -> Any:
     try:
         return published()
-    except RuntimeError as error:  # all files are there, so this is about their checksums
+    except RuntimeError as error:  # all files exist, so a checksum is wrong
         raise ValueError(f"the files in {folder} are not those that were published: their checksums differ") from error
 
 

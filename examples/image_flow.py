@@ -1,9 +1,9 @@
-"""The multiscale image flow in a few lines: trains on patches of one photograph, evaluates on another.
+"""Trains the multiscale image flow on patches of one photograph, and evaluates it on another.
 
     python examples/image_flow.py [--steps 100] [--output demo/image_flow.png]
 
 Prints the bits per dimension of the other photograph (guessing takes 8), and writes a grid of samples.
-`kernel_size=None` would make the flow Glow. examples/train_image_flow.py trains on the usual data sets.
+`kernel_size=None` would make the flow Glow. examples/train_image_flow.py trains on standard data sets.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What `train_image_flow.py` prints and draws about a trained flow of `finc_flow`."""
+"""Evaluates a trained flow of `finc_flow` for `train_image_flow.py`."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ def evaluate(
     batch_size: int,
     importance_samples: int,
 ) -> None:
-    """Writes four pictures; prints round-trip error, sampling time and, last as it takes longest, bits per dimension.
+    """Writes four pictures; prints round-trip error, sampling time and, last because slowest, bits per dimension.
 
     Args:
-        flow: Made by `finc_flow`.
-        data: Its test images are used.
+        flow: A flow of `finc_flow`.
+        data: The data set with the test images.
         output: The folder for the pictures.
         conditional: Whether the flow is conditioned on classes.
-        batch_size: Of the evaluation.
-        importance_samples: Draws of the dequantisation noise for each image.
+        batch_size: Batch size of the evaluation.
+        importance_samples: Draws of the dequantisation noise per image.
     """
     flow.eval()
     torch.manual_seed(0)
@@ -85,7 +85,7 @@ def evaluate(
 def bits_per_dim_of_test(
     flow: nn.Module, data: ImageData, conditional: bool, batch_size: int, importance_samples: int
 ) -> Tensor:
-    """Bits per dimension of each test image."""
+    """Returns bits per dimension of each test image."""
     device = next(flow.parameters()).device
     bounds = []
     for images, classes in tqdm(DataLoader(data.test, batch_size), desc="test", unit="batch"):
@@ -98,7 +98,7 @@ def bits_per_dim_of_test(
 
 
 def sampling_time(sample: Callable[[], Tensor], device: torch.device) -> float:
-    """Measures seconds: the median of several runs."""
+    """Returns the median seconds of several runs."""
     times = []
     for _ in range(11):
         start = time.perf_counter()
@@ -106,11 +106,11 @@ def sampling_time(sample: Callable[[], Tensor], device: torch.device) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])  # the first one captures the graph
+    return statistics.median(times[1:])  # without the first, which captures the graph
 
 
 def at_temperatures(sampler: GraphSampler, labels: Tensor | None) -> Tensor:
-    """Returns a row for each temperature; a column has the same noise in all of them."""
+    """Returns a row per temperature; a column has the same noise in all rows."""
     rows = []
     for temperature in TEMPERATURES:
         torch.manual_seed(0)
@@ -119,14 +119,14 @@ def at_temperatures(sampler: GraphSampler, labels: Tensor | None) -> Tensor:
 
 
 def interpolated(flow: nn.Module, latents: Tensor) -> Tensor:
-    """Returns a row for each image: on a straight line between its latent and that of the next image."""
+    """Returns a row per image, on a straight line between its latent and that of the next image."""
     weights = torch.linspace(0, 1, COLUMNS, device=latents.device)[:, None]
     following = latents.roll(-1, 0)
     return flow.decode(torch.cat([torch.lerp(*pair, weights) for pair in zip(latents, following, strict=True)]))
 
 
 def resampled(flow: nn.Module, images: Tensor, samples: Tensor) -> Tensor:
-    """Test images; then a row for each level, the part of whose latents alone is that of samples; then the samples."""
+    """Returns test images, a row per level with the latents of that level from samples, and the samples."""
     sizes = [math.prod(shape) for shape in flow.latent_shapes]
     kept, fresh = (flow.encode(each)[0].split(sizes, 1) for each in (images, samples))
     rows = [flow.decode(torch.cat([*kept[:n], fresh[n], *kept[n + 1 :]], 1)) for n in range(len(sizes))]

@@ -1,4 +1,4 @@
-"""How `train_image_flow.py` trains: maximum likelihood with Lightning, so a break changes nothing."""
+"""Trains by maximum likelihood with Lightning for `train_image_flow.py`; an interruption does not change the result."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from nflows_kconv.flows.images import bits_per_dim
 
 
 def build_flow(configuration: dict[str, Any]) -> nn.Module:
-    """Returns the flow of a configuration, from its seed.
+    """Returns the flow of a configuration, initialised from its seed.
 
     Raises:
         ValueError: If the images do not fit the flow.
@@ -50,7 +50,7 @@ def build_flow(configuration: dict[str, Any]) -> nn.Module:
 
 
 def seed_noise(seed: int, index: int) -> None:
-    """Makes the noise of a batch a function of its index, so a resumed training has the same."""
+    """Makes the noise of a batch a function of its index, so a resumed training repeats it."""
     torch.manual_seed(int(np.random.SeedSequence((seed, index)).generate_state(1)[0]))
 
 
@@ -58,7 +58,7 @@ class ImageFlow(LightningModule):
     """Maximum likelihood: Adam with a linear warm-up, then a constant learning rate.
 
     Args:
-        configuration: What a checkpoint belongs to, see `train_image_flow.configuration_of`.
+        configuration: The configuration of a checkpoint, see `train_image_flow.configuration_of`.
         data: The data set.
     """
 
@@ -68,10 +68,10 @@ class ImageFlow(LightningModule):
         self.flow = build_flow(configuration)
         self.data = data
         in_memory = isinstance(data.train, TensorDataset)
-        self.workers = 0 if in_memory else min(8, os.cpu_count() or 1)  # processes that read files
+        self.workers = 0 if in_memory else min(8, os.cpu_count() or 1)  # processes for reading files
 
     def train_dataloader(self) -> DataLoader:
-        """Starts from the step at which the training is."""
+        """Returns batches from the current step on."""
         batches = Batches(
             len(self.data.train),
             self.hparams.batch_size,
@@ -83,24 +83,24 @@ class ImageFlow(LightningModule):
         return DataLoader(self.data.train, batch_sampler=batches, num_workers=self.workers)
 
     def val_dataloader(self) -> DataLoader:
-        """Returns the same images in each process."""
+        """Returns the same validation images in each process."""
         return DataLoader(self.data.validation, self.hparams.batch_size, num_workers=self.workers)
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        """Bits per dimension of the batch's share of this process."""
+        """Returns bits per dimension of this process's share of the batch."""
         images, classes = batch
         seed_noise(self.hparams.seed, self.trainer.global_step)
         if self.hparams.flip:
             flipped = torch.rand(self.trainer.world_size, len(images), device=self.device)[self.global_rank] < 0.5
             images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
-        # The processes draw one after the other from the same noise, so one process alone would have the same.
+        # The processes take consecutive parts of the same noise, so a single process would draw the same.
         torch.rand(self.global_rank, *images.shape, device=self.device)
         loss = self._bits_per_dim(images, classes)
         self.log("train_bits_per_dim", loss, prog_bar=True, sync_dist=True)
         return loss
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        """Returns the same noise each time, and in each process."""
+        """Evaluates with the same noise each time and in each process."""
         seed_noise(self.hparams.seed, batch_idx)
         images, classes = batch
         value = self._bits_per_dim(images, classes)
@@ -119,17 +119,17 @@ class ImageFlow(LightningModule):
 
 
 class Batches(Sampler[list[int]]):
-    """The batches of a process from a training step on, without end: a function of the seed and the step alone.
+    """The endless batches of a process from a training step on, a function of only the seed and the step.
 
-    The images of all epochs, each in an order of its own, follow one another; a step takes the next of them, and each
-    process its share.
+    The images of all epochs, each in its own order, form one sequence; a step takes the next images, and each process
+    its share.
 
     Args:
-        num_images: Of the training set.
-        batch_size: Of all processes together.
-        seed: Of the order.
-        first_step: Where to begin.
-        rank: Of this process.
+        num_images: Size of the training set.
+        batch_size: Batch size of all processes together.
+        seed: Seed of the order.
+        first_step: The first training step.
+        rank: Rank of this process.
         world_size: Number of processes.
     """
 
@@ -140,7 +140,7 @@ class Batches(Sampler[list[int]]):
         self.first_step, self.rank, self.world_size = first_step, rank, world_size
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Indices of images."""
+        """Yields the indices of images."""
 
         @functools.lru_cache(maxsize=2)
         def order(epoch: int) -> list[int]:
@@ -153,7 +153,7 @@ class Batches(Sampler[list[int]]):
 
 
 def growing_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor], None]:
-    """Averages exponentially, with a decay that grows to its value: short trainings forget their beginning.
+    """Averages exponentially, with a decay that grows to its final value, so short trainings forget their start.
 
     Raises:
         ValueError: If the decay is not between 0 and 1.
@@ -168,29 +168,29 @@ def growing_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Tenso
 
 
 class LastCheckpoint(Checkpoint):
-    """Saves the state in place of the one before, at regular steps and after the last.
+    """Overwrites the checkpoint at regular steps and after the last.
 
     Args:
         path: The file.
-        every: Number of steps between.
+        every: Steps between checkpoints.
     """
 
     def __init__(self, path: Path, every: int) -> None:
         self.path, self.every = path, every
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        """Saves, if it is time to."""
+        """Saves if it is time."""
         if trainer.should_stop or trainer.global_step % self.every == 0:
             trainer.save_checkpoint(self.path, weights_only=False)
 
 
 class Budget(Callback):
-    """Ends the training after the step that reaches a limit or in which Ctrl-C is pressed, and shows how far it is.
+    """Ends the training after the step that reaches a limit or in which Ctrl-C is pressed, and shows progress.
 
-    The second Ctrl-C ends it at once. Several processes end together.
+    A second Ctrl-C ends it at once. Several processes end together.
 
     Args:
-        minutes: Of this part of the training; the Trainer knows the number of steps of all parts together.
+        minutes: Limit for this part of the training; the Trainer limits the steps of all parts together.
     """
 
     def __init__(self, minutes: float) -> None:
@@ -203,7 +203,7 @@ class Budget(Callback):
         self.bar = tqdm(initial=self.first_step, unit="step", disable=not trainer.is_global_zero)
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        """Sets the bar's end to the step at which time will be over at the mean speed, or to the last step."""
+        """Sets the bar's end to the step at which time runs out at the mean speed, or to the last step."""
         step, elapsed = trainer.global_step, time.monotonic() - self.start
         steps = math.inf if trainer.max_steps == -1 else trainer.max_steps
         expected = min(steps, self.first_step + (step - self.first_step) * self.seconds / elapsed)
@@ -214,13 +214,13 @@ class Budget(Callback):
         trainer.should_stop = trainer.strategy.reduce_boolean_decision(over, all=False)
 
     def interrupt(self, *_: Any) -> None:
-        """Stops after this step, at the first Ctrl-C."""
+        """Stops after this step at the first Ctrl-C."""
         self.interrupted = True
         signal.signal(signal.SIGINT, self.before)
         self.bar.write("Ctrl-C: ends after this step, then evaluates; once more ends at once")
 
     def on_train_end(self, *_: Any) -> None:
-        """Leaves signals and the terminal as they were."""
+        """Restores signals and the terminal."""
         signal.signal(signal.SIGINT, self.before)
         self.bar.close()
 

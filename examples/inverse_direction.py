@@ -1,10 +1,10 @@
-"""Trains a flow on digits whose data -> noise direction is the inverse of the layer, so sampling convolves.
+"""Trains a flow on digits with the inverse of the layer from data to noise, so sampling convolves.
 
     python examples/inverse_direction.py [--steps 300] [--seed 0]
 
-nflows' InverseTransform around the layer solves for the density and convolves for samples; training sends gradients
-through the solution (Inverse-Flow, Nagar, Varma 2025, arXiv 2410.14634). Prints the test bits per dimension before
-and after, the round-trip error, and the time that the layers take in both directions.
+nflows' InverseTransform around the layer solves for the density and convolves for samples; training differentiates
+through the solution (Inverse-Flow, Nagar, Varma 2025, arXiv 2410.14634). Prints the test bits per dimension before and
+after, the round-trip error, and the time of the layers in both directions.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def build_model() -> Model:
 
 @torch.no_grad()
 def median_ms(function: Callable[[torch.Tensor], object], images: torch.Tensor) -> float:
-    """Milliseconds of a call: the median of many."""
+    """Returns the median milliseconds of many calls."""
     times = []
     for _ in range(100):
         start = time.perf_counter()
@@ -81,13 +81,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 
-    # Two threads are no faster on tensors this small, and ten times slower where another program uses a core.
+    # Two threads are no faster on such small tensors, and ten times slower if another program uses a core.
     torch.set_num_threads(1)
     torch.manual_seed(arguments.seed)
     images, test_images = load_images()
     model = build_model()
     with torch.no_grad():
-        model.encode(dequantize(images))  # ActNorm starts from the statistics of its first batch
+        model.encode(dequantize(images))  # initialises ActNorm
     print(f"test bits per dimension before training: {mean_and_error(evaluate(model, test_images, draws=1))}")
     train("inverse 3x3", model, images, test_images, arguments.steps)
     print(f"test bits per dimension after training:  {mean_and_error(evaluate(model, test_images, draws=10))}")

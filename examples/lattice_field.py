@@ -1,4 +1,4 @@
-"""Trains flows as samplers of a field on a lattice, without and with periodic convolutions.
+"""Trains flows to sample a field on a lattice, without and with periodic convolutions.
 
     python examples/lattice_field.py [--steps 600] [--seeds 0 1 2]
 
@@ -6,10 +6,10 @@ A scalar field phi on an 8 x 8 torus has the density exp(-S(phi)) / Z with the a
 
     S = sum_x [m^2 phi(x)^2 + lambda phi(x)^4 + sum_mu phi(x) (2 phi(x) - phi(x + mu) - phi(x - mu))]
 
-of Albergo, Kanwar, Shanahan 2019 (arXiv 1904.12072), with m^2 = -4 and lambda = 8. There are no data: a flow makes
-fields of noise, and is trained by the reverse Kullback-Leibler divergence, E[log q + S]. Weights exp(-S) / q correct
-what it is wrong in. Prints for each flow the effective sample size, the share of its fields that count, the mean of
-phi^2 by these weights, which must be the same for all flows up to its error, and the seconds of the training.
+of Albergo, Kanwar, Shanahan 2019 (arXiv 1904.12072), with m^2 = -4 and lambda = 8. There are no data: a flow maps noise
+to fields, and minimises the reverse Kullback-Leibler divergence, E[log q + S]. Weights exp(-S) / q correct its errors.
+Prints for each flow the effective sample size, the share of its fields that count; the weighted mean of phi^2, which
+must be equal for all flows up to its error; and the seconds of training.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from nflows_kconv.flows import steps
 
 SIZE = 8
 MASS_SQUARED, COUPLING = -4.0, 8.0
-CHANNELS = 4  # of the fields, squeezed
+CHANNELS = 4  # of the squeezed fields
 STEPS_OF_THE_FLOW = 4
 HIDDEN_CHANNELS = 32
 BATCH = 128
@@ -44,7 +44,7 @@ def action(field: Tensor) -> Tensor:
 
 
 def build_flow(periodic: bool) -> steps.Sequence:
-    """Returns a flow from noise, [B, 4, 4, 4], to fields, [B, 1, 8, 8]; all that it consists of knows no borders."""
+    """Returns a flow from noise, [B, 4, 4, 4], to fields, [B, 1, 8, 8], whose steps have no borders."""
     modules: list[nn.Module] = []
     for _ in range(STEPS_OF_THE_FLOW):
         network = steps.coupling_network(CHANNELS, HIDDEN_CHANNELS, padding_mode="circular")
@@ -54,7 +54,7 @@ def build_flow(periodic: bool) -> steps.Sequence:
 
 
 def sample(flow: nn.Module, number: int) -> tuple[Tensor, Tensor]:
-    """Draws fields, and log q of each, [B]."""
+    """Draws fields and returns them with their log q, [B]."""
     noise = torch.randn(number, CHANNELS, SIZE // 2, SIZE // 2)
     field, log_abs_det = flow(noise)
     normal = -0.5 * (noise**2 + math.log(2 * math.pi)).sum((1, 2, 3))
@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=600, help="of training, for each flow")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     arguments = parser.parse_args()
-    torch.set_num_threads(1)  # more are no faster on tensors of this size
+    torch.set_num_threads(1)  # more are no faster on such small tensors
 
     lines = []
     for seed, periodic in product(arguments.seeds, (False, True)):

@@ -1,9 +1,9 @@
-"""Property tests of a transform of your own, with `nflows_kconv.testing`.
+"""Property tests of your own transform, with `nflows_kconv.testing`.
 
     pytest examples/test_your_transform.py
 
-hypothesis draws the images; `check_transform` compares round trips, log-determinants and gradients with what they must
-be. The second test shows how a mistake is found: one wrong factor, and an image of one pixel would not show it.
+hypothesis draws the images; `check_transform` checks round trips, log-determinants and gradients. The second test shows
+how it finds a mistake, a wrong factor that an image of one pixel would not reveal.
 """
 
 import pytest
@@ -18,14 +18,14 @@ CHANNELS = 3
 
 
 class ChannelScale(Transform):
-    """y = exp(log_scale) x, with one scale for each channel."""
+    """y = exp(log_scale) x, with one scale per channel."""
 
     def __init__(self):
         super().__init__()
         self.log_scale = nn.Parameter(0.1 * torch.randn(CHANNELS))
 
     def log_abs_det(self, inputs):
-        """Every pixel has the determinant of its channels."""
+        """Returns the sum over pixels and channels."""
         batch, _, height, width = inputs.shape
         return (height * width * self.log_scale.sum()).expand(batch)
 
@@ -42,11 +42,11 @@ class WrongChannelScale(ChannelScale):
     """Forgets that there are several pixels."""
 
     def log_abs_det(self, inputs):
-        """Returns that of one pixel."""
+        """Returns the log-determinant of one pixel."""
         return self.log_scale.sum().expand(len(inputs))
 
 
-@settings(deadline=None)  # busy machines take longer than the 200 ms that hypothesis allows
+@settings(deadline=None)  # busy machines exceed hypothesis' 200 ms
 @given(images=strategies.images(CHANNELS))
 def test_channel_scale(images):
     """The transform is sound."""
@@ -56,6 +56,6 @@ def test_channel_scale(images):
 @settings(deadline=None)
 @given(images=strategies.images(CHANNELS, height=2))
 def test_the_mistake_is_found(images):
-    """Hypothesis finds it whatever the images are."""
+    """Hypothesis finds it."""
     with pytest.raises(AssertionError, match="Jacobian"):
         check_transform(WrongChannelScale(), images)

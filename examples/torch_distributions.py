@@ -1,9 +1,9 @@
-"""The layer as a torch.distributions transform: learns a density of images from samples, and finds its parameters.
+"""The layer as a torch.distributions transform: learns a density of images from samples and recovers its parameters.
 
     python examples/torch_distributions.py [--steps 300]
 
-The data are drawn from a `TransformedDistribution` with random weights. Another one is fitted to them. Prints the nats
-per image of fresh data under both, and the largest difference of a weight.
+Draws data from a `TransformedDistribution` with random weights, and fits another one to them. Prints the nats per image
+of fresh data under both, and the largest difference of a weight.
 """
 
 import argparse
@@ -23,7 +23,7 @@ def build(transform):
 
 def main(steps):
     """Draws, fits and compares."""
-    # Two threads are no faster on tensors this small, and ten times slower where another program uses a core.
+    # Two threads are no faster on such small tensors, and ten times slower if another program uses a core.
     torch.set_num_threads(1)
     torch.manual_seed(0)
     true = InvertibleConv2d(2, corners="TL", diagonal="learned")

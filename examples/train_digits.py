@@ -1,11 +1,11 @@
-"""Trains two multiscale flows on scikit-learn's digits: Glow with invertible 3x3 convolutions, and Glow as it is.
+"""Trains two multiscale flows on scikit-learn's digits: Glow with and without invertible 3x3 convolutions.
 
     python examples/train_digits.py [--library nflows|normflows] [--steps 2000] [--seed 0] [--output demo]
 
 A step of the first model is [3x3 from the top left -> 3x3 from the bottom right -> ActNorm -> 1x1 -> affine coupling];
-the second, the baseline, lacks the 3x3s. Elsewhere both start from the same parameters, and both see the same batches
-with the same noise for the same number of steps. Prints the bits per dimension of the test set, the round-trip error
-and the time of sampling of both; writes samples.png and learning_curve.png.
+the second, the baseline, lacks the 3x3s. Both start from the same other parameters and see the same batches with the
+same noise for the same number of steps. Prints the bits per dimension of the test set, the round-trip error and the
+sampling time of both; writes samples.png and learning_curve.png.
 """
 
 from __future__ import annotations
@@ -34,19 +34,18 @@ import nflows_kconv
 import nflows_kconv.nflows
 import nflows_kconv.normflows
 
-# Both libraries call functions that PyTorch is going to remove: nflows in its 1x1's inverse, normflows in its 1x1.
+# Both libraries call functions that PyTorch will remove: nflows in the inverse of its 1x1, normflows in its 1x1.
 warnings.filterwarnings("ignore", message="torch.(triangular_solve|lu) is deprecated")
 
-# The digits have 8x8 pixels, of which the two squeezes would leave 4x4 and 2x2: a coupling's network sees them all at
-# once, and the 3x3s were found not to help there. So they are upscaled; bits per dimension are those of the upscaled
-# images.
+# The digits have 8x8 pixels, which the two squeezes would reduce to 4x4 and 2x2. A coupling's network sees all of them
+# at once, and the 3x3s did not help there. So the digits are upscaled; bits per dimension are for the upscaled images.
 SIZE = 16
 GRAY_LEVELS = 17
 DIMENSIONS = SIZE * SIZE
 
 LEVELS = 2  # of the multiscale flow
-STEPS = 2  # of the flow in a level; with 4, both models come out level
-WIDTH = 32  # of the couplings' networks
+STEPS = 2  # of the flow per level; with 4, both models are equally good
+WIDTH = 32  # of the coupling networks
 LOGIT_MARGIN = 0.05
 
 BATCH = 64
@@ -55,7 +54,7 @@ CORNERS = {"3x3 + 1x1": ("TL", "BR"), "1x1 (Glow)": ()}
 
 
 class Model(NamedTuple):
-    """A flow of either library behind the same names."""
+    """A flow of either library with common method names."""
 
     module: nn.Module
     log_prob: Callable[[Tensor], Tensor]
@@ -73,12 +72,12 @@ def load_images() -> tuple[Tensor, Tensor]:
 
 
 def dequantize(images: Tensor) -> Tensor:
-    """Uniform noise inside each gray level makes a density of images out of probabilities; values in [0, 1)."""
+    """Adds uniform noise inside each gray level, which turns probabilities into a density; values in [0, 1)."""
     return (images + torch.rand_like(images)) / GRAY_LEVELS
 
 
 def bits_per_dim(log_prob: Tensor) -> Tensor:
-    """Computes -log2 of the probability of an image, a pixel.
+    """Returns -log2 of the probability of an image, per pixel.
 
     By Jensen's inequality log P(image) >= E log p(dequantized image) - DIMENSIONS log GRAY_LEVELS.
     """
@@ -86,13 +85,13 @@ def bits_per_dim(log_prob: Tensor) -> Tensor:
 
 
 def convolutions(layer: Callable[..., nn.Module], channels: int, corners: Sequence[str]) -> list[nn.Module]:
-    """Draws a step's k x k convolutions aside, so all else starts as in a model without them."""
+    """Builds a step's k x k convolutions with separate random numbers, so the rest starts as in a model without them."""
     with torch.random.fork_rng():
         return [layer(channels, kernel_size=3, corners=corner) for corner in corners]
 
 
 class CouplingNet(nn.Sequential):
-    """The network that normflows' GlowBlock has, for nflows: 3x3 -> ReLU -> 1x1 -> ReLU -> 3x3, which starts at 0."""
+    """The network of normflows' GlowBlock for nflows: 3x3 -> ReLU -> 1x1 -> ReLU -> 3x3, which starts at 0."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         last = nn.Conv2d(WIDTH, out_channels, 3, padding=1)
@@ -102,12 +101,12 @@ class CouplingNet(nn.Sequential):
         super().__init__(first, nn.ReLU(), nn.Conv2d(WIDTH, WIDTH, 1), nn.ReLU(), last)
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
-        """nflows passes the context along."""
+        """Ignores the context, which nflows passes."""
         return super().forward(inputs)
 
 
 def nflows_model(corners: Sequence[str]) -> Model:
-    """nflows lists transforms from data to noise."""
+    """Builds the nflows model, which lists transforms from data to noise."""
     levels = transforms.MultiscaleCompositeTransform(LEVELS)
     channels, size = 1, SIZE
     for _ in range(LEVELS):
@@ -122,7 +121,7 @@ def nflows_model(corners: Sequence[str]) -> Model:
                 transforms.AffineCouplingTransform(mask, CouplingNet),
             ]
         levels.add_transform(transforms.CompositeTransform(level), (channels, size, size))
-        channels //= 2  # one half leaves here, the other goes on
+        channels //= 2  # one half leaves, the other continues
     margin = transforms.PointwiseAffineTransform(LOGIT_MARGIN, 1 - 2 * LOGIT_MARGIN)
     transform = transforms.CompositeTransform([margin, transforms.Logit(), levels])
     flow = Flow(transform, StandardNormal([DIMENSIONS]))
@@ -130,7 +129,7 @@ def nflows_model(corners: Sequence[str]) -> Model:
 
 
 def normflows_model(corners: Sequence[str]) -> Model:
-    """normflows lists flows from latent to data, the last level first."""
+    """Builds the normflows model, which lists flows from latent to data, the last level first."""
     bases, levels = [], []
     channels, size = 1, SIZE
     for index in range(LEVELS):
@@ -138,10 +137,10 @@ def normflows_model(corners: Sequence[str]) -> Model:
         level = []
         for _ in range(STEPS):
             level += convolutions(nflows_kconv.normflows.InvertibleConv2d, channels, corners)
-            # Against the flow's direction, from the data: ActNorm -> 1x1 -> coupling.
+            # From the data, against the flow's direction: ActNorm -> 1x1 -> coupling.
             level.append(nf.flows.GlowBlock(channels, WIDTH))
         levels.insert(0, [*reversed(level), nf.flows.Squeeze()])
-        channels //= 1 if index == LEVELS - 1 else 2  # one half leaves here, the other goes on
+        channels //= 1 if index == LEVELS - 1 else 2  # one half leaves, the other continues
         bases.insert(0, nf.distributions.DiagGaussian((channels, size, size), trainable=False))
     merges = [nf.flows.Merge() for _ in range(LEVELS - 1)]
     logit = nf.transforms.Logit(LOGIT_MARGIN)
@@ -160,7 +159,7 @@ LIBRARIES = {"nflows": nflows_model, "normflows": normflows_model}
 
 @torch.no_grad()
 def evaluate(model: Model, images: Tensor, draws: int) -> Tensor:
-    """Bits per dimension of each image, the mean over draws of the noise; the same draws at every call."""
+    """Returns bits per dimension of each image, the mean over draws of the noise, equal at every call."""
     model.module.eval()
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -191,7 +190,7 @@ def train(name: str, model: Model, images: Tensor, test_images: Tensor, steps: i
 
 @torch.no_grad()
 def sampling_time(model: Model) -> float:
-    """Seconds for 100 images: the median of several runs."""
+    """Returns the seconds for 100 images, the median of several runs."""
     times = []
     for _ in range(10):
         start = time.perf_counter()
@@ -201,7 +200,7 @@ def sampling_time(model: Model) -> float:
 
 
 def plot_samples(kinds: dict[str, Tensor], path: Path) -> None:
-    """Draws 60 images of each kind, the kinds side by side."""
+    """Draws 60 images of each kind, side by side."""
     figure = Figure(figsize=(4 * len(kinds), 3), layout="constrained")
     for axes, (name, images) in zip(figure.subplots(1, len(kinds)), kinds.items(), strict=True):
         tiles = F.pad(images[:60, 0], (1, 1, 1, 1)).unflatten(0, (6, 10))
@@ -233,7 +232,7 @@ def main() -> None:
     if arguments.steps < 1:
         parser.error(f"--steps must be at least 1, got {arguments.steps}")
 
-    # Two threads are no faster on tensors this small, and ten times slower where another program uses a core.
+    # Two threads are no faster on such small tensors, and ten times slower if another program uses a core.
     torch.set_num_threads(1)
     images, test_images = load_images()
     print(nflows_kconv.available_backends()["cpu"])

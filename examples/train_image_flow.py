@@ -5,14 +5,14 @@
     torchrun --nproc-per-node 8 examples/train_image_flow.py --data cifar10 --data-root DATA --output runs/cifar10
 
 It ends after --minutes, after --training-steps, or at Ctrl-C (under torchrun, Ctrl-C ends it without an evaluation).
-Whichever it is, it leaves the checkpoint last.ckpt, draws pictures, and evaluates the averaged weights in float32 on
-the test images, which select nothing: round-trip error, time of sampling, bits per dimension. The pictures are
-samples.png, temperatures.png (a row for each temperature), interpolations.png (between test images) and levels.png
-(test images; below them, for each level, the images with the latent variables of that level drawn again; samples).
+Then it saves the checkpoint last.ckpt, draws pictures, and evaluates the averaged weights in float32 on the test
+images, which select nothing: round-trip error, sampling time, bits per dimension. The pictures are samples.png,
+temperatures.png (a row per temperature), interpolations.png (between test images) and levels.png (test images; below
+them, for each level, the images with the latent variables of that level redrawn; samples).
 
-The same command with --resume goes on from the checkpoint; on the CPU the parameters are bit for bit those of a
-training without the break. sample_checkpoint.py draws images from a checkpoint. --kernel-size 0 trains Glow, the
-baseline. TensorBoard shows the learning curves: tensorboard --logdir runs
+The same command with --resume continues from the checkpoint; on the CPU the parameters are bitwise those of an
+uninterrupted training. sample_checkpoint.py draws images from a checkpoint. --kernel-size 0 trains Glow, the baseline.
+TensorBoard shows the learning curves: tensorboard --logdir runs
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import image_data  # before lightning, which imports the torchvision that this may have to help
+import image_data  # before lightning, which imports torchvision, for which it may define schemas
 import torch
 from image_flow_evaluation import evaluate
 from image_flow_training import Budget, ImageFlow, LastCheckpoint, growing_average
@@ -36,13 +36,13 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-# The workers that Lightning misses would slow the reading of tensors in memory.
+# Lightning recommends workers, which would slow down reading tensors in memory.
 warnings.filterwarnings("ignore", message=".*does not have many workers")
 
 CHECKPOINT = "last.ckpt"
 MINUTES = 10.0
-MACHINES = int(os.environ.get("GROUP_WORLD_SIZE", 1))  # as torchrun tells
-# What may change from one part of a training to the next; all else is the configuration of a checkpoint.
+MACHINES = int(os.environ.get("GROUP_WORLD_SIZE", 1))  # set by torchrun
+# Options that may change between parts of a training; all others are the configuration of a checkpoint.
 FREE = {
     "data_root",
     "download",
@@ -55,20 +55,20 @@ FREE = {
     "output",
     "resume",
 }
-# Where two threads are no faster than one; they are ten times slower where another program uses a core.
+# Data sets for which two threads are no faster than one, and ten times slower if another program uses a core.
 SMALL_IMAGES = {"digits"}
 POSITIVE = "minutes training_steps batch_size learning_rate validate_every importance_samples devices".split()
 
 
 class Architecture(NamedTuple):
-    """L, K and the width of the couplings' networks."""
+    """L, K and the width of the coupling networks."""
 
     levels: int
     flow_steps: int
     hidden_channels: int
 
 
-# Those of FInC Flow, or nearest to them; where images may be few, ones that a CPU trains in minutes.
+# The architectures of FInC Flow, or nearest to them; for small data sets, ones that a CPU trains in minutes.
 ARCHITECTURES = {
     "digits": Architecture(2, 4, 64),
     "photographs": Architecture(3, 4, 64),
@@ -150,7 +150,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentP
 
 
 def function_name(name: str) -> str:
-    """Checks that there is such a function, and returns the name, which a checkpoint holds."""
+    """Checks that the function exists, and returns its name for the checkpoint."""
     try:
         pkgutil.resolve_name(name)
     except (AttributeError, ImportError) as error:
@@ -159,7 +159,7 @@ def function_name(name: str) -> str:
 
 
 def configuration_of(arguments: argparse.Namespace, data: image_data.ImageData) -> dict[str, Any]:
-    """Returns what a checkpoint belongs to: all that decides about the parameters after a number of steps."""
+    """Returns the configuration of a checkpoint: all options that determine the parameters after a number of steps."""
     return {name: value for name, value in vars(arguments).items() if name not in FREE} | {
         "image_shape": list(data.image_shape),
         "num_classes": data.num_classes,
@@ -168,11 +168,11 @@ def configuration_of(arguments: argparse.Namespace, data: image_data.ImageData) 
 
 
 def check(arguments: argparse.Namespace, data: image_data.ImageData) -> None:
-    """Checks what neither the data set nor the flow does.
+    """Checks what neither the data set nor the flow checks.
 
     Raises:
         FileNotFoundError: If there is nothing to resume.
-        ValueError: If an option does not fit the others, or the run in the folder.
+        ValueError: If an option does not fit the others or the run in the folder.
     """
     for name in POSITIVE:
         value = getattr(arguments, name)
@@ -187,17 +187,17 @@ def check(arguments: argparse.Namespace, data: image_data.ImageData) -> None:
         raise ValueError(f"--conditional needs classes, and {arguments.data} has none")
     if arguments.resume:
         check_checkpoint(arguments.output / CHECKPOINT, configuration_of(arguments, data))
-    # The other processes start when the first one has made the folder.
+    # Other processes start after the first one has made the folder.
     elif rank_zero_only.rank == 0 and arguments.output.exists():
         raise ValueError(f"--output must be a new folder, or come with --resume, and {arguments.output} exists")
 
 
 def check_checkpoint(path: Path, configuration: dict[str, Any]) -> None:
-    """Checks that a checkpoint is of a configuration.
+    """Checks that a checkpoint has a configuration.
 
     Raises:
         FileNotFoundError: If there is none.
-        ValueError: If it is of another one.
+        ValueError: If it has another one.
     """
     if not path.exists():
         raise FileNotFoundError(
@@ -214,11 +214,11 @@ def check_checkpoint(path: Path, configuration: dict[str, Any]) -> None:
 
 
 def build_trainer(arguments: argparse.Namespace) -> Trainer:
-    """Returns what trains to the end.
+    """Returns the Trainer.
 
     Raises:
-        MisconfigurationException: If the accelerator is not there.
-        ValueError: If a number is out of its range.
+        MisconfigurationException: If the accelerator is not available.
+        ValueError: If a number is out of range.
     """
     return Trainer(
         accelerator=arguments.accelerator,
@@ -237,13 +237,13 @@ def build_trainer(arguments: argparse.Namespace) -> Trainer:
         callbacks=[
             Budget(arguments.minutes),
             LearningRateMonitor(),
-            # Buffers are copied: what they hold are no averages.
+            # Copies buffers, because averages of them mean nothing.
             WeightAveraging(use_buffers=False, multi_avg_fn=growing_average(arguments.ema_decay)),
             LastCheckpoint(arguments.output / CHECKPOINT, arguments.validate_every),
         ],
         val_check_interval=arguments.validate_every,
         check_val_every_n_epoch=None,
-        num_sanity_val_steps=0,  # ActNorm starts from the first training batch
+        num_sanity_val_steps=0,  # the first training batch must initialise ActNorm
         use_distributed_sampler=False,
     )
 
@@ -268,7 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not trainer.is_global_zero:
         return
     print(f"{trainer.global_step} steps are in {checkpoint}; the same command with --resume goes on")
-    # The averaged weights, which Lightning saves in the place of those that are trained.
+    # The averaged weights, which Lightning saves instead of the trained ones.
     module.load_state_dict(torch.load(checkpoint, map_location="cpu")["state_dict"])
     evaluate(
         module.flow.to(trainer.strategy.root_device),

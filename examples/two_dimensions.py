@@ -1,12 +1,11 @@
-"""What the layer does to a density of two numbers, which are an image of two channels or of two pixels.
+"""Shows what the layer does to a density of two numbers, as an image of two channels or of two pixels.
 
     python examples/two_dimensions.py [--steps 200]
 
 Prints the layer's Jacobian for both kinds of image, and how well flows with it fit two moons, in nats per test point.
-The Jacobian is triangular. One pixel has an entry for each pair of channels, so the layer reaches the best
-Gaussian; two pixels share one kernel, and with it the diagonal. By itself the layer is linear: what bends are
-couplings. To them it adds little here, where every coupling sees all there is to see; it is made for images, where none
-does.
+The Jacobian is triangular. One pixel has an entry for each pair of channels, so the layer reaches the best Gaussian;
+two pixels share one kernel, and so the diagonal. The layer itself is linear; only couplings bend. It adds little to
+them here, because every coupling sees all of the data; on images no coupling does.
 """
 
 import argparse
@@ -24,23 +23,23 @@ SHAPES = {"2 channels, 1 pixel": (2, 1, 1), "1 channel, 2 pixels": (1, 1, 2)}
 
 
 class Network(nn.Sequential):
-    """What a coupling computes its scale and shift with."""
+    """The network for a coupling's scale and shift."""
 
     def __init__(self, in_channels, out_channels):
         super().__init__(nn.Conv2d(in_channels, 32, 1), nn.ReLU(), nn.Conv2d(32, out_channels, 1))
 
     def forward(self, inputs, context=None):
-        """There is no context."""
+        """Ignores the context."""
         return super().forward(inputs)
 
 
 def build_layer(shape):
-    """Returns a 3x3 convolution with all that it can learn."""
+    """Returns a 3x3 convolution with all learnable parameters."""
     return InvertibleConv2d(shape[0], corners="TL", diagonal="learned", bias=True)
 
 
 def build_step(index, *between):
-    """Channels take turns in being transformed; ActNorm makes up for couplings that can only shrink."""
+    """Returns a step that alternates the transformed channel, with ActNorm because couplings can only shrink."""
     coupling = AffineCouplingTransform([index % 2, 1 - index % 2], Network)
     return CompositeTransform([ActNorm(2), *between, coupling])
 
@@ -61,7 +60,7 @@ def fit(transform, shape, points, steps):
 
 def main(steps):
     """Prints Jacobians and fits."""
-    # Two threads are no faster on tensors this small, and ten times slower where another program uses a core.
+    # Two threads are no faster on such small tensors, and ten times slower if another program uses a core.
     torch.set_num_threads(1)
     torch.manual_seed(0)
     points = torch.tensor(make_moons(1000, noise=0.1, random_state=0)[0], dtype=torch.float32)

@@ -1,6 +1,6 @@
-"""Drawings of the layer as SVG, which takes its text colour from the page.
+"""Draws the layer as SVG, with the text colour of the page.
 
-`python docs/site/drawings.py` writes docs/images/layer.svg, with colours of its own.
+`python docs/site/drawings.py` writes docs/images/layer.svg with fixed colours.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from nflows_kconv import functional
 
 CELL = 20
 STEP_SECONDS = 0.7
-SIZE = 6  # of the image whose inverse is drawn
+SIZE = 6  # side of the image whose inverse is drawn
 KERNEL = 3
 SHOWN_STEPS = (0, 3, 5, 8)
 STYLE = (
@@ -26,7 +26,7 @@ CORNERS, SIDES = ("TL", "TR", "BL", "BR"), ("T", "B", "L", "R")
 
 
 def taps() -> str:
-    """Returns the taps of a kernel in each corner around the pixel they belong to, and the mask of the pivot."""
+    """Draws the taps of a kernel in each corner around their pixel, and the mask of the pivot."""
     panels = [_panel(5, _around_a_pixel(name), name) for name in CORNERS]
     parts = []
     for row, column in _cells(5, 5):
@@ -43,7 +43,7 @@ def taps() -> str:
 
 
 def corners() -> str:
-    """Returns what a pixel reads in each corner, and in which order the inverse finds the pixels."""
+    """Draws what a pixel reads in each corner, and the order in which the inverse solves pixels."""
     return _stencils(
         CORNERS,
         "Corners: the taps of a 3 x 3 kernel, and the step in which the inverse finds each pixel",
@@ -53,7 +53,7 @@ def corners() -> str:
 
 
 def sides() -> str:
-    """Returns the same for each side, with the taps that are masked."""
+    """Draws the same for each side, with the masked taps."""
     return _stencils(
         SIDES,
         "Sides: the taps of a 3 x 3 kernel, and the step in which the inverse finds each pixel",
@@ -62,7 +62,7 @@ def sides() -> str:
 
 
 def jacobian(channels: int = 2, side: int = 4) -> str:
-    """Returns where the Jacobian of a layer with corner TL is not zero, in raster order, channels inside a pixel."""
+    """Draws the nonzeros of the Jacobian of a layer with corner TL, in raster order, channels inside a pixel."""
     return _figure(
         [_jacobian(channels, side)],
         "The Jacobian is lower triangular",
@@ -85,9 +85,9 @@ def _jacobian(channels: int, side: int) -> str:
 
 
 def wavefront() -> str:
-    """Returns the inverse, animated: the pixels that each step finds."""
+    """Draws the inverse as an animation of the pixels that each step solves."""
     steps = 2 * SIZE - 1
-    cycle = steps + 3  # the whole image stays for a while
+    cycle = steps + 3  # shows the whole image for a while
     parts = [f"<style>{''.join(_keyframes(step, cycle) for step in range(steps))}</style>"]
     for row, column in _cells(SIZE, SIZE):
         step = row + column
@@ -104,7 +104,7 @@ def wavefront() -> str:
 
 
 def frames() -> str:
-    """Draws some steps of the inverse, with what one pixel of each reads."""
+    """Draws some steps of the inverse, with the pixels that one pixel of each reads."""
     panels = []
     for step in SHOWN_STEPS:
         reader_column = min(step, SIZE // 2)
@@ -126,7 +126,7 @@ def frames() -> str:
 
 
 def layer() -> str:
-    """Returns a picture by itself: how the layer reads, how its inverse runs, why its log-determinant is one line."""
+    """Draws a standalone picture: what the layer reads, how its inverse runs, why its log-determinant is simple."""
     panels = [
         (_panel(5, _around_a_pixel(name), name), 5 + 110 * (place % 2), 34 + 110 * (place // 2), 100)
         for place, name in enumerate(CORNERS)
@@ -151,7 +151,7 @@ def _stencils(names: Iterable[str], title: str, caption: str) -> str:
 
 
 def _order(steps: dict[tuple[int, int], int], down: int = 0) -> list[str]:
-    """Returns the step in which each pixel is found, those of the middle one marked."""
+    """Draws the step that solves each pixel, with the pixels of the middle step marked."""
     shown = max(steps.values()) // 2
     parts = []
     for (row, column), step in steps.items():
@@ -161,7 +161,7 @@ def _order(steps: dict[tuple[int, int], int], down: int = 0) -> list[str]:
 
 
 def _around_a_pixel(name: str) -> list[str]:
-    """Returns the pixels around one, 5 x 5: those that it reads, and the masked taps of the kernel."""
+    """Draws the 5 x 5 pixels around one: those that it reads, and the masked taps."""
     reads = _reads(name)
     rows, columns = ({offset[axis] for offset in reads} for axis in (0, 1))
     parts = []
@@ -174,7 +174,7 @@ def _around_a_pixel(name: str) -> list[str]:
 
 
 def _reads(name: str) -> set[tuple[int, int]]:
-    """Returns where the pixels lie that a pixel reads, itself among them: rows down and columns to the right."""
+    """Returns the offsets of the pixels that a pixel reads, including itself: rows down and columns to the right."""
     image = torch.zeros(1, 1, 2 * KERNEL + 1, 2 * KERNEL + 1, requires_grad=True)
     pixel = functional.conv2d(image, torch.ones(1, 1, KERNEL, KERNEL), corners=name)[0, 0, KERNEL, KERNEL]
     (read,) = torch.autograd.grad(pixel, image)
@@ -182,7 +182,7 @@ def _reads(name: str) -> set[tuple[int, int]]:
 
 
 def _steps(name: str, size: int) -> dict[tuple[int, int], int]:
-    """Returns the step in which the inverse finds each pixel of an image: the one after the last that it waits for."""
+    """Returns the step in which the inverse solves each pixel: the one after the last pixel that it waits for."""
     others = _reads(name) - {(0, 0)}
 
     @cache
@@ -211,12 +211,12 @@ def _square(x: float, y: float, kind: str, style: str = "") -> str:
 
 
 def _text(column: float, row: float, text: str) -> str:
-    """Returns a text in the middle of a cell."""
+    """Returns a text centred in a cell."""
     return f'<text x="{CELL * (column + 0.5):g}" y="{CELL * (row + 0.7):g}">{text}</text>'
 
 
 def _panel(cells: int, parts: list[str], title: str = "", rows: int = 0) -> str:
-    """Returns a drawing of so many cells across, and as many down unless told."""
+    """Returns a drawing with a number of cells across, and by default as many down."""
     top = -CELL if title else 0
     box = f'viewBox="-1 {top - 1} {CELL * cells + 2} {CELL * (rows or cells) - top + 2}"'
     heading = _text(cells / 2 - 0.5, -1, title) if title else ""

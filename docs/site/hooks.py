@@ -1,6 +1,6 @@
-"""What the site has in addition to the Markdown pages in docs/: MkDocs calls the functions named on_*.
+"""Extends the Markdown pages in docs/: MkDocs calls the functions named on_*.
 
-A line `<!-- site: NAME ARGUMENT -->` of a page becomes what the directive of that name gives.
+The result of the directive NAME replaces a line `<!-- site: NAME ARGUMENT -->` of a page.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _latex = math_core.LatexToMathML(fancy_error=False)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds the pages that lie in the root of the repository, and all that was measured."""
+    """Adds the pages in the root of the repository, and a page of all measurements."""
     for name in ("CONTRIBUTING", "CHANGELOG", "SECURITY"):
         text = (ROOT / f"{name}.md").read_text().replace("](docs/", "](")
         files.append(File.generated(config, f"{name.lower()}.md", content=text))
@@ -34,14 +34,14 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Carries out the directives; makes links to what lies elsewhere in the repository those of the site."""
+    """Runs the directives, and converts links to other files of the repository to links of the site."""
     for elsewhere, here in (("benchmarks/results/", "results/"), ("CONTRIBUTING.md", "contributing.md")):
         markdown = markdown.replace(f"](../{elsewhere}", f"]({here}")
     return DIRECTIVE.sub(lambda match: _DIRECTIVES[match[1]](match[2]), markdown)
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    """Makes MathML of the equations."""
+    """Converts equations to MathML."""
     return EQUATION.sub(_equation, content)
 
 
@@ -53,7 +53,7 @@ def _equation(match: re.Match[str]) -> str:
 
 
 def _difference(folder: str) -> str:
-    """Returns what changes from before.py to after.py."""
+    """Returns the difference between before.py and after.py."""
     before, after = ((ROOT / folder / name).read_text().splitlines() for name in ("before.py", "after.py"))
     lines = list(difflib.unified_diff(before, after, n=2, lineterm=""))[2:]
     return "\n".join(["```diff", *lines, "```"])

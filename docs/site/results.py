@@ -1,4 +1,4 @@
-"""Tables and plots of what was measured, from the files in benchmarks/results."""
+"""Tables and plots of the measurements in benchmarks/results."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 HEADLINE = RESULTS / "cpu-epyc-2-threads.json"
 
 HOSTS = ("nflows", "normflows")
-RATIOS = {"inverse": plots.INVERSE, "forward": plots.FORWARD}  # to conv2d
-# Stands for the colour of the page's text, which no plot can know.
+RATIOS = {"inverse": plots.INVERSE, "forward": plots.FORWARD}  # ratios to conv2d
+# A placeholder for the text colour of the page, which plots do not know.
 _TEXT = "#010203"
 _STYLE = {
     "axes.edgecolor": _TEXT,
@@ -41,7 +41,7 @@ _STYLE = {
 
 
 def all_results() -> str:
-    """Returns a section for each file but those of `published`."""
+    """Returns a section for each file except those of `published`."""
     return "\n\n".join(_section(path) for path in sorted(RESULTS.glob("*.json")) if not path.match("published-*"))
 
 
@@ -59,7 +59,7 @@ def headline() -> str:
 
 
 def evidence() -> str:
-    """Bits per dimension of each form of the layer, at the first size that benchmarks/evidence.py trains."""
+    """Returns bits per dimension of each form of the layer, at the main size of benchmarks/evidence.py."""
     columns, cells = [], defaultdict(dict)
     for path in sorted(RESULTS.glob("evidence-*/runs.json")):
         results = json.loads(path.read_text())
@@ -73,7 +73,7 @@ def evidence() -> str:
 
 
 def reports() -> str:
-    """Links to the reports of benchmarks/evidence.py."""
+    """Returns links to the reports of benchmarks/evidence.py."""
     found = sorted(RESULTS.glob("*/report.md"))
     if not found:
         return "No such report is in the repository yet."
@@ -129,14 +129,14 @@ def _form(run: Row) -> str:
 
 
 def _bits(runs: list[Row]) -> str:
-    """Returns mean and standard deviation over the seeds; of one seed, the standard error over the test images."""
+    """Returns mean and standard deviation over the seeds; for one seed, the standard error over the test images."""
     values = [run["bits_per_dim"] for run in runs]
     spread = statistics.stdev(values) if len(values) > 1 else runs[0]["standard_error"]
     return f"{statistics.mean(values):.3f} ± {spread:.3f}"
 
 
 def _ratio_table(rows: list[Row], mode: str | None) -> str:
-    """Times of F.conv2d, and the others as multiples of it."""
+    """Returns times of F.conv2d, and the others as multiples of it."""
     lines = []
     for row in rows:
         times = plots.times_of(row, mode)
@@ -152,7 +152,7 @@ def _ratio_table(rows: list[Row], mode: str | None) -> str:
 
 
 def _inverse_table(rows: list[Row]) -> str:
-    """Times of torch's own convolution of the same layer, and the inverse as a multiple of it."""
+    """Returns times of torch's convolution for the same layer, and the inverse as a multiple of it."""
     return _table(
         ["batch, channels, size", "corners", "kernel", "dilation", "convolution", "inverse"],
         [
@@ -170,7 +170,7 @@ def _inverse_table(rows: list[Row]) -> str:
 
 
 def _host_tables(rows: list[Row]) -> Iterator[str]:
-    """Gives the ranges of ratios to each library's 1 x 1 convolution, over the shapes."""
+    """Returns the ranges of ratios to each library's 1 x 1 convolution, over the shapes."""
     ours = [name for name in rows[0]["microseconds"] if name not in HOSTS]
     keys = ("operation", "threads", "batch")
     groups: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
@@ -186,7 +186,7 @@ def _host_tables(rows: list[Row]) -> Iterator[str]:
 
 
 def _published_tables(rows: list[Row]) -> Iterator[str]:
-    """Gives, for each model, what was measured of each convolution and what was published."""
+    """Returns, for each model, the measured and the published times of each convolution."""
     head = [
         "convolution",
         "images",
@@ -240,7 +240,7 @@ def _time_table(rows: list[Row]) -> str:
 
 
 def _bars(rows: list[Row], mode: str | None) -> Figure:
-    """Times as multiples of F.conv2d's; a tick on a bar is its floor."""
+    """Draws times as multiples of F.conv2d's; a tick on a bar is its floor."""
     figure = Figure(figsize=(5.2, 0.8 + 0.32 * len(rows)), layout="constrained")
     axes = figure.subplots()
     for index, (name, color) in enumerate(RATIOS.items()):
@@ -282,7 +282,7 @@ def _sides(sides: Sequence[int]) -> str:
 def _machine(results: dict[str, Any]) -> str:
     machine = results["machine"]
     facts = [machine["device"], f"torch {machine['torch']}", machine["date"]]
-    if "cpu" not in machine:  # else the device is a GPU
+    if "cpu" not in machine:  # otherwise the device is a GPU
         facts.insert(1, f"{machine['threads']} thread{'s' * (machine['threads'] > 1)}")
     return ", ".join(facts) + "."
 

@@ -1,9 +1,9 @@
-"""A flow of digits in nflows that is told which digit: steps of [ActNorm -> 1x1 -> affine coupling] with a context.
+"""A flow of digits in nflows, conditioned on the digit: steps of [ActNorm -> 1x1 -> affine coupling] with a context.
 
     python examples/swap/nflows_conditional/{before,after}.py [--steps 100]
 
-after.py has a 3x3 convolution in each step, which lets the context pass by; nothing else differs. Prints the test bits
-per dimension, with the digits' own classes and with wrong ones. Small digits do not tell which model is better.
+after.py has a 3x3 convolution in each step, which ignores the context; nothing else differs. Prints the test bits per
+dimension, with the digits' own classes and with wrong ones. Small digits do not show which model is better.
 """
 
 import argparse
@@ -33,7 +33,7 @@ FLOW_STEPS = 4
 
 
 def network(in_channels, out_channels):
-    """Returns what a coupling computes its scale and shift with."""
+    """Returns the network for a coupling's scale and shift."""
     return ConvResidualNet(in_channels, out_channels, hidden_channels=32, context_channels=CLASSES)
 
 
@@ -59,14 +59,14 @@ def load():
 
 
 def bits_per_dim(flow, images, context):
-    """Computes bits per dimension of images with uniform noise inside each gray level."""
+    """Returns bits per dimension of images with uniform noise inside each gray level."""
     log_prob = flow.log_prob(images + torch.rand_like(images), context)
     return -log_prob.mean() / (images[0].numel() * math.log(2))
 
 
 def main(steps):
     """Trains, evaluates and samples."""
-    # Two threads are no faster on tensors this small, and ten times slower where another program uses a core.
+    # Two threads are no faster on such small tensors, and ten times slower if another program uses a core.
     torch.set_num_threads(1)
     torch.manual_seed(0)
     images, context = load()

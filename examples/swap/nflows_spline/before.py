@@ -2,10 +2,10 @@
 
     python examples/swap/nflows_spline/{before,after}.py [--steps 100]
 
-Each level squeezes, takes steps of [ActNorm -> 1x1 -> spline coupling], ends with a 1x1, and gives half of its channels
+Each level squeezes, takes steps of [ActNorm -> 1x1 -> spline coupling], ends with a 1x1, and moves half of its channels
 to the latent variable (Durkan, Bekasov, Murray, Papamakarios 2019, arXiv 1906.04032), as in experiments/images.py of
-its repository, bayesiains/nsf, where 3 levels of 10 steps are the default. after.py has a 3x3 convolution in each step;
-nothing else differs. Prints the test bits per dimension and the error of a round trip. Small digits do not tell which
+its repository, bayesiains/nsf, whose default is 3 levels of 10 steps. after.py has a 3x3 convolution in each step;
+nothing else differs. Prints the test bits per dimension and the error of a round trip. Small digits do not show which
 model is better.
 """
 
@@ -34,9 +34,9 @@ STEPS_PER_LEVEL = 2
 
 
 class ConvNet(nn.Sequential):
-    """What a coupling computes its splines with."""
+    """The network for a coupling's splines."""
 
-    hidden_channels = 32  # by whose root the coupling divides bin sizes
+    hidden_channels = 32  # the coupling divides bin sizes by its root
 
     def __init__(self, in_channels, out_channels):
         super().__init__(
@@ -48,7 +48,7 @@ class ConvNet(nn.Sequential):
         )
 
     def forward(self, inputs, context=None):
-        """There is no context."""
+        """Ignores the context."""
         return super().forward(inputs)
 
 
@@ -76,19 +76,19 @@ def build_flow():
         channels = shape[0]
         steps = [build_step(channels) for _ in range(STEPS_PER_LEVEL)]
         level = CompositeTransform([squeeze, *steps, OneByOneConvolution(channels)])
-        shape = multiscale.add_transform(level, shape)  # what goes on to the next level
+        shape = multiscale.add_transform(level, shape)  # the shape for the next level
     preprocessing = PointwiseAffineTransform(shift=-0.5, scale=1 / 17)
     return Flow(CompositeTransform([preprocessing, multiscale]), StandardNormal([math.prod(IMAGE)]))
 
 
 def bits_per_dim(flow, images):
-    """Computes bits per dimension of images with uniform noise inside each gray level."""
+    """Returns bits per dimension of images with uniform noise inside each gray level."""
     return -flow.log_prob(images + torch.rand_like(images)).mean() / (math.prod(IMAGE) * math.log(2))
 
 
 def main(steps):
     """Trains and evaluates."""
-    # Two threads are no faster on tensors this small, and ten times slower where another program uses a core.
+    # Two threads are no faster on such small tensors, and ten times slower if another program uses a core.
     torch.set_num_threads(1)
     torch.manual_seed(0)
     images = torch.tensor(load_digits().images, dtype=torch.float32)[:, None]  # whole numbers from 0 to 16

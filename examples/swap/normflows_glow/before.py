@@ -2,9 +2,9 @@
 
     python examples/swap/normflows_glow/{before,after}.py [--steps 100]
 
-The multiscale model of examples/glow.ipynb there, with 2 levels of 2 steps instead of 3 of 16. after.py takes the
-GlowBlock that has a 3x3 convolution inside; nothing else differs. Prints the test bits per dimension, with the digits'
-own classes and with wrong ones. Small digits do not tell which model is better.
+The multiscale model of its examples/glow.ipynb, with 2 levels of 2 steps instead of 3 of 16. after.py uses the
+GlowBlock with a 3x3 convolution inside; nothing else differs. Prints the test bits per dimension, with the digits' own
+classes and with wrong ones. Small digits do not show which model is better.
 """
 
 import argparse
@@ -25,7 +25,7 @@ def build_flow():
     """Builds the flow, from latent to data."""
     channels, height, width = IMAGE
     bases, flows, merges = [], [], []
-    for level in range(LEVELS, 0, -1):  # the one with the smallest images comes first
+    for level in range(LEVELS, 0, -1):  # the level with the smallest images first
         blocks = [
             nf.flows.GlowBlock(channels * 2 ** (level + 1), HIDDEN_CHANNELS, split_mode="channel", scale=True)
             for _ in range(STEPS_PER_LEVEL)
@@ -40,14 +40,14 @@ def build_flow():
 
 
 def bits_per_dim(flow, images, classes):
-    """Computes bits per dimension of images, whole numbers 0 to 16, with uniform noise inside each gray level."""
+    """Returns bits per dimension of images, whole numbers 0 to 16, with uniform noise inside each gray level."""
     loss = flow.forward_kld((images + torch.rand_like(images)) / 17, classes)
     return loss / (math.prod(IMAGE) * math.log(2)) + math.log2(17)
 
 
 def main(steps):
     """Trains, evaluates and samples."""
-    # Two threads are no faster on tensors this small, and ten times slower where another program uses a core.
+    # Two threads are no faster on such small tensors, and ten times slower if another program uses a core.
     torch.set_num_threads(1)
     torch.manual_seed(0)
     digits = load_digits()
