@@ -85,7 +85,7 @@ def bits_per_dim(log_prob: Tensor) -> Tensor:
 
 
 def convolutions(layer: Callable[..., nn.Module], channels: int, corners: Sequence[str]) -> list[nn.Module]:
-    """Builds a step's k x k convolutions with separate random numbers, so the rest starts as in a model without them."""
+    """Builds the k x k convolutions of a step with separate random numbers, so the rest starts as without them."""
     with torch.random.fork_rng():
         return [layer(channels, kernel_size=3, corners=corner) for corner in corners]
 

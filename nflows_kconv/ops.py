@@ -81,8 +81,8 @@ def _operator_call(name: str, args: tuple[Any, ...]) -> tuple[OperatorCall, int]
     *arguments, repeats = _complete(name, args)
     if name == "weight_gradient":
         input, grad, stencils, dilation, kernel_size, unit_diagonal = arguments
-        options = None, None, unit_diagonal, False, kernel_size, dilation
-        return OperatorCall(name, input, grad, stencils, *options), repeats
+        call = OperatorCall(name, input, grad, stencils, None, None, unit_diagonal, False, kernel_size, dilation)
+        return call, repeats
     input, weight, bias, log_diagonal, stencils, dilation, unit_diagonal, transpose = arguments
     options = unit_diagonal, transpose, weight.shape[2:], dilation
     return OperatorCall(name, input, weight, stencils, bias, log_diagonal, *options), repeats

@@ -174,12 +174,12 @@ _wide, _tall = dict(size=(1, 300)), dict(size=(300, 1))
 
 # No group has more than MAX_UNKNOWNS unknowns per image, to keep the dense oracles fast.
 MAX_UNKNOWNS = 1300
-# What kernels do in another way by such a number; the reference has no such branch, and is slow.
+# Numbers at which kernels take another branch; the reference has no such branches, and is slow.
 CASES_OF_KERNELS = (
-    # Images that a kernel cuts into strips, of many rows or columns
+    # Images with many rows or columns, which a kernel cuts into strips
     Case((TL, "B"), per_group=2, kernel_size=(2, 6), batch=64, size=(100, 6), dilation=(40, 1)),
     Case((BR, "L"), per_group=2, kernel_size=(6, 2), batch=64, size=(6, 100), dilation=(1, 40)),
-    # Batches and rows about the widths of vectors
+    # Batches and rows around the widths of vectors
     *(Case((TL, BR), per_group=3, batch=batch) for batch in (1, 3, 7, 8, 9, 15, 16, 17, 31, 33)),
     *(Case((TR, BL), per_group=2, batch=batch, size=(4, 3)) for batch in (63, 64, 65, 100, 130, 1030)),
     *(Case((BR, TR), per_group=1, batch=3, size=(16 - i, 16 + i)) for i in (-1, 0, 1)),
@@ -192,7 +192,7 @@ CASES_OF_KERNELS = (
     Case((BR,), per_group=1024, batch=2, size=(1, 1), kernel_size=(2, 2)),
     Case(("T",), per_group=200, batch=2, kernel_size=(2, 5), size=(2, 3)),
     Case((TL, BR) * 64, per_group=1, batch=3),
-    # Groups that repeat, as images with weights of their own do: lanes are images, rows or channels
+    # Repeated groups, as for images with their own weights: lanes are images, rows or channels
     Case((TL, "B") * 20, per_group=3, batch=1),
     Case((TR,) * 17, per_group=7, batch=1, kernel_size=(2, 2), dtype=torch.float64),
     Case(("L",) * 9, per_group=12, batch=1, size=(16, 5)),
