@@ -245,7 +245,8 @@ struct Band {
   __device__ void for_each_of_last_rows(int band, int first, int chunk, Move&& move) const {
     Accumulator* last_rows = reinterpret_cast<Accumulator*>(arguments.scratch + arguments.offsets[1]);
     constexpr int times = STEPS + BEFORE;
-    for (int i = threadIdx.x; i < kHalo * CHANNELS * times; i += THREADS) {
+    // Otherwise the addresses of all rounds are kept from chunk to chunk, and spill.
+    for (int i = not_hoisted(threadIdx.x); i < kHalo * CHANNELS * times; i += THREADS) {
       const int time = i % times - BEFORE, line = i / times, channel = line % CHANNELS, row = line / CHANNELS;
       const int column = chunk * STEPS + time - TAU * (first + row) - kLead;
       Accumulator* value = last_rows + ((long long)band * kHalo * CHANNELS + line) * arguments.width + column;

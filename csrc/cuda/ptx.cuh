@@ -65,3 +65,10 @@ __device__ inline T* kept(T* shared) {
   asm("" : "+r"(address));
   return static_cast<T*>(__cvta_shared_to_generic(address));
 }
+
+// The same number, but the compiler computes what follows from it where it is used, not ahead of a loop, where it would
+// take registers all along.
+__device__ inline unsigned not_hoisted(unsigned value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}

@@ -42,6 +42,8 @@ inline T* kept(T* shared) {
   return shared;
 }
 
+inline unsigned not_hoisted(unsigned value) { return value; }
+
 inline int load_acquire(const int* address) { return emulator::acquire(address); }
 
 inline void store_release(int* address, int value) { emulator::release(address, value); }
