@@ -39,6 +39,11 @@ IMAGES = ((100, 16, 16), (1, 300, 500), (7, 4, 3))
 SPILLED = (
     (A100, 48, 2, IMAGES[1], torch.float32, "solve"),
     (A100, 48, 3, IMAGES[1], torch.float32, "solve"),
+    (A100, 16, 5, IMAGES[2], torch.float32, "weight_gradient"),
+    (A100, 512, 3, (100, 10, 10), torch.float32, "weight_gradient"),
+    (H100, 48, 2, IMAGES[2], torch.float32, "weight_gradient"),
+    (H100, 512, 5, IMAGES[2], torch.float16, "weight_gradient"),
+    (B200, 48, 2, IMAGES[2], torch.bfloat16, "weight_gradient"),
 )
 
 SOURCES = sorted(compiler.source_directory().glob("*.cu*"))

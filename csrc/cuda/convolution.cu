@@ -160,7 +160,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kResidentBlocks)
     copy_weights(target, weight, arguments, group, place.output, stage);
     copy_tile<kThreads, CHUNK, IMAGES, kTileRows, COLUMNS + TAPS_W - 1, PITCH, kPlane>(
         target + kWeights, x, arguments.first_strides[0], arguments, stage.channel, place.image,
-        place.row - stage.tap_row - (TAPS_H - 1), place.column + kRight - stage.tap_column - (TAPS_W - 1));
+        place.row - stage.tap_row - (TAPS_H - 1), place.column + kRight - stage.tap_column - (TAPS_W - 1), threadIdx.x);
   };
 
   Accumulator sums[OUTPUTS][PIXELS] = {};

@@ -13,12 +13,13 @@ __device__ constexpr int clamp(int value, int least, int most) {
 template <int THREADS, int CHANNEL_COUNT, int IMAGE_COUNT, int ROW_COUNT, int COLUMN_COUNT, int ROW_PITCH,
           int CHANNEL_PITCH>
 __device__ inline void copy_tile(Accumulator* tile, const ImageView<const SCALAR>& first_image, long long image_stride,
-                                 const Arguments& arguments, int channel, int image, int row, int column) {
+                                 const Arguments& arguments, int channel, int image, int row, int column,
+                                 unsigned thread) {
   constexpr int kPixels = IMAGE_COUNT * ROW_COUNT * COLUMN_COUNT;
   constexpr int kChannelsAtOnce = kPixels < THREADS ? THREADS / kPixels : 1;
-  const int first_channel = threadIdx.x / kPixels;
+  const int first_channel = thread / kPixels;
   if (first_channel >= kChannelsAtOnce) return;
-  for (int pixel = threadIdx.x % kPixels; pixel < kPixels; pixel += THREADS) {
+  for (int pixel = thread % kPixels; pixel < kPixels; pixel += THREADS) {
     const int n = pixel / (ROW_COUNT * COLUMN_COUNT), r = pixel / COLUMN_COUNT % ROW_COUNT, s = pixel % COLUMN_COUNT;
     const bool inside = image + n < arguments.batch && (unsigned)(row + r) < (unsigned)arguments.height &&
                         (unsigned)(column + s) < (unsigned)arguments.width;

@@ -48,6 +48,32 @@ struct Place {
   int tap_column, tap_row, input, output;
 };
 
+// Adds PIXELS neighbouring pixels of a row. `x` is kHalo columns left of where the first tap reads, `g` the first
+// pixel.
+template <int PIXELS>
+__device__ inline void add_pixels(Sums& sums, const Accumulator* x, const Accumulator* g) {
+  constexpr int kLoaded = PIXELS == 1 ? 1 : kVector, kBefore = PIXELS == 1 ? TAPS_W - 1 : kHalo;
+  Accumulator gradient[OUTPUTS][PIXELS];
+#pragma unroll
+  for (int o = 0; o < OUTPUTS; ++o) load_vectors<kLoaded>(gradient[o], g + o * OUTPUT_SLOTS * kOutputPitch);
+#pragma unroll
+  for (int i = 0; i < INPUTS; ++i) {
+#pragma unroll
+    for (int a = 0; a < TAPS_H; ++a) {
+      Accumulator window[kBefore + PIXELS];
+      load_vectors<kLoaded>(window, x + kHalo - kBefore + i * INPUT_SLOTS * kInputPitch - a * kPitch);
+#pragma unroll
+      for (int p = 0; p < PIXELS; ++p) {
+#pragma unroll
+        for (int b = 0; b < TAPS_W; ++b) {
+#pragma unroll
+          for (int o = 0; o < OUTPUTS; ++o) sums[o][i][a][b] += gradient[o][p] * window[kBefore + p - b];
+        }
+      }
+    }
+  }
+}
+
 // Adds one tile. `x` and `g` are the thread's first channels; `rows` and `columns` remain in the image.
 __device__ inline void add_tile(Sums& sums, const Accumulator* x, const Accumulator* g, int split, int rows,
                                 int columns) {
@@ -58,28 +84,14 @@ __device__ inline void add_tile(Sums& sums, const Accumulator* x, const Accumula
     const int image = line / ROWS, row = line % ROWS;
     // Skips pixels outside the image instead of multiplying by zero, because x may be infinite.
     if (row >= rows || column >= columns) continue;
-    Accumulator gradient[OUTPUTS][kPixels];
-#pragma unroll
-    for (int o = 0; o < OUTPUTS; ++o) {
-      load_vectors<kVector>(gradient[o], g + o * OUTPUT_SLOTS * kOutputPitch + line * COLUMNS + column);
-    }
     const Accumulator* const last_row = x + (image * kTileRows + row + TAPS_H - 1) * kPitch + column;
-#pragma unroll
-    for (int i = 0; i < INPUTS; ++i) {
-#pragma unroll
-      for (int a = 0; a < TAPS_H; ++a) {
-        Accumulator window[kHalo + kPixels];
-        load_vectors<kVector>(window, last_row + i * INPUT_SLOTS * kInputPitch - a * kPitch);
-#pragma unroll
-        for (int p = 0; p < kPixels; ++p) {
-          if (WIDTH_REMAINDER && column + p >= columns) continue;
-#pragma unroll
-          for (int b = 0; b < TAPS_W; ++b) {
-#pragma unroll
-            for (int o = 0; o < OUTPUTS; ++o) sums[o][i][a][b] += gradient[o][p] * window[kHalo + p - b];
-          }
-        }
-      }
+    const Accumulator* const gradient = g + line * COLUMNS + column;
+    if (WIDTH_REMAINDER == 0 || column + kPixels <= columns) {
+      add_pixels<kPixels>(sums, last_row, gradient);
+    } else {
+      // One by one: a branch at each of several pixels takes registers, and spills.
+#pragma unroll 1
+      for (int p = 0; p < WIDTH_REMAINDER; ++p) add_pixels<1>(sums, last_row + p, gradient + p);
     }
   }
 }
@@ -103,30 +115,31 @@ extern "C" __global__ void __launch_bounds__(kThreads, kResidentBlocks)
   const int input_slot = unit % INPUT_SLOTS, output_slot = unit / INPUT_SLOTS;
 
   const long long tiles = (long long)ceil_div(arguments.batch, IMAGES) * ROW_TILES * COLUMN_TILES;
-  const long long first_tile = tiles * chunk / chunks, last_tile = tiles * (chunk + 1) / chunks;
-  const auto copy_stage = [&](long long tile) {
+  const int first_tile = tiles * chunk / chunks, last_tile = tiles * (chunk + 1) / chunks;
+  const auto copy_stage = [&](int tile) {
     const int column = tile % COLUMN_TILES * COLUMNS, row = tile / COLUMN_TILES % ROW_TILES * ROWS;
     const int image = tile / (COLUMN_TILES * ROW_TILES) * IMAGES;
     Accumulator* const target = shared + (tile - first_tile) % 2 * kStageSize;
+    const unsigned thread = not_hoisted(threadIdx.x);  // registers are for the sums
     copy_tile<kThreads, kTileInputs, IMAGES, kTileRows, COLUMNS + TAPS_W - 1, kPitch, kInputPitch>(
         target + kHalo - (TAPS_W - 1), x, arguments.first_strides[0], arguments, place.input, image,
-        row - place.tap_row - (TAPS_H - 1), column - place.tap_column - (TAPS_W - 1));
+        row - place.tap_row - (TAPS_H - 1), column - place.tap_column - (TAPS_W - 1), thread);
     copy_tile<kThreads, kTileOutputs, IMAGES, ROWS, COLUMNS, COLUMNS, kOutputPitch>(
-        target + kTileInputs * kInputPitch, g, arguments.second_strides[0], arguments, place.output, image, row,
-        column);
+        target + kTileInputs * kInputPitch, g, arguments.second_strides[0], arguments, place.output, image, row, column,
+        thread);
   };
 
   Sums sums = {};
   copy_stage(first_tile);
 #pragma unroll 1
-  for (long long tile = first_tile; tile < last_tile; ++tile) {
+  for (int tile = first_tile; tile < last_tile; ++tile) {
     wait_for_copies();
     __syncthreads();
     if (tile + 1 < last_tile) copy_stage(tile + 1);
     const Accumulator* const current = shared + (tile - first_tile) % 2 * kStageSize;
     add_tile(sums, current + input_slot * kInputPitch, current + kTileInputs * kInputPitch + output_slot * kOutputPitch,
-             split, arguments.height - int(tile / COLUMN_TILES % ROW_TILES) * ROWS,
-             arguments.width - int(tile % COLUMN_TILES) * COLUMNS);
+             split, arguments.height - tile / COLUMN_TILES % ROW_TILES * ROWS,
+             arguments.width - tile % COLUMN_TILES * COLUMNS);
   }
 
   Accumulator* const parts = reinterpret_cast<Accumulator*>(arguments.scratch);
