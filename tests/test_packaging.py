@@ -22,6 +22,7 @@ from build_backend.environment import (
 )
 
 ROOT = Path(build_backend.__file__).parent.parent
+PROJECT = (ROOT / "pyproject.toml").read_text()
 
 
 def executable(path, script):
@@ -143,9 +144,15 @@ class TestRequirements:
         assert "free-threaded" in why_not()
 
     def test_floor_is_that_of_the_package(self):
-        project = (ROOT / "pyproject.toml").read_text()
         floor = ".".join(map(str, environment.MINIMUM_TORCH))
-        assert f'dependencies = ["torch>={floor}"]' in project
+        assert f'dependencies = ["torch>={floor}"]' in PROJECT
+
+
+def test_oldest_versions_are_the_lowest_admitted():
+    oldest = dict(re.findall(r"^(\S+)==(\S+)$", (ROOT / "constraints-oldest.txt").read_text(), re.MULTILINE))
+    for name, floor in re.findall(r'"([\w-]+)>=([\d.]+)', PROJECT):
+        assert f"{oldest.get(name, floor)}.".startswith(f"{floor}."), name
+    assert {*re.findall(r"install_torch python ([\d.]+)", PROJECT)} == {oldest["torch"]}
 
 
 class TestFindCompiler:
