@@ -157,12 +157,6 @@ class KernelLayer(InvertibleModule):
         """
         return self._run_inverse(input, context) if inverse else self._run_forward(input, context)
 
-    def _run_forward(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
-        return self._convolve(input), self._log_abs_det(input)
-
-    def _run_inverse(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
-        return self._solve(input), self._log_abs_det(input, -1)
-
     def _convolve(self, input: Tensor) -> Tensor:
         raise NotImplementedError
 
@@ -172,16 +166,8 @@ class KernelLayer(InvertibleModule):
     def _weight(self) -> Tensor:
         raise NotImplementedError
 
-    def _tensors(self) -> tuple[Any, Any, Any]:
-        """Returns raw weight, log-diagonal and bias, faster than three attribute lookups."""
-        own = self._parameters
-        try:
-            return own["raw_weight"], own["log_diagonal"], own["bias"]
-        except KeyError:  # one of them is computed, as by pruning
-            return self.raw_weight, self.log_diagonal, self.bias
-
-    def _log_abs_det(self, input: Tensor, sign: int = 1) -> Tensor:
-        """Returns log |det dy/dx| times the sign, [B], in new memory, because users add to it in place."""
+    def _log_abs_det(self, input: Tensor) -> Tensor:
+        """Returns log |det dy/dx|, [B], in new memory, because users add to it in place."""
         raise NotImplementedError
 
     def _structure(self) -> dict[str, tuple[Any, ...]]:
@@ -371,22 +357,36 @@ class InvertibleConv(KernelLayer):
         scale = bound.scale(relative, self.max_inverse_gain)
         return (raw_weight * scale).to(raw_weight.dtype)
 
+    def _run_forward(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
+        output, log_diagonal = self._run(ops.conv, input)
+        return output, log_abs_det(input, log_diagonal)
+
+    def _run_inverse(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
+        output, log_diagonal = self._run(ops.solve, input)
+        return output, log_abs_det(input, log_diagonal, -1)
+
     def _convolve(self, input: Tensor) -> Tensor:
-        return self._run(ops.conv, input)
+        return self._run(ops.conv, input)[0]
 
     def _solve(self, input: Tensor) -> Tensor:
-        return self._run(ops.solve, input)
+        return self._run(ops.solve, input)[0]
 
-    def _run(self, operator: Any, input: Tensor) -> Tensor:
-        (weight, log_diagonal, bias), stencils = self._tensors(), self._stencils
+    def _run(self, operator: Any, input: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Returns the output and the log-diagonal."""
+        own: dict[str, Any] = self._parameters  # faster than three attribute lookups
+        try:
+            weight, log_diagonal, bias = own["raw_weight"], own["log_diagonal"], own["bias"]
+        except KeyError:  # one of them is computed, as by pruning
+            weight, log_diagonal, bias = self.raw_weight, self.log_diagonal, self.bias
         if self.max_inverse_gain is not None:
             weight = self._bounded(weight, log_diagonal)
-        return functional.run(
-            operator, input, weight, bias, log_diagonal, stencils, log_diagonal is None, self.dilation
+        output = functional.run(
+            operator, input, weight, bias, log_diagonal, self._stencils, log_diagonal is None, self.dilation
         )
+        return output, log_diagonal
 
-    def _log_abs_det(self, input: Tensor, sign: int = 1) -> Tensor:
-        return log_abs_det(input, None if self.diagonal == "unit" else self.log_diagonal, sign)
+    def _log_abs_det(self, input: Tensor) -> Tensor:
+        return log_abs_det(input, self.log_diagonal)
 
     def _structure(self) -> dict[str, tuple[Any, ...]]:
         return {"corners": self.corners, "dilation": self.dilation}

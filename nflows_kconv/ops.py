@@ -404,18 +404,11 @@ def attempt(
     repeats: int,
 ) -> Tensor | None:
     """Does `call` on unchecked arguments; returns None unless a backend accepts them."""
-    if is_intercepted() or is_differentiating_forward() or (attempt := registry.attempts()) is None:
+    # The backends check everything else, such as the device.
+    if input is None or weight is None or not _is_unobserved(input, weight, bias, log_diagonal):
         return None
-    records = torch.is_grad_enabled()
-    tensors = [input, weight]
-    if bias is not None:
-        tensors.append(bias)
-    if log_diagonal is not None:
-        tensors.append(log_diagonal)
-    for tensor in tensors:
-        # The backends check everything else, such as the device.
-        if type(tensor) not in _PLAIN or tensor.is_neg() or (records and tensor.requires_grad):
-            return None
+    if (attempt := registry.attempt) is None:
+        return None
     name = "conv" if operator is conv else "solve"
     return attempt(name, input, weight, bias, log_diagonal, stencils * repeats, dilation, unit_diagonal)
 
@@ -443,7 +436,7 @@ def call(
     name = "conv" if operator is conv else "solve"
     if operator is conv and torch.compiler.is_exporting():  # always true in Dynamo of torch 2.10
         operator = exported_conv
-    if _is_recorded(input, weight, bias, log_diagonal) or not _is_direct(input, weight, bias, log_diagonal):
+    if not _is_direct(input, weight, bias, log_diagonal):
         return operator(input, weight, bias, log_diagonal, stencils, dilation, unit_diagonal, False, repeats)
     options = unit_diagonal, False, weight.shape[2:], dilation
     return _run(OperatorCall(name, input, weight, stencils, bias, log_diagonal, *options), repeats)
@@ -454,32 +447,28 @@ def autocast_is_on(tensor: Tensor) -> bool:
     return not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)  # raises for meta tensors
 
 
-def _is_recorded(*tensors: Tensor | None) -> bool:
-    if torch.is_grad_enabled():
-        for tensor in tensors:
-            if tensor is not None and tensor.requires_grad:
-                return True
-    return is_differentiating_forward()
-
-
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
-def _is_direct(*tensors: Tensor | None) -> bool:
-    """Returns whether a call may skip the dispatcher, so that backends read the tensors' memory directly."""
-    if is_intercepted():
+def _is_unobserved(*tensors: Tensor | None) -> bool:
+    """Returns whether nothing would see or record an operator on these tensors, and their memory has their values."""
+    if is_intercepted() or is_differentiating_forward():
         return False
+    records = torch.is_grad_enabled()
     for tensor in tensors:
-        if tensor is not None and (
-            type(tensor) not in _PLAIN or tensor.is_meta or tensor.is_neg() or is_zero_tensor(tensor)
-        ):
+        if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_neg() or (records and tensor.requires_grad)):
             return False
     return True
 
 
+def _is_direct(*tensors: Tensor | None) -> bool:
+    """Returns whether a call may skip the dispatcher, so that backends read the tensors' memory directly."""
+    return _is_unobserved(*tensors) and not any(t is not None and (t.is_meta or is_zero_tensor(t)) for t in tensors)
+
+
 def _evaluated(name: str, operator: Callable[..., Tensor], *args: Any) -> Tensor:
     tensors = [each for each in args if isinstance(each, Tensor)]
-    if _is_direct(*tensors) and not is_differentiating_forward():
+    if _is_direct(*tensors):
         return _run(*_operator_call(name, args))
     # A function's forward runs with both modes of differentiation off, which hides this call from the outer levels of
     # nested torch.func transforms.
@@ -494,7 +483,9 @@ def _differentiable(name: str, operator: Callable[..., Tensor], function: Any) -
     """
 
     def kernel(*args: Any) -> Tensor:
-        if not _is_recorded(*args[: _NUM_TENSORS[name]]):
+        tensors = (each for each in args[: _NUM_TENSORS[name]] if each is not None)
+        is_recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        if not is_recorded and not is_differentiating_forward():
             with below_autograd():
                 return operator(*args)
         output = apply_at_this_level(function, *_complete(name, args))

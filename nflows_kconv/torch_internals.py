@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch._C import _get_tracing_state, _len_torch_dispatch_stack
 from torch._C._functorch import (
     get_single_level_autograd_function_allowed,
     is_functorch_wrapped_tensor,
@@ -15,6 +16,7 @@ from torch._C._functorch import (
 )
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
+from torch.compiler import is_compiling
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
@@ -62,11 +64,7 @@ forward_mode = forward_ad._set_fwd_grad_enabled
 
 def is_intercepted() -> bool:
     """Returns whether a compiler, a `TorchDispatchMode` or `torch.jit.trace` must see each operator."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
-    )
+    return is_compiling() or _len_torch_dispatch_stack() > 0 or _get_tracing_state() is not None
 
 
 def is_differentiating_forward() -> bool:

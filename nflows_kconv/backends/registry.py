@@ -76,15 +76,16 @@ class Implementation(NamedTuple):
 
 
 _registered: dict[str, Implementation] = {}
-_attempts: Callable[..., Tensor | None] | None = None  # from the first backend that has one
-_chosen: Implementation | None = None  # shared by all threads, because backward passes have their own
+# Shared by all threads, because backward passes have their own.
+_chosen: Implementation | None = None
+attempt: Callable[..., Tensor | None] | None = None  # of the chosen backend, or of the first that has one
 
 
 def register(implementation: Implementation) -> None:
     """Adds a backend. The first registered one that can run a call runs it."""
     _registered[implementation.name] = implementation
-    global _attempts
-    _attempts = _attempts or implementation.attempt
+    global attempt
+    attempt = attempt or implementation.attempt
 
 
 def registered() -> Sequence[Implementation]:
@@ -111,11 +112,6 @@ def run(call: OperatorCall) -> Tensor:
     raise RuntimeError(f"{call.operation} on {device} tensors needs a backend that can run it, got {reasons or 'none'}")
 
 
-def attempts() -> Callable[..., Tensor | None] | None:
-    """Returns the `attempt` of the chosen backend, or of the first that has one; see `Implementation`."""
-    return _attempts if _chosen is None else _chosen.attempt
-
-
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Makes all calls of this process run on one backend, inside this context, instead of on the fastest.
@@ -139,9 +135,10 @@ def use_backend(name: str) -> Iterator[None]:
     status = _registered[name].status()
     if not status.available:
         raise ValueError(f'backend "{name}" must be available here, but {status.reason}')
-    global _chosen
-    before, _chosen = _chosen, _registered[name]
+    global _chosen, attempt
+    before = _chosen, attempt
+    _chosen, attempt = _registered[name], _registered[name].attempt
     try:
         yield
     finally:
-        _chosen = before
+        _chosen, attempt = before
