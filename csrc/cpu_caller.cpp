@@ -17,6 +17,12 @@ struct Options {
   bool unit_diagonal, transpose, solve;
 };
 
+// Packed by nflows_kconv/backends/cpu.py: ctypes converts one pointer faster than six. The last two may be null.
+struct Arguments {
+  const Options* options;
+  void *input, *output, *weight, *bias, *log_diagonal;
+};
+
 // Bytes of a group's weights that stay in a second-level cache. Every position reads all of them, so beyond this size
 // torch's convolution, which holds several positions in registers, is faster.
 constexpr int64_t kCachedWeights = 1 << 20;
@@ -118,8 +124,8 @@ Outcome run(const Options& options, const View& input, const View& output, const
 
 // Runs the operator of the options on tensors as in `functional.conv2d`. If they do not fit, declines and does nothing;
 // the caller finds out why.
-KCONV_EXPORT Outcome nflows_kconv_run(const Options* options, void* input, void* output, void* weight, void* bias,
-                                      void* log_diagonal) {
+KCONV_EXPORT Outcome nflows_kconv_run(const Arguments* arguments) {
+  const auto& [options, input, output, weight, bias, log_diagonal] = *arguments;
   View in, out, kernel, shift, diagonal;
   if (!read(input, in) || !read(output, out) || !read(weight, kernel) || !fits(*options, in, kernel) ||
       !read_channels(bias, in, shift) || !read_channels(log_diagonal, in, diagonal))

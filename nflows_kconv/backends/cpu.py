@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 from functools import lru_cache
 
 import torch
@@ -16,6 +17,7 @@ from nflows_kconv.torch_internals import address
 
 # The stencils of csrc/cpu/stencil.h.
 _STENCILS = frozenset((*stencil.parse(stencil.CORNERS[3], 3), *stencil.parse(("T", "B", "L", "R"))))
+_pack = struct.Struct("6P").pack  # `Arguments` of csrc/cpu_caller.cpp
 _INSTRUCTION_SET_NAMES = {"baseline": "baseline instructions", "avx2": "AVX2", "avx512": "AVX-512"}
 
 
@@ -79,12 +81,14 @@ def _call(
     options: Options, input: Tensor, output: Tensor, weight: Tensor, bias: Tensor | None, log_diagonal: Tensor | None
 ) -> int:
     return native.run_kernel(
-        options.address,
-        address(input),
-        address(output),
-        address(weight),
-        None if bias is None else address(bias),
-        None if log_diagonal is None else address(log_diagonal),
+        _pack(
+            options.address,
+            address(input),
+            address(output),
+            address(weight),
+            0 if bias is None else address(bias),
+            0 if log_diagonal is None else address(log_diagonal),
+        )
     )
 
 

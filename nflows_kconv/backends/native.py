@@ -62,7 +62,7 @@ def _load(directory: Path) -> tuple[ctypes.CDLL | None, str]:
         library = ctypes.CDLL(str(path))
         library.nflows_kconv_instruction_set.restype = ctypes.c_char_p
         library.nflows_kconv_select_instruction_set.argtypes = [ctypes.c_char_p]
-        library.nflows_kconv_run.argtypes = [ctypes.c_void_p] * 6
+        library.nflows_kconv_run.argtypes = [ctypes.c_char_p]
     except Exception as error:  # The package must import without the library, whatever is wrong with it.
         cause = error.__cause__ or error  # torch's own message names only the file
         return None, f"built with {build['compiler']} and torch {build['torch']}, it failed to load: {cause}"
@@ -71,7 +71,7 @@ def _load(directory: Path) -> tuple[ctypes.CDLL | None, str]:
 
 _library, reason = _load(Path(__file__).parent.parent)
 available = _library is not None
-# The CPU kernel, which takes addresses of `Options` and of tensors; see `torch_internals.address`.
+# The CPU kernel, which takes `Arguments` of csrc/cpu_caller.cpp; for tensors' addresses see `torch_internals.address`.
 run_kernel: Any = None if _library is None else _library.nflows_kconv_run
 
 
