@@ -35,7 +35,7 @@ CASES = {
         Case(2, (48, 3, 8), ("BR",)),
     ],
     "solve_tiles": [
-        Case(2, (70, 6, 5), ONE),
+        Case(300, (70, 6, 5), ONE),
         Case(5, (140, 5, 7), ("BL", "TR")),
         Case(1, (96, 9, 9), ONE),
         Case(3, (80, 3, 4), ("BR",)),

@@ -59,7 +59,7 @@ TABLE = (
         H100,
     ),
     (Case((TR,), per_group=66, kernel_size=(1, 2), batch=9, size=(5, 7), biased=True), SMALL),
-    (Case((TL,), per_group=96, batch=9, size=(5, 4), biased=True), H100),
+    (Case((TL,), per_group=96, batch=9, size=(5, 4), biased=True), replace(H100, multiprocessors=4)),
     (Case((BR, TL), per_group=34, kernel_size=(5, 7), batch=3, size=(5, 6), dtype=torch.float16), H100),
 )
 WITH_SIDES = (
@@ -87,7 +87,7 @@ if thorough:
 
 
 def named(value: object) -> str:
-    return "small" if value is SMALL else "H100" if value is H100 else "x".join(map(str, value.input_shape))
+    return "small" if value is SMALL else "H100" if isinstance(value, Device) else "x".join(map(str, value.input_shape))
 
 
 over_table = pytest.mark.parametrize(("case", "device"), TABLE, ids=named)

@@ -4,27 +4,29 @@
 //
 //     x[r, s] = P^-1 y[r, s] - sum_{(a, b) != (0, 0)} V(a, b) x[r - a, s - b]
 //
-// A block computes OUTPUTS channels of PIXELS pixels with equal r + s. It adds up y first, and then lags (a, b) by
-// falling a + b: all but the last ones were solved long ago, so that blocks of several diagonals run at once, and only
-// the lags with a + b = 1 are a chain. A block publishes its tile by a flag, and waits for those of the tiles that its
-// images have in the diagonal that it comes to read. It takes its work by ticket, in the order of the diagonals, so
-// that it only waits for blocks that already run.
+// A block computes OUTPUTS channels of PIXELS pixels with equal r + s, or of half as many on the short diagonals. It
+// adds up y first, and then lags (a, b) by falling a + b: all but the last ones were solved long ago, so that blocks of
+// several diagonals run at once, and only the lags with a + b = 1 are a chain. A block publishes its tile by a flag,
+// and waits for those of the tiles that its images have in the diagonal that it comes to read. It takes its work by
+// ticket, in the order of the diagonals, so that it only waits for blocks that already run.
 //
 // A stage is OUTPUTS input channels, copied to shared memory while the one before is added up; kSplits threads share
 // the vectors of a register tile of kEach x kEach and add up their sums at the end, in a fixed order.
 //
-// What bounds it: multiply-adds, 70 % of the peak with three blocks on a multiprocessor; where a diagonal has few tiles
-// the 12 thousand cycles of a step of the chain. Predicted by a model of an H100 for batch 100 at 16 x 16, premultiply
-// included: one group of 128, 256 and 512 channels 0.45, 1.05 and 3.5 ms, four groups of 128 0.93; with matrix products
-// of cuBLAS in its place 0.55, 1.35, 4.1 and 1.4, estimated by hand.
+// What bounds it: multiply-adds, 82 % of the peak while three blocks of a multiprocessor compute; where a diagonal has
+// few tiles a step of the chain, 7 thousand cycles with half a tile, 10 with a whole one. Predicted by a model of an
+// H100 for batch 100 at 16 x 16, premultiply included: one group of 128, 256 and 512 channels 0.28, 0.77 and 2.7 ms,
+// four groups of 128 0.74 (with whole tiles only, zeros read by test, and three blocks everywhere 0.39, 0.95, 3.1 and
+// 0.84); with matrix products of cuBLAS in its place 0.55, 1.35, 4.1 and 1.4, estimated by hand.
 //
 // More constants than those of arguments.cuh:
 //   GROUPS, BIAS   groups of the image; 1 if there is a bias to take off y
 //   THREADS, BLOCKS   in a block; blocks that a multiprocessor should hold at once. PIXELS, OUTPUTS: see above
 //   PADDED         CHANNELS rounded up to a multiple of OUTPUTS; what is beyond is zero
-// Arguments: parameters[0] = tiles of the longest diagonal;
+// Arguments: parameters[0] = tiles of a diagonal at most; parameters[1] = rows of the longest short diagonal;
 // offsets[0] = the ticket, then a flag [group][diagonal][tile][slice] each; offsets[1] = what premultiply wrote;
-// offsets[2] and offsets[3] = y - bias and x, [group][image][row][column][PADDED].
+// offsets[2] and offsets[3] = y - bias and x, [group][image][row][column][PADDED], with KERNEL_H - 1 rows above and
+// KERNEL_W - 1 columns to the left, zeros in x.
 #include "arguments.cuh"
 
 static_assert(sizeof(Accumulator) == 4, "vectors of four");
@@ -35,25 +37,27 @@ constexpr int kOutputSlots = OUTPUTS / kEach, kPixelSlots = PIXELS / kEach, kSlo
 constexpr int kSplits = THREADS / kSlots, kCopied = THREADS / kDepth;  // the latter rows of a stage at once
 // Rows of shared memory end with a vector that spreads them over the banks.
 constexpr int kPitch = OUTPUTS + 4;
+constexpr int kHaloRows = KERNEL_H - 1, kHaloColumns = KERNEL_W - 1;  // zeros around an image
 constexpr int kStageSize = (PIXELS + OUTPUTS) * kPitch;
 using Quad = Vector<4>;
 
 struct Lag {
   int a, b;
   __device__ int age() const { return a + b; }
-  // The order of the sum: (0, 0), which stands for y, then by falling age.
-  __device__ Lag next() const {
-    if (age() == 0) return {KERNEL_H - 1, KERNEL_W - 1};
+  // The order of the sum: (0, 0), which stands for y, then by falling age, from the oldest within the image.
+  __device__ Lag next(int diagonal) const {
     if (a > 0 && b + 1 < KERNEL_W) return {a - 1, b + 1};
-    const int row = min(KERNEL_H - 1, age() - 1);
-    return {row, age() - 1 - row};
+    const int next_age = min(diagonal, age() ? age() - 1 : KERNEL_H + KERNEL_W - 2), row = min(KERNEL_H - 1, next_age);
+    return {row, next_age - row};
   }
 };
 
 struct Diagonal {
-  int first_row, rows;
+  int first_row, rows, pixels;  // the last of a tile
   __device__ Diagonal(const Arguments& arguments, int index)
-      : first_row(max(0, index - arguments.width + 1)), rows(min(arguments.height - 1, index) - first_row + 1) {}
+      : first_row(max(0, index - arguments.width + 1)),
+        rows(min(arguments.height - 1, index) - first_row + 1),
+        pixels(rows > arguments.parameters[1] ? PIXELS : PIXELS / 2) {}
 };
 
 struct Pixel {
@@ -73,9 +77,9 @@ struct Tile {
 
   // Waits until the pixels of these images on another diagonal are solved. A barrier must follow.
   __device__ void wait_for(int of_diagonal, int first_image, int last_image) const {
-    if (of_diagonal < 0) return;
-    const int rows = Diagonal(arguments, of_diagonal).rows;
-    const int first = first_image * rows / PIXELS, last = (last_image * rows + rows - 1) / PIXELS;
+    const Diagonal read(arguments, of_diagonal);
+    const int first = first_image * read.rows / read.pixels,
+              last = (last_image * read.rows + read.rows - 1) / read.pixels;
     for (int i = threadIdx.x; i < (last - first + 1) * kSlices; i += THREADS) {
       const int* solved = flags(of_diagonal, first) + i;
       while (!load_relaxed(solved)) {
@@ -84,6 +88,31 @@ struct Tile {
     }
   }
 };
+
+// Adds a stage's products for this thread's channels of its first COUNT pixels.
+template <int COUNT>
+__device__ inline void add_stage(Quad (&sums)[kEach][2], const Accumulator* pixels, const Accumulator* weights) {
+#pragma unroll kEach / COUNT
+  for (int v = 0; v < kDepth; v += kSplits) {
+    Quad values[COUNT];
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) values[i] = *reinterpret_cast<const Quad*>(pixels + i * kPixelSlots * kPitch);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const Quad factors = *reinterpret_cast<const Quad*>(weights + j * kDepth * kPitch + half * OUTPUTS / 2);
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) {
+#pragma unroll
+          for (int k = 0; k < 4; ++k) sums[i][half].values[k] += values[i].values[j] * factors.values[k];
+        }
+      }
+    }
+    pixels += kSplits * 4;
+    weights += kSplits * kPitch;
+  }
+}
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) solve_tiles(const __grid_constant__ Arguments arguments) {
   extern __shared__ __align__(16) char shared_memory[];
@@ -94,55 +123,57 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) solve_tiles(const 
   const Tile tile{arguments, ticket % kSlices, ticket / kSlices % tiles, ticket / (kSlices * tiles) % GROUPS,
                   ticket / (kSlices * tiles * GROUPS)};
   const Diagonal diagonal(arguments, tile.diagonal);
-  const int pixels = arguments.batch * diagonal.rows, first_pixel = tile.index * PIXELS;
-  if (first_pixel >= pixels) return;
-  const int last_pixel = min(pixels, first_pixel + PIXELS) - 1;
+  const int first_pixel = tile.index * diagonal.pixels, beyond = arguments.batch * diagonal.rows;
+  if (first_pixel >= beyond) return;
+  const int last_pixel = min(beyond, first_pixel + diagonal.pixels) - 1;
   Pixel* const tile_pixels = reinterpret_cast<Pixel*>(taken + 4);
   Accumulator* const stages = reinterpret_cast<Accumulator*>(tile_pixels + PIXELS);
+  const int width = arguments.width + kHaloColumns;
   if (threadIdx.x < PIXELS) {
     const int pixel = min(last_pixel, first_pixel + int(threadIdx.x));  // those beyond the last are not written
     const int row = diagonal.first_row + pixel % diagonal.rows, column = tile.diagonal - row;
-    const int image = pixel / diagonal.rows, line = (tile.group * arguments.batch + image) * arguments.height + row;
-    tile_pixels[threadIdx.x] = {image, row, column, line * arguments.width + column};
+    const int image = pixel / diagonal.rows, problem = tile.group * arguments.batch + image;
+    const int line = problem * (arguments.height + kHaloRows) + kHaloRows + row;
+    tile_pixels[threadIdx.x] = {image, row, column, line * width + kHaloColumns + column};
   }
   __syncthreads();
   const auto region = [&](int i) { return reinterpret_cast<Quad*>(arguments.scratch + arguments.offsets[i]); };
-  Quad *const given = region(2), *const solved = region(3);
+  Quad* const solved = region(3);
   const int vector = threadIdx.x % kDepth, first_copied = threadIdx.x / kDepth;
-  const Pixel* const copied_pixels = kept(tile_pixels + first_copied);
   Accumulator* const copy_pixels_to = kept(stages + first_copied * kPitch + vector * 4);
   Accumulator* const copy_weights_to = kept(stages + (PIXELS + vector) * kPitch + first_copied * 4);
   const Quad* const premultiplied =
       region(1) + (long long)(tile.group * PADDED + tile.slice * kDepth + first_copied) * kReads + vector;
+  int places[PIXELS / kCopied];
+#pragma unroll
+  for (int i = 0; i < PIXELS / kCopied; ++i) places[i] = tile_pixels[first_copied + i * kCopied].place;
+  const bool narrow = diagonal.pixels < PIXELS;
   Lag lag{0, 0};
-  int back = 0, first_vector = 0;
+  const Quad *pixels_from = region(2) + vector, *weights_from = premultiplied;
+  int left = tile.slice + 1;  // stages of the lag; P^-1 has nothing beyond its diagonal
+  bool more = true;
   const auto fetch = [&](int stage) {
-    const Quad* from = (lag.age() ? solved : given) + vector + first_vector;
-    Accumulator* to = copy_pixels_to + stage % 2 * kStageSize;
+    Accumulator* to = copy_pixels_to + (stage & 1) * kStageSize;
 #pragma unroll
     for (int i = 0; i < PIXELS / kCopied; ++i) {
-      const Pixel pixel = copied_pixels[i * kCopied];
-      Quad* target = reinterpret_cast<Quad*>(to + i * kCopied * kPitch);
-      if (pixel.row >= lag.a && pixel.column >= lag.b) {
-        copy_async(target, from + (long long)(pixel.place - back) * kVectors);
-      } else {
-        *target = {};
-      }
+      if (narrow && i >= PIXELS / 2 / kCopied) break;
+      copy_async(reinterpret_cast<Quad*>(to + i * kCopied * kPitch), pixels_from + (long long)places[i] * kVectors);
     }
-    from = premultiplied + (lag.a * KERNEL_W + lag.b) * kVectors + first_vector;
-    to = copy_weights_to + stage % 2 * kStageSize;
+    to = copy_weights_to + (stage & 1) * kStageSize;
 #pragma unroll
     for (int i = 0; i < OUTPUTS / kCopied; ++i) {
       const int row = i * kCopied, input = row / kDepth, outputs = row % kDepth;
       copy_async(reinterpret_cast<Quad*>(to + input * kDepth * kPitch + outputs * 4),
-                 from + (input * kVectors + outputs) * kReads);
+                 weights_from + (input * kVectors + outputs) * kReads);
     }
-    // P^-1 has nothing beyond its diagonal.
-    first_vector += kDepth;
-    if (first_vector == kVectors || (lag.age() == 0 && first_vector > tile.slice * kDepth)) {
-      first_vector = 0;
-      lag = lag.next();
-      back = lag.a * arguments.width + lag.b;
+    pixels_from += kDepth;
+    weights_from += kDepth;
+    if (--left == 0) {
+      lag = lag.next(tile.diagonal);
+      left = kSlices;
+      more = lag.age() > 0;
+      pixels_from = solved + vector - (long long)(lag.a * width + lag.b) * kVectors;
+      weights_from = premultiplied + (lag.a * KERNEL_W + lag.b) * kVectors;
     }
   };
 
@@ -151,41 +182,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) solve_tiles(const 
   const Accumulator* const first_pixels = kept(stages + pixel_slot * kPitch + split * 4);
   const Accumulator* const first_weights = kept(stages + (PIXELS + split) * kPitch + output_slot * 4);
   Quad sums[kEach][2] = {};
-  const auto add = [&](int stage) {
-    const Accumulator* own_pixels = first_pixels + stage % 2 * kStageSize;
-    const Accumulator* own_weights = first_weights + stage % 2 * kStageSize;
-#pragma unroll 1
-    for (int v = 0; v < kDepth; v += kSplits) {
-      Quad values[kEach];
-#pragma unroll
-      for (int i = 0; i < kEach; ++i) {
-        values[i] = *reinterpret_cast<const Quad*>(own_pixels + i * kPixelSlots * kPitch);
-      }
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const Quad weights = *reinterpret_cast<const Quad*>(own_weights + j * kDepth * kPitch + half * OUTPUTS / 2);
-#pragma unroll
-          for (int i = 0; i < kEach; ++i) {
-#pragma unroll
-            for (int k = 0; k < 4; ++k) sums[i][half].values[k] += values[i].values[j] * weights.values[k];
-          }
-        }
-      }
-      own_pixels += kSplits * 4;
-      own_weights += kSplits * kPitch;
-    }
-  };
-  const int count = kSlices * (KERNEL_H * KERNEL_W - 1) + tile.slice + 1;
   // What has come is added up before anything is waited for, which is then fetched without work to hide it.
-  for (int fetched = 0, added = 0, age = 0; added < count;) {
+  for (int fetched = 0, added = 0, age = 0; more || added < fetched;) {
     wait_for_copies();
     __syncthreads();
     const bool there = added < fetched;
-    if (fetched < count && lag.age() == age) fetch(fetched++);
-    if (there) add(added++);
-    if (added == fetched && added < count) {
+    if (more && lag.age() == age) fetch(fetched++);
+    if (there) {
+      const int from = (added++ & 1) * kStageSize;
+      if (narrow) add_stage<kEach / 2>(sums, first_pixels + from, first_weights + from);
+      if (!narrow) add_stage<kEach>(sums, first_pixels + from, first_weights + from);
+    }
+    if (more && added == fetched) {
       age = lag.age();
       tile.wait_for(tile.diagonal - age, first_pixel / diagonal.rows, last_pixel / diagonal.rows);
     }
@@ -234,8 +242,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) solve_tiles(const 
 extern "C" __global__ void __launch_bounds__(THREADS) arrange(const __grid_constant__ Arguments arguments) {
   const long long thread = (long long)blockIdx.x * THREADS + threadIdx.x;
   const long long place = thread / (8 * kVectors) * 8 + thread % 8;
-  const int channel = thread / 8 % kVectors * 4, size = arguments.height * arguments.width;
-  const int problem = place / size, row = place % size / arguments.width, column = place % arguments.width;
+  const int channel = thread / 8 % kVectors * 4, width = arguments.width + kHaloColumns;
+  const int size = (arguments.height + kHaloRows) * width;
+  const int problem = place / size, row = place % size / width - kHaloRows, column = place % width - kHaloColumns;
+  const bool outside = row < 0 || column < 0;
   if (problem >= arguments.batch * GROUPS) return;
   const int group = problem / arguments.batch, image = problem % arguments.batch;
   const auto view =
@@ -243,10 +253,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) arrange(const __grid_const
   Quad values = {};
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
-    if (channel + k < CHANNELS) {
+    if (!outside && channel + k < CHANNELS) {
       values.values[k] = load(view.data + (channel + k) * view.channel + row * view.row + column * view.column) -
                          (BIAS ? bias_of(arguments, group, channel + k) : 0);
     }
   }
-  reinterpret_cast<Quad*>(arguments.scratch + arguments.offsets[2])[(place * PADDED + channel) / 4] = values;
+  const long long region = arguments.offsets[outside ? 3 : 2];
+  reinterpret_cast<Quad*>(arguments.scratch + region)[(place * PADDED + channel) / 4] = values;
 }

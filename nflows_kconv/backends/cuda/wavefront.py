@@ -122,17 +122,24 @@ def plan_tiles(problem: ProblemSpec, device: Device) -> LaunchPlan | None:
     if problem.accumulator_bytes != 4 or not 32 <= problem.channels <= 512:
         return None
     groups, slices = len(problem.stencils), ceil_div(problem.channels, _TILE_OUTPUTS)
-    padded, tiles = slices * _TILE_OUTPUTS, ceil_div(batch * min(height, width), _TILE_PIXELS)
+    padded, longest = slices * _TILE_OUTPUTS, min(height, width)
+    # Diagonals of so few rows would leave half of the multiprocessors without a tile, so theirs have half the pixels.
+    narrow = device.multiprocessors // 2 // (groups * slices) * _TILE_PIXELS // batch
+    tiles = ceil_div(batch * max(longest, 2 * min(longest, narrow)), _TILE_PIXELS)
     grid = (height + width - 1) * groups * tiles * slices
     counters = aligned(4 * (1 + grid))
     preparation, size = _premultiplication(problem, counters, padded, padded // 4)
+    places = batch * groups * (height + problem.taps[0] - 1) * (width + problem.taps[1] - 1)
     given = counters + aligned(size)
-    solved = given + aligned(batch * groups * height * width * padded * 4)
+    solved = given + aligned(places * padded * 4)
     tile = dict(THREADS=_TILE_THREADS, BLOCKS=3, PIXELS=_TILE_PIXELS, OUTPUTS=_TILE_OUTPUTS, PADDED=padded)
     constants = dict(GROUPS=groups, BIAS=int(problem.bias), **tile)
-    packed = arguments(problem, (tiles,), (0, counters, given, solved))
+    packed = arguments(problem, (tiles, narrow), (0, counters, given, solved))
     shared = 16 + 16 * _TILE_PIXELS + 2 * 4 * (_TILE_PIXELS + _TILE_OUTPUTS) * (_TILE_OUTPUTS + 4)
-    arranging = ceil_div(8 * ceil_div(groups * batch * height * width, 8) * padded // 4, _TILE_THREADS)
+    # A third block would only take time from those of a diagonal that others wait for.
+    if groups * tiles * slices <= device.multiprocessors:
+        shared = max(shared, device.shared_memory // 3)
+    arranging = ceil_div(8 * ceil_div(places, 8) * padded // 4, _TILE_THREADS)
     arrange, solve = (kernel(problem, "solve_tiles.cu", name, **constants) for name in ("arrange", "solve_tiles"))
     first = Launch(arrange, (arranging, 1, 1), _TILE_THREADS, 0, packed)
     second = Launch(solve, (grid, 1, 1), _TILE_THREADS, shared, packed)
