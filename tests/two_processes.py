@@ -15,8 +15,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import nflows_kconv.nflows
 import nflows_kconv.normflows
-from nflows_kconv import InvertibleConv2d
+from nflows_kconv import ConditionalInvertibleConv2d, InvertibleConv2d, PeriodicConv2d
 from nflows_kconv.flows import steps
+from nflows_kconv.layer import KernelLayer
 
 SCENARIOS: dict[str, Callable[[int], None]] = {}
 LIBRARIES = {"nflows": nflows_kconv.nflows.finc_flow, "normflows": nflows_kconv.normflows.finc_flow}
@@ -56,6 +57,8 @@ class Density(nn.Module):
             steps.Sequence(
                 [
                     InvertibleConv2d(4, diagonal="learned"),
+                    PeriodicConv2d(4),
+                    ConditionalInvertibleConv2d(4, context_features=4),
                     steps.ActNorm(4),
                     steps.InvertibleConv1x1(4),
                     steps.AffineCoupling(steps.coupling_network(4, 8)),
@@ -65,8 +68,12 @@ class Density(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        noise, log_abs_det = self.steps(images)
+        noise, log_abs_det = self.steps(images, contexts(images))
         return noise.square().sum((1, 2, 3)) / 2 - log_abs_det
+
+
+def contexts(images: Tensor) -> Tensor:
+    return images.detach().mean((2, 3)).tanh()
 
 
 def numbers(count: int = 8) -> Tensor:
@@ -273,7 +280,7 @@ def calls_outside_the_wrapper_are_ones_own(rank):
 
 def shard(model: nn.Module) -> nn.Module:
     for module in list(model.modules()):
-        if isinstance(module, InvertibleConv2d | steps.ActNorm | steps.AffineCoupling):
+        if isinstance(module, KernelLayer | steps.ActNorm | steps.AffineCoupling):
             fully_shard(module)
     return fully_shard(model)
 
@@ -282,11 +289,12 @@ def shard(model: nn.Module) -> nn.Module:
 def sharded_steps(rank):
     torch.manual_seed(3)
     alone = Density().steps
-    alone(numbers())
+    alone(numbers(), contexts(numbers()))
     sharded = shard(copy.deepcopy(alone))
     for model, images in ((alone, numbers()), (sharded, half(numbers(), rank))):
-        for function in (model, model.inverse):  # both directions go through the module's own call, also for the root
-            train(lambda f=function, x=images: f(x)[0].square().mean() - f(x)[1].mean() / 64, model.parameters())
+        given = images, contexts(images)
+        for function in (model, model.inverse):  # both directions go through the module's own call
+            train(lambda f=function, x=given: f(*x)[0].square().mean() - f(*x)[1].mean() / 64, model.parameters())
     for one, two in zip(alone.parameters(), sharded.parameters(), strict=True):
         torch.testing.assert_close(two.full_tensor(), one, atol=1e-5, rtol=1e-5)
 
@@ -298,7 +306,7 @@ def sharded_before_the_first_batch(rank):
     with pytest.raises(
         RuntimeError, match="ActNorm must see its first batch, or load a state_dict, before fully_shard"
     ):
-        sharded(numbers())
+        sharded(numbers(), contexts(numbers()))
 
 
 def sharded_flow(rank: int, library: str) -> None:
