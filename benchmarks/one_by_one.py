@@ -4,11 +4,12 @@
     python -m benchmarks.one_by_one --output FILE.json    and writes them, with machine, versions and date
     python -m benchmarks.one_by_one --device cuda         prints the tables of the GPU, of eager calls
 
-The baselines are nflows' OneByOneConvolution and normflows' Invertible1x1Conv, with the LU decomposition as in its
-GlowBlock. The others are this package's, for nflows: InvertibleConv1x1, and InvertibleConv2d with 3 x 3 kernels in four
-groups and in one. All are called as modules, so times include log-determinants. "forward" goes from data to latent and
-"inverse" back, whatever the library calls them; "with backward" adds the gradients in input and parameters. The
-contestants of a row take turns; times are medians.
+The yardsticks are nflows' OneByOneConvolution and normflows' Invertible1x1Conv, with the LU decomposition as in its
+GlowBlock. The others are this package's, in nflows: InvertibleConv1x1, InvertibleConv2d with 3 x 3 kernels in four
+groups and in one, and ConditionalInvertibleConv2d in four, with contexts of eight numbers. All are called as modules,
+so their log-determinants are in the times. "forward" goes from data to latent and "inverse" back, whatever the library
+calls them; "with backward" adds the gradients in input and parameters. The contestants of a row take turns; times are
+medians.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from benchmarks import command_line, layer, timing, workloads
 from benchmarks.contestants import Contestants
-from nflows_kconv.nflows import InvertibleConv1x1, InvertibleConv2d
+from nflows_kconv.nflows import ConditionalInvertibleConv2d, InvertibleConv1x1, InvertibleConv2d
 
 Direction = Callable[[Tensor], tuple[Tensor, Tensor]]
 
@@ -37,6 +38,7 @@ OURS: dict[str, Callable[[int], nn.Module]] = {
     "1x1": InvertibleConv1x1,
     "3x3, four groups": InvertibleConv2d,
     "3x3, one group": partial(InvertibleConv2d, corners="TL"),
+    "3x3, conditional": partial(ConditionalInvertibleConv2d, context_features=8),
 }
 OPERATIONS = ("forward", "inverse", "forward with backward", "inverse with backward")
 SHAPES: list[workloads.Shape] = [*workloads.PAPER_SHAPES, (48, 32, 32)]
@@ -52,16 +54,19 @@ def contestants(batch: int, shape: workloads.Shape, device: str) -> dict[str, Co
     calls: dict[str, Contestants] = {operation: {} for operation in OPERATIONS}
     for name, build in (YARDSTICKS | OURS).items():
         module = build(shape[0]).to(device)
-        for operation, direction in directions(module).items():
+        for operation, direction in directions(module, batch).items():
             calls[operation][name] = partial(torch.no_grad()(direction), x)
             leaves = [leaf, *module.parameters()]
             calls[f"{operation} with backward"][name] = partial(with_backward, direction, leaves, x)
     return calls
 
 
-def directions(module: nn.Module) -> dict[str, Direction]:
-    """Returns both directions by their names here."""
+def directions(module: nn.Module, batch: int) -> dict[str, Direction]:
+    """Returns both directions by their names here, for a batch of this size."""
     forward, inverse = module, module.inverse
+    if isinstance(module, ConditionalInvertibleConv2d):
+        context = torch.randn(batch, module.context_features).to(module.raw_weight)
+        forward, inverse = partial(forward, context=context), partial(inverse, context=context)
     if isinstance(module, normflows.flows.Flow):
         forward, inverse = inverse, forward
     return {"forward": forward, "inverse": inverse}

@@ -214,11 +214,11 @@ def test_the_baseline_is_the_layer(corners):
 def test_forward_is_from_data_to_latent_in_every_library():
     x = torch.randn(2, 4, 3, 5)
     for build in (one_by_one.YARDSTICKS | one_by_one.OURS).values():
-        ways = one_by_one.directions(build(4))
+        ways = one_by_one.directions(build(4), len(x))
         torch.testing.assert_close(ways["inverse"](ways["forward"](x)[0])[0], x, rtol=1e-4, atol=1e-4)
     module = one_by_one.YARDSTICKS["normflows"](4)
     expected = torch.nn.functional.conv2d(x, module._assemble_W()[..., None, None])
-    torch.testing.assert_close(one_by_one.directions(module)["forward"](x)[0], expected)
+    torch.testing.assert_close(one_by_one.directions(module, len(x))["forward"](x)[0], expected)
 
 
 @pytest.mark.parametrize("corners", [FOUR, ONE, ("BR",), ("TR", "BL")])
