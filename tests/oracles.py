@@ -125,13 +125,13 @@ def matrices(weight: Tensor, corners: Sequence[str], size: Sequence[int], dilati
     result = []
     for group, name in zip(effective(weight, corners).chunk(len(corners)), corners, strict=True):
         place, order = pivot(name, weight.shape[2:]), _order(name, size)
-        matrix = group.new_zeros(len(order), weight.shape[1], len(order), weight.shape[1])
+        matrix = group.new_zeros(len(order), len(order), weight.shape[1], weight.shape[1])
         for tap in itertools.product(*map(range, weight.shape[2:])):
             axes = zip(size, tap, place, steps, strict=True)
             shifts = [_shift(length, step * (t - p)) for length, t, p, step in axes]
             pixel, read = reduce(torch.kron, shifts)[order][:, order].nonzero(as_tuple=True)
-            matrix[pixel, :, read] = group[(..., *tap)]
-        result.append(matrix.flatten(2).flatten(0, 1))
+            matrix[pixel, read] = group[(..., *tap)]
+        result.append(matrix.transpose(1, 2).flatten(2).flatten(0, 1))
     return result
 
 
