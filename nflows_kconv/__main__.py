@@ -20,7 +20,7 @@ def main() -> None:
     """Prints the report."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     facts = {name: _version(name) for name in ("nflows-kconv", "torch", "cuda-bindings", "nflows", "normflows")}
-    facts["torch"] = torch.__version__  # says for which device it was built
+    facts["torch"] = torch.__version__  # with the device it was built for
     facts["Python"] = platform.python_version()
     facts["system"] = platform.platform()
     facts["CPU"] = torch.backends.cpu.get_cpu_capability()

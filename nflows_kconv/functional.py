@@ -148,7 +148,7 @@ def log_abs_det(weight: Tensor, *, corners: str | Sequence[str], size: Sequence[
 
     Raises:
         TypeError: If the weight is not a dense floating-point tensor, or a size is not an integer.
-        ValueError: If the weight's shape, the names or the size do not fit, or (checked on the CPU alone) an entry of
+        ValueError: If the weight's shape, the names or the size do not fit, or (checked only on the CPU) an entry of
             the pivot's diagonal or its reciprocal is zero or not finite.
     """
     _check_tensor("weight", weight)

@@ -27,7 +27,7 @@ class Backend:
 
     Attributes:
         name: "cpu", "cuda" or "reference", as `use_backend` takes it.
-        device: The type of the tensors it is for, "any" for every type.
+        device: The device type of its tensors, or "any".
         available: Whether it can run here.
         selected: Whether tensors of some device here will run on it.
         reason: What it runs with, or why it is not available or not selected.

@@ -15,33 +15,33 @@ from nflows_kconv.backends.cuda.plan import (
     kernel,
 )
 
-# Registers of 32 bits full of weights that a thread may hold in each kernel. It has 255 at most, and a multiprocessor
-# 65536; with more weights, sums and addresses spill to memory.
+# 32-bit registers of weights per thread in each kernel. A thread has at most 255, a multiprocessor 65536; with more
+# weights, sums and addresses spill to memory.
 _ROW_WEIGHTS = 112
 _CHANNEL_WEIGHTS = 144
 _ROW_CHANNELS = 16
-_OTHER_REGISTERS = 36  # and 20 words of the type of the sums
-_BANDED_REGISTERS = 40  # more where an image has several bands of rows, whose addresses are no constants of the block
+_OTHER_REGISTERS = 36  # plus 20 words of the type of the sums
+_BANDED_REGISTERS = 40  # more if an image has several bands of rows, whose addresses are not constant in a block
 _REGISTERS = 65536
 
-# Steps whose y is copied into shared memory at a time where an image does not fit, the best first; multiples of 4.
+# Steps of y to copy into shared memory at a time if an image does not fit, the best first; multiples of 4.
 _CHUNKS = (32, 16, 12, 8)
 
-# Rows of a band in each kernel where several bands should run at once, because the device has room for them. With few
-# channels a step takes as long for more rows, and waiting for the band above longer.
+# Rows per band in each kernel if the device has room for several bands at once. With few channels more rows do not
+# lengthen a step, but lengthen the wait for the band above.
 _ROW_BAND, _CHANNEL_BAND = 128, 32
 
 # Of a tile of solve_tiles.cu. With more pixels fewer tiles run at once, and each is longer on its way.
 _TILE_THREADS, _TILE_PIXELS, _TILE_OUTPUTS = 128, 32, 64
 
 _PLACE_BYTES = 16  # sizeof(Place) of band.cuh
-_RESERVED_SHARED_MEMORY = 1024  # that a thread block takes in addition to its own
+_RESERVED_SHARED_MEMORY = 1024  # that the system reserves per thread block
 
 
 def plan_rows(problem: ProblemSpec, device: Device) -> LaunchPlan | None:
-    """Plans solve_rows.cu: one thread a row and output channel. None if its weights do not fit registers."""
+    """Plans solve_rows.cu, one thread per row and output channel; None if the weights do not fit in registers."""
     words = problem.accumulator_bytes // 4
-    column = problem.taps[0] * problem.taps[1] * problem.channels * words  # registers an output
+    column = problem.taps[0] * problem.taps[1] * problem.channels * words  # registers per output
     if column > _ROW_WEIGHTS or problem.channels > _ROW_CHANNELS:
         return None
     most_threads = _most_threads(column, problem)
@@ -68,16 +68,16 @@ def plan_rows(problem: ProblemSpec, device: Device) -> LaunchPlan | None:
 
 
 def plan_channels(problem: ProblemSpec, device: Device) -> LaunchPlan | None:
-    """Plans solve_channels.cu: the weights spread over a block's registers. None if they do not fit."""
+    """Plans solve_channels.cu, with the weights spread over a block's registers; None if they do not fit."""
     vector = 16 // problem.accumulator_bytes
     reads = problem.taps[0] * problem.taps[1] * ceil_div(problem.channels, vector)
     padded = 4 * ceil_div(problem.channels, 4)
     fitting = []
     for slices in (4, 8, 16, 32):
-        each = ceil_div(reads, slices)  # vectors of a thread
-        threads = 32 * ceil_div(slices * padded // 4, 32)  # of a replica
+        each = ceil_div(reads, slices)  # vectors per thread
+        threads = 32 * ceil_div(slices * padded // 4, 32)  # per replica
         if 16 * each <= _CHANNEL_WEIGHTS and threads <= _most_threads(16 * each, problem):
-            # Work for a pixel: adding up the lanes' sums takes as long as a vector.
+            # Work per pixel: adding up the lanes' sums takes as long as a vector.
             fitting.append((threads * (each + 1), slices, each, threads))
     if not fitting:
         return None
@@ -87,10 +87,10 @@ def plan_channels(problem: ProblemSpec, device: Device) -> LaunchPlan | None:
     band = _fitted_band(problem.typical, device, rows, 0, most_blocks)
     if band is None:
         return None
-    # Replicas in blocks of their own do as much, and leave no multiprocessor waiting for the last blocks.
+    # Replicas in separate blocks do as much and leave no multiprocessor waiting for the last blocks.
     replicas = min(_most_threads(16 * each, problem) // threads, band.rows)
     blocks = min(ceil_div(band.count, device.multiprocessors), band.most_resident(device), replicas)
-    # A replica takes two rows at a time; more of them than this take as many rounds.
+    # A replica takes two rows at a time; more replicas than this need as many rounds.
     replicas = ceil_div(band.rows, 2 * ceil_div(band.rows, 2 * (replicas // blocks)))
     band = replace(band, problem=problem)
     offset = aligned(band.scratch)
@@ -147,7 +147,7 @@ def plan_tiles(problem: ProblemSpec, device: Device) -> LaunchPlan | None:
 
 
 def _premultiplication(problem: ProblemSpec, offset: int, padded: int, vectors: int) -> tuple[Launch, int]:
-    """Returns the launch of prepare.cu, which writes outputs and vectors of inputs to this offset, and their bytes."""
+    """Returns the launch of prepare.cu, with `padded` outputs and `vectors` of inputs at `offset`, and their bytes."""
     channels = problem.channels
     # With 512 channels at 3 x 3 these are 128 blocks, one of which fills the registers of a multiprocessor.
     threads, columns, panel = (288, 4, 32) if channels > 64 else (256, 1, channels)
@@ -165,7 +165,7 @@ def _premultiplication(problem: ProblemSpec, offset: int, padded: int, vectors: 
 
 @dataclass(frozen=True)
 class _Band:
-    """How band.cuh cuts the image: bands of `rows` rows, chunks of `steps` steps, `shared` bytes of shared memory."""
+    """How band.cuh divides the image: bands of `rows` rows, chunks of `steps` steps, `shared` bytes of memory."""
 
     problem: ProblemSpec
     rows: int
@@ -191,12 +191,12 @@ class _Band:
 
     @property
     def counters(self) -> int:
-        """Bytes of the ticket and of one counter for each band; none where a band waits for no other."""
+        """Bytes of the ticket and of one counter per band; 0 if bands do not wait for each other."""
         return aligned(4 * (1 + self.count)) if self._bands > 1 else 0
 
     @property
     def scratch(self) -> int:
-        """Bytes of the counters and of the rows that bands hand down."""
+        """Bytes of the counters and of the rows that bands pass on."""
         if self._bands == 1:
             return 0
         halo = self.problem.taps[0] - 1
@@ -204,7 +204,7 @@ class _Band:
         return self.counters + values * self.problem.accumulator_bytes
 
     def most_resident(self, device: Device) -> int:
-        """Returns how many thread blocks a multiprocessor has shared memory for."""
+        """Returns the number of thread blocks that fit in a multiprocessor's shared memory."""
         return max(1, device.shared_memory // (self.shared + _RESERVED_SHARED_MEMORY))
 
     @property
@@ -217,9 +217,9 @@ class _Band:
 
 
 def _fitted_band(problem: ProblemSpec, device: Device, rows: int, more_shared: int, most_blocks: int) -> _Band | None:
-    """Returns the band of at most `rows` rows that fits shared memory next to `more_shared` bytes; None if none does.
+    """Returns the band of at most `rows` rows that fits in shared memory with `more_shared` bytes; None if none does.
 
-    If possible, as many blocks as there are, `most_blocks` at most, share a multiprocessor.
+    If possible, all blocks, up to `most_blocks` per multiprocessor, run at once.
     """
     halo, height, width = problem.taps[0] - 1, *problem.shape[2:]
     left, right, tau = problem.taps[1] - 1 - problem.right, problem.right, problem.tau
@@ -228,7 +228,7 @@ def _fitted_band(problem: ProblemSpec, device: Device, rows: int, more_shared: i
     if rows > 0:
         rows = ceil_div(height, ceil_div(height, rows))  # of equal height
     while rows > 0 and (rows == height or rows >= halo):
-        # Pixels in shared memory, see band.cuh, by steps.
+        # Pixels in shared memory by steps, see band.cuh.
         pixels = {steps: (halo + rows) * (history + steps | 1) + 2 * (rows * (steps | 1) + 4) for steps in chunks}
         if rows == height:
             line = tau + (width + (left if left > right else right + 1) - tau | 1)
@@ -241,7 +241,7 @@ def _fitted_band(problem: ProblemSpec, device: Device, rows: int, more_shared: i
                 continue
             fitting = _Band(problem, rows, steps, shared)
             if fitting.most_resident(device) >= min(ceil_div(fitting.count, device.multiprocessors), most_blocks):
-                break  # all at once: a second round for the last few would take as long as the first
+                break  # all at once, because a second round for the last few would take as long as the first
         if fitting is not None:
             return fitting
         rows //= 2
@@ -249,12 +249,12 @@ def _fitted_band(problem: ProblemSpec, device: Device, rows: int, more_shared: i
 
 
 def _times(problem: ProblemSpec) -> int:
-    """Steps of a whole image."""
+    """Returns the steps of a whole image."""
     return problem.tau * (problem.shape[2] - 1) + problem.shape[3]
 
 
 def _narrowed(rows: int, least: int, problem: ProblemSpec, device: Device) -> int:
-    """Rows of a band, fewer but `least` where the device would otherwise have multiprocessors without one."""
+    """Returns the rows per band, reduced down to `least` if multiprocessors would otherwise be idle."""
     problems = problem.shape[0] * len(problem.stencils)
     while rows > least and problems * ceil_div(problem.shape[2], rows) < device.multiprocessors:
         rows = max(least, ceil_div(rows, 2))
@@ -262,7 +262,7 @@ def _narrowed(rows: int, least: int, problem: ProblemSpec, device: Device) -> in
 
 
 def _most_threads(weight_registers: int, problem: ProblemSpec) -> int:
-    """Returns the most threads of a block with this many registers of weights each, a multiple of 128."""
+    """Returns the largest block, a multiple of 128 threads, with this many registers of weights per thread."""
     registers = weight_registers + _OTHER_REGISTERS + 20 * problem.accumulator_bytes // 4
     return min(1024, _REGISTERS // registers // 128 * 128)
 
