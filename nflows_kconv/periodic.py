@@ -97,6 +97,7 @@ class PeriodicConv(KernelLayer):
         with in_own_precision(input.device):
             y = torch.fft.rfftn(values, dim=axes).unflatten(1, (self.groups, -1)).movedim((0, 1, 2), (-1, -3, -2))
             # Not `solve`, which synchronizes a GPU to check for singular matrices.
+            # Not one `lu_factor` for this and the determinant: its gradient takes longer than theirs.
             x, _ = torch.linalg.solve_ex(self._at_frequencies(weight, sizes), y)
             return torch.fft.irfftn(x.movedim((-1, -3, -2), (0, 1, 2)).flatten(1, 2), s=sizes, dim=axes).to(dtype)
 
