@@ -61,9 +61,9 @@ def test_solve_is_the_dense_solution(case: Case, backend: str, device: str):
 
 @over_cases()
 def test_weight_gradient_is_torchs(case: Case, backend: str, device: str):
-    input, grad = case.input(device), case.input(device, seed=2)
-    if case.dimensions == 1:
+    if case.dimensions == 1 or backend in ("cpu-baseline", "cpu-avx2"):  # torch computes it, with any instruction set
         return
+    input, grad = case.input(device), case.input(device, seed=2)
     expected = oracles.weight_gradient(input, grad, case.weight(), case.corners, case.dilation)
     for unit_diagonal in BOTH:
         gradient = ops.weight_gradient(input, grad, case.stencils, case.steps, case.kernel_size, unit_diagonal)
