@@ -15,7 +15,7 @@
 
 #include "cpu/problem.h"
 
-// For the formula, which is slow enough without instrumentation.
+// For the formula and what it calls, which are slow enough without instrumentation.
 #define UNCHECKED __attribute__((no_sanitize("address", "thread", "undefined")))
 
 namespace {
@@ -60,25 +60,30 @@ void parallel_for(int64_t count, int64_t grain, void (*body)(int64_t, int64_t, v
   for (std::thread& thread : threads) thread.join();
 }
 
-// The tap (r, c) of a kernel in the canonical frame of nflows_kconv/stencil.py, with the numbers of rows and columns
-// there.
-std::array<int64_t, 4> canonical(int64_t stencil, int64_t rows, int64_t columns, int64_t r, int64_t c) {
+struct Tap {
+  int64_t row, column, rows, columns;  // the last two are the size of the kernel
+};
+
+// A tap in the canonical frame of nflows_kconv/stencil.py.
+UNCHECKED Tap canonical(int64_t stencil, int64_t rows, int64_t columns, int64_t r, int64_t c) {
   if (stencil & 16) std::swap(rows, columns), std::swap(r, c);
   return {stencil & 2 ? rows - 1 - r : r, stencil & 1 ? columns - 1 - c : c, rows, columns};
 }
 
-int64_t pivot_column(int64_t stencil, int64_t columns) { return stencil & 8 ? (columns - 1) / 2 : columns - 1; }
+UNCHECKED int64_t pivot_column(int64_t stencil, int64_t columns) {
+  return stencil & 8 ? (columns - 1) / 2 : columns - 1;
+}
 
-bool is_masked(int64_t stencil, int64_t rows, int64_t columns, int64_t r, int64_t c) {
+UNCHECKED bool is_masked(int64_t stencil, int64_t rows, int64_t columns, int64_t r, int64_t c) {
   const auto [row, column, canonical_rows, canonical_columns] = canonical(stencil, rows, columns, r, c);
   return row == canonical_rows - 1 && column > pivot_column(stencil, canonical_columns);
 }
 
-std::array<int64_t, 2> pivot(int64_t stencil, int64_t rows, int64_t columns) {
+UNCHECKED Tap pivot(int64_t stencil, int64_t rows, int64_t columns) {
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t c = 0; c < columns; ++c) {
       const auto [row, column, canonical_rows, canonical_columns] = canonical(stencil, rows, columns, r, c);
-      if (row == canonical_rows - 1 && column == pivot_column(stencil, canonical_columns)) return {r, c};
+      if (row == canonical_rows - 1 && column == pivot_column(stencil, canonical_columns)) return {r, c, rows, columns};
     }
   std::abort();
 }
@@ -91,7 +96,7 @@ UNCHECKED std::array<double, 2> product(const kconv::KernelProblem<T>& problem, 
   const int64_t channels = problem.group_channels(), group = channel / channels, o = channel % channels;
   const int64_t planes = problem.kernel_depth, rows = problem.kernel_height, columns = problem.kernel_width;
   const int64_t stencil = problem.stencils[group];
-  const auto [pivot_row, pivot_column] = pivot(stencil, rows, columns);
+  const auto [pivot_row, pivot_column, kernel_rows, kernel_columns] = pivot(stencil, rows, columns);
   const int64_t pivot_plane = stencil & 4 ? 0 : planes - 1;
   double sum = 0, magnitude = 0;
   for (int64_t i = 0; i < channels; ++i)
@@ -172,7 +177,7 @@ void run(uint64_t seed) {
                   [&] { return volume ? int64_t(random() % 8) : draw(random, {0, 1, 2, 3, 8, 11, 24, 27}); });
   for (int64_t channel = 0; channel < sizes[1]; ++channel) {
     const int64_t stencil = stencils[channel / per_group], plane = stencil & 4 ? 0 : planes - 1;
-    const auto [row, column] = pivot(stencil, rows, columns);
+    const auto [row, column, kernel_rows, kernel_columns] = pivot(stencil, rows, columns);
     weight[(((channel * per_group + channel % per_group) * planes + plane) * rows + row) * columns + column] =
         T(random() % 2 ? 1.25 : -0.75);
   }
