@@ -258,6 +258,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) arrange(const __grid_const
                          (BIAS ? bias_of(arguments, group, channel + k) : 0);
     }
   }
-  const long long region = arguments.offsets[outside ? 3 : 2];
+  const long long region = outside ? arguments.offsets[3] : arguments.offsets[2];
   reinterpret_cast<Quad*>(arguments.scratch + region)[(place * PADDED + channel) / 4] = values;
 }
