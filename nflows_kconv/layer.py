@@ -320,7 +320,7 @@ class InvertibleConv(KernelLayer):
         if num_channels % len(names):
             raise ValueError(
                 f"num_channels must be a multiple of the number of corners, got {num_channels} channels "
-                f"and the {len(names)} corners {names}"
+                f"and the {len(names)} corners {names}; one corner takes any number"
             )
         super().__init__(
             num_channels,

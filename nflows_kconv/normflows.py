@@ -163,7 +163,7 @@ class GlowBlock(flows.GlowBlock):
         net_actnorm: bool = False,
         *,
         kernel_size: int | tuple[int, int] = 3,
-        corners: image_flow.Corners = (("TL",), ("BR",)),
+        corners: image_flow.Corners | None = None,
         dilation: int | tuple[int, int] = 1,
         diagonal: Literal["unit", "learned"] = "unit",
         max_inverse_gain: float | None = None,

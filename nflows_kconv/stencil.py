@@ -66,7 +66,7 @@ def parse(corners: str | Sequence[str], dimensions: int = 2) -> tuple[int, ...]:
         raise TypeError(f"corners must be a string or a sequence of strings out of {tuple(known)}, got {corners!r}")
     side = any(name in STENCILS[2] and STENCILS[2][name] & _SIDE for name in names if name not in known)
     raise ValueError(
-        f"corners must name at least one stencil, each out of {tuple(known)} in {dimensions} "
+        f"corners must be one or more of {tuple(known)} in {dimensions} "
         f"dimension{'s' * (dimensions > 1)}, got {corners!r}{'; sides need two dimensions' * side}"
     )
 

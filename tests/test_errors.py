@@ -42,13 +42,11 @@ CORNERS_ERRORS = {
     "unknown name": Wrong(
         dict(corners=("TL", "M", "BL", "BR")), ValueError, f"out of {_STENCILS} in 2 dimensions, got ('TL', 'M', 'BL', "
     ),
-    "lower case": Wrong(
-        dict(corners="tl"), ValueError, f"at least one stencil, each out of {_STENCILS} in 2 dimensions, got 'tl'"
-    ),
+    "lower case": Wrong(dict(corners="tl"), ValueError, f"one or more of {_STENCILS} in 2 dimensions, got 'tl'"),
     "concatenated corners": Wrong(dict(corners="TLBR"), ValueError, "got 'TLBR'"),
     "of three dimensions": Wrong(dict(corners="NTL"), ValueError, "in 2 dimensions, got 'NTL'"),
-    "no corner": Wrong(dict(corners=()), ValueError, f"at least one stencil, each out of {_STENCILS} in .*, got ()"),
-    "empty string": Wrong(dict(corners=""), ValueError, f"at least one stencil, each out of {_STENCILS} in .*, got ''"),
+    "no corner": Wrong(dict(corners=()), ValueError, f"one or more of {_STENCILS} in .*, got ()"),
+    "empty string": Wrong(dict(corners=""), ValueError, f"one or more of {_STENCILS} in .*, got ''"),
     "integers": Wrong(
         dict(corners=(0, 1, 2, 3)), TypeError, f"a sequence of strings out of {_STENCILS}, got (0, 1, 2, 3)"
     ),

@@ -35,7 +35,6 @@ _CONDITIONAL_LAYERS: dict[int, Any] = {
     2: conditional.ConditionalInvertibleConv2d,
     3: conditional.ConditionalInvertibleConv3d,
 }
-_PAIRS = {dimensions: ((names[0],), (names[-1],)) for dimensions, names in stencil.CORNERS.items()}
 _SIZES = {dimensions: ", ".join(axes) for dimensions, axes in stencil.AXES.items()}
 
 
@@ -210,8 +209,7 @@ class Architecture:
         classes = _LAYERS
         if self.conditional_kernels and self.context_shape is not None:
             classes, options["context_features"] = _CONDITIONAL_LAYERS, self.context_shape[0]
-        corners = _PAIRS[self.dimensions] if self.corners is None else self.corners
-        return convolutions(classes[self.dimensions], channels, kernel_size, corners, **options)
+        return convolutions(classes[self.dimensions], channels, kernel_size, self.corners, **options)
 
 
 Architecture.__init__.__qualname__ = "finc_flow"  # the name in Python's errors about unknown arguments
@@ -238,9 +236,12 @@ def with_arguments_of(
 
 
 def convolutions(
-    layer_class: Callable[..., Any], channels: int, kernel_size: Any, corners: Corners, **options: Any
+    layer_class: Any, channels: int, kernel_size: Any, corners: Corners | None, **options: Any
 ) -> list[Any]:
-    """Builds a convolution, or one for each entry of `corners` that is itself what a layer takes."""
+    """Builds a convolution, or one for each entry of `corners` that is itself what a layer takes; by default a pair."""
+    if corners is None:
+        first, *_, last = stencil.CORNERS[layer_class.dimensions]
+        corners = ((first,), (last,))
     several = isinstance(corners, Sequence) and not all(isinstance(each, str) for each in corners)
     layers: Any = corners if several else (corners,)
     return [layer_class(channels, kernel_size, corners=each, **options) for each in layers]
