@@ -136,7 +136,7 @@ def layer() -> str:
         panel.replace("<svg", f'<svg x="{x}" y="{y}" width="{size}" height="{size}"', 1) for panel, x, y, size in panels
     ]
     for x, lines in (
-        (110, ("a corner a channel group", "(orange: pivot, the pixel itself)")),
+        (110, ("one corner per channel group", "(orange: pivot, the pixel itself)")),
         (345, ("the inverse, H + W - 1 steps:", "an anti-diagonal at once")),
         (575, ("the Jacobian is triangular:", "log |det| = H W Σ log |diagonal|")),
     ):
