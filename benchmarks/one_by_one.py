@@ -4,10 +4,10 @@
     python -m benchmarks.one_by_one --output FILE.json    and writes them, with machine, versions and date
     python -m benchmarks.one_by_one --device cuda         prints the tables of the GPU, of eager calls
 
-The yardsticks are nflows' OneByOneConvolution and normflows' Invertible1x1Conv, with the LU decomposition as in its
+The baselines are nflows' OneByOneConvolution and normflows' Invertible1x1Conv, with the LU decomposition as in its
 GlowBlock. The others are this package's, in nflows: InvertibleConv1x1, InvertibleConv2d with 3 x 3 kernels in four
 groups and in one, and ConditionalInvertibleConv2d in four, with contexts of eight numbers. All are called as modules,
-so their log-determinants are in the times. "forward" goes from data to latent and "inverse" back, whatever the library
+so times include log-determinants. "forward" goes from data to latent and "inverse" back, whatever the library
 calls them; "with backward" adds the gradients in input and parameters. The contestants of a row take turns; times are
 medians.
 """

@@ -135,11 +135,11 @@ class ConditionalInvertibleConv2d(_ConditionalBijection, conditional.Conditional
     Args:
         event_shape: (C, H, W).
         context_shape: (E,).
-        options: Those of `nflows_kconv.ConditionalInvertibleConv2d` but `context_features`, which is E.
+        options: Arguments of `nflows_kconv.ConditionalInvertibleConv2d`, without `context_features`.
 
     Raises:
         TypeError: See `nflows_kconv.ConditionalInvertibleConv2d`.
-        ValueError: See there; and if `event_shape` is not that of an image, or `context_shape` not that of a vector.
+        ValueError: See there; and if `event_shape` is not an image's or `context_shape` not a vector's.
 
     Examples:
         >>> import torch

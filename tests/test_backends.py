@@ -106,6 +106,7 @@ def runs(monkeypatch):
     """Returns the names of the backends that run, in order, with none chosen by the `backend` fixture."""
     names = []
     monkeypatch.setattr(registry, "_chosen", None)
+    monkeypatch.setattr(registry, "attempt", None)
     for name, each in registry._registered.items():
         run = lambda problem, name=name, run=each.run: names.append(name) or run(problem)  # noqa: E731
         monkeypatch.setitem(registry._registered, name, each._replace(run=run))

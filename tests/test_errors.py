@@ -40,7 +40,9 @@ def weight(per_group: int = 2, **options) -> torch.Tensor:
 _STENCILS = STENCILS[2]
 CORNERS_ERRORS = {
     "unknown name": Wrong(
-        dict(corners=("TL", "M", "BL", "BR")), ValueError, f"out of {_STENCILS} in 2 dimensions, got ('TL', 'M', 'BL', "
+        dict(corners=("TL", "M", "BL", "BR")),
+        ValueError,
+        f"one or more of {_STENCILS} in 2 dimensions, got ('TL', 'M', 'BL', ",
     ),
     "lower case": Wrong(dict(corners="tl"), ValueError, f"one or more of {_STENCILS} in 2 dimensions, got 'tl'"),
     "concatenated corners": Wrong(dict(corners="TLBR"), ValueError, "got 'TLBR'"),
@@ -146,7 +148,9 @@ LOG_DET_ERRORS = {
         dict(weight=weight()[..., 0, 0]), ValueError, "weight must have 3, 4 or 5 dimensions, .*, got shape (8, 2)"
     ),
     "weight of rank 3": Wrong(
-        dict(weight=weight()[..., 0]), ValueError, "each out of ('L', 'R') in 1 dimension, got ('TL', 'TR', 'BL', 'BR')"
+        dict(weight=weight()[..., 0]),
+        ValueError,
+        "one or more of ('L', 'R') in 1 dimension, got ('TL', 'TR', 'BL', 'BR')",
     ),
     "negative height": Wrong(dict(size=(-1, 5)), ValueError, "size must not be negative, got (-1, 5)"),
     "one size": Wrong(dict(size=(4,)), ValueError, "size must have the 2 numbers H, W for this weight, got (4,)"),
@@ -217,8 +221,8 @@ def test_layer(wrong: Wrong):
 
 
 OTHER_DIMENSIONS = [
-    (1, dict(corners="TL"), ValueError, "each out of ('L', 'R') in 1 dimension, got 'TL'"),
-    (1, dict(corners="T"), ValueError, "each out of ('L', 'R') in 1 dimension, got 'T'; sides need two dimensions"),
+    (1, dict(corners="TL"), ValueError, "one or more of ('L', 'R') in 1 dimension, got 'TL'"),
+    (1, dict(corners="T"), ValueError, "one or more of ('L', 'R') in 1 dimension, got 'T'; sides need two dimensions"),
     (3, dict(corners="TL"), ValueError, "'FBL', 'FBR') in 3 dimensions, got 'TL'"),
     (3, dict(corners=("NTL", "L")), ValueError, "got ('NTL', 'L'); sides need two dimensions"),
     (1, dict(dilation=(1, 2)), ValueError, "dilation must be an integer or one per axis, got (1, 2)"),

@@ -635,10 +635,10 @@ class Method(nn.Module):
         return getattr(self.flow, self.name)(input, context)
 
 
-# docs/deploy.md has one that is neither reversible nor conditioned, test_onnx.py some with a vector.
+# docs/deploy.md has one that is neither reversible nor conditioned.
 @pytest.mark.parametrize(
     ("library", "direction", "condition"),
-    [("nflows", "inverse", "classes"), ("normflows", "forward", "classes and image")],
+    [("nflows", "inverse", "vector"), ("normflows", "forward", "classes and image")],
 )
 def test_exported_flows_take_any_batch(library, direction, condition, tmp_path):
     """Both directions, once loaded; the one that convolves decomposes into plain ATen."""

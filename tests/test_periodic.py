@@ -183,7 +183,7 @@ def test_derivatives(case: Case, inverse: bool):
         assert_close(batched, torch.stack(singles), factor=10)
 
 
-@pytest.mark.parametrize("case", [SMALL["1D"], SMALL["3D"]], ids=["1D", "3D"])  # seconds each
+@pytest.mark.parametrize("case", [SMALL["2D"], SMALL["3D"]], ids=["2D", "3D"])  # seconds each
 def test_compiled_layers(case: Case):
     layer, input = layer_of(case), case.input()
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)

@@ -309,7 +309,7 @@ def test_threads_change_no_bit(case: Case, backend: str, device: str):
     before, input = torch.get_num_threads(), case.input()
     try:
         results = []
-        for threads in (1, 2):
+        for threads in (1, 2, 2):
             torch.set_num_threads(threads)
             biased = case.operators(case.weight(), case.bias())
             results.append([operator(input, t) for operator in biased for t in case.transposes])

@@ -473,9 +473,9 @@ def test_other_objects_are_refused(transform):
     ("inputs", "error", "message"),
     [
         ([1.0, 2.0], TypeError, "inputs must be a tensor"),
-        (torch.zeros(0, 4), ValueError, r"not empty and finite, got float32 \[0, 4\]"),
-        (torch.tensor(1.0), ValueError, r"inputs must be \[B, \.\.\.\], not empty and finite"),
-        (torch.tensor([[1.0, torch.nan]]), ValueError, r"inputs must be \[B, \.\.\.\], not empty and finite"),
+        (torch.zeros(0, 4), ValueError, r"finite and not empty, \[B, \.\.\.\], got float32 \[0, 4\]"),
+        (torch.tensor(1.0), ValueError, r"inputs must be finite and not empty"),
+        (torch.tensor([[1.0, torch.nan]]), ValueError, r"inputs must be finite and not empty"),
     ],
 )
 def test_other_inputs_are_refused(inputs, error, message):

@@ -24,7 +24,7 @@ struct KernelProblem {
   const T* weight;          // [channels, channels / groups, kernel_depth, kernel_height, kernel_width], contiguous
                             // if images_differ, weight, bias and log_diagonal have one more axis, the image, first
   const T* bias;            // [channels], contiguous, or null for zero
-  const T* log_diagonal;    // [channels], contiguous, of which the diagonal is the exponential, or null
+  const T* log_diagonal;    // [channels], contiguous, the diagonal is its exponential, or null
   const int64_t* stencils;  // one per group
   Strides input_strides, output_strides;
   int64_t depth, batch, channels, height, width;

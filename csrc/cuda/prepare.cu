@@ -1,5 +1,5 @@
-// Prepares weights for solve_channels.cu: canonical, masked, in the type of the sums, outputs in fours padded with
-// zeros, the inputs of a lag in vectors of 16 bytes. With P the pivot and V(a, b) = P^-1 W(a, b):
+// Prepares weights for solve_channels.cu and solve_tiles.cu: canonical, masked, in the type of the sums, outputs in
+// fours padded with zeros, the inputs of a lag in vectors of 16 bytes. With P the pivot and V(a, b) = P^-1 W(a, b):
 //
 //   premultiply   P^-1 at lag (0, 0) and -V elsewhere      [group][input of a vector][PADDED / 4][lag, vector][4]
 //

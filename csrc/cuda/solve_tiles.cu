@@ -4,20 +4,20 @@
 //
 //     x[r, s] = P^-1 y[r, s] - sum_{(a, b) != (0, 0)} V(a, b) x[r - a, s - b]
 //
-// A block computes OUTPUTS channels of PIXELS pixels with equal r + s, or of half as many on the short diagonals. It
-// adds up y first, and then lags (a, b) by falling a + b: all but the last ones were solved long ago, so that blocks of
-// several diagonals run at once, and only the lags with a + b = 1 are a chain. A block publishes its tile by a flag,
-// and waits for those of the tiles that its images have in the diagonal that it comes to read. It takes its work by
-// ticket, in the order of the diagonals, so that it only waits for blocks that already run.
+// A block computes OUTPUTS channels of PIXELS pixels with equal r + s, or of half as many on short diagonals. It adds y
+// first, then the lags (a, b) by falling a + b. All but the last lags were solved long before, so blocks of several
+// diagonals run at once, and only the lags with a + b = 1 form a chain. A block publishes its tile by a flag, and waits
+// for the flags of the tiles that its images have in the diagonal that it reads next. It takes its work by ticket, in
+// the order of the diagonals, so it waits only for blocks that already run.
 //
-// A stage is OUTPUTS input channels, copied to shared memory while the one before is added up; kSplits threads share
-// the vectors of a register tile of kEach x kEach and add up their sums at the end, in a fixed order.
+// A stage is OUTPUTS input channels, copied to shared memory while the previous stage is added; kSplits threads share
+// the vectors of a register tile of kEach x kEach and add their sums at the end, in a fixed order.
 //
-// What bounds it: multiply-adds, 82 % of the peak while three blocks of a multiprocessor compute; where a diagonal has
-// few tiles a step of the chain, 7 thousand cycles with half a tile, 10 with a whole one. Predicted by a model of an
+// Multiply-adds bound it, at 82 % of the peak while three blocks of a multiprocessor compute. Where a diagonal has few
+// tiles, a step of the chain does: 7 thousand cycles with half a tile, 10 with a whole one. Predicted by a model of an
 // H100 for batch 100 at 16 x 16, premultiply included: one group of 128, 256 and 512 channels 0.28, 0.77 and 2.7 ms,
-// four groups of 128 0.74 (with whole tiles only, zeros read by test, and three blocks everywhere 0.39, 0.95, 3.1 and
-// 0.84); with matrix products of cuBLAS in its place 0.55, 1.35, 4.1 and 1.4, estimated by hand.
+// four groups of 128 0.74. By the same model it was 0.39, 0.95, 3.1 and 0.84 with whole tiles only and borders read by
+// tests; matrix products of cuBLAS take 0.55, 1.35, 4.1 and 1.4, estimated by hand.
 //
 // More constants than those of arguments.cuh:
 //   GROUPS, BIAS   groups of the image; 1 if there is a bias to take off y
@@ -53,7 +53,8 @@ struct Lag {
 };
 
 struct Diagonal {
-  int first_row, rows, pixels;  // the last of a tile
+  int first_row, rows;
+  int pixels;  // of a tile
   __device__ Diagonal(const Arguments& arguments, int index)
       : first_row(max(0, index - arguments.width + 1)),
         rows(min(arguments.height - 1, index) - first_row + 1),

@@ -104,8 +104,9 @@ def _check_that_parameters_are_whole(steps: Sequence[_Step]) -> None:
         for name, parameter in one.module.named_parameters():
             if hasattr(parameter, "device_mesh"):  # a DTensor
                 raise TypeError(
-                    "parameters must be unsharded when steps run: apply fully_shard to the module that holds them, "
-                    f"got a {type(parameter).__name__} for {name} of {type(one.module).__name__}"
+                    "parameters must be unsharded when steps run: apply fully_shard to the module that holds the "
+                    f"steps, not to the steps; got a {type(parameter).__name__} for {name} of "
+                    f"{type(one.module).__name__}"
                 )
 
 

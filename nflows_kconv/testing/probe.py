@@ -69,7 +69,7 @@ class Probe:
         if not isinstance(inputs, Tensor):
             raise TypeError(f"inputs must be a tensor [B, ...], got {type(inputs).__name__}")
         if inputs.dim() == 0 or not inputs.numel() or not inputs.isfinite().all():
-            raise ValueError(f"inputs must be [B, ...], not empty and finite, got {describe(inputs)}")
+            raise ValueError(f"inputs must be finite and not empty, [B, ...], got {describe(inputs)}")
         self.tolerance = tolerance
         self.transform, self.given, self.inputs = transform, Subject(transform, context), inputs.detach()
         self.no_inverse: AssertionError | None = None
