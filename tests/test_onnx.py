@@ -82,7 +82,8 @@ def test_layers_of_images_of_any_size(build: Callable[[], Any]):
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
     both, sizes = Calls(layer, layer, layer.inverse), (5, 6, 3)[: layer.dimensions]
     dynamic = {axis: f"size_{axis}" for axis in (0, *range(2, 2 + len(sizes)))}
-    run = exported(both, [torch.randn(2, layer.num_channels, *sizes)], dynamic_shapes=((dynamic,),))
+    optimize = layer.dimensions == 3  # torch translates conv3d with a zero bias of a wrong shape, which this removes
+    run = exported(both, [torch.randn(2, layer.num_channels, *sizes)], optimize, dynamic_shapes=((dynamic,),))
     for batch, shape in ((2, sizes), (3, (1, 1, 1)), (1, (9, 4, 7))):
         input = torch.randn(batch, layer.num_channels, *shape[: len(sizes)])
         for actual, expected in zip(run(input), tree_leaves(both(input)), strict=True):

@@ -315,7 +315,8 @@ def test_threads_change_no_bit(case: Case, backend: str, device: str):
             results.append([operator(input, t) for operator in biased for t in case.transposes])
     finally:
         torch.set_num_threads(before)
-    assert all(map(torch.equal, *results))
+    first, *others = results
+    assert all(all(map(torch.equal, first, other)) for other in others)
 
 
 @pytest.mark.parametrize("setting", ["ieee", "tf32"])

@@ -81,7 +81,7 @@ def test_flows_of_normflows_are_called_by_their_density():
     normflows = pytest.importorskip("normflows")
     from nflows_kconv.normflows import GlowBlock
 
-    flow = normflows.NormalizingFlow(normflows.distributions.DiagGaussian((4, 3, 5)), [GlowBlock(4, 8)])
+    flow = normflows.NormalizingFlow(normflows.distributions.DiagGaussian((4, 3, 5)), [GlowBlock(4, 8, corners="TL")])
     assert visited(flow, (2, 4, 3, 5)) == [(4, (2, 4, 3, 5))]
     assert not any(part.data_dep_init_done for part in flow.modules() if isinstance(part, normflows.flows.ActNorm))
 
