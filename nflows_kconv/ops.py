@@ -42,7 +42,7 @@ from nflows_kconv.torch_internals import (
     forward_mode,
     is_any_autocast_on,
     is_differentiating_forward,
-    is_intercepted,
+    is_unobserved,
     is_zero_tensor,
     primal,
 )
@@ -405,7 +405,7 @@ def attempt(
 ) -> Tensor | None:
     """Does `call` on unchecked arguments; returns None unless a backend accepts them."""
     # The backends check everything else, such as the device.
-    if input is None or weight is None or not _is_unobserved(input, weight, bias, log_diagonal):
+    if input is None or weight is None or not is_unobserved(input, weight, bias, log_diagonal):
         return None
     if (attempt := registry.attempt) is None:
         return None
@@ -447,23 +447,9 @@ def autocast_is_on(tensor: Tensor) -> bool:
     return not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)  # raises for meta tensors
 
 
-_PLAIN = frozenset((Tensor, torch.nn.Parameter))
-
-
-def _is_unobserved(*tensors: Tensor | None) -> bool:
-    """Returns whether nothing would see or record an operator on these tensors, and their memory has their values."""
-    if is_intercepted() or is_differentiating_forward():
-        return False
-    records = torch.is_grad_enabled()
-    for tensor in tensors:
-        if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_neg() or (records and tensor.requires_grad)):
-            return False
-    return True
-
-
 def _is_direct(*tensors: Tensor | None) -> bool:
     """Returns whether a call may skip the dispatcher, so that backends read the tensors' memory directly."""
-    return _is_unobserved(*tensors) and not any(t is not None and (t.is_meta or is_zero_tensor(t)) for t in tensors)
+    return is_unobserved(*tensors) and not any(t is not None and (t.is_meta or is_zero_tensor(t)) for t in tensors)
 
 
 def _evaluated(name: str, operator: Callable[..., Tensor], *args: Any) -> Tensor:

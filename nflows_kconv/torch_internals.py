@@ -34,9 +34,9 @@ __all__ = [
     "is_differentiating_forward",
     "is_exporting_to_onnx",
     "is_functorch_wrapped_tensor",
-    "is_intercepted",
     "is_sharded",
     "is_under_torch_func",
+    "is_unobserved",
     "is_zero_tensor",
     "primal",
     "process_group",
@@ -62,9 +62,28 @@ is_zero_tensor = torch.Tensor._is_zerotensor  # a tensor without memory, as tang
 forward_mode = forward_ad._set_fwd_grad_enabled
 
 
-def is_intercepted() -> bool:
-    """Returns whether a compiler, a `TorchDispatchMode` or `torch.jit.trace` must see each operator."""
-    return is_compiling() or _len_torch_dispatch_stack() > 0 or _get_tracing_state() is not None
+_PLAIN = frozenset((Tensor, nn.Parameter))
+
+
+def is_unobserved(*tensors: Tensor | None) -> bool:
+    """Returns whether nothing would see or record an operator on these tensors, and their memory has their values.
+
+    Compilers, a `TorchDispatchMode`, `torch.jit.trace` and forward mode see every operator.
+    """
+    # One expression and one loop, because every call of a layer comes through here.
+    if (
+        is_compiling()
+        or _len_torch_dispatch_stack() > 0
+        or _get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+        or peek_interpreter_stack() is not None
+    ):
+        return False
+    records = torch.is_grad_enabled()
+    for tensor in tensors:
+        if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_neg() or (records and tensor.requires_grad)):
+            return False
+    return True
 
 
 def is_differentiating_forward() -> bool:

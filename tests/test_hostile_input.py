@@ -88,21 +88,28 @@ def test_threads_at_once():
     assert not failures
 
 
-LAYOUTS = {
-    "layout torch.sparse_coo": Tensor.to_sparse,
-    "layout torch._mkldnn": Tensor.to_mkldnn,
-    "a nested tensor": lambda tensor: torch.nested.nested_tensor([tensor, tensor]),
+def quantized(tensor: Tensor) -> Tensor:
+    """Returns a tensor of which `torch.empty_like` makes no other."""
+    channels = len(tensor)
+    return torch.quantize_per_channel(tensor, torch.ones(channels), torch.zeros(channels), 0, torch.quint8)
+
+
+NOT_DENSE = {
+    "be a dense tensor, got layout torch.sparse_coo": Tensor.to_sparse,
+    "be a dense tensor, got layout torch._mkldnn": Tensor.to_mkldnn,
+    "be a dense tensor, got a nested tensor": lambda tensor: torch.nested.nested_tensor([tensor, tensor]),
+    "have one of the dtypes .*, got torch.quint8": quantized,
 }
 
 
 @pytest.mark.filterwarnings("ignore")  # torch warns about prototypes
-@pytest.mark.parametrize("got", LAYOUTS)
+@pytest.mark.parametrize("message", NOT_DENSE)
 @pytest.mark.parametrize("name", ["input", "weight", "bias"])
-def test_only_dense_tensors(name: str, got: str):
+def test_only_dense_tensors(name: str, message: str):
     arguments = dict(input=images(), weight=weight(), corners="TL", bias=torch.zeros(2))
-    arguments[name] = LAYOUTS[got](arguments[name])
+    arguments[name] = NOT_DENSE[message](arguments[name])
     for function in (conv2d, conv2d_inverse):
-        with pytest.raises(TypeError, match=f"{name} must be a dense tensor, got {got}"):
+        with pytest.raises(TypeError, match=f"{name} must {message}"):
             function(**arguments)
 
 

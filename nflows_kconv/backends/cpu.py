@@ -50,6 +50,7 @@ def run(call: OperatorCall) -> Tensor:
     weight = weight.to(dtype).contiguous()
     bias, log_diagonal = (None if t is None else t.to(dtype).contiguous() for t in (bias, log_diagonal))
     options = _options(operation, tuple(stencils), tuple(dilation), unit_diagonal, transpose)
+    assert options is not None  # `why_not` has refused other stencils
     match _call(options, images, output, weight, bias, log_diagonal):
         case Outcome.DONE:
             return output.to(input.dtype)
@@ -71,9 +72,13 @@ def attempt(
     unit_diagonal: bool,
 ) -> Tensor | None:
     """Runs a call on unchecked tensors; see `registry.Implementation`."""
-    if not (input.is_cpu and input.layout is torch.strided and _STENCILS.issuperset(stencils)):
+    options = _options(operation, stencils, dilation, unit_diagonal, False)
+    if options is None or not input.is_cpu:
         return None
-    options, output = _options(operation, stencils, dilation, unit_diagonal, False), torch.empty_like(input)
+    try:
+        output = torch.empty_like(input)
+    except RuntimeError:  # of some tensors that are not dense
+        return None
     return None if _call(options, input, output, weight, bias, log_diagonal) else output
 
 
@@ -95,7 +100,10 @@ def _call(
 @lru_cache(maxsize=256)
 def _options(
     operation: str, stencils: tuple[int, ...], dilation: tuple[int, ...], unit_diagonal: bool, transpose: bool
-) -> Options:
+) -> Options | None:
+    """Returns what does not depend on the tensors; None without a kernel for these stencils."""
+    if not _STENCILS.issuperset(stencils):
+        return None
     dimensions, groups = len(dilation), len(stencils)
     steps = (1,) * (3 - dimensions) + dilation
     codes = (ctypes.c_int64 * groups)(*stencils)
