@@ -31,6 +31,8 @@ from nflows_kconv.backends.cuda.plan import Device, Kernel, Launch, ProblemSpec
 A100 = Device((8, 0), multiprocessors=108, shared_memory=166912)
 B200 = Device((10, 0), multiprocessors=148, shared_memory=232448)
 DEVICES = (A100, H100, B200)
+# With the least shared memory, a T4, and of the newest generation for desktops.
+SMALLER = (Device((7, 5), 40, 65536), Device((12, 0), 170, 101376))
 
 SIDES = (1, 2, 3, 5)
 CHANNELS = (1, 3, 6, 12, 16, 48, 512)
@@ -166,6 +168,14 @@ def test_kernels_compile_without_warnings_and_spills(device: Device, verbose: Ve
 def described(launch: Launch) -> str:
     constants = " ".join(f"{name}={value}" for name, value in launch.kernel.constants)
     return f"{constants}, {launch.block} threads with {launch.shared} bytes"
+
+
+@pytest.mark.parametrize("device", SMALLER, ids=lambda device: "sm_{}{}".format(*device.capability))
+def test_launches_fit_gpus_with_less_shared_memory(device: Device):
+    for channels, image, dtype in product(CHANNELS, IMAGES, (torch.float32, torch.float64)):
+        for problem in problems(channels, 3, image, dtype, device):
+            for launch in planning.plan(problem, device).launches:
+                assert launch.shared <= device.shared_memory, described(launch)
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")

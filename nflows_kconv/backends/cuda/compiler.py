@@ -40,7 +40,7 @@ def why_not(capability: tuple[int, int], supported: tuple[int, int]) -> str | No
         capability: Compute capability of the GPU.
         supported: CUDA version that its driver supports.
     """
-    nvrtc, least = version(), divmod(min(_architectures()), 10)
+    nvrtc, least = version(), divmod(max(70, min(_architectures())), 10)  # kernels need 7.0, for acquire and release
     if capability < least:
         what = "the GPU must have compute capability {}.{} or higher for NVRTC {}.{}, got {}.{}"
         return what.format(*least, *nvrtc, *capability)

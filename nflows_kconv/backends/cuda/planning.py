@@ -49,7 +49,9 @@ def plan_solution(problem: ProblemSpec, device: Device) -> LaunchPlan | None:
       about 64 channels at 3 x 3;
     - `wavefront.plan_tiles`, for corners, from 32 to 512 channels where sums are of 32 bits.
     """
-    rows = wavefront.plan_rows(problem, device)
-    if rows is None and all(map(stencil.is_corner, problem.stencils)):
-        return wavefront.plan_channels(problem, device) or wavefront.plan_tiles(problem, device)
-    return rows
+    others = (wavefront.plan_channels, wavefront.plan_tiles) if stencil.is_corner(problem.stencils[0]) else ()
+    for planner in (wavefront.plan_rows, *others):
+        found = planner(problem, device)
+        if found and all(launch.shared <= device.shared_memory for launch in found.launches):
+            return found
+    return None

@@ -95,8 +95,6 @@ def plan_channels(problem: ProblemSpec, device: Device) -> LaunchPlan | None:
     band = replace(band, problem=problem)
     offset = aligned(band.scratch)
     preparation, size = _premultiplication(problem, offset, padded, ceil_div(problem.channels, vector))
-    if preparation.shared > device.shared_memory:
-        return None
     constants = band.constants | {
         "THREADS": threads * replicas,
         "SLICES": slices,
