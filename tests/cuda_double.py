@@ -105,7 +105,7 @@ class DriverDouble:
         if self.error:
             return self.error
         assert (block_y, block_z, extra) == (1, 1, None)
-        words = dict(self._kernels[function - 1].constants)["CORNER_WORDS"]
+        words = -(-dict(self._kernels[function - 1].constants)["CORNERS"] // 16)
         arguments = ctypes.string_at(parameters[0], ctypes.sizeof(Arguments) + -(-words // 2) * 8)
         self.launch(0, function, (x, y, z), block, shared, arguments, stream)
         return 0

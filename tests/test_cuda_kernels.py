@@ -40,7 +40,7 @@ TABLE = (
     (Case((BR, TL), per_group=7, batch=9, size=(6, 5), biased=True), SMALL),
     (Case((BL, TR), per_group=11, kernel_size=(5, 7), batch=3, size=(5, 6), dtype=torch.float64), SMALL),
     # Bands and chunks
-    (Case((BR, TL), per_group=3, kernel_size=(2, 3), size=(70, 5)), H100),
+    (Case((BR, TL, BL, TR, TL), per_group=3, kernel_size=(2, 3), batch=1, size=(70, 5)), H100),
     (Case((TL, BL), per_group=2, kernel_size=(3, 2), size=(1, 70), dtype=torch.float16, biased=True), H100),
     (Case((TR,), per_group=4, batch=1, size=(33, 34), dtype=torch.float64, biased=True), SMALL),
     # Clipped kernels, and kernels of many taps
@@ -216,7 +216,7 @@ def test_non_finite_values_stay_in_their_weights(case: Case, device: Device, whi
 
 # Constants that select branches of a kernel, and sizes that do not always divide others.
 BRANCHES = {
-    "solve_rows": ("BANDED", "CHUNKED", "TRANSPOSE", "BIAS", "TAU"),
+    "solve_rows": ("BANDED", "CHUNKED", "GROUPS", "TRANSPOSE", "BIAS", "TAU"),
     "solve_channels": ("BANDED", "CHUNKED", "REPLICAS", "BIAS"),
     "solve_tiles": ("PADDED", "BIAS"),
     "convolution": ("IMAGES", "SPLITS", "PIXELS", "OUTPUTS", "BIAS", "TAU"),

@@ -63,16 +63,23 @@ def sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("operation", ["solve", "conv", "weight_gradient"])
+@pytest.mark.parametrize("images_are", ["a batch", "groups"])
 @pytest.mark.parametrize(
     "shape", [(12, 16, 16), (48, 4, 4), (12, 64, 64), (64, 16, 16), (96, 8, 8), (256, 8, 8)], ids=str
 )
-def test_batches_share_kernels(operation: str, shape: tuple[int, int, int]):
-    """A few kernels run every batch size, with more blocks for larger ones."""
-    input = torch.empty(1, *shape, device="meta")
-    other = input if operation == "weight_gradient" else torch.empty(shape[0], shape[0] // 4, 3, 3, device="meta")
-    asked = planned(registry.OperatorCall(operation, input, other, (0, 1, 2, 3), kernel_size=(3, 3)))
-    plans = [planning.plan(replace(asked, shape=(batch, *shape)), H100).launches for batch in range(1, 129)]
-    assert len({tuple((launch.kernel.source, launch.kernel.constants) for launch in plan) for plan in plans}) <= 4
+def test_batches_share_kernels(operation: str, images_are: str, shape: tuple[int, int, int]):
+    """A few kernels run every batch size, with more blocks for larger ones; images with own weights are groups."""
+    plans = []
+    for images in range(1, 129):
+        batch, repeats = (images, 1) if images_are == "a batch" else (1, images)
+        input = torch.empty(batch, repeats * shape[0], *shape[1:], device="meta")
+        weight = torch.empty(repeats * shape[0], shape[0] // 4, 3, 3, device="meta")
+        other = input if operation == "weight_gradient" else weight
+        asked = registry.OperatorCall(operation, input, other, (0, 1, 2, 3) * repeats, kernel_size=(3, 3))
+        plans.append(planning.plan(planned(asked), H100).launches)
+    kernels = {tuple((launch.kernel.source, launch.kernel.constants) for launch in plan) for plan in plans}
+    assert len(kernels) <= (4 if images_are == "a batch" else 6)
+    assert max(len(launch.arguments) for plan in plans for launch in plan) < 256
     if operation != "weight_gradient":  # it shares pixels among enough blocks to fill the device
         blocks = [sum(launch.grid[0] for launch in plan) for plan in plans]
         assert blocks[59] < blocks[119]

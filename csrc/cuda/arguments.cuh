@@ -18,7 +18,7 @@
 //   KERNEL_H, KERNEL_W   size of the kernel, clipped to the image (other taps read padding only)
 //   TAU           pixels with equal TAU * row + column can be solved at once
 //   TRANSPOSE     1 for A^T, 0 for A
-//   CORNER_WORDS  32-bit words that hold what the stencils mirror, two bits each: columns, rows
+//   CORNERS       stencils that groups take in turn; `corners` holds what each mirrors, two bits: columns, rows
 #pragma once
 
 #include "scalar.cuh"
@@ -42,11 +42,12 @@ struct Arguments {
   long long offsets[4];    // of regions in the scratch, in bytes; each source documents its own
   int last_column;         // of the kernel in memory, before mirroring: the column of tap (0, 0)
   int unit_diagonal;       // whether the pivot's diagonal is 1, or has no gradient
-  unsigned corners[CORNER_WORDS];
+  unsigned corners[ceil_div(CORNERS, 16)];
 };
 
 __device__ inline int corner_of(const Arguments& arguments, int group) {
-  return arguments.corners[CORNER_WORDS > 1 ? group / 16 : 0] >> (group % 16 * 2) & 3;
+  const int place = group % CORNERS;
+  return arguments.corners[CORNERS > 16 ? place / 16 : 0] >> (place % 16 * 2) & 3;
 }
 
 // One image of one group: element (c, r, s) is data[c * channel + r * row + s * column].

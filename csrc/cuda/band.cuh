@@ -17,7 +17,7 @@
 // block only waits for blocks that already run.
 //
 // Constants in addition to those of arguments.cuh:
-//   GROUPS        of the image
+//   GROUPS        of the image; arguments.groups if they are many
 //   ROWS, STEPS   of a band and of a chunk; with several chunks STEPS >= kHistory
 //   CHUNKED       1 if there may be several chunks
 //   BANDED        1 if there are several bands; then ROWS >= kHalo, and CHUNKED

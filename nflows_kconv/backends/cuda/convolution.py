@@ -171,24 +171,14 @@ class _Tiles:
 
     def launch(self) -> Launch:
         """Returns the launch of this division."""
-        constants = {
-            "OUTPUTS": self.outputs,
-            "PIXELS": self.pixels,
-            "TILE_OUTPUTS": self.outputs * self.output_slots,
-            "SPLITS": self.splits,
-            "IMAGES": self.images,
-            "ROWS": self.rows,
-            "COLUMNS": self.columns,
-            "ROW_TILES": self.pixel_tiles[0],
-            "COLUMN_TILES": self.pixel_tiles[1],
-            "PITCH": self.pitch,
-            "CHUNK": self.chunk,
-            "TAPS_H": self.taps[0],
-            "TAPS_W": self.taps[1],
-            "BIAS": int(self.problem.bias),
-        }
+        tile = dict(
+            TILE_OUTPUTS=self.outputs * self.output_slots, IMAGES=self.images, ROWS=self.rows, COLUMNS=self.columns
+        )
+        grid = dict(ROW_TILES=self.pixel_tiles[0], COLUMN_TILES=self.pixel_tiles[1])
+        stage = dict(PITCH=self.pitch, CHUNK=self.chunk, TAPS_H=self.taps[0], TAPS_W=self.taps[1])
+        thread = dict(OUTPUTS=self.outputs, PIXELS=self.pixels, SPLITS=self.splits, BIAS=int(self.problem.bias))
         return Launch(
-            kernel(self.problem, "convolution.cu", "convolution", **constants),
+            kernel(self.problem, "convolution.cu", "convolution", **tile, **grid, **stage, **thread),
             (self.blocks, 1, 1),
             self.threads,
             self.shared,

@@ -18,8 +18,8 @@ from nflows_kconv.backends import registry
 
 Strides = tuple[int, int, int, int]
 
-# Kernels are chosen for the nearest of these batch sizes, by ratio, so a few kernels serve all sizes.
-_TYPICAL_BATCHES = (1, 6, 25, 100, 400, 1600)
+# Kernels are chosen for the nearest of these numbers of images, by ratio, so a few kernels serve all.
+_TYPICAL = (1, 6, 25, 100, 400, 1600)
 
 POINTER_BYTES = 6 * 8  # first, second, output, scratch, bias, log_diagonal
 
@@ -94,9 +94,15 @@ class ProblemSpec:
 
     @property
     def typical(self) -> ProblemSpec:
-        """The problem with a typical batch size, to select kernels; grids, scratch and arguments use the real one."""
-        batch = min(_TYPICAL_BATCHES, key=lambda typical: max(typical / self.shape[0], self.shape[0] / typical))
-        return replace(self, shape=(batch, *self.shape[1:]))
+        """The problem with typical sizes, to select kernels; grids, scratch and arguments use the real ones."""
+        groups = self.few_groups or _nearest(len(self.stencils))
+        shape = (_nearest(self.shape[0]), self.channels * groups, *self.shape[2:])
+        return replace(self, shape=shape, stencils=self.stencils[:1] * groups)
+
+    @property
+    def few_groups(self) -> int:
+        """The number of groups, or 0 for more than a few: images with weights of their own are groups."""
+        return len(self.stencils) if len(self.stencils) <= 4 else 0
 
     @property
     def channels(self) -> int:
@@ -192,6 +198,10 @@ def ceil_div(dividend: int, divisor: int) -> int:
     return -(-dividend // divisor)
 
 
+def _nearest(size: int) -> int:
+    return min(_TYPICAL, key=lambda typical: max(typical / size, size / typical))
+
+
 def aligned(offset: int) -> int:
     """Returns the next aligned offset in the scratch."""
     return 256 * ceil_div(offset, 256)
@@ -214,21 +224,25 @@ def kernel(problem: ProblemSpec, source: str, name: str, **constants: int | str)
         "KERNEL_W": problem.taps[1],
         "TAU": problem.tau,
         "TRANSPOSE": int(problem.transpose),
-        "CORNER_WORDS": _corner_words(problem),
+        "CORNERS": len(_corners(problem)),
     }
     return Kernel(source, name, tuple(sorted(constants.items())))
 
 
-def _corner_words(problem: ProblemSpec) -> int:
-    return ceil_div(len(problem.stencils), 16)
+def _corners(problem: ProblemSpec) -> tuple[int, ...]:
+    """Returns the stencils that groups take in turn, a word of them at least; many images have no more."""
+    codes, count = problem.stencils, len(problem.stencils)
+    if count <= 16:
+        return codes + (0,) * (16 - count)
+    turn = next(codes[:n] for n in range(1, count + 1) if codes[:n] * (count // n) == codes)
+    return turn * max(1, 16 // len(turn))
 
 
 def arguments(problem: ProblemSpec, parameters: Sequence[int] = (), offsets: Sequence[int] = ()) -> bytes:
     """Returns `struct Arguments` of arguments.cuh as bytes, with zero pointers."""
     batch, _, height, width = problem.shape
-    words = [0] * _corner_words(problem)
-    for group, code in enumerate(problem.stencils):
-        words[group // 16] |= (code & 3) << group % 16 * 2
+    codes = _corners(problem)
+    words = [sum((code & 3) << 2 * i for i, code in enumerate(codes[at : at + 16])) for at in range(0, len(codes), 16)]
     fields = Arguments(
         strides=(*problem.first_strides, *problem.second_strides, *problem.output_strides),
         sizes=(batch, height, width, len(problem.stencils)),

@@ -131,7 +131,7 @@ def plan_tiles(problem: ProblemSpec, device: Device) -> LaunchPlan | None:
     given = counters + aligned(size)
     solved = given + aligned(places * padded * 4)
     tile = dict(THREADS=_TILE_THREADS, BLOCKS=3, PIXELS=_TILE_PIXELS, OUTPUTS=_TILE_OUTPUTS, PADDED=padded)
-    constants = dict(GROUPS=groups, BIAS=int(problem.bias), **tile)
+    constants = dict(GROUPS=_groups(problem), BIAS=int(problem.bias), **tile)
     packed = arguments(problem, (tiles, narrow), (0, counters, given, solved))
     shared = 16 + 16 * _TILE_PIXELS + 2 * 4 * (_TILE_PIXELS + _TILE_OUTPUTS) * (_TILE_OUTPUTS + 4)
     # A third block would only take time from those of a diagonal that others wait for.
@@ -179,7 +179,7 @@ class _Band:
     def constants(self) -> dict[str, int | str]:
         chunked = self._bands > 1 or self.steps < _times(self.problem)
         return {
-            "GROUPS": len(self.problem.stencils),
+            "GROUPS": _groups(self.problem),
             "ROWS": self.rows,
             "STEPS": self.steps,
             "CHUNKED": int(chunked),
@@ -244,6 +244,11 @@ def _fitted_band(problem: ProblemSpec, device: Device, rows: int, more_shared: i
             return fitting
         rows //= 2
     return None
+
+
+def _groups(problem: ProblemSpec) -> int | str:
+    """Returns the number of groups in the kernels: a constant or, for many, where they read it."""
+    return problem.few_groups or "arguments.groups"
 
 
 def _times(problem: ProblemSpec) -> int:

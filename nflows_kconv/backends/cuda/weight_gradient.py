@@ -184,24 +184,14 @@ class _Tiles:
         """Returns the launches that sum over each chunk and over the chunks, with `parts` threads per entry."""
         problem, sums = self.sums.problem, self.sums
         split_bytes = self.round_outputs * self._round_bytes if self.splits > 1 else 0
-        constants = {
-            "OUTPUTS": sums.outputs,
-            "INPUTS": sums.inputs,
-            "TAPS_H": sums.taps[0],
-            "TAPS_W": sums.taps[1],
-            "OUTPUT_SLOTS": sums.output_slots,
-            "INPUT_SLOTS": sums.input_slots,
-            "SPLITS": self.splits,
-            "IMAGES": self.images,
-            "ROWS": self.rows,
-            "COLUMNS": self.columns,
-            "ROW_TILES": self.grid[0],
-            "COLUMN_TILES": self.grid[1],
-            "WIDTH_REMAINDER": problem.shape[3] % _PIXELS,
-            "ROUND_OUTPUTS": self.round_outputs,
-            "PARTS": parts,
-            "REDUCTION_THREADS": _REDUCTION_THREADS,
-        }
+        thread = dict(OUTPUTS=sums.outputs, INPUTS=sums.inputs, TAPS_H=sums.taps[0], TAPS_W=sums.taps[1])
+        block = dict(OUTPUT_SLOTS=sums.output_slots, INPUT_SLOTS=sums.input_slots, SPLITS=self.splits)
+        tile = dict(
+            IMAGES=self.images, ROWS=self.rows, COLUMNS=self.columns, WIDTH_REMAINDER=problem.shape[3] % _PIXELS
+        )
+        grid = dict(ROW_TILES=self.grid[0], COLUMN_TILES=self.grid[1])
+        end = dict(ROUND_OUTPUTS=self.round_outputs, PARTS=parts, REDUCTION_THREADS=_REDUCTION_THREADS)
+        constants = thread | block | tile | grid | end
         packed = arguments(problem, [self.chunks])
         entries = problem.shape[1] * problem.channels * problem.kernel_size[0] * problem.kernel_size[1]
         return (
