@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from itertools import product
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 import nflows_kconv
 from nflows_kconv import InvertibleConv2d, functional, ops
-from nflows_kconv.backends import native
+from nflows_kconv.backends import cuda, native
 from nflows_kconv.backends.cuda.python_launcher import PythonLauncher
 from nflows_kconv.backends.cuda.runtime import Runtime, runtime
 from nflows_kconv.backends.registry import OperatorCall
@@ -196,18 +197,16 @@ def test_on_a_device_that_is_not_the_current_one(case: Case):
 
 @every_case
 def test_launched_from_python(case: Case):
-    launcher = PythonLauncher(Runtime())
-    input, grad, weight, bias = case.input("cuda"), case.input("cuda", seed=2), case.weight("cuda"), case.bias("cuda")
-    stencils, size = case.stencils, case.kernel_size
-    for vectors in ((None, None), (bias, bias / 8)):
-        for transpose in (False, True):
-            for name in ("conv", "solve"):
-                options = (*vectors, transpose and vectors[1] is None, transpose)
-                output = launcher.run(OperatorCall(name, input, weight, stencils, *options, size))
-                assert torch.equal(output, getattr(ops, name)(input, weight, *vectors, stencils, *options[2:]))
-                assert output.stride() == input.stride()
-    gradient = launcher.run(OperatorCall("weight_gradient", input, grad, stencils, kernel_size=size))
-    assert torch.equal(gradient, ops.weight_gradient(input, grad, stencils, [1, 1], size, False))
+    launcher, weight, bias = PythonLauncher(Runtime()), case.weight("cuda"), case.bias("cuda")
+    images = case.input("cuda"), case.input("cuda", seed=2)
+    calls = [OperatorCall("weight_gradient", *images, case.stencils, kernel_size=case.kernel_size)]
+    for name, transpose, biased in product(("conv", "solve"), (False, True), (False, True)):
+        changes = dict(bias=bias, log_diagonal=bias / 8) if biased else dict(unit_diagonal=transpose)
+        calls.append(calls[0]._replace(operation=name, other=weight, transpose=transpose, **changes))
+    for call in calls:
+        output, expected = launcher.run(call), cuda.run(call)
+        assert torch.equal(output, expected)
+        assert output.stride() == expected.stride()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
