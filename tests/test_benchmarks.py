@@ -53,6 +53,12 @@ from nflows_kconv.backends.cuda import compiler, planning
 from nflows_kconv.backends.cuda.plan import Kernel
 
 H100 = "NVIDIA H100 80GB HBM3"
+# cuda.bindings asks the driver for functions of later versions, which a sanitizer reports as errors by default.
+SANITIZER = """#!/bin/sh
+case "$*" in *"--report-api-errors no"*) ;; *) echo '========= Program hit CUDA_ERROR_NOT_FOUND' ;; esac
+echo '========= Invalid __global__ read of size 4 bytes'
+exit 1
+"""
 
 
 def run(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: str) -> None:
@@ -130,7 +136,7 @@ def test_the_evidence_goes_on_where_it_was(monkeypatch, tmp_path):
 def test_parts_on_a_gpu_that_fail_stop_no_other(tmp_path):
     """Runs them on the CPU with a fake sanitizer."""
     sanitizer = tmp_path / "compute-sanitizer"
-    sanitizer.write_text("#!/bin/sh\necho '========= Invalid __global__ read of size 4 bytes'\nexit 1\n")
+    sanitizer.write_text(SANITIZER)
     sanitizer.chmod(0o755)
     path = os.pathsep.join([str(tmp_path), os.environ["PATH"]])
     own = {"OUT": str(tmp_path / "out"), "DEVICE": "cpu", "PYTHON": sys.executable, "PATH": path}
