@@ -46,6 +46,11 @@ SPILLED = (
     (H100, 48, 2, IMAGES[2], torch.float32, "weight_gradient"),
     (H100, 512, 5, IMAGES[2], torch.float16, "weight_gradient"),
     (B200, 48, 2, IMAGES[2], torch.bfloat16, "weight_gradient"),
+    (A100, 16, 5, IMAGES[1], torch.bfloat16, "solve"),
+    (H100, 16, 5, IMAGES[1], torch.float32, "solve"),
+    (H100, 48, 3, IMAGES[1], torch.float16, "solve"),
+    (B200, 3, 5, IMAGES[0], torch.float32, "conv"),
+    (B200, 3, 3, IMAGES[0], torch.float16, "conv"),
 )
 
 SOURCES = sorted(compiler.source_directory().glob("*.cu*"))

@@ -151,7 +151,8 @@ struct Band {
 
   // Moves the last times of x to where the next chunk reads them.
   __device__ void keep_history() const {
-    for (int i = threadIdx.x; i < (kHalo + ROWS) * kVectors; i += THREADS) {
+    // Otherwise the addresses of all rounds are kept from chunk to chunk, and spill.
+    for (int i = not_hoisted(threadIdx.x); i < (kHalo + ROWS) * kVectors; i += THREADS) {
       PixelVector* line = reinterpret_cast<PixelVector*>(solved + i / kVectors * kRowSize) + i % kVectors;
 #pragma unroll
       for (int time = 0; time < kHistory; ++time) {

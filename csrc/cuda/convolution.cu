@@ -120,8 +120,9 @@ __device__ inline void add_stage(Accumulator (&sums)[OUTPUTS][PIXELS], const Acc
   // Skips taps beyond the kernel instead of multiplying by zero, because x may be infinite.
   const int tap_rows = KERNEL_H % TAPS_H ? min(TAPS_H, KERNEL_H - stage.tap_row) : TAPS_H;
   const int tap_columns = KERNEL_W % TAPS_W ? min(TAPS_W, KERNEL_W - stage.tap_column) : TAPS_W;
+  // From an unknown start: for a few channels the compiler would unroll all rounds and load their weights ahead.
 #pragma unroll kUnrolledChannels
-  for (int first = 0; first < CHUNK; first += SPLITS) {
+  for (int first = not_hoisted(0); first < CHUNK; first += SPLITS) {
     const int c = first + split;
     if (CHUNK % SPLITS && c >= CHUNK) break;
 #pragma unroll kUnrolledColumns
