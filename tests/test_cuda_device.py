@@ -281,6 +281,28 @@ print(len(compiled) > 0)
     assert in_a_process(script, NFLOWS_KCONV_CACHE=os.devnull) == "True\n"
 
 
+def test_images_are_checked():
+    """Eager flows look at their first batch; the assertion of a compiled one ends its process's use of the GPU."""
+    printed = in_a_process("""
+from nflows_kconv.flows.images import UniformDequantization
+right, wrong = (torch.full((3, 1, 2, 2), value, device="cuda") for value in (2.0, 0.5))
+try:
+    UniformDequantization()(wrong)
+except ValueError as error:
+    print(error)
+compiled = torch.compile(UniformDequantization(), backend="aot_eager", fullgraph=True)
+for images in (right, wrong):
+    compiled(images)
+    try:
+        torch.cuda.synchronize()
+        print("accepted")
+    except RuntimeError as error:
+        print(error)
+""").splitlines()
+    assert "whole numbers in 0..255, got 0.5" in printed[0]
+    assert printed[1] == "accepted" and "device-side assert" in printed[2]
+
+
 def test_forked_workers():
     """The parent's use of the GPU does not disturb workers that only use the CPU."""
     in_a_process("""
