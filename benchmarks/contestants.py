@@ -92,9 +92,8 @@ def for_inverse(case: InverseCase) -> Contestants:
     x = torch.randn(case.batch, *case.shape)
     convolution = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[dimensions]
     inverse = {1: functional.conv1d_inverse, 2: functional.conv2d_inverse, 3: functional.conv3d_inverse}[dimensions]
-    padding = [
-        case.dilation * amount for size in reversed(case.kernel_size) for amount in (size - 1, 0)
-    ]  # for one corner, because the position of the border does not affect the time
+    # For one corner, because the position of the border does not affect the time.
+    padding = [case.dilation * amount for size in reversed(case.kernel_size) for amount in (size - 1, 0)]
 
     def conv() -> Tensor:
         groups = zip(x.chunk(count, 1), weight.chunk(count), strict=True)

@@ -357,9 +357,8 @@ def test_latencies_and_nodes_of_a_graph_are_slopes(gpu, monkeypatch):
 
 def test_chains_stay_chains_of_addresses_that_go_round():
     pytest.importorskip("cuda.bindings.nvrtc")
-    code = compiler.compile(
-        Kernel(str(calibration.SOURCE), "nothing", ()), (99, 0)
-    ).decode()  # text, not code for a GPU
+    # Text, not code for a GPU.
+    code = compiler.compile(Kernel(str(calibration.SOURCE), "nothing", ()), (99, 0)).decode()
     for instruction in ("fma.rn", "shfl.sync", "bar.sync", "ld.shared", "ld.global.ca", "ld.global.cg"):
         assert code.count(instruction) == 128
     ring = calibration.ring(1024, "cpu")

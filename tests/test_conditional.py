@@ -397,9 +397,8 @@ def test_batches_of_images_and_contexts_broadcast(of_images: tuple, of_contexts:
     assert_close(transform(images), output.view(*batch, 4, 3, 2))
     assert_close(transform.inv(images), solution.view(*batch, 4, 3, 2))
     assert_close(transform.log_abs_det_jacobian(images, None), log_det.view(batch))
-    for inverse in (
-        (transform.inv, transform.inv.with_cache()) if len(output) else ()
-    ):  # torch has no density for empty batches
+    # torch has no density for empty batches.
+    for inverse in (transform.inv, transform.inv.with_cache()) if len(output) else ():
         density = TransformedDistribution(noise, [inverse])
         assert density.batch_shape == density.sample().shape[:-3] == batch
         expected = Normal(0, 1).log_prob(output).sum((1, 2, 3)) + log_det

@@ -217,9 +217,8 @@ def test_a_problem_is_planned_once(launcher: SimpleNamespace, planner: Planner):
         launcher.run(call_of(Case(), transpose=True))
         launcher.run(call_of(Case(), bias=Case().bias()))
         launcher.run(call_of(Case(), unit_diagonal=True))
-        launcher.run(
-            call_of(Case(), log_diagonal=Case().bias())
-        )  # needs no other plan, because kernels read it at run time
+        # Needs no other plan, because kernels read it at run time.
+        launcher.run(call_of(Case(), log_diagonal=Case().bias()))
         launcher.run(call_of(Case(), "conv"))
     assert len(planner.problems) == len(set(planner.problems)) == len(changes) + 4
 

@@ -152,9 +152,8 @@ def test_kernels_compile_without_warnings_and_spills(device: Device, verbose: Ve
             return str(error)
         return verbose.log
 
-    programs: dict[str, list[Launch]] = defaultdict(
-        list
-    )  # kernels with the same source and constants are compiled together
+    # Kernels with the same source and constants are compiled together.
+    programs: dict[str, list[Launch]] = defaultdict(list)
     for launch in dict.fromkeys(launches(device)):
         programs[compiler.digest(launch.kernel, device.capability)].append(launch)
     kernels = [same[0].kernel for same in programs.values()]
@@ -202,6 +201,5 @@ def test_sources_stand_alone(path: Path):
     own = {path.name for path in SOURCES}
     assert set(re.findall(r'#include [<"](.*)[>"]', text)) <= own
     assert path.name == "ptx.cuh" or not re.search(r"\basm\b", text)
-    assert not re.search(
-        r"^\s*(static )?__shared__", text, re.MULTILINE
-    )  # all shared memory is dynamic and counted in the plan
+    # All shared memory is dynamic and counted in the plan.
+    assert not re.search(r"^\s*(static )?__shared__", text, re.MULTILINE)

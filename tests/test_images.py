@@ -196,13 +196,8 @@ class TestUniformDequantization:
             with pytest.raises(RuntimeError, match=r"whole numbers in 0\.\.255"):
                 call(wrong)
         mapped = torch.vmap(lambda image: module(image[None])[0], randomness="different")
-        assert torch.compile(mapped, backend=compiler)(wrong).shape == (
-            3,
-            1,
-            1,
-            2,
-            2,
-        )  # nothing can be checked under vmap
+        # Nothing can be checked under vmap.
+        assert torch.compile(mapped, backend=compiler)(wrong).shape == (3, 1, 1, 2, 2)
 
     def test_middle(self):
         x = random_images(2, 1, 4, 4, levels=7)

@@ -479,9 +479,8 @@ def test_sharding_around_the_steps_trains_and_of_each_step_is_refused(tmp_path):
 
 @pytest.mark.filterwarnings("ignore")  # torch.compile warns about graph breaks
 def test_torch_compile_breaks_its_graph(monkeypatch):
-    monkeypatch.setattr(
-        reversible, "_KEPT_INPUTS", 1
-    )  # otherwise many steps, which compile slowly, are needed to undo any
+    # Otherwise many steps, which compile slowly, are needed to undo any.
+    monkeypatch.setattr(reversible, "_KEPT_INPUTS", 1)
     module = reversible.Chain([steps.AffineCoupling(smooth_network(2, 4)) for _ in range(3)]).double()
     inputs = images()
     results = []
@@ -685,6 +684,5 @@ def test_on_a_gpu(monkeypatch):
         ordinary, other = (module.cuda() for module in twins("neutral", count, torch.float32))
         assert error(gradients(other, inputs), gradients(ordinary, inputs)) < 1e-4
         peaks[count] = peak_bytes(other, inputs)
-    assert peaks[64] < 1.05 * peaks[32] + 512 * len(
-        list(other.parameters())
-    )  # memory is allocated in blocks of 512 bytes
+    # Memory is allocated in blocks of 512 bytes.
+    assert peaks[64] < 1.05 * peaks[32] + 512 * len(list(other.parameters()))

@@ -60,9 +60,8 @@ class Captures:
 
     def __call__(self, flow: bijection.Bijection, draw: Callable[[], Any], device: torch.device) -> tuple[Any, Any]:
         self.number += 1
-        assert not any(
-            module.training for module in flow.module.modules()
-        )  # returning to training mode might read values
+        # Returning to training mode might read values.
+        assert not any(module.training for module in flow.module.modules())
         recording = Recording()
         with torch.random.fork_rng(), recording:
             drawn = draw()

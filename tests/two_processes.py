@@ -204,10 +204,8 @@ def as_one_process_on_the_joined_batch(rank, library, build):
     alone = Density() if library is None else flow_of(library, preprocessing=None)
     together = DistributedDataParallel(copy.deepcopy(alone))
     images = numbers() if library is None else numbers().view(8, 1, 8, 8)[:, :, ::2, ::2]
-    for model, own in (
-        (alone, images),
-        (together, half(images, rank)),
-    ):  # the first one must not wait for the other process
+    # The first one must not wait for the other process.
+    for model, own in ((alone, images), (together, half(images, rank))):
         train(lambda f=model, x=own: negative_log_likelihood(library or "normflows", f, x), model.parameters())
     assert_equal_in_both(together)
     for one, two in zip(alone.state_dict().values(), together.module.state_dict().values(), strict=True):

@@ -23,9 +23,8 @@ def run(call: OperatorCall, run_undilated: Callable[[OperatorCall], Tensor]) -> 
         count = len(dilation)
         for phases, outputs in zip(_phases(call.input, dilation), _phases(output, dilation), strict=True):
             solved = run_undilated(undilated._replace(input=_batch(phases, dilation)))
-            solved = solved.unflatten(
-                0, phases.shape[: count + 1]
-            )  # [phases of each axis ..., B, C, pixels of each ...]
+            # [phases of each axis ..., B, C, pixels of each ...]
+            solved = solved.unflatten(0, phases.shape[: count + 1])
             if outputs.numel() == output.numel():  # writing in order is twice as fast
                 order = [count, count + 1, *(dim for axis in range(count) for dim in (count + 2 + axis, axis))]
                 joined = solved.permute(order).reshape(output.shape)

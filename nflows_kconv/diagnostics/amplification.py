@@ -137,9 +137,8 @@ def _power_iteration(operator: Operator, vectors: Tensor, tolerance: float, max_
             return math.inf
         if abs(norm - last) <= tolerance * norm:
             break
-        (vectors,) = torch.autograd.grad(
-            outputs, vectors, outputs.detach() / norms
-        )  # applies the transpose to the outputs
+        # Applies the transpose to the outputs.
+        (vectors,) = torch.autograd.grad(outputs, vectors, outputs.detach() / norms)
         vectors = vectors / _norms(vectors)
     return norm
 
