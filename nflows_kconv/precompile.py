@@ -23,7 +23,7 @@ def warmup(module: nn.Module, input_shape: Sequence[int], context: Any = None) -
     input shape of each layer. Another shape may need more kernels; another batch size rarely does. Periodic layers need
     none.
 
-    Calls a copy of the module once, in evaluation mode, on images of 0.5; a flow runs from data to latent, as in
+    Calls a copy of the module once, in evaluation mode, on images of zeros; a flow runs from data to latent, as in
     `nflows_kconv.bijection`. The module, its gradients and random number generators do not change. Does nothing for
     layers that are not on a CUDA device.
 
@@ -77,7 +77,8 @@ def problems(module: nn.Module, input_shape: Sequence[int], context: Any = None)
             torch.no_grad(),
             _Problems() as seen,
         ):
-            call(torch.full(tuple(input_shape), 0.5, dtype=weights[0].dtype, device=weights[0].device), *arguments)
+            # Zeros suit flows of whole numbers, of [0, 1] and of real numbers.
+            call(torch.zeros(tuple(input_shape), dtype=weights[0].dtype, device=weights[0].device), *arguments)
     except Exception as error:
         name = type(module).__name__
         raise RuntimeError(f"calling {name} with an input of shape {tuple(input_shape)} failed: {error}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from typing import Any
 
 import pytest
@@ -84,6 +85,14 @@ def test_flows_of_normflows_are_called_by_their_density():
     flow = normflows.NormalizingFlow(normflows.distributions.DiagGaussian((4, 3, 5)), [GlowBlock(4, 8, corners="TL")])
     assert visited(flow, (2, 4, 3, 5)) == [(4, (2, 4, 3, 5))]
     assert not any(part.data_dep_init_done for part in flow.modules() if isinstance(part, normflows.flows.ActNorm))
+
+
+@pytest.mark.parametrize("library", ["nflows", "normflows"])
+def test_image_flows_get_whole_numbers(library: str):
+    pytest.importorskip(library)
+    adapter = importlib.import_module(f"nflows_kconv.{library}")
+    flow = adapter.finc_flow((1, 4, 6), levels=1, steps=1, hidden_channels=4, corners="TL")
+    assert visited(flow, (2, 1, 4, 6)) == [(4, (2, 4, 2, 3))]
 
 
 def test_layers_are_seen_where_libraries_go_around_their_call():
