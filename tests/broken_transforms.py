@@ -615,7 +615,7 @@ class ForgetsInitialisation(Elementwise):
         return super().forward(x)
 
 
-@broken("a flag of Python beside a buffer: copies in place are not followed", STATE, 4, 3)
+@broken("a Python flag next to a buffer: copies in place are not followed", STATE, 4, 3)
 class FlagBesideBuffer(Elementwise):
     done = False
 

@@ -342,7 +342,7 @@ def test_an_error_between_steps_is_not_blamed_on_them():
     assert result.error > 1e-3
     assert [one.name for one in result.steps] == ["inner"]
     assert "it arises between them" in result.verdict
-    assert "computes something beside" in result.cure
+    assert "computes something besides calling its steps" in result.cure
 
 
 @pytest.mark.parametrize("setting", ["none", "ieee", "tf32", "bf16"])

@@ -110,7 +110,7 @@ def _measurements(name: str, rows: list[Row]) -> Iterator[str]:
     elif "published" in first:
         yield from _published_tables(rows)
     elif "operation" in first:
-        yield "### Beside the 1 × 1 convolutions of nflows and normflows"
+        yield "### Against the 1 × 1 convolutions of nflows and normflows"
         yield from _host_tables(rows)
     elif "bytes" in first and "seconds" in first:
         yield "### Memory and time of a training step"

@@ -307,7 +307,7 @@ def _judge(
         return (
             f"The round trip errs by {error:.1e}, but the steps together multiply an error by {10**of_steps:.1e} only: "
             "it arises between them.",
-            "Look for a module that calls steps and computes something beside them, and give round_trip its parts.",
+            "Look for a module that computes something besides calling its steps, and give round_trip its parts.",
         )
     kind = max(growth, key=lambda kind: growth[kind])
     worst, module = max(
