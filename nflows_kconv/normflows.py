@@ -176,22 +176,12 @@ class GlowBlock(flows.GlowBlock):
         self.flows.extend(reversed(convolutions))  # `flows` runs from latent to data
 
 
-class Step(InvertibleModule, flows.Flow):
+class Step(steps.Inverse, flows.Flow):
     """A module of `nflows_kconv.flows.steps` as a `normflows.flows.Flow`, whose `forward` goes from latent to data.
 
     Args:
         step: A module with `forward` from data to latent and `inverse`, both of which return a log-determinant, [B].
     """
-
-    def __init__(self, step: nn.Module) -> None:
-        super().__init__()
-        self.step = step
-
-    def _run_forward(self, input: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        return self.step.inverse(input, context)  # type: ignore[operator]
-
-    def _run_inverse(self, input: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        return self.step(input, context)
 
 
 class ReversibleComposite(InvertibleModule, flows.Composite):
@@ -390,11 +380,7 @@ class ImageFlow(image_flow.Interface, MultiscaleFlow):
         """Returns the latents of images in the order of `q0`, the log-determinant, and the classes."""
         numbers = self._to_numbers(x)
         classes, tensor = self._given(y, context, numbers.shape[0], classes_needed=classes_needed)
-        log_abs_det: Any = 0
-        if noise is not None:
-            numbers, log_abs_det = self._with_noise(numbers, noise)
-        elif self.transform is not None:  # as in any MultiscaleFlow
-            numbers, log_abs_det = self.transform.inverse(numbers)
+        numbers, log_abs_det = self.transform.inverse(numbers) if noise is None else self._with_noise(numbers, noise)
         latents, more = self._to_latents(numbers, tensor)
         return latents, log_abs_det + more, classes
 
@@ -440,8 +426,6 @@ class ImageFlow(image_flow.Interface, MultiscaleFlow):
 
     def _from_latents(self, latents: Sequence[Tensor], context: Tensor | None) -> tuple[Tensor, Tensor]:
         numbers, total = self._merged(latents, context)
-        if self.transform is None:
-            return numbers, total
         images, log_abs_det = self.transform(numbers)
         return images, total + log_abs_det
 

@@ -159,13 +159,8 @@ class ConditionalInvertibleConv3d(_ConditionalBijection, conditional.Conditional
     """`nflows_kconv.ConditionalInvertibleConv3d` as a torchflows `Bijection`; see `ConditionalInvertibleConv2d`."""
 
 
-def _sample(flow: Flow, num_samples: int, context: Any) -> Tensor:
-    return flow.sample(num_samples, context)
-
-
 bijection.register(
     Flow,
     forward=lambda flow, x, context: flow.bijection(x, context),
     inverse=lambda flow, z, context: flow.bijection.inverse(z, context),
-    sample=_sample,
 )
