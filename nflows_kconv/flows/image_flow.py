@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nflows_kconv import checks, conditional, functional, stencil
+from nflows_kconv import checks, conditional, functional, ops, stencil
 from nflows_kconv.flows import files, images, steps
 from nflows_kconv.flows.images.dequantization import check_levels
 from nflows_kconv.flows.reversible import Chain
@@ -263,7 +263,7 @@ class Preprocessing(steps.Sequence):
         self.data_shape = tuple(data_shape)
 
     def _run_forward(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
-        self._check(input)
+        self.check_shape(input)
         numbers, log_abs_det = super()._run_forward(_as_images(input), context)
         return numbers.reshape(input.shape), log_abs_det
 
@@ -280,13 +280,14 @@ class Preprocessing(steps.Sequence):
         return self._dequantized("with_noise", input, noise)
 
     def _dequantized(self, method: str, input: Tensor, *noise: Tensor) -> tuple[Tensor, Tensor]:
-        self._check(input)
+        self.check_shape(input)
         dequantization, logit = self.steps
         values, first = getattr(dequantization, method)(*map(_as_images, (input, *noise)))
         numbers, second = logit(values)
         return numbers.reshape(input.shape), first + second
 
-    def _check(self, input: Tensor) -> None:
+    def check_shape(self, input: Tensor) -> None:
+        """Raises a ValueError unless the input is [B, *data_shape] with at least one sample."""
         if input.dim() == 0 or tuple(input.shape[1:]) != self.data_shape:
             expected = ", ".join(map(str, self.data_shape))
             raise ValueError(f"data must have shape [B, {expected}], got {tuple(input.shape)}")
@@ -459,9 +460,7 @@ class Interface(nn.Module):
             raise TypeError(f"data must be real, got {images.dtype}")
         if self.architecture.preprocessing is None and not images.is_floating_point():
             raise TypeError(f"continuous data must be floating-point, got {images.dtype}")
-        if images.dim() == 0:
-            sizes = ", ".join(map(str, self.architecture.data_shape))
-            raise ValueError(f"data must have shape [B, {sizes}], got ()")
+        self._preprocessing.check_shape(images)
         return images.to(self._parameter().dtype)
 
     def _with_noise(self, numbers: Tensor, noise: Any) -> tuple[Tensor, Tensor]:
@@ -565,9 +564,8 @@ def load(flow_class: Callable[[Architecture], Flow], path: str | os.PathLike[str
 
 def _tensors(state_dict: Mapping[str, Tensor]) -> dict[str, str]:
     """Returns descriptions of a state_dict's tensors; floating-point ones may have any of four dtypes."""
-    any_float = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     return {
-        name: f"{'floating-point' if tensor.dtype in any_float else tensor.dtype} {tuple(tensor.shape)}"
+        name: f"{'floating-point' if tensor.dtype in ops.DTYPES else tensor.dtype} {tuple(tensor.shape)}"
         for name, tensor in state_dict.items()
         if not name.endswith(EXTRA_STATE)
     }

@@ -20,17 +20,15 @@ import torch
 
 from nflows_kconv.flows.image_flow import Architecture
 
-_PATTERNS = {
-    "nflows": re.compile(r"_transform\._transforms\.1\._transforms\.(\d+)\._transforms\.1\.(.*)"),
-    "normflows": re.compile(r"flows\.(\d+)\.0\.(.*)"),
-}
+# Names of tensors, given the level and the name inside its stack of steps.
+_NFLOWS = "_transform._transforms.1._transforms.{}._transforms.1.{}"
+_NORMFLOWS = "flows.{}.0.{}"
 _CLASSES = "_distribution._context_encoder.weight"
 
 
 def for_nflows(state_dict: Mapping[str, Any], architecture: Architecture) -> Mapping[str, Any]:
     """Converts a state_dict of normflows' flow to the names of nflows' flow; returns any other unchanged."""
-    name = "_transform._transforms.1._transforms.{}._transforms.1.{}"
-    renamed = _renamed(state_dict, _PATTERNS["normflows"], name, architecture.levels)
+    renamed = _renamed(state_dict, _NORMFLOWS, _NFLOWS, architecture.levels)
     if renamed is None:
         return state_dict
     levels = reversed(range(architecture.levels))
@@ -43,7 +41,7 @@ def for_nflows(state_dict: Mapping[str, Any], architecture: Architecture) -> Map
 
 def for_normflows(state_dict: Mapping[str, Any], architecture: Architecture) -> Mapping[str, Any]:
     """Converts a state_dict of nflows' flow to the names of normflows' flow; returns any other unchanged."""
-    renamed = _renamed(state_dict, _PATTERNS["nflows"], "flows.{}.0.{}", architecture.levels)
+    renamed = _renamed(state_dict, _NFLOWS, _NORMFLOWS, architecture.levels)
     if renamed is None:
         return state_dict
     shapes = architecture.latent_shapes
@@ -60,16 +58,16 @@ def for_normflows(state_dict: Mapping[str, Any], architecture: Architecture) -> 
     return renamed
 
 
-def _renamed(
-    state_dict: Mapping[str, Any], pattern: re.Pattern[str], name: str, levels: int
-) -> OrderedDict[str, Any] | None:
+def _renamed(state_dict: Mapping[str, Any], source: str, target: str, levels: int) -> OrderedDict[str, Any] | None:
     """Returns a copy with renamed steps, including metadata; None if there are no such steps."""
+    before, between, _ = map(re.escape, source.split("{}"))
+    pattern = re.compile(rf"{before}(\d+){between}(.*)")
     if not any(map(pattern.fullmatch, state_dict)):
         return None
 
     def rename(old: str) -> str:
         match = pattern.fullmatch(old)
-        return old if match is None else name.format(levels - 1 - int(match[1]), match[2])
+        return old if match is None else target.format(levels - 1 - int(match[1]), match[2])
 
     renamed = OrderedDict((rename(old), value) for old, value in state_dict.items())
     metadata = getattr(state_dict, "_metadata", None)
