@@ -83,7 +83,7 @@ class Bijection:
         return self._checked("forward", x, self._call("forward", x, context))
 
     def inverse(self, y: Value, context: Any = None) -> tuple[Value, Tensor]:
-        """Computes x = f^-1(y) and log |det dx/dy|, ignoring the module's caches.
+        """Computes x = f^-1(y) and log |det dx/dy|, without the cache of a `torch.distributions.Transform`.
 
         Args:
             y: What `forward` returns.

@@ -45,7 +45,7 @@ def conv2d(
         once, after the bias. Under autocast float32 is computed and returned.
 
     Raises:
-        TypeError: If an argument is not a dense floating-point tensor, or the dtypes differ.
+        TypeError: If a tensor is not dense and floating-point, dtypes differ, or corners or dilation have a wrong type.
         ValueError: If shapes, devices, names or dilation do not fit.
     """
     return _from_tensors(ops.conv, 2, input, weight, bias, corners, dilation)
