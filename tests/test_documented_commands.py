@@ -32,10 +32,13 @@ TINY = {
 ELSEWHERE = ("benchmarks.", "fuzz", "pytest")
 # What starts in the place of Python, which would import for seconds.
 PYTHON = """#!{python}
-import json, sys
+import json, os, sys
 with open({calls!r}, "a") as calls:
-    print(json.dumps(sys.argv[1:]), file=calls)
+    print(json.dumps([os.environ.get("PYTHONPATH", ""), *sys.argv[1:]]), file=calls)
 """
+# Without the folder that pytest adds, and the modules in it: a script finds them as in a process of its own.
+FOLDERS = [folder for folder in sys.path if Path(folder) != ROOT / "examples"]
+MODULES = [path.stem for path in (ROOT / "examples").glob("*.py")]
 
 
 @pytest.fixture
@@ -73,15 +76,20 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cifar10: None) -> 
 def test_commands_run(page: str, checkout: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(checkout)
     environment = os.environ | {"PATH": os.pathsep.join([str(checkout / ".venv" / "bin"), os.environ["PATH"]])}
+    environment.pop("PYTHONPATH", None)
     for block in BLOCKS[page]:
         command = ["bash", "-euo", "pipefail", "-c", block]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
     for call in (checkout / "calls").read_text().splitlines():
-        script, *arguments = json.loads(call)
+        python_path, script, *arguments = json.loads(call)
         if script == "-m" and arguments[0].startswith(ELSEWHERE):
             continue
         monkeypatch.setattr(sys, "argv", [script, *arguments, *TINY.get(script, "").split()])
+        own = [str(Path(script).parent), *filter(None, python_path.split(os.pathsep))]
+        monkeypatch.setattr(sys, "path", own + FOLDERS)
+        for name in MODULES:
+            monkeypatch.delitem(sys.modules, name, raising=False)
         with torch.random.fork_rng():
             if script == "-c":
                 exec(arguments[0], {})
