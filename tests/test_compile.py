@@ -13,6 +13,7 @@ from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 from torch._functorch.aot_autograd import make_boxed_func
+from torch._subclasses import FakeTensorMode
 from torch.func import grad, hessian, jacfwd, jvp, vmap
 
 from nflows_kconv import InvertibleConv1d, InvertibleConv2d, InvertibleConv3d, functional, ops
@@ -154,6 +155,8 @@ def test_functions_and_gradients_of_any_layout(name: str, layout: str, device: s
     leaves = [tensor.detach().requires_grad_() for tensor in (case.input(device), case.weight(device))]
     outputs = [call(*leaves) for call in (function, compiled(function))]
     assert_close(outputs[1], outputs[0])
+    with FakeTensorMode() as mode:
+        assert function(*map(mode.from_tensor, leaves)).stride() == outputs[0].stride()
     gradients = [torch.autograd.grad(output.pow(2).sum(), leaves) for output in outputs]
     for actual, expected in zip(*reversed(gradients), strict=True):
         assert_close(actual, expected)
