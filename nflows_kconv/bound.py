@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nflows_kconv import stencil
 from nflows_kconv.backends.reference import in_own_precision
 
 # Overestimates norms of n x n matrices by a factor of at most n^(2^-6): 1.06 for n = 48.
@@ -46,8 +47,7 @@ def scale(relative: Tensor, max_inverse_gain: float) -> Tensor:
     """
     excess = off_diagonal_norm(relative) / (1 - 1 / max_inverse_gain)
     factor = excess.clamp_min(1).reciprocal()
-    factors = factor.repeat_interleave(relative.shape[1]).to(relative.dtype)
-    return factors.view(-1, *[1] * (relative.dim() - 1))
+    return stencil.on_weight(factor.repeat_interleave(relative.shape[1]).to(relative.dtype), relative)
 
 
 def _spectral_norm(matrices: Tensor) -> Tensor:

@@ -353,7 +353,7 @@ class InvertibleConv(KernelLayer):
         dtype = torch.promote_types(raw_weight.dtype, torch.float32)  # rounds half precision once
         relative = raw_weight.to(dtype).masked_fill(_ignored(raw_weight, self._stencils), 0)
         if log_diagonal is not None:
-            relative = relative * on_weight(log_diagonal.to(dtype).neg().exp(), relative)
+            relative = relative * stencil.on_weight(log_diagonal.to(dtype).neg().exp(), relative)
         scale = bound.scale(relative, self.max_inverse_gain)
         return (raw_weight * scale).to(raw_weight.dtype)
 
@@ -404,7 +404,7 @@ class InvertibleConv(KernelLayer):
             self._check_pivot(diagonal, "1", diagonal == 1)
         free = weight.masked_fill(stencil.diagonal_entries(weight.shape, self._stencils, weight.device), 0)
         masked = stencil.masked_entries(weight.shape, self._stencils, weight.device)
-        self._check_bound(free.masked_fill(masked, 0) / on_weight(diagonal, weight))
+        self._check_bound(free.masked_fill(masked, 0) / stencil.on_weight(diagonal, weight))
         return {"raw_weight": free} | ({"log_diagonal": diagonal.log()} if self.diagonal == "learned" else {})
 
     def _check_masked(self, weight: Tensor) -> None:
@@ -589,11 +589,6 @@ class _Parameters(dict[str, Any]):
 def _ignored(weight: Tensor, stencils: Sequence[int]) -> Tensor:
     """Returns True where the layer ignores a raw weight: where it is masked, and on the diagonal."""
     return stencil.masked_entries(weight.shape, stencils, weight.device, diagonal=True)
-
-
-def on_weight(diagonal: Tensor, weight: Tensor) -> Tensor:
-    """Reshapes one number per output channel, [C], to broadcast over the weight."""
-    return diagonal.view(-1, *[1] * (weight.dim() - 1))
 
 
 def _share_memory(one: Tensor, other: Tensor) -> bool:

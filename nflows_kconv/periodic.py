@@ -19,7 +19,7 @@ from torch import Tensor
 
 from nflows_kconv import bound, checks, functional, ops, stencil
 from nflows_kconv.backends.reference import in_own_precision
-from nflows_kconv.layer import KernelLayer, on_weight
+from nflows_kconv.layer import KernelLayer
 from nflows_kconv.torch_internals import is_exporting_to_onnx
 
 
@@ -92,7 +92,7 @@ class PeriodicConv(KernelLayer):
             return self._convolve(input, operands)
         values = input.to(weight.dtype)
         if bias is not None:
-            values = values - on_weight(bias, weight)[:, 0]
+            values = values - stencil.on_weight(bias, weight)[:, 0]
         sizes, axes = input.shape[2:], tuple(range(2, input.dim()))
         with in_own_precision(input.device):
             y = torch.fft.rfftn(values, dim=axes).unflatten(1, (self.groups, -1)).movedim((0, 1, 2), (-1, -3, -2))
@@ -156,7 +156,9 @@ class PeriodicConv(KernelLayer):
         dtype = torch.promote_types(self.raw_weight.dtype, torch.float32)
         raw_weight = self.raw_weight.to(dtype)
         weight = raw_weight * bound.scale(raw_weight, self.max_inverse_gain) + self._identity(raw_weight)
-        return weight if self.log_diagonal is None else weight * on_weight(self.log_diagonal.to(dtype).exp(), weight)
+        if self.log_diagonal is None:
+            return weight
+        return weight * stencil.on_weight(self.log_diagonal.to(dtype).exp(), weight)
 
     def _identity(self, weight: Tensor) -> Tensor:
         """Returns the weight of the identity."""
@@ -168,7 +170,7 @@ class PeriodicConv(KernelLayer):
 
     def _relative(self, weight: Tensor, diagonal: Tensor | None) -> Tensor:
         """Returns the weight of c N, given that of A and D."""
-        return (weight if diagonal is None else weight / on_weight(diagonal, weight)) - self._identity(weight)
+        return (weight if diagonal is None else weight / stencil.on_weight(diagonal, weight)) - self._identity(weight)
 
     def _weight(self) -> Tensor:
         return self._effective().to(self.raw_weight.dtype)

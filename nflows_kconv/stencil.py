@@ -166,6 +166,11 @@ def pivot_diagonal(weight: Tensor, stencils: Sequence[int]) -> Tensor:
     return torch.cat(diagonals)
 
 
+def on_weight(numbers: Tensor, weight: Tensor) -> Tensor:
+    """Reshapes one number per output channel, [C], to broadcast over the weight."""
+    return numbers.view(-1, *[1] * (weight.dim() - 1))
+
+
 def effective(
     weight: Tensor, stencils: Sequence[int], log_diagonal: Tensor | None = None, unit_diagonal: bool = False
 ) -> Tensor:
@@ -177,8 +182,7 @@ def effective(
     on_diagonal = diagonal_entries(weight.shape, stencils, device)
     if log_diagonal is None:
         return weight.masked_fill(on_diagonal, 1)
-    diagonal = log_diagonal.exp().to(weight.dtype)
-    return torch.where(on_diagonal, diagonal.view(-1, *[1] * (weight.dim() - 1)), weight)
+    return torch.where(on_diagonal, on_weight(log_diagonal.exp().to(weight.dtype), weight), weight)
 
 
 def check_diagonal(diagonal: Tensor) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from nflows_kconv import bound, checks, functional, ops, stencil
 from nflows_kconv.conditional import ConditionalInvertibleConv
 from nflows_kconv.float64 import to_float64
-from nflows_kconv.layer import InvertibleConv, on_weight
+from nflows_kconv.layer import InvertibleConv
 from nflows_kconv.periodic import PeriodicConv
 
 Operator = Callable[[Tensor], Tensor]
@@ -106,7 +106,7 @@ def conditioning(
         norms.append(norm)
     diagonal = stencil.pivot_diagonal(weight, stencils)
     on_diagonal = stencil.diagonal_entries(weight.shape, stencils, weight.device)
-    relative = weight.masked_fill(on_diagonal, 0) / on_weight(diagonal, weight)
+    relative = weight.masked_fill(on_diagonal, 0) / stencil.on_weight(diagonal, weight)
     return Conditioning(norms[0], norms[1], norms[0] * norms[1], _inverse_gain_bound(diagonal, relative))
 
 
