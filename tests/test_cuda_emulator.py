@@ -214,6 +214,7 @@ def test_exchanges_between_lanes(run, seed):
         ),
         ("y[t] = __shfl_sync(~0u, x[t], 1, 12);", "a shuffle of width 12"),
         ("while (load_acquire(counters) == 0);", "waits for a value in memory that neither it nor"),
+        ("for (;;) __syncthreads();", "passes over 10000 __syncthreads, an endless loop"),
         ("copy_async(reinterpret_cast<double*>(shared + 1), reinterpret_cast<const double*>(x));", "misaligned copy"),
     ],
 )

@@ -31,8 +31,9 @@ constexpr size_t kStack = 1 << 18;
 constexpr size_t kSharedMemory = 1 << 18, kMargin = 1 << 12;
 constexpr unsigned char kUnwritten = 0xff;  // NaN in every type
 constexpr size_t kBlocksAtATime = 3;
-constexpr int kIdleRounds = 20;      // before other blocks run
-constexpr size_t kFruitless = 1000;  // consecutive turns of blocks without progress that count as a deadlock
+constexpr int kIdleRounds = 20;       // before other blocks run
+constexpr size_t kFruitless = 1000;   // consecutive turns of blocks without progress that count as a deadlock
+constexpr int kMostBarriers = 10000;  // of a block that count as an endless loop; the kernels pass hundreds
 
 }  // namespace
 
@@ -266,7 +267,7 @@ void arrive_at_barrier(Block& block) {
   block.at_barrier++;
   if (block.at_barrier < (int)block.fibers.size()) return;
   block.at_barrier = 0;
-  block.barriers++;
+  if (++block.barriers > kMostBarriers) report("passes over %d __syncthreads, an endless loop", kMostBarriers);
   int count = 0;
   std::vector<int> threads;
   for (Fiber& fiber : block.fibers) {
