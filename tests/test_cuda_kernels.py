@@ -87,7 +87,7 @@ if thorough:
 
 
 def named(value: object) -> str:
-    return "small" if value is SMALL else "H100" if isinstance(value, Device) else "x".join(map(str, value.input_shape))
+    return f"{value.multiprocessors}SMs" if isinstance(value, Device) else "x".join(map(str, value.input_shape))
 
 
 over_table = pytest.mark.parametrize(("case", "device"), TABLE, ids=named)
