@@ -45,6 +45,7 @@ SPILLED = (
     (A100, 512, 3, (100, 10, 10), torch.float32, "weight_gradient"),
     (H100, 48, 2, IMAGES[2], torch.float32, "weight_gradient"),
     (H100, 512, 5, IMAGES[2], torch.float16, "weight_gradient"),
+    (H100, 512, 5, IMAGES[2], torch.float32, "weight_gradient"),
     (B200, 48, 2, IMAGES[2], torch.bfloat16, "weight_gradient"),
     (A100, 16, 5, IMAGES[1], torch.bfloat16, "solve"),
     (H100, 16, 5, IMAGES[1], torch.float32, "solve"),

@@ -144,13 +144,15 @@ extern "C" __global__ void __launch_bounds__(kThreads, kResidentBlocks)
              arguments.width - tile % COLUMN_TILES * COLUMNS);
   }
 
+  // The place of the sums, chunk * groups + group, not kept from the start: registers were for the sums.
+  const long long part = not_hoisted(blockIdx.x) / kBlocks;
   Accumulator* const parts = reinterpret_cast<Accumulator*>(arguments.scratch);
   const auto store_part = [&](int o, int term, Accumulator sum) {
     const int b = place.tap_column + term % TAPS_W, a = place.tap_row + term / TAPS_W % TAPS_H;
     const int input = place.input + input_slot + term / (TAPS_W * TAPS_H) * INPUT_SLOTS;
     const int output = place.output + output_slot + o * OUTPUT_SLOTS;
     if (b < KERNEL_W && a < KERNEL_H && input < CHANNELS && output < CHANNELS) {
-      const long long row = ((long long)chunk * arguments.groups + group) * CHANNELS + output;
+      const long long row = part * CHANNELS + output;
       parts[((row * KERNEL_H + a) * KERNEL_W + b) * CHANNELS + input] = sum;
     }
   };
