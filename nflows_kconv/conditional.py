@@ -168,7 +168,8 @@ class ConditionalInvertibleConv2d(ConditionalInvertibleConv):
         kernel_size: See `InvertibleConv2d`.
         context_features: E.
         weight_network: Maps [B, E] to [B, n], with n = `raw_weight.numel()`, and C more with a learned diagonal.
-            A parameter [n] that starts at zero multiplies its output. None stands for a linear map that starts at zero.
+            A parameter [n] that starts at zero multiplies its output, so the output itself must not: neither would
+            have a gradient. None stands for a linear map that starts at zero.
         corners: See `InvertibleConv2d`.
         dilation: See `InvertibleConv2d`.
         diagonal: See `InvertibleConv2d`.

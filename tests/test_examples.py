@@ -154,7 +154,7 @@ def test_swap_brings_the_layer_alone(swap: str):
         texts.append(path.read_text().splitlines())
         flows.append(runpy.run_path(str(path))["build_flow"]())
     changes = [line for line in difflib.ndiff(*texts) if line[0] in "+-" and line[2:].strip()]
-    assert sum(line[0] == "+" for line in changes) == 2  # the import, and the layer or the block with it
+    assert sum(line[0] == "+" for line in changes) <= 3  # the import, and the pair of layers or the block with it
     before, after = (Counter(type(module).__name__ for module in flow.modules()) for flow in flows)
     assert set((after - before).keys()) == {"InvertibleConv2d"}
     assert not before - after

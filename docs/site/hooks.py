@@ -1,6 +1,7 @@
 """Extends the Markdown pages in docs/: MkDocs calls the functions named on_*.
 
-The result of the directive NAME replaces a line `<!-- site: NAME ARGUMENT -->` of a page.
+The result of the directive NAME replaces a line of a page that ends in `<!-- site: NAME ARGUMENT -->`. What precedes it,
+such as a link, is for readers of the repository.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from results import RESULTS, ROOT
 
-DIRECTIVE = re.compile(r"^<!-- site: (\S+)(?: (\S+))? -->$", re.MULTILINE)
+DIRECTIVE = re.compile(r"^.*<!-- site: (\S+)(?: (\S+))? -->$", re.MULTILINE)
 EQUATION = re.compile(r'<(span|div) class="arithmatex">(.*?)</\1>', re.DOTALL)
 _latex = math_core.LatexToMathML(fancy_error=False)
 

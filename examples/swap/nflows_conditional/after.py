@@ -42,7 +42,8 @@ def build_flow():
     transforms = [PointwiseAffineTransform(shift=-0.5, scale=1 / 17), SqueezeTransform()]
     for _ in range(FLOW_STEPS):
         transforms += [
-            InvertibleConv2d(CHANNELS),
+            InvertibleConv2d(CHANNELS, corners="TL"),
+            InvertibleConv2d(CHANNELS, corners="BR"),
             ActNorm(CHANNELS),
             OneByOneConvolution(CHANNELS),
             AffineCouplingTransform(create_mid_split_binary_mask(CHANNELS), network),

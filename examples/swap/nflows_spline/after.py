@@ -61,7 +61,8 @@ def build_step(channels):
     )
     return CompositeTransform(
         [
-            InvertibleConv2d(channels),
+            InvertibleConv2d(channels, corners="TL"),
+            InvertibleConv2d(channels, corners="BR"),
             ActNorm(channels),
             OneByOneConvolution(channels),
             coupling,
