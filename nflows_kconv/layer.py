@@ -427,8 +427,8 @@ class InvertibleConv(KernelLayer):
 
     def _warn_of_differences(self, prefix: str, metadata: dict[str, Any]) -> None:
         super()._warn_of_differences(prefix, metadata)
-        if self.raw_weight.is_meta:
-            return
+        if self.raw_weight.is_meta or not checks.is_plain(self.raw_weight):
+            return  # no values to inspect, or those of a shard
         ignored = int(self.raw_weight[_ignored(self.raw_weight, self._stencils)].count_nonzero())
         if ignored:
             warnings.warn(

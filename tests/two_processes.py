@@ -10,6 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
@@ -320,6 +321,14 @@ def sharded_flow(rank: int, library: str) -> None:
     train(lambda: negative_log_likelihood(library, sharded, images), sharded.parameters())
     for one, two in zip(alone.parameters(), sharded.parameters(), strict=True):
         torch.testing.assert_close(two.full_tensor(), one, atol=1e-5, rtol=1e-5)
+    whole = StateDictOptions(full_state_dict=True)
+    for load in (
+        lambda: set_model_state_dict(sharded, alone.state_dict(), options=whole),
+        lambda: sharded.load_state_dict(sharded.state_dict()),
+    ):
+        load()
+        for name, value in get_model_state_dict(sharded, options=whole).items():  # in the first process alone
+            assert torch.equal(value, alone.state_dict()[name]), name
     drawn = []
     for flow in (alone, sharded):
         torch.manual_seed(4)
