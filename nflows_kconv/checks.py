@@ -57,6 +57,15 @@ def temperature(value: float) -> float:
     return float(value)
 
 
+def dense(name: str, value: Tensor) -> None:
+    """Raises a TypeError unless the value is a tensor, and not sparse, nested or quantized."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.layout != torch.strided or value.is_nested or value.is_quantized:
+        kind = "a nested tensor" if value.is_nested else value.dtype if value.is_quantized else f"layout {value.layout}"
+        raise TypeError(f"{name} must be a dense tensor, got {kind}")
+
+
 def is_plain(tensor: Tensor) -> bool:
     """Returns whether a tensor is not traced, not under torch.func and not of a subclass."""
     return (

@@ -323,14 +323,10 @@ def _check_weight(weight: Tensor, groups: int, dimensions: int) -> None:
 
 
 def _check_tensor(name: str, tensor: Tensor) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if tensor.dtype not in ops.DTYPES:
+    if isinstance(tensor, Tensor) and tensor.dtype not in ops.DTYPES:
         names = ", ".join(str(dtype) for dtype in ops.DTYPES)
         raise TypeError(f"{name} must have one of the dtypes {names}, got {tensor.dtype}")
-    if tensor.layout != torch.strided or tensor.is_nested:
-        kind = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
-        raise TypeError(f"{name} must be a dense tensor, got {kind}")
+    checks.dense(name, tensor)
 
 
 def _integer(name: str, value: int) -> int:

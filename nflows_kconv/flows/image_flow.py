@@ -375,9 +375,9 @@ class Interface(nn.Module):
             ValueError: If the latent or the context has another shape.
         """
         dimensions, dtype = math.prod(self.architecture.data_shape), self._parameter().dtype
-        if not isinstance(latent, Tensor) or not latent.is_floating_point():
-            kind = latent.dtype if isinstance(latent, Tensor) else type(latent).__name__
-            raise TypeError(f"latent must be a floating-point tensor, got {kind}")
+        checks.dense("latent", latent)
+        if not latent.is_floating_point():
+            raise TypeError(f"latent must be a floating-point tensor, got {latent.dtype}")
         if latent.dim() != 2 or latent.shape[1] != dimensions or latent.shape[0] == 0:
             raise ValueError(f"latent must have shape [B, {dimensions}], got {tuple(latent.shape)}")
         condition = self._condition("context", context, latent.shape[0], classes_needed=False)
@@ -454,8 +454,7 @@ class Interface(nn.Module):
 
     def _to_numbers(self, images: Tensor) -> Tensor:
         """Converts images of any real dtype to the dtype of the parameters."""
-        if not isinstance(images, Tensor):
-            raise TypeError(f"data must be a tensor, got {type(images).__name__}")
+        checks.dense("data", images)
         if images.is_complex():
             raise TypeError(f"data must be real, got {images.dtype}")
         if self.architecture.preprocessing is None and not images.is_floating_point():
@@ -467,8 +466,9 @@ class Interface(nn.Module):
         """Returns the result of the preprocessing with the user's noise."""
         if self.architecture.preprocessing is None:
             raise ValueError(f"noise must be None for continuous data, got {_kind(noise)}")
-        if not isinstance(noise, Tensor) or not noise.is_floating_point():
-            raise TypeError(f"noise must be a floating-point tensor, got {_kind(noise)}")
+        checks.dense("noise", noise)
+        if not noise.is_floating_point():
+            raise TypeError(f"noise must be a floating-point tensor, got {noise.dtype}")
         if noise.shape != numbers.shape:
             raise ValueError(f"noise must have the data's shape {tuple(numbers.shape)}, got {tuple(noise.shape)}")
         if checks.can_inspect_values(noise) and not ((noise >= 0) & (noise < 1)).all():
@@ -516,14 +516,12 @@ class Interface(nn.Module):
             if not needed:
                 return None
             raise ValueError(f"{name} must give the classes of the images for a flow with classes, got None")
-        wanted = f"{name} must be a tensor of whole numbers, the classes of the images"
-        if not isinstance(classes, Tensor):
-            raise TypeError(f"{wanted}, got {type(classes).__name__}")
+        checks.dense(name, classes)
         of_each_image = classes.dim() > 0 and count in (None, classes.shape[0])
         if self._takes_one_hot and of_each_image and tuple(classes.shape[1:]) == (num_classes,):
             return classes.to(self._parameter().dtype)
         if classes.is_floating_point() or classes.is_complex():
-            raise TypeError(f"{wanted}, got {classes.dtype}")
+            raise TypeError(f"{name} must be whole numbers, the classes of the images, got {classes.dtype}")
         if classes.dim() != 1 or not of_each_image:
             expected = "B" if count is None else count
             raise ValueError(f"{name} must have shape [{expected}], one class per image, got {tuple(classes.shape)}")
@@ -594,13 +592,16 @@ def _parts(flow: nn.Module) -> dict[str, str]:
 
 
 def _as_context(name: str, tensor: Any, shape: Sequence[int], count: int | None) -> Tensor:
-    expected = f"[{', '.join(map(str, ('B' if count is None else count, *shape)))}]"
+    def expected() -> str:  # only for an error, because the compiler cannot write symbolic sizes
+        return f"[{', '.join(map(str, ('B' if count is None else count, *shape)))}]"
+
     if tensor is None:
-        raise ValueError(f"{name} must be a tensor of shape {expected} for a flow with a context, got None")
-    if not isinstance(tensor, Tensor) or tensor.is_complex():
-        raise TypeError(f"{name} must be a real tensor of shape {expected}, got {_kind(tensor)}")
+        raise ValueError(f"{name} must be a tensor of shape {expected()} for a flow with a context, got None")
+    checks.dense(name, tensor)
+    if tensor.is_complex():
+        raise TypeError(f"{name} must be real, got {tensor.dtype}")
     if tensor.dim() == 0 or tuple(tensor.shape[1:]) != tuple(shape) or count not in (None, tensor.shape[0]):
-        raise ValueError(f"{name} must have shape {expected}, one row per image, got {tuple(tensor.shape)}")
+        raise ValueError(f"{name} must have shape {expected()}, one row per image, got {tuple(tensor.shape)}")
     return tensor
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nflows_kconv import checks
+
 
 def check_images(input: Tensor) -> None:
     """Raises a TypeError or a ValueError unless the input is a real tensor [B, C, H, W]."""
-    if not isinstance(input, Tensor):
-        raise TypeError(f"images must be a tensor, got {type(input).__name__}")
+    checks.dense("images", input)
     if input.is_complex():
         raise TypeError(f"images must be real, got {input.dtype}")
     if input.dim() != 4:
@@ -18,9 +19,9 @@ def check_images(input: Tensor) -> None:
 
 def check_numbers(input: Tensor) -> None:
     """Raises a TypeError or a ValueError unless the input is a floating-point tensor [B, ...]."""
-    if not isinstance(input, Tensor) or not input.is_floating_point():
-        kind = input.dtype if isinstance(input, Tensor) else type(input).__name__
-        raise TypeError(f"input must be a floating-point tensor, got {kind}")
+    checks.dense("input", input)
+    if not input.is_floating_point():
+        raise TypeError(f"input must be a floating-point tensor, got {input.dtype}")
     if input.dim() == 0:
         raise ValueError("input must have the dimensions [B, ...], got shape ()")
 
