@@ -19,7 +19,7 @@ from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
 from torch.compiler import is_compiling
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 __all__ = [
     "EXTRA_STATE",
@@ -40,10 +40,8 @@ __all__ = [
     "is_zero_tensor",
     "primal",
     "process_group",
-    "tree_flatten",
     "tree_leaves",
     "tree_map_only",
-    "tree_unflatten",
     "uncompiled",
     "without_subclasses",
 ]

@@ -591,6 +591,36 @@ class ListOfTensors(nn.Module):
         return y[:, self.orders[0].argsort()], y.new_zeros(len(y))
 
 
+@broken("parts in a list of Python, which the state_dict leaves out", STATE, 3, 3)
+class ListOfParts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.parts = [Elementwise(), Elementwise()]
+
+    def forward(self, x):
+        x, first = self.parts[0](x)
+        x, second = self.parts[1](x)
+        return x, first + second
+
+    def inverse(self, y):
+        y, first = self.parts[1].inverse(y)
+        y, second = self.parts[0].inverse(y)
+        return y, first + second
+
+
+@broken("zero parameters in a list of Python, which the state_dict leaves out", STATE, 3, 3)
+class ListOfParameters(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.shifts = [nn.Parameter(torch.zeros(3))]
+
+    def forward(self, x):
+        return x + self.shifts[0], x.new_zeros(len(x))
+
+    def inverse(self, y):
+        return y - self.shifts[0], y.new_zeros(len(y))
+
+
 @broken("a number of Python, learned from the first batch", STATE, 4, 3)
 class NumberOfPython(nn.Module):
     scale = None

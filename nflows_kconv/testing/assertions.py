@@ -253,9 +253,9 @@ def assert_state_dict_round_trip(
     computed at use or by `reset_parameters`. Copying parameters and buffers in place, as DistributedDataParallel does,
     must give the same results too. A transform that is not a module has no state and passes.
 
-    Without `rebuild` these transforms are copies, which share even state that saving loses. So a tensor that is not a
-    buffer counts as lost if results depend on it, unless it follows the parameters, as a cache does, or is a mask of
-    -1, 0 and 1.
+    Without `rebuild` these transforms are copies, which share even state that saving loses. So a tensor or a module in
+    a plain attribute, such as a list, counts as lost if results depend on it, unless it follows the parameters, as a
+    cache does, or is a mask of -1, 0 and 1.
 
     Arguments and errors are those of `assert_invertible`; no inverse is needed, and
 

@@ -8,11 +8,11 @@ import warnings
 from itertools import chain
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nflows_kconv.testing.probe import Probe
 from nflows_kconv.testing.subject import Subject
-from nflows_kconv.torch_internals import tree_flatten, tree_leaves, tree_unflatten
+from nflows_kconv.torch_internals import tree_leaves
 
 __tracebackhide__ = True  # pytest shows the line of the test that called, not ours
 
@@ -76,13 +76,15 @@ def lost_buffers(t: Subject) -> str:
 
 
 def _tensors(t: Subject) -> list[tuple[str, Tensor]]:
-    return list(chain(t.transform.named_parameters(), t.transform.named_buffers()))
+    return _tensors_of(t.transform)
+
+
+def _tensors_of(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return list(chain(module.named_parameters(), module.named_buffers()))
 
 
 def check_for_lost_tensors(probe: Probe, t: Subject, x: Tensor) -> None:
-    """Asserts that results do not depend on tensors that are not buffers, unless they are caches or masks.
-
-    Also finds tensors in lists, tuples and dictionaries.
+    """Asserts that results do not depend on tensors outside the state_dict, unless they are caches or masks.
 
     Args:
         probe: The transform before its parameters changed.
@@ -90,32 +92,41 @@ def check_for_lost_tensors(probe: Probe, t: Subject, x: Tensor) -> None:
         x: Inputs.
     """
     expected, own = probe.results(t, x), {id(tensor) for _, tensor in _tensors(probe.given)}
-    for path, part in probe.given.transform.named_modules():
+    for name, tensor in _unregistered(probe.given).items():
+        is_parameter = isinstance(tensor, nn.Parameter)
+        if id(tensor) in own or (_is_mask(tensor) and not is_parameter):
+            continue
+        changed = t.copy()
+        after = _unregistered(changed).get(name)
+        if after is None or not torch.equal(after, tensor):
+            continue  # it follows the parameters, as a cache does
+        after.data = training_step(tensor) if is_parameter else tensor.flatten().roll(1).view_as(tensor)
+        try:
+            results = probe.results(changed, x)
+            lost = not all(torch.equal(results[key], value) for key, value in expected.items())
+        except AssertionError:
+            lost = True
+        if lost:
+            raise AssertionError(
+                f"results depend on {name}, which is not in the state_dict: register it (a buffer, nn.ModuleList, "
+                "nn.ParameterList), or pass rebuild if the constructor always makes the same one"
+            )
+
+
+def _unregistered(t: Subject) -> dict[str, Tensor]:
+    """Returns tensors in plain attributes, and in lists, tuples, dictionaries and modules that are plain attributes."""
+    found, registered = {}, set(t.transform.modules())
+    for path, part in t.transform.named_modules():
         for name, value in vars(part).items():
             if name in ("_parameters", "_buffers", "_modules"):
                 continue
-            for index, tensor in enumerate(tree_leaves(value)):
-                if not isinstance(tensor, Tensor) or id(tensor) in own or _is_mask(tensor):
-                    continue
-                changed = t.copy()
-                owner = changed.transform.get_submodule(path)
-                leaves, structure = tree_flatten(vars(owner).get(name))
-                after = leaves[index] if index < len(leaves) else None
-                if not isinstance(after, Tensor) or not torch.equal(after, tensor):
-                    continue  # it follows the parameters, as a cache does
-                leaves[index] = tensor.flatten().roll(1).view_as(tensor)
-                setattr(owner, name, tree_unflatten(leaves, structure))
-                try:
-                    results = probe.results(changed, x)
-                    lost = not all(torch.equal(results[key], value) for key, value in expected.items())
-                except AssertionError:
-                    lost = True
-                if lost:
-                    full_name = f"{path}.{name}".lstrip(".")
-                    raise AssertionError(
-                        f"results depend on {full_name}, which is not in the state_dict: make it a buffer, or pass "
-                        "rebuild if the constructor always makes the same one"
-                    )
+            for index, leaf in enumerate(tree_leaves(value)):
+                place = f"{path}.{name}".lstrip(".") + (f"[{index}]" if leaf is not value else "")
+                if isinstance(leaf, Tensor):
+                    found[place] = leaf
+                elif isinstance(leaf, nn.Module) and leaf not in registered:
+                    found |= {f"{place}.{inner}": tensor for inner, tensor in _tensors_of(leaf)}
+    return found
 
 
 def _is_mask(tensor: Tensor) -> bool:
