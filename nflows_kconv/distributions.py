@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Sequence
 from functools import partial
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -87,7 +88,8 @@ class _Transform(layer.KernelLayer, _Bijective):
 
     def _forget_if_changed(self) -> None:
         if self._cache_size:
-            state = [(each.data_ptr(), 0 if each.is_inference() else each._version) for each in self.parameters()]
+            tensors = chain(self.parameters(), self.buffers())  # pruning and spectral_norm have buffers
+            state = [(each.data_ptr(), 0 if each.is_inference() else each._version) for each in tensors]
             if state != self._cached_state:
                 self._cached_x_y, self._cached_state = (None, None), state
 
@@ -100,6 +102,12 @@ class _Transform(layer.KernelLayer, _Bijective):
     def __getstate__(self) -> dict[str, Any]:
         """Returns the state for copies and files, without the cached inverse and values."""
         return {**super().__getstate__(), "_inv": None, "_cached_x_y": (None, None)}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Transform:
+        """Copies the state, without `__getstate__`, which parametrizations replace."""
+        twin = memo[id(self)] = self.__new__(type(self))
+        twin.__dict__ = copy.deepcopy(_Transform.__getstate__(self), memo)
+        return twin
 
 
 class InvertibleConv2d(_Transform, layer.InvertibleConv2d):
@@ -117,8 +125,8 @@ class InvertibleConv2d(_Transform, layer.InvertibleConv2d):
     Args:
         num_channels: C, a multiple of the number of corners.
         kernel_size: k, or (kh, kw).
-        cache_size: 1 keeps the last x and y until parameters change: `transform(x)` then returns the same tensor, and
-            `transform.inv(y)` returns x.
+        cache_size: 1 keeps the last x and y until parameters change, other than through `.data`: `transform(x)` then
+            returns the same tensor, and `transform.inv(y)` returns x.
         options: Other arguments of `nflows_kconv.InvertibleConv2d`: `corners`, `diagonal` and so on.
 
     Raises:

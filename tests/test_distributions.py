@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.distributions import AffineTransform, Independent, Normal, Transform, TransformedDistribution
+from torch.nn.utils import parametrizations, prune
 from torch.testing import assert_close
 
 import nflows_kconv
@@ -198,6 +199,14 @@ def test_a_cache_forgets_when_parameters_change(change):
     assert_close(transform(x), transform.forward(x)[0])
 
 
+def test_a_cache_forgets_when_pruning_changes():
+    transform = scatter(InvertibleConv2d(4, cache_size=1))
+    x = torch.randn(2, *SHAPE)
+    for amount in (0.2, 0.9):
+        prune.l1_unstructured(transform, "raw_weight", amount)
+        assert_close(transform(x), transform.forward(x)[0])
+
+
 def test_a_cache_works_with_parameters_of_inference_mode():
     with torch.inference_mode():
         transform = InvertibleConv2d(4, cache_size=1)
@@ -224,6 +233,11 @@ def test_copies_take_no_cache_along():
         assert twin.inv.inv is twin
         assert twin(x) is not y
         assert_close(twin(x), y)
+    parametrizations.weight_norm(transform, "raw_weight")
+    transform.inv(transform(x))
+    twin = copy.deepcopy(transform)
+    assert twin.inv.inv is twin
+    assert_close(twin.inv(x), transform.inv(x))
 
 
 def test_a_deep_copy_is_equal_and_independent(transform):
