@@ -129,6 +129,13 @@ def test_pixels_are_counted_without_overflow():
             log_abs_det(double, corners="TL", size=sides)
 
 
+@pytest.mark.parametrize("function", [conv2d, conv2d_inverse])
+def test_steps_beyond_the_image_do_not_overflow(function, backend: str):
+    input, kernel = images().to(memory_format=torch.channels_last), weight()
+    far, further = (function(input, kernel, corners="TL", dilation=step) for step in (10, 2**62))
+    assert_close(further, far)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_diagonal_whose_reciprocal_overflows_has_no_inverse(dtype: torch.dtype, backend: str):
     """The kernel multiplies by the reciprocal: 0 / 1e-39 came out as NaN."""

@@ -42,6 +42,8 @@ def run(call: OperatorCall, run_undilated: Callable[[OperatorCall], Tensor]) -> 
 
 def _phases(images: Tensor, dilation: Sequence[int]) -> Iterator[Tensor]:
     """Yields views [phases of each axis ..., B, C, ...] of images, one per size of the phases."""
+    # From the size on, all steps do the same, and the stride of a larger one might overflow.
+    dilation = [min(step, max(size, 1)) for size, step in zip(images.shape[2:], dilation, strict=True)]
     axes = []
     for size, step in zip(images.shape[2:], dilation, strict=True):
         pixels, rest = divmod(size, step)
