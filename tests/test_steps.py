@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import re
 
 import nflows.transforms
@@ -176,6 +177,18 @@ def test_actnorm_waits_for_a_batch_with_values():
         for _ in range(2):
             made_there(x)
     assert torch.equal(made_there.shift, norm.shift)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
+def test_actnorm_refuses_a_first_batch_that_would_ruin_it(value: float):
+    norm, x = steps.ActNorm(3), torch.randn(9, 3, 4, 4) + 5
+    spoilt = x.clone()
+    spoilt[2, 1, 0, 0] = value
+    with pytest.raises(ValueError, match=r"must have a finite mean and variance .*, got others in 1 of 3"):
+        norm(spoilt)
+    assert not norm.initialized and not norm.shift.any() and not norm.log_scale.any()
+    norm(x)
+    torch.testing.assert_close(norm.shift, -x.mean((0, 2, 3)))
 
 
 class OneLook(TorchDispatchMode):

@@ -112,6 +112,9 @@ class ActNorm(InvertibleModule):
         log_scale: Parameter, [C].
         shift: Parameter, [C].
         initialized: Buffer, whether the first batch has passed.
+
+    Raises:
+        ValueError: In a call, if the mean or the variance of the first batch is not finite.
     """
 
     initialized: Tensor
@@ -190,8 +193,15 @@ class ActNorm(InvertibleModule):
         values = values - _on_channels(about, values)
         rest, square = _total(torch.stack([values.sum(others), values.square().sum(others)]), group)
         rest, square = rest / count, square / count
-        self.shift.copy_(-(about + rest))
-        self.log_scale.copy_(-0.5 * ((square - rest.square()).clamp_min(0) + 1e-12).log())
+        shift, log_scale = -(about + rest), -0.5 * ((square - rest.square()).clamp_min(0) + 1e-12).log()
+        finite = shift.isfinite() & log_scale.isfinite()
+        if not finite.all():
+            raise ValueError(
+                "ActNorm's first batch must have a finite mean and variance in each channel, "
+                f"got others in {int((~finite).sum())} of {len(finite)}"
+            )
+        self.shift.copy_(shift)
+        self.log_scale.copy_(log_scale)
         self.initialized.fill_(True)
         self._is_initialized()
 
