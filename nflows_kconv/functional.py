@@ -151,7 +151,7 @@ def log_abs_det(weight: Tensor, *, corners: str | Sequence[str], size: Sequence[
         ValueError: If the weight's shape, the names or the size do not fit, or (checked only on the CPU) an entry of
             the pivot's diagonal or its reciprocal is zero or not finite.
     """
-    _check_tensor("weight", weight)
+    check_tensor("weight", weight)
     dimensions = weight.dim() - 2
     if dimensions not in stencil.AXES:
         raise ValueError(f"weight must have 3, 4 or 5 dimensions, [C, C/G, ...], got shape {tuple(weight.shape)}")
@@ -279,7 +279,7 @@ def check_context(context: Tensor, like: Tensor, count: int | None, features: in
 
 def check_rows(name: str, tensor: Tensor, count: int | None, length: int, like: Tensor) -> None:
     """Raises a TypeError or a ValueError unless it is a tensor like `like` with `count` rows (None: any number)."""
-    _check_tensor(name, tensor)
+    check_tensor(name, tensor)
     shape = tensor.shape
     if len(shape) != 2 or shape[1] != length or count not in (None, shape[0]):
         rows = "B" if count is None else count
@@ -297,8 +297,8 @@ def check_arguments(
     dimensions: int,
 ) -> None:
     """Raises the errors of `conv2d` for tensors that do not fit."""
-    _check_tensor("input", input)
-    _check_tensor("weight", weight)
+    check_tensor("input", input)
+    check_tensor("weight", weight)
     _check_weight(weight, groups, dimensions)
     shape, channels = input.shape, weight.size(0)
     if len(shape) != dimensions + 2:
@@ -309,7 +309,7 @@ def check_arguments(
     _check_match("weight", weight, input)
     for name, vector in (("bias", bias), ("log_diagonal", log_diagonal)):
         if vector is not None:
-            _check_tensor(name, vector)
+            check_tensor(name, vector)
             if vector.shape != (channels,):
                 raise ValueError(f"{name} must have shape ({channels},), got {tuple(vector.shape)}")
             _check_match(name, vector, input)
@@ -322,7 +322,8 @@ def _check_weight(weight: Tensor, groups: int, dimensions: int) -> None:
         raise ValueError(f"weight must have shape [{axes}], no size 0, for G = {groups} corners, got {tuple(shape)}")
 
 
-def _check_tensor(name: str, tensor: Tensor) -> None:
+def check_tensor(name: str, tensor: Tensor) -> None:
+    """Raises a TypeError unless it is a dense tensor of one of the four dtypes."""
     if isinstance(tensor, Tensor) and tensor.dtype not in ops.DTYPES:
         names = ", ".join(str(dtype) for dtype in ops.DTYPES)
         raise TypeError(f"{name} must have one of the dtypes {names}, got {tensor.dtype}")

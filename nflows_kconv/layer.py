@@ -102,9 +102,9 @@ class KernelLayer(InvertibleModule):
         Every use computes it from the parameters, so it cannot be modified in place. Assigning it sets the parameters.
 
         Raises:
-            TypeError: On assignment, if it is not a floating-point tensor.
-            ValueError: On assignment, if the shape or the diagonal does not fit, masked entries are not zero, or
-                `max_inverse_gain` does not hold.
+            TypeError: On assignment, if it is not a dense floating-point tensor.
+            ValueError: On assignment, if the shape or the diagonal does not fit, masked entries are not zero,
+                `max_inverse_gain` does not hold, or it has no values.
             RuntimeError: On modification in place; on assignment, if the parameters are themselves computed, as by
                 pruning.
         """
@@ -118,9 +118,7 @@ class KernelLayer(InvertibleModule):
 
     @weight.setter
     def weight(self, value: Tensor) -> None:
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
-            raise TypeError(f"weight must be a floating-point tensor, got {kind}")
+        _check_values(value)
         value = value.detach()
         parameters = self._to_parameters(value)
         self._check_masked(value)
@@ -236,7 +234,7 @@ class KernelLayer(InvertibleModule):
             self._check_metadata(local_metadata)
             self._check_saved(state_dict, prefix, local_metadata)
             self._convert_weight(state_dict, prefix)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             error_msgs.append(f"{prefix.rstrip('.') or 'state_dict'}: {error}")
             return  # leaves the layer unchanged
         super()._load_from_state_dict(
@@ -260,15 +258,15 @@ class KernelLayer(InvertibleModule):
     def _convert_weight(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Converts a plain weight to parameters."""
         if prefix + "weight" in state_dict and prefix + "raw_weight" not in state_dict:
-            weight = state_dict[prefix + "weight"]
-            if not isinstance(weight, Tensor):
-                raise ValueError(f"weight must be a tensor, got {type(weight).__name__}")
+            _check_values(state_dict[prefix + "weight"])
             for name, tensor in self._to_parameters(state_dict.pop(prefix + "weight")).items():
                 state_dict[prefix + name] = tensor
 
     def _check_saved(self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
         own = {name: tensor for name, tensor in self._parameters.items() if tensor is not None}
         saved = {name: state_dict[prefix + name] for name in own if prefix + name in state_dict}
+        for name, tensor in saved.items():
+            checks.dense(name, tensor)
         found, expected = _shapes(saved), _shapes({name: own[name] for name in saved})
         if found != expected:
             layer = f"{self._get_name()}({self.extra_repr()})"
@@ -616,7 +614,14 @@ def _recorded(extra: Any) -> dict[str, Any]:
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(getattr(tensor, "shape", ())) for name, tensor in tensors.items()}
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _check_values(weight: Tensor) -> None:
+    """Raises a TypeError or a ValueError unless it is a dense floating-point tensor with values to check."""
+    functional.check_tensor("weight", weight)
+    if weight.is_meta:
+        raise ValueError("weight must have values, got a meta tensor")
 
 
 def _check_gain(max_inverse_gain: float) -> float:

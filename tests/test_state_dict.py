@@ -241,6 +241,19 @@ REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
         "weight must have shape (4, 1, 3, 3), got (4, 4, 3, 3)",
     ),
     "no weight": (lambda: {"weight": None, "bias": torch.zeros(4)}, "weight must be a tensor, got NoneType"),
+    "array": (lambda: {"raw_weight": torch.zeros(4, 1, 3, 3).numpy()}, "raw_weight must be a tensor, got ndarray"),
+    "sparse": (
+        lambda: {"raw_weight": torch.zeros(4, 1, 3, 3).to_sparse(), "bias": torch.zeros(4)},
+        "raw_weight must be a dense tensor, got layout torch.sparse_coo",
+    ),
+    "sparse weight": (
+        lambda: {"weight": torch.zeros(4, 1, 3, 3).to_sparse()},
+        "weight must be a dense tensor, got layout torch.sparse_coo",
+    ),
+    "weight without values": (
+        lambda: {"weight": torch.zeros(4, 1, 3, 3, device="meta")},
+        "weight must have values, got a meta tensor",
+    ),
 }
 
 
