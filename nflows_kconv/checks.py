@@ -66,6 +66,12 @@ def dense(name: str, value: Tensor) -> None:
         raise TypeError(f"{name} must be a dense tensor, got {kind}")
 
 
+def has_rows(tensor: Tensor, count: int | None) -> bool:
+    """Returns whether a tensor has this many rows (None: any number)."""
+    # Not `count in (None, rows)`, which the compiler takes for false if only one of them is symbolic.
+    return tensor.dim() > 0 and (count is None or tensor.shape[0] == count)
+
+
 def is_plain(tensor: Tensor) -> bool:
     """Returns whether a tensor is not traced, not under torch.func and not of a subclass."""
     return (

@@ -281,7 +281,7 @@ def check_rows(name: str, tensor: Tensor, count: int | None, length: int, like: 
     """Raises a TypeError or a ValueError unless it is a tensor like `like` with `count` rows (None: any number)."""
     check_tensor(name, tensor)
     shape = tensor.shape
-    if len(shape) != 2 or shape[1] != length or count not in (None, shape[0]):
+    if len(shape) != 2 or shape[1] != length or not checks.has_rows(tensor, count):
         rows = "B" if count is None else count
         raise ValueError(f"{name} must have shape [{rows}, {length}], one row per image, got {tuple(shape)}")
     _check_match(name, tensor, like)

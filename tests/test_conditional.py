@@ -238,6 +238,10 @@ def test_graphs_leave_the_batch_open(name: str, inverse: bool):
             for function in (compiled, *exported):
                 for actual, value in zip(function(*arguments, **direction), expected, strict=True):
                     assert_close(actual, value)
+    torch.compiler.reset()
+    images, contexts = data(layer)
+    torch._dynamo.maybe_mark_dynamic(contexts, 0)  # as if only this batch had changed from call to call
+    assert_close(compiled(images, contexts, **direction)[0], layer(images, contexts, **direction)[0])
 
 
 @pytest.mark.filterwarnings("ignore:raw_weight has .* nonzero entries")

@@ -621,6 +621,19 @@ def test_compiled_and_replicated_flows(library, condition):
             torch.testing.assert_close(sign * call(images, context), expected)
 
 
+@in_both
+def test_the_compiler_may_take_only_the_batch_of_a_context_as_dynamic(library):
+    """It does where only that has changed from call to call."""
+    arguments = CONDITIONS["classes and image"]
+    flow, images = build(library, levels=1, steps=1, **arguments), random_images()
+    context = random_condition(**arguments)
+    for part in context:
+        torch._dynamo.maybe_mark_dynamic(part, 0)
+    torch.manual_seed(2)
+    actual = torch.compile(flow, backend="eager", fullgraph=True)(images, context)
+    torch.testing.assert_close(actual.abs(), log_prob(flow, images, context).abs())
+
+
 class Method(nn.Module):
     """A method of a flow as a `forward`, for torch.export."""
 

@@ -517,7 +517,7 @@ class Interface(nn.Module):
                 return None
             raise ValueError(f"{name} must give the classes of the images for a flow with classes, got None")
         checks.dense(name, classes)
-        of_each_image = classes.dim() > 0 and count in (None, classes.shape[0])
+        of_each_image = checks.has_rows(classes, count)
         if self._takes_one_hot and of_each_image and tuple(classes.shape[1:]) == (num_classes,):
             return classes.to(self._parameter().dtype)
         if classes.is_floating_point() or classes.is_complex():
@@ -600,7 +600,7 @@ def _as_context(name: str, tensor: Any, shape: Sequence[int], count: int | None)
     checks.dense(name, tensor)
     if tensor.is_complex():
         raise TypeError(f"{name} must be real, got {tensor.dtype}")
-    if tensor.dim() == 0 or tuple(tensor.shape[1:]) != tuple(shape) or count not in (None, tensor.shape[0]):
+    if not checks.has_rows(tensor, count) or tuple(tensor.shape[1:]) != tuple(shape):
         raise ValueError(f"{name} must have shape {expected()}, one row per image, got {tuple(tensor.shape)}")
     return tensor
 
