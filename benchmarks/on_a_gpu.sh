@@ -32,7 +32,7 @@ run() {
     case $name in
         right) for each in smoke gpu_tests properties memcheck racecheck calibration; do run "$each"; done ;;
         fast) for each in targets sampling; do run "$each"; done ;;
-        smoke) part "$name" 60 "${smoke[@]}" "${output[@]}" ;; # compiles 76 programs, one after the other
+        smoke) part "$name" 60 "${smoke[@]}" "${output[@]}" ;; # compiles every program, one after the other
         gpu_tests) part "$name" 70 "${pytest[@]}" -m gpu ;;
         properties) # as many as there is time for
             part "$name" 75 "${pytest[@]}" --device "$device" \

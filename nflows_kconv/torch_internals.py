@@ -66,9 +66,9 @@ _PLAIN = frozenset((Tensor, nn.Parameter))
 def is_unobserved(*tensors: Tensor | None) -> bool:
     """Returns whether nothing would see or record an operator on these tensors, and their memory has their values.
 
-    Compilers, a `TorchDispatchMode`, `torch.jit.trace` and forward mode see every operator.
+    Compilers, a `TorchDispatchMode`, `torch.jit.trace`, forward mode and torch.func see every operator.
     """
-    # One expression and one loop, because every call of a layer comes through here.
+    # Every call of a layer comes through here: one loop, and the expressions of functions in place of calls.
     if (
         is_compiling()
         or _len_torch_dispatch_stack() > 0

@@ -111,7 +111,9 @@ def test_a_gpu_newer_than_the_compiler_gets_ptx(sources: Path):
 @needs_nvrtc
 def test_a_gpu_older_than_the_compiler_is_not_served():
     reason = compiler.why_not((2, 0), (99, 0))
-    assert re.fullmatch(r"the GPU must have compute capability [\d.]+ or higher for NVRTC [\d.]+, got 2\.0", reason)
+    assert re.fullmatch(
+        r"the GPU must have compute capability [\d.]+ or higher for the kernels and NVRTC [\d.]+, got 2\.0", reason
+    )
 
 
 @needs_nvrtc
@@ -403,7 +405,7 @@ def test_the_driver_must_be_new_enough(gpu: None, monkeypatch, nvrtc, supported,
 
 
 def test_each_gpu_is_served_or_not(gpu: None, monkeypatch: pytest.MonkeyPatch):
-    reason = "the GPU must have compute capability 7.5 or higher for NVRTC 13.0, got 6.1"
+    reason = "the GPU must have compute capability 7.5 or higher for the kernels and NVRTC 13.0, got 6.1"
     monkeypatch.setattr(driver, "device_names", lambda: ["NVIDIA H100", "NVIDIA GTX 1080"])
     monkeypatch.setattr(driver, "describe", lambda index: H100 if index == 0 else Device((6, 1), 20, 49152))
     assert (why_not(0), why_not(1)) == (None, reason)

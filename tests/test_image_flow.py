@@ -770,8 +770,9 @@ def test_arguments_have_types(library, name, value):
 @in_both
 def test_images_must_fit(library):
     flow = build(library)
-    with pytest.raises(ValueError, match=r"data must have shape \[B, 3, 8, 12\], got \(2, 1, 8, 12\)"):
-        flow.log_prob(random_images(2)[:, :1])
+    for images, shape in ((random_images(2)[:, :1], r"\(2, 1, 8, 12\)"), (torch.tensor(1), r"\(\)")):
+        with pytest.raises(ValueError, match=rf"data must have shape \[B, 3, 8, 12\], got {shape}"):
+            flow.log_prob(images)
     for wrong in (-1.0, 256.0, float("nan")):
         images = random_images(2)
         images[1, 2, 3, 4] = wrong

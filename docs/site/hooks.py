@@ -1,7 +1,7 @@
 """Extends the Markdown pages in docs/: MkDocs calls the functions named on_*.
 
-The result of the directive NAME replaces a line of a page that ends in `<!-- site: NAME ARGUMENT -->`. What precedes it,
-such as a link, is for readers of the repository.
+The result of the directive NAME replaces a line of a page that ends in `<!-- site: NAME ARGUMENT -->`. What precedes
+it, such as a link, is for readers of the repository.
 """
 
 from __future__ import annotations

@@ -72,12 +72,14 @@ def attempt(
     unit_diagonal: bool,
 ) -> Tensor | None:
     """Runs a call on unchecked tensors; see `registry.Implementation`."""
+    if not input.is_cpu:
+        return None
     options = _options(operation, stencils, dilation, unit_diagonal, False)
-    if options is None or not input.is_cpu:
+    if options is None:
         return None
     try:
         output = torch.empty_like(input)
-    except RuntimeError:  # of some tensors that are not dense
+    except RuntimeError:  # of some tensors that are not dense, or out of memory: the checked call tells
         return None
     return None if _call(options, input, output, weight, bias, log_diagonal) else output
 

@@ -42,7 +42,7 @@ def why_not(capability: tuple[int, int], supported: tuple[int, int]) -> str | No
     """
     nvrtc, least = version(), divmod(max(70, min(_architectures())), 10)  # kernels need 7.0, for acquire and release
     if capability < least:
-        what = "the GPU must have compute capability {}.{} or higher for NVRTC {}.{}, got {}.{}"
+        what = "the GPU must have compute capability {}.{} or higher for the kernels and NVRTC {}.{}, got {}.{}"
         return what.format(*least, *nvrtc, *capability)
     # A driver loads machine code of any compiler of its major version, but assembles PTX of earlier compilers only.
     needed = nvrtc if _architecture(capability)[1] else (nvrtc[0], 0)
