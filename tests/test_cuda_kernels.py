@@ -52,6 +52,7 @@ TABLE = (
     (Case((BL,), per_group=5, kernel_size=(1, 1), batch=33, size=(2, 3)), H100),
     # Many channels
     (Case((TL,), per_group=48, batch=2, size=(6, 5), biased=True), H100),
+    (Case((TL, BR, BL, TR, TL), per_group=18, kernel_size=(2, 2), batch=2, size=(3, 4)), H100),
     (Case((TR, BL), per_group=18, batch=2, size=(19, 22), dtype=torch.float64), SMALL),
     (Case((BR, TL), per_group=12, kernel_size=(5, 7), batch=2, size=(5, 6), dtype=torch.float64), H100),
     (
@@ -60,6 +61,10 @@ TABLE = (
     ),
     (Case((TR,), per_group=66, kernel_size=(1, 2), batch=9, size=(5, 7), biased=True), SMALL),
     (Case((TL,), per_group=96, batch=9, size=(5, 4), biased=True), replace(H100, multiprocessors=4)),
+    (
+        Case((BR, TL, TR, BL, BR), per_group=97, kernel_size=(2, 2), batch=1, size=(2, 3)),
+        replace(H100, multiprocessors=4),
+    ),
     (Case((BR, TL), per_group=34, kernel_size=(5, 7), batch=3, size=(5, 6), dtype=torch.float16), H100),
 )
 WITH_SIDES = (
@@ -217,8 +222,8 @@ def test_non_finite_values_stay_in_their_weights(case: Case, device: Device, whi
 # Constants that select branches of a kernel, and sizes that do not always divide others.
 BRANCHES = {
     "solve_rows": ("BANDED", "CHUNKED", "GROUPS", "TRANSPOSE", "BIAS", "TAU"),
-    "solve_channels": ("BANDED", "CHUNKED", "REPLICAS", "BIAS"),
-    "solve_tiles": ("PADDED", "BIAS"),
+    "solve_channels": ("BANDED", "CHUNKED", "GROUPS", "REPLICAS", "BIAS"),
+    "solve_tiles": ("GROUPS", "PADDED", "BIAS"),
     "convolution": ("IMAGES", "SPLITS", "PIXELS", "OUTPUTS", "BIAS", "TAU"),
     "weight_gradient_parts": ("PARTS", "SPLITS", "WIDTH_REMAINDER"),
 }
@@ -248,6 +253,8 @@ def test_the_table_reaches_every_kernel_and_branch():
     for kernel, constants in BRANCHES.items():
         for constant in constants:
             assert len({values[constant] for values in launched[kernel]}) > 1, (kernel, constant)
+        if "GROUPS" in constants:
+            assert "arguments.groups" in {values["GROUPS"] for values in launched[kernel]}, kernel
     sides = [values for values in launched["solve_rows"] if values["TAU"] > 1]
     for constant in ("BANDED", "CHUNKED"):
         assert len({values[constant] for values in sides}) == 2, constant

@@ -13,6 +13,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,12 @@ def launches(device: Device) -> Iterator[Launch]:
         for problem in problems(channels, side, image, dtype, device) if where is device else ():
             if problem.operation == operation:
                 yield from planning.plan(problem, device).launches
+    # Images with weights of their own are groups; the kernels read how many there are.
+    for channels in (3, 48, 512) if device is H100 else ():
+        problem = next(problems(channels, 3, IMAGES[0], torch.float32, device))
+        batch, total, *size = problem.shape
+        many = replace(problem, shape=(1, batch * total, *size), stencils=problem.stencils * batch)
+        yield from planning.plan(many, device).launches
 
 
 class Verbose(threading.local):
