@@ -48,8 +48,10 @@ TABLE = (
     (Case((BR,), per_group=1, kernel_size=(11, 9), batch=2, size=(17, 33), dtype=torch.float64), H100),
     # The smallest case
     (Case((TR,), per_group=1, kernel_size=(1, 1), batch=1, size=(1, 1)), H100),
-    (Case((TL, BR) * 9, per_group=1, batch=13, size=(3, 3), biased=True), H100),
     (Case((BL,), per_group=5, kernel_size=(1, 1), batch=33, size=(2, 3)), H100),
+    # More corners than a word holds: kernels have one period of them
+    (Case((TL, BR, TR) * 6, per_group=1, batch=13, size=(3, 3), biased=True), H100),
+    (Case((*CORNERS * 4, BR), per_group=1, kernel_size=(2, 2), batch=1, size=(2, 3)), H100),
     # Many channels
     (Case((TL,), per_group=48, batch=2, size=(6, 5), biased=True), H100),
     (Case((TL, BR, BL, TR, TL), per_group=18, kernel_size=(2, 2), batch=2, size=(3, 4)), H100),
@@ -101,7 +103,7 @@ over_both_tables = pytest.mark.parametrize(("case", "device"), TABLE + WITH_SIDE
 
 @st.composite
 def variants(draw: st.DrawFn, case: Case) -> Case:
-    """Returns the case with other corners, strides and values: the kernels stay the same."""
+    """Returns the case with other corners, strides and values: the kernels stay the same up to 16 groups."""
     count, family = len(case.corners), ("T", "B") if case.has_sides else CORNERS
     return replace(
         case,
@@ -221,7 +223,7 @@ def test_non_finite_values_stay_in_their_weights(case: Case, device: Device, whi
 
 # Constants that select branches of a kernel, and sizes that do not always divide others.
 BRANCHES = {
-    "solve_rows": ("BANDED", "CHUNKED", "GROUPS", "TRANSPOSE", "BIAS", "TAU"),
+    "solve_rows": ("BANDED", "CHUNKED", "CORNERS", "GROUPS", "TRANSPOSE", "BIAS", "TAU"),
     "solve_channels": ("BANDED", "CHUNKED", "GROUPS", "REPLICAS", "BIAS"),
     "solve_tiles": ("GROUPS", "PADDED", "BIAS"),
     "convolution": ("IMAGES", "SPLITS", "PIXELS", "OUTPUTS", "BIAS", "TAU"),
