@@ -32,7 +32,7 @@ from nflows_kconv.backends.cuda.plan import Device, Kernel, Launch, ProblemSpec
 A100 = Device((8, 0), multiprocessors=108, shared_memory=166912)
 B200 = Device((10, 0), multiprocessors=148, shared_memory=232448)
 DEVICES = (A100, H100, B200)
-# With the least shared memory, a T4, and of the newest generation for desktops.
+# A T4, with the least shared memory, and the newest generation for desktops.
 SMALLER = (Device((7, 5), 40, 65536), Device((12, 0), 170, 101376))
 
 SIDES = (1, 2, 3, 5)

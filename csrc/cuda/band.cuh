@@ -151,7 +151,7 @@ struct Band {
 
   // Moves the last times of x to where the next chunk reads them.
   __device__ void keep_history() const {
-    // Otherwise the addresses of all rounds are kept from chunk to chunk, and spill.
+    // Not hoisted, as in for_each_of_last_rows.
     for (int i = not_hoisted(threadIdx.x); i < (kHalo + ROWS) * kVectors; i += THREADS) {
       PixelVector* line = reinterpret_cast<PixelVector*>(solved + i / kVectors * kRowSize) + i % kVectors;
 #pragma unroll

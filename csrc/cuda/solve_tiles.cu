@@ -20,7 +20,7 @@
 // tests; matrix products of cuBLAS take 0.55, 1.35, 4.1 and 1.4, estimated by hand.
 //
 // More constants than those of arguments.cuh:
-//   GROUPS, BIAS   as in band.cuh
+//   GROUPS, BIAS   as band.cuh documents them
 //   THREADS, BLOCKS   in a block; blocks that a multiprocessor should hold at once. PIXELS, OUTPUTS: see above
 //   PADDED         CHANNELS rounded up to a multiple of OUTPUTS; what is beyond is zero
 // Arguments: parameters[0] = tiles of a diagonal at most; parameters[1] = rows of the longest short diagonal;

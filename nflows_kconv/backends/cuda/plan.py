@@ -18,7 +18,8 @@ from nflows_kconv.backends import registry
 
 Strides = tuple[int, int, int, int]
 
-# Kernels are chosen for the nearest of these numbers of images, by ratio, so a few kernels serve all.
+# Kernels are chosen for the nearest of these numbers of images, and of groups above four, by ratio, so a few kernels
+# serve all.
 _TYPICAL = (1, 6, 25, 100, 400, 1600)
 
 POINTER_BYTES = 6 * 8  # first, second, output, scratch, bias, log_diagonal
@@ -101,7 +102,10 @@ class ProblemSpec:
 
     @property
     def few_groups(self) -> int:
-        """The number of groups, or 0 for more than a few: images with weights of their own are groups."""
+        """The number of groups up to four, else 0.
+
+        Kernels for more serve any number, because images with weights of their own are groups.
+        """
         return len(self.stencils) if len(self.stencils) <= 4 else 0
 
     @property
@@ -230,7 +234,10 @@ def kernel(problem: ProblemSpec, source: str, name: str, **constants: int | str)
 
 
 def _corners(problem: ProblemSpec) -> tuple[int, ...]:
-    """Returns the stencils that groups take in turn, a word of them at least; many images have no more."""
+    """Returns the stencils that groups take in turn.
+
+    They are 16 for up to 16 groups, zeros after the last; else one period, repeated up to 16.
+    """
     codes, count = problem.stencils, len(problem.stencils)
     if count <= 16:
         return codes + (0,) * (16 - count)
