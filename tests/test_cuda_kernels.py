@@ -181,6 +181,13 @@ def test_weight_gradient(case: Case, device: Device, data: st.DataObject):
     assert torch.equal(without_diagonal, gradient)
 
 
+def test_scratch_of_a_weight_gradient_is_capped():
+    """Twelve groups have the kernels of six, but more partial sums."""
+    case = Case(CORNERS * 3, per_group=64, batch=8, size=(16, 16))
+    plan = planning.plan(emulator.planned(call_of("weight_gradient", case)), H100)
+    assert plan.scratch <= 32 * 2**20
+
+
 @pytest.mark.parametrize("operation", ["solve", "conv"])
 @over_table
 def test_a_non_finite_pixel_changes_only_its_quadrant(case: Case, device: Device, operation: str):

@@ -25,7 +25,8 @@ def plan_weight_gradient(problem: ProblemSpec, device: Device) -> LaunchPlan:
     """Plans the launches of the weight gradient: sums over chunks of pixels, then over the chunks."""
     chosen = _choose(problem.typical, device)
     tiles = replace(chosen, sums=_Sums(problem))
-    tiles = replace(tiles, chunks=min(chosen.chunks, tiles.count))  # none empty
+    # None empty, and the sums of the real number of groups fit.
+    tiles = replace(tiles, chunks=min(chosen.chunks, tiles.count, max(1, _SCRATCH // tiles.sums.bytes)))
     return LaunchPlan(tiles.launches(parts=8 if chosen.chunks >= 16 else 1), tiles.chunks * tiles.sums.bytes)
 
 
