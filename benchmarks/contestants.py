@@ -100,10 +100,7 @@ def for_inverse(case: InverseCase) -> Contestants:
         outputs = [convolution(F.pad(group, padding), w, dilation=case.dilation) for group, w in groups]
         return torch.cat(outputs, 1) if count > 1 else outputs[0]
 
-    return {
-        "conv": conv,
-        "inverse": lambda: inverse(x, weight, corners=case.corners, dilation=case.dilation),
-    }
+    return {"conv": conv, "inverse": lambda: inverse(x, weight, corners=case.corners, dilation=case.dilation)}
 
 
 def multiply_adds(case: InverseCase) -> int:

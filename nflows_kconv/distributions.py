@@ -54,12 +54,7 @@ class _Transform(layer.KernelLayer, _Bijective):
     __hash__ = object.__hash__  # Transform removes it, and modules need it
 
     def __init__(
-        self,
-        num_channels: int,
-        kernel_size: int | Sequence[int] = 3,
-        *,
-        cache_size: Literal[0, 1] = 0,
-        **options: Any,
+        self, num_channels: int, kernel_size: int | Sequence[int] = 3, *, cache_size: Literal[0, 1] = 0, **options: Any
     ) -> None:
         super().__init__(num_channels, kernel_size, **options)
         Transform.__init__(self, cache_size)

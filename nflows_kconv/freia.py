@@ -32,10 +32,7 @@ class _Module(InvertibleModule, layer.KernelLayer):
     """A layer with the interface of FrEIA."""
 
     def __init__(
-        self,
-        dims_in: Sequence[tuple[int, ...]],
-        dims_c: Sequence[tuple[int, ...]] | None = None,
-        **options: Any,
+        self, dims_in: Sequence[tuple[int, ...]], dims_c: Sequence[tuple[int, ...]] | None = None, **options: Any
     ) -> None:
         if [len(shape) for shape in dims_in] != [self.dimensions + 1]:
             axes = ", ".join(("C", *stencil.AXES[self.dimensions]))

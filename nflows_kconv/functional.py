@@ -289,12 +289,7 @@ def check_rows(name: str, tensor: Tensor, count: int | None, length: int, like: 
 
 # The checks run at every call. Reading a tensor's shape costs as much as the rest of a check, so they read it once.
 def check_arguments(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    log_diagonal: Tensor | None,
-    groups: int,
-    dimensions: int,
+    input: Tensor, weight: Tensor, bias: Tensor | None, log_diagonal: Tensor | None, groups: int, dimensions: int
 ) -> None:
     """Raises the errors of `conv2d` for tensors that do not fit."""
     check_tensor("input", input)

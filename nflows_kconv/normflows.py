@@ -240,11 +240,7 @@ class ImageFlow(image_flow.Interface, MultiscaleFlow):
         self.architecture = architecture
 
     def forward(
-        self,
-        x: Tensor,
-        y: Tensor | None = None,
-        context: image_flow.Context | None = None,
-        noise: Tensor | None = None,
+        self, x: Tensor, y: Tensor | None = None, context: image_flow.Context | None = None, noise: Tensor | None = None
     ) -> Tensor:
         """Returns the negative log-likelihood of each image, [B]: `-log_prob`, with the same arguments and errors."""
         latents, log_abs_det, classes = self._analyzed(x, y, context, noise)
@@ -257,11 +253,7 @@ class ImageFlow(image_flow.Interface, MultiscaleFlow):
         return self(x, y, context).mean()
 
     def log_prob(
-        self,
-        x: Tensor,
-        y: Tensor | None = None,
-        context: image_flow.Context | None = None,
-        noise: Tensor | None = None,
+        self, x: Tensor, y: Tensor | None = None, context: image_flow.Context | None = None, noise: Tensor | None = None
     ) -> Tensor:
         """Returns the log-density of images, [B].
 

@@ -33,12 +33,7 @@ __all__ = [
 class _Bijection(Bijection, layer.KernelLayer):
     """A layer with the interface of torchflows."""
 
-    def __init__(
-        self,
-        event_shape: Sequence[int],
-        context_shape: Sequence[int] | None = None,
-        **options: Any,
-    ) -> None:
+    def __init__(self, event_shape: Sequence[int], context_shape: Sequence[int] | None = None, **options: Any) -> None:
         if len(event_shape) != self.dimensions + 1:
             axes = ", ".join(("C", *stencil.AXES[self.dimensions]))
             raise ValueError(f"event_shape must be ({axes}), got {tuple(event_shape)}")

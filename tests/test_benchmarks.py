@@ -264,13 +264,7 @@ def test_floors_are_amounts_over_speeds():
 
 @pytest.mark.parametrize(
     ("value", "aim", "verdict"),
-    [
-        (5, 5, "aim met"),
-        (5.1, 5, "met"),
-        (10, None, "met"),
-        (10.1, 5, "missed"),
-        (float("nan"), None, "missed"),
-    ],
+    [(5, 5, "aim met"), (5.1, 5, "met"), (10, None, "met"), (10.1, 5, "missed"), (float("nan"), None, "missed")],
 )
 def test_verdicts(value, aim, verdict):
     assert targets.Target(10, "us", aim).judge("inverse", "graph", value)["verdict"] == verdict

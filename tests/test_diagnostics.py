@@ -551,10 +551,7 @@ IMAGE_FLOW = [
 ANY_KIND = {
     "nflows, classes": (lambda: of_classes(nflows_kconv.nflows), IMAGE_FLOW),
     "normflows, classes": (lambda: of_classes(nflows_kconv.normflows), IMAGE_FLOW),
-    "nflows, classes and contexts": (
-        lambda: of_classes(nflows_kconv.nflows, context_shape=(2,)),
-        IMAGE_FLOW,
-    ),
+    "nflows, classes and contexts": (lambda: of_classes(nflows_kconv.nflows, context_shape=(2,)), IMAGE_FLOW),
     "normflows, classes and contexts": (
         lambda: of_classes(nflows_kconv.normflows, context_shape=(2,), reversible=True),
         IMAGE_FLOW,
@@ -639,11 +636,7 @@ class Straight(nn.Module):
             TypeError,
             r"builtin_function_or_method must have forward\(x\) -> .* or have a class registered with .*register",
         ),
-        (
-            nn.Linear(2, 2),
-            TypeError,
-            r"Linear must have forward\(x\) -> \(y, log_abs_det\) and inverse, as in",
-        ),
+        (nn.Linear(2, 2), TypeError, r"Linear must have forward\(x\) -> \(y, log_abs_det\) and inverse, as in"),
         (
             Straight(steps.ActNorm(4), InvertibleConv2d(4)),
             ValueError,

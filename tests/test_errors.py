@@ -8,15 +8,7 @@ import torch
 from cases import CORNERS, STENCILS
 
 from nflows_kconv import InvertibleConv1d, InvertibleConv2d, InvertibleConv3d
-from nflows_kconv.functional import (
-    conv1d,
-    conv1d_inverse,
-    conv2d,
-    conv2d_inverse,
-    conv3d,
-    conv3d_inverse,
-    log_abs_det,
-)
+from nflows_kconv.functional import conv1d, conv1d_inverse, conv2d, conv2d_inverse, conv3d, conv3d_inverse, log_abs_det
 
 NAN, INF = float("nan"), float("inf")
 
@@ -83,9 +75,7 @@ WEIGHT_ERRORS = {
     "weight without taps": Wrong(dict(weight=weight()[..., :0]), ValueError, "no size 0, .*, got (8, 2, 3, 0)"),
     "weight without channels": Wrong(dict(weight=weight()[:0]), ValueError, "no size 0, .*, got (0, 2, 3, 3)"),
     "corners of other groups": Wrong(
-        dict(corners=("TL", "BR")),
-        ValueError,
-        "[C, C/G, kh, kw], .*, for G = 2 corners, got (8, 2, 3, 3)",
+        dict(corners=("TL", "BR")), ValueError, "[C, C/G, kh, kw], .*, for G = 2 corners, got (8, 2, 3, 3)"
     ),
 }
 INPUT_ERRORS = {
@@ -171,9 +161,7 @@ LAYER_ERRORS = {
     "fractional kernel": Wrong(dict(kernel_size=3.0), TypeError, "kernel_size must be an integer, got 3.0"),
     "boolean kernel": Wrong(dict(kernel_size=True), TypeError, "kernel_size must be an integer, got True"),
     "kernel of rank 3": Wrong(
-        dict(kernel_size=(3, 3, 3)),
-        ValueError,
-        "an integer or one per axis, 2 in all, got (3, 3, 3)",
+        dict(kernel_size=(3, 3, 3)), ValueError, "an integer or one per axis, 2 in all, got (3, 3, 3)"
     ),
     "kernel of rank 1": Wrong(dict(kernel_size=(3,)), ValueError, "an integer or one per axis, 2 in all, got (3,)"),
     "kernel a string": Wrong(dict(kernel_size="33"), TypeError, "kernel_size must be an integer, got '33'"),

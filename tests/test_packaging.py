@@ -12,14 +12,7 @@ import pytest
 
 import build_backend
 from build_backend import environment, native_library
-from build_backend.environment import (
-    Torch,
-    build_requirements,
-    find_compiler,
-    find_torch,
-    search_path,
-    why_not,
-)
+from build_backend.environment import Torch, build_requirements, find_compiler, find_torch, search_path, why_not
 
 ROOT = Path(build_backend.__file__).parent.parent
 PROJECT = (ROOT / "pyproject.toml").read_text()

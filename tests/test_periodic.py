@@ -282,11 +282,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "bound": (dict(max_inverse_gain=1), ValueError, "max_inverse_gain must be finite and greater than 1, got 1"),
 }
 WRONG_CALLS: dict[str, tuple[Any, type[Exception], str]] = {
-    "small": (
-        torch.zeros(2, 4, 2, 9),
-        ValueError,
-        r"as large as the kernel \(3, 3\) along every axis, got \(2, 9\)",
-    ),
+    "small": (torch.zeros(2, 4, 2, 9), ValueError, r"as large as the kernel \(3, 3\) along every axis, got \(2, 9\)"),
     "no pixels": (torch.zeros(2, 4, 0, 9), ValueError, "at least as large as the kernel"),
     "rank": (
         torch.zeros(4, 5, 5),

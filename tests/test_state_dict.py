@@ -216,10 +216,7 @@ REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
         "corners=('TL', 'TR', 'BL', 'BR'), diagonal='unit', bias=True), got {'raw_weight': (4, 1, 2, 2), 'bias': (4,)}",
     ),
     "channels": (lambda: InvertibleConv2d(8, bias=True).state_dict(), "got {'raw_weight': (8, 2, 3, 3), 'bias': (8,)}"),
-    "groups": (
-        lambda: tensors_alone(InvertibleConv2d(4, corners="TL", bias=True)),
-        "got {'raw_weight': (4, 4, 3, 3)",
-    ),
+    "groups": (lambda: tensors_alone(InvertibleConv2d(4, corners="TL", bias=True)), "got {'raw_weight': (4, 4, 3, 3)"),
     "corners": (
         lambda: InvertibleConv2d(4, corners=("TL", "TR", "BR", "BL"), bias=True).state_dict(),
         "corners must match the layer's ('TL', 'TR', 'BL', 'BR'), got ('TL', 'TR', 'BR', 'BL')",

@@ -569,18 +569,7 @@ def test_bits_per_dim_of_a_known_distribution(tmp_path):
 @pytest.mark.parametrize("build", FLOWS)
 def test_what_a_run_prints_and_writes(build, tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
-    train(
-        run,
-        1,
-        "--flow",
-        build,
-        "--conditional",
-        "--corners",
-        "TL",
-        "BR",
-        "--importance-samples",
-        "2",
-    )
+    train(run, 1, "--flow", build, "--conditional", "--corners", "TL", "BR", "--importance-samples", "2")
     output = capsys.readouterr().out
     mean, error = re.search(r"test bits per dimension (\S+) \+- (\S+), .* over 397 images, 2 draws", output).groups()
     assert 6 < float(mean) < 9

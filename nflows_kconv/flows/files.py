@@ -64,8 +64,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
         raise refusal(path, f"one that is damaged or has another format: {error}") from error
     if _ENTRY not in metadata:
         raise refusal(
-            path,
-            "tensors without options; load them with flow.load_state_dict(safetensors.torch.load_file(path))",
+            path, "tensors without options; load them with flow.load_state_dict(safetensors.torch.load_file(path))"
         )
     try:
         entry = json.loads(metadata[_ENTRY])

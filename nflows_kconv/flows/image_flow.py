@@ -215,9 +215,7 @@ class Architecture:
 Architecture.__init__.__qualname__ = "finc_flow"  # the name in Python's errors about unknown arguments
 
 
-def with_arguments_of(
-    source: Callable[Arguments, Any],
-) -> Callable[[Callable[..., Flow]], Callable[Arguments, Flow]]:
+def with_arguments_of(source: Callable[Arguments, Any]) -> Callable[[Callable[..., Flow]], Callable[Arguments, Flow]]:
     """Gives a function that forwards its arguments the signature of `source`, for `inspect`, `help` and type checkers.
 
     Args:

@@ -211,12 +211,7 @@ def aligned(offset: int) -> int:
     return 256 * ceil_div(offset, 256)
 
 
-_SCALARS = {
-    torch.float32: "float",
-    torch.float64: "double",
-    torch.float16: "Half",
-    torch.bfloat16: "BFloat16",
-}
+_SCALARS = {torch.float32: "float", torch.float64: "double", torch.float16: "Half", torch.bfloat16: "BFloat16"}
 
 
 def kernel(problem: ProblemSpec, source: str, name: str, **constants: int | str) -> Kernel:

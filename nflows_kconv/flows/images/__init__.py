@@ -9,12 +9,4 @@ from nflows_kconv.flows.images.evaluation import bits_per_dim, importance_weight
 from nflows_kconv.flows.images.pictures import grid, to_uint8
 from nflows_kconv.flows.images.preprocessing import Affine, Logit
 
-__all__ = [
-    "Affine",
-    "Logit",
-    "UniformDequantization",
-    "bits_per_dim",
-    "grid",
-    "importance_weighted_bound",
-    "to_uint8",
-]
+__all__ = ["Affine", "Logit", "UniformDequantization", "bits_per_dim", "grid", "importance_weighted_bound", "to_uint8"]
