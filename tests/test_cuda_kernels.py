@@ -61,7 +61,7 @@ TABLE = (
     (Case((TR,), per_group=66, kernel_size=(1, 2), batch=9, size=(5, 7), biased=True), SMALL),
     (Case((TL,), per_group=96, batch=9, size=(5, 4), biased=True), replace(H100, multiprocessors=4)),
     (
-        Case((BR, TL, TR, BL, BR), per_group=97, kernel_size=(2, 2), batch=1, size=(2, 3)),
+        Case((BR, TL, TR, BL, BR), per_group=49, kernel_size=(3, 4), batch=1, size=(3, 4)),
         replace(H100, multiprocessors=4),
     ),
     (Case((BR, TL), per_group=34, kernel_size=(5, 7), batch=3, size=(5, 6), dtype=torch.float16), H100),
