@@ -5,7 +5,7 @@
 //
 // One warp computes a column of P^-1 M by forward substitution, or COLUMNS at once if the pivot is large: lane l holds
 // outputs l, l + 32, ... At each of the CHANNELS steps the finished output goes from its lane to all, which subtract
-// its product from their own. Predicted by a model for 24, 48 and 64 channels: 2.6, 4.3 and 5.5 thousand cycles on an
+// its product from their own. Predicted by a model for 24, 48 and 64 channels: 2.4, 4.3 and 5.7 thousand cycles on an
 // H100, for 128, 256 and 512: 22, 58 and 185; one column at once: 85 for 256.
 //
 // Constants in addition to those of arguments.cuh: PADDED, outputs written; VECTORS, vectors of inputs; THREADS per
@@ -23,13 +23,12 @@ constexpr int kStride = CHANNELS | 1;  // between columns of the pivot, which fa
 extern "C" __global__ void __launch_bounds__(THREADS, 1) premultiply(const __grid_constant__ Arguments arguments) {
   extern __shared__ __align__(16) char shared_memory[];
   Accumulator* pivot = reinterpret_cast<Accumulator*>(shared_memory);
-  Accumulator* reciprocals = pivot + PANEL * kStride;  // of its diagonal
   constexpr int columns = kReads * kVector, blocks = ceil_div(columns, kWarps * COLUMNS);
   const int group = blockIdx.x / blocks;
   const auto weight =
       weight_view(static_cast<const SCALAR*>(arguments.second), arguments.second_strides, arguments, group);
   const int lane = threadIdx.x % 32, first_column = (blockIdx.x % blocks * kWarps + int(threadIdx.x) / 32) * COLUMNS;
-  Accumulator values[kSlots][COLUMNS];
+  Accumulator values[kSlots][COLUMNS], diagonal[kSlots];
 #pragma unroll
   for (int i = 0; i < kSlots; ++i) {
     const int out = i * 32 + lane;
@@ -41,6 +40,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) premultiply(const __gri
       values[i][c] = !counts ? 0 : lag == 0 ? out == in : -load(from + out * weight.out);
     }
   }
+#pragma unroll
+  for (int i = 0; i < kSlots; ++i) {
+    const int out = i * 32 + lane;
+    diagonal[i] = out < CHANNELS ? load_pivot(weight, arguments, group, out, out) : 1;
+  }
   // Solves P x = values; P(out, k) is pivot[k % PANEL * kStride + out] for k < out.
 #pragma unroll
   for (int slot = 0; slot < kSlots; ++slot) {
@@ -50,14 +54,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) premultiply(const __gri
         const int out = slot * 32 + i / PANEL, k = slot * 32 + i % PANEL;
         if (k < out) copy_to_shared(pivot + i % PANEL * kStride + out, weight.data + out * weight.out + k * weight.in);
       }
-#pragma unroll 1
-      for (int out = threadIdx.x; slot == 0 && out < kSlots * 32; out += THREADS) {
-        reciprocals[out] = out < CHANNELS ? 1 / load_pivot(weight, arguments, group, out, out) : 0;
-      }
       wait_for_copies();
       __syncthreads();
     }
-    const Accumulator reciprocal = reciprocals[slot * 32 + lane];
+    const Accumulator reciprocal = 1 / diagonal[slot];
 #pragma unroll kUnrolled
     for (int k = slot * 32; k < min(slot * 32 + 32, CHANNELS); ++k) {
       Accumulator solved[COLUMNS];

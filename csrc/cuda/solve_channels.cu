@@ -8,11 +8,12 @@
 //
 // Thread (replica, block of 4 outputs, slice) holds 4 rows of that product's matrix for every SLICES-th 16-byte vector
 // of input channels and reads these vectors of a pixel; SLICES lanes then add up their sums by shuffles. Replicas take
-// different rows of the anti-diagonal, two at a time if they have several.
+// different rows of the anti-diagonal, up to four at a time if they have several.
 //
 // The bound is instructions, 60 to 80 % of them multiply-adds, with one SM per image; for short diagonals it is the 450
 // cycles of a step. Predicted by a model of an H100 for batch 100 in one group, with premultiply, in a graph: 24
-// channels at 8 x 8 11.3 us, 48 at 4 x 4 10.2, 24 at 16 x 16 25.5, 48 at 8 x 8 19.3.
+// channels at 8 x 8 10.9 us, 48 at 4 x 4 10.0, 24 at 16 x 16 23.6, 48 at 8 x 8 18.7, 64 at 16 x 16 71; with two rows at
+// a time 11.2, 10.2, 25.4, 19.2 and 77.
 //
 // Constants in addition to those of band.cuh:
 //   SLICES, VECTORS_EACH   SLICES * VECTORS_EACH >= the vectors of the product, SLICES a power of 2 from 4 to 32
@@ -24,16 +25,43 @@
 
 constexpr int kTaps = KERNEL_H * KERNEL_W;
 constexpr int kReads = kTaps * kVectors;
+// What a replica solves at once. Addresses in bands take registers, too: with many weights four pixels would spill.
+constexpr int kFitting = BANDED && VECTORS_EACH > 4 ? 2 : 4, kShare = ceil_div(ROWS, REPLICAS);
+constexpr int kMostPixels = kShare < kFitting ? kShare : kFitting;
 constexpr unsigned kWarp = 0xffffffffu;
 
 using Weights = Accumulator[VECTORS_EACH][kVector][4];
 
-// Solves a pixel, and with PIXELS = 2 also the one in the replica's next row. Inputs are at offsets from the pixel or
-// from its y.
+// Adds up the COUNT sums of 2 LANES lanes; afterwards a lane holds those from the returned one on. At each exchange it
+// passes on half of its sums, while it has several, and adds to the other half.
+template <int LANES, int COUNT>
+__device__ inline int exchange(Accumulator* sums, int slice) {
+  if constexpr (LANES == 0) {
+    return 0;
+  } else {
+    const bool upper = slice & LANES;
+    constexpr int half = COUNT / 2, held = half ? half : 1;
+#pragma unroll
+    for (int k = 0; k < held; ++k) {
+      const Accumulator other = __shfl_xor_sync(kWarp, upper ? sums[k] : sums[half + k], LANES);
+      sums[k] = (upper ? sums[half + k] : sums[k]) + other;
+    }
+    return (upper ? half : 0) + exchange<LANES / 2, held>(sums, slice);
+  }
+}
+
+// Solves a pixel and those in the next rows of the replica: PIXELS, or as many as `rows` has, the rows from this one to
+// the last. Inputs are at offsets from the pixel or from its y.
 template <int PIXELS>
 __device__ inline void solve(const Weights& weights, const int (&offsets)[VECTORS_EACH], Accumulator* pixel,
-                             const Accumulator* given_pixel, int slice, int first_output) {
-  Accumulator sums[PIXELS * 4] = {};
+                             const Accumulator* given_pixel, int rows, int slice, int first_output) {
+  if constexpr (PIXELS > 1) {
+    if (rows <= (PIXELS - 1) * REPLICAS) {
+      return solve<PIXELS - 1>(weights, offsets, pixel, given_pixel, rows, slice, first_output);
+    }
+  }
+  constexpr int count = PIXELS == 3 ? 16 : PIXELS * 4, held = count > SLICES ? count / SLICES : 1;
+  Accumulator sums[count] = {};
 #pragma unroll
   for (int i = 0; i < VECTORS_EACH; ++i) {
     const bool given = i * SLICES < kVectors && min(i * SLICES + slice, kReads - 1) < kVectors;
@@ -49,24 +77,11 @@ __device__ inline void solve(const Weights& weights, const int (&offsets)[VECTOR
       }
     }
   }
-  // At each exchange a lane passes on half of its sums, while it has several, and adds to the other half.
-  int held = PIXELS * 4, sum = 0;
-#pragma unroll
-  for (int lanes = SLICES / 2; lanes > 0; lanes /= 2) {
-    const bool upper = slice & lanes;
-    const int half = held / 2;
-    held = max(1, half);
-#pragma unroll
-    for (int k = 0; k < held; ++k) {
-      const Accumulator other = __shfl_xor_sync(kWarp, upper ? sums[k] : sums[half + k], lanes);
-      sums[k] = (upper ? sums[half + k] : sums[k]) + other;
-    }
-    if (upper) sum += half;
-  }
+  const int sum = exchange<SLICES / 2, count>(sums, slice);
 #pragma unroll
   for (int k = 0; k < held; ++k) {
     const int output = first_output + sum % 4 + k;
-    const bool writes = slice % max(1, SLICES / (PIXELS * 4)) == 0 && output < CHANNELS;
+    const bool writes = slice % max(1, SLICES / count) == 0 && output < CHANNELS && sum < PIXELS * 4;
     if (writes) pixel[sum / 4 * REPLICAS * kRowSize + output] = sums[k];
   }
 }
@@ -107,14 +122,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     for (int time = 0; time < steps; ++time) {
       const int diagonal = chunk * STEPS + time, last_row = min(band.rows - 1, diagonal);
       if (diagonal - first_row == arguments.width) first_row += REPLICAS;
-      for (int row = first_row; row <= last_row; row += 2 * REPLICAS) {
-        Accumulator* pixel = band.solved_at(row, time);
-        const Accumulator* given_pixel = band.given_at(chunk, row, time);
-        if (row + REPLICAS <= last_row) {
-          solve<2>(weights, offsets, pixel, given_pixel, slice, first_output);
-        } else {
-          solve<1>(weights, offsets, pixel, given_pixel, slice, first_output);
-        }
+      for (int row = first_row; row <= last_row; row += kMostPixels * REPLICAS) {
+        solve<kMostPixels>(weights, offsets, band.solved_at(row, time), band.given_at(chunk, row, time),
+                           last_row + 1 - row, slice, first_output);
       }
       synchronize();
     }

@@ -90,7 +90,7 @@ def plan_channels(problem: ProblemSpec, device: Device) -> LaunchPlan | None:
     # Replicas in separate blocks do as much and leave no multiprocessor waiting for the last blocks.
     replicas = min(_most_threads(16 * each, problem) // threads, band.rows)
     blocks = min(ceil_div(band.count, device.multiprocessors), band.most_resident(device), replicas)
-    # A replica takes two rows at a time; more replicas than this need as many rounds.
+    # A replica solves its rows in twos and fours; with more replicas than this it would have as many of them.
     replicas = ceil_div(band.rows, 2 * ceil_div(band.rows, 2 * (replicas // blocks)))
     band = replace(band, problem=problem)
     offset = aligned(band.scratch)
@@ -155,7 +155,7 @@ def _premultiplication(problem: ProblemSpec, offset: int, padded: int, vectors: 
         kernel(problem, "prepare.cu", "premultiply", **constants),
         (len(problem.stencils) * ceil_div(products, threads // 32 * columns), 1, 1),
         threads,
-        ((channels | 1) * panel + 32 * ceil_div(channels, 32)) * problem.accumulator_bytes,
+        (channels | 1) * panel * problem.accumulator_bytes,
         arguments(problem, offsets=(offset,)),
     )
     return launch, len(problem.stencils) * products * padded * problem.accumulator_bytes
