@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.autograd.functional import jacobian
 
 from nflows_kconv.flows.images import (
@@ -121,6 +122,14 @@ class TestUniformDequantization:
         y, log_abs_det = UniformDequantization().to("meta")(torch.empty(2, 3, 4, 6, device="meta"))
         assert y.device.type == log_abs_det.device.type == "meta"
         assert y.shape == (2, 3, 4, 6) and log_abs_det.shape == (2,)
+
+    def test_code_for_a_gpu_checks_values(self):
+        """What would run on a GPU can be seen without one."""
+        with FakeTensorMode():
+            x = torch.empty(2, 3, 4, 6, device="cuda")
+            assert UniformDequantization()(x)[0].device.type == "cuda"
+            program = torch.export.export(UniformDequantization(), (x,))
+        assert "_assert_async" in program.graph_module.code
 
     def test_new_noise_at_each_call(self):
         module, x = UniformDequantization(), random_images(2, 3, 4, 4)

@@ -94,9 +94,9 @@ class UniformDequantization(InvertibleModule):
 
     def _may_wait(self, values: Tensor) -> bool:
         """Returns True once, to synchronize and check: a failed assertion would make the device unusable."""
-        capturing = values.is_cuda and torch.cuda.is_current_stream_capturing()
-        device_looked_at = values.device in self._devices_looked_at
-        return checks.is_plain(values) and values.device.type != "meta" and not capturing and not device_looked_at
+        if not checks.is_plain(values) or values.device.type == "meta" or values.device in self._devices_looked_at:
+            return False
+        return not (values.is_cuda and torch.cuda.is_current_stream_capturing())
 
     def extra_repr(self) -> str:
         """Returns the levels."""
