@@ -6,7 +6,7 @@
 // One warp computes a column of P^-1 M by forward substitution, or COLUMNS at once if the pivot is large: lane l holds
 // outputs l, l + 32, ... At each of the CHANNELS steps the finished output goes from its lane to all, which subtract
 // its product from their own. Predicted by a model for 24, 48 and 64 channels: 2.4, 4.3 and 5.7 thousand cycles on an
-// H100, for 128, 256 and 512: 22, 58 and 185; one column at once: 85 for 256.
+// H100, for 128 and 256: 23 and 61; one column at once: 85 for 256.
 //
 // Constants in addition to those of arguments.cuh: PADDED, outputs written; VECTORS, vectors of inputs; THREADS per
 // block; COLUMNS; PANEL, columns of the pivot in shared memory at once, CHANNELS or 32. Arguments: offsets[0] = where
