@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from nflows_kconv import ops, stencil
 from nflows_kconv.bijection import as_bijection, is_bijection
 from nflows_kconv.layer import KernelLayer
-from nflows_kconv.torch_internals import TorchDispatchMode, tree_map_only
+from nflows_kconv.torch_internals import TorchDispatchMode, deep_copy, tree_map_only
 
 
 def warmup(module: nn.Module, input_shape: Sequence[int], context: Any = None) -> None:
@@ -65,7 +64,7 @@ def problems(module: nn.Module, input_shape: Sequence[int], context: Any = None)
     Raises:
         RuntimeError: If the call fails.
     """
-    twin = copy.deepcopy(module).eval()
+    twin = deep_copy(module).eval()
     weights = [layer.raw_weight for layer in _layers(twin)]
     devices = {weight.device for weight in weights if weight.is_cuda}
     arguments = () if context is None else (context,)

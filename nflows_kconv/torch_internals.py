@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import copyreg
 from operator import attrgetter
 from typing import Any
 
@@ -17,7 +19,9 @@ from torch._C._functorch import (
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
 from torch.compiler import is_compiling
+from torch.distributions.transforms import _InverseTransform
 from torch.nn.parallel import DistributedDataParallel
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -29,6 +33,7 @@ __all__ = [
     "apply_at_this_level",
     "assert_async",
     "below_autograd",
+    "deep_copy",
     "forward_mode",
     "is_any_autocast_on",
     "is_differentiating_forward",
@@ -144,3 +149,27 @@ def is_sharded(module: nn.Module) -> bool:
     managed = getattr(_composable_state, "_module_state_mapping", ())
     roots = [each for each in managed if isinstance(each, fsdp.FSDPModule)]
     return any(each is module for root in roots for each in root.modules())  # type: ignore[attr-defined]
+
+
+def deep_copy(value: Any) -> Any:
+    """Returns a deep copy, also of what `copy.deepcopy` cannot copy.
+
+    These are tensors with autograd history, which pruning, weight_norm and caches keep in modules, and the `inv` of a
+    `torch.distributions.Transform`, which loses the transform.
+    """
+    registered = copyreg.dispatch_table.get(_InverseTransform)
+    copyreg.pickle(_InverseTransform, lambda inverse: (object.__new__, (_InverseTransform,), vars(inverse)))
+    try:
+        with _CopyOfNonLeaves(), torch.inference_mode(False):
+            return copy.deepcopy(value)
+    finally:
+        copyreg.dispatch_table.pop(_InverseTransform, None)
+        if registered is not None:
+            copyreg.dispatch_table[_InverseTransform] = registered
+
+
+class _CopyOfNonLeaves(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__deepcopy__ and args[0].grad_fn is not None:
+            return args[0].detach().clone()
+        return func(*args, **(kwargs or {}))

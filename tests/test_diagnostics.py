@@ -23,6 +23,7 @@ from nflows.nn.nets import ConvResidualNet
 from pyro.distributions import transforms as pyro_transforms
 from torch import Tensor, nn
 from torch.distributions import ComposeTransform, TanhTransform
+from torch.nn.utils import prune
 
 import nflows_kconv.distributions
 import nflows_kconv.freia
@@ -548,6 +549,14 @@ IMAGE_FLOW = [
     "InvertibleConv1x1",
     "AffineCoupling",
 ]
+
+
+def called(transform: pyro_transforms.AffineAutoregressive) -> nn.Module:
+    """Returns the transform with values in its cache, which have an autograd history."""
+    transform(images(3, 4))
+    return transform
+
+
 ANY_KIND = {
     "nflows, classes": (lambda: of_classes(nflows_kconv.nflows), IMAGE_FLOW),
     "normflows, classes": (lambda: of_classes(nflows_kconv.normflows), IMAGE_FLOW),
@@ -565,7 +574,9 @@ ANY_KIND = {
     "torch.distributions": (torch_layers, ["InvertibleConv2d", "InvertibleConv2d", "TanhTransform"]),
     "Pyro": (lambda: pyro_transforms.affine_autoregressive(4), ["AffineAutoregressive"]),
     "Pyro, conditional": (lambda: pyro_transforms.conditional_spline(4, 2), ["ConditionedSpline"]),
+    "Pyro, called before": (lambda: called(pyro_transforms.affine_autoregressive(4)), ["AffineAutoregressive"]),
     "torchflows": (lambda: nflows_kconv.torchflows.InvertibleConv2d((4, 8, 8)), ["InvertibleConv2d"]),
+    "pruned": (lambda: prune.l1_unstructured(InvertibleConv2d(4), "raw_weight", 0.5), ["InvertibleConv2d"]),
     "by hand": (handwritten_glow, ["InvertibleConv2d", "GlowScale"]),
 }
 
@@ -580,8 +591,8 @@ def test_flows_of_every_library(name: str):
         context = (context, images(3, 2)) if "contexts" in name else context
     elif name == "FrEIA, a sequence":
         context = images(3, 3, 8, 8)
-    elif name in ("zuko, autoregressive", "Pyro", "Pyro, conditional"):
-        input, context = images(3, 4), None if name == "Pyro" else images(3, 2)
+    elif name in ("zuko, autoregressive", "Pyro", "Pyro, called before", "Pyro, conditional"):
+        input, context = images(3, 4), None if name in ("Pyro", "Pyro, called before") else images(3, 2)
     before = {part: set(vars(part)) for part in flow.modules()} if isinstance(flow, nn.Module) else {}
     result = round_trip(flow, input, context)
     assert [one.kind for one in result.steps] == kinds

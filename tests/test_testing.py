@@ -22,6 +22,7 @@ from nflows.nn.nets import ConvResidualNet, ResidualNet
 from torch import Tensor, nn
 from torch.distributions import transforms as tt
 
+import nflows_kconv.distributions
 import nflows_kconv.freia
 import nflows_kconv.nflows
 import nflows_kconv.normflows
@@ -203,6 +204,15 @@ def seeded():
 def test_sound_transforms_pass(name: str):
     build, *arguments = TRANSFORMS[name]
     testing.check_transform(build(), *arguments)
+
+
+def test_inverses_of_torchs_transforms_pass(monkeypatch: pytest.MonkeyPatch):
+    """Their copies lose what they invert, unless Pyro has replaced a method."""
+    transform = nflows_kconv.distributions.InvertibleConv2d(4)
+    inverse = tt.ComposeTransform([transform.inv, tt.AffineTransform(1.0, 2.0)]).inv
+    testing.check_transform(inverse, pictures())
+    monkeypatch.setattr(tt.Transform, "__getstate__", lambda transform: {**vars(transform), "_inv": None})
+    testing.check_transform(inverse, pictures())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from nflows_kconv import InvertibleConv2d, PeriodicConv2d, ops, warmup
 from nflows_kconv.flows.steps import Sequence
@@ -41,8 +42,12 @@ def test_every_kind_of_layer_and_every_shape_is_seen_once():
     assert visited(Squeeze(), (5, 4, 6, 8), 3) == [(4, (5, 4, 6, 8)), (16, (5, 16, 3, 4))]
 
 
-def test_a_layer_alone_is_a_module():
-    assert visited(InvertibleConv2d(8), (3, 8, 4, 5)) == [(8, (3, 8, 4, 5))]
+@pytest.mark.parametrize("pruned", [False, True])
+def test_a_layer_alone_is_a_module(pruned: bool):
+    layer = InvertibleConv2d(8)
+    if pruned:
+        prune.l1_unstructured(layer, "raw_weight", 0.5)
+    assert visited(layer, (3, 8, 4, 5)) == [(8, (3, 8, 4, 5))]
 
 
 def test_periodic_layers_have_no_kernels():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from nflows_kconv.attributes import replaced
 from nflows_kconv.bijection import Bijection, as_bijection, is_bijection
 from nflows_kconv.layer import InvertibleConv
+from nflows_kconv.torch_internals import deep_copy
 
 _HARMLESS = 1e-4  # 1/40 of a gray level of 256
 _UNEXPLAINED = 100  # roundings, beyond which the growth at steps does not explain an error
@@ -224,7 +224,7 @@ def _forward(part: Bijection, context: Any, x: Any) -> Any:
 
 def _evaluating_copy(flow: Any) -> Any:
     """Returns a copy in evaluation mode. Transforms of torch have no mode, and some cannot be copied."""
-    return copy.deepcopy(flow).eval() if isinstance(flow, nn.Module) else flow
+    return deep_copy(flow).eval() if isinstance(flow, nn.Module) else flow
 
 
 def _names(flow: Any, parts: list[Bijection]) -> tuple[dict[int, str], list[nn.Module]]:

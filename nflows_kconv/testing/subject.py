@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,11 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from nflows_kconv import bijection
 from nflows_kconv.float64 import to_device_with_float64, to_float64
-from nflows_kconv.torch_internals import tree_map_only
+from nflows_kconv.torch_internals import deep_copy, tree_map_only
 
 __tracebackhide__ = True  # pytest shows the line of the test that called, not ours
 
@@ -46,8 +44,7 @@ class Subject:
 
     def __init__(self, transform: Any, context: Any = None) -> None:
         try:
-            with _CopyOfNonLeaves(), torch.inference_mode(False):
-                transform, context = copy.deepcopy((transform, context))
+            transform, context = deep_copy((transform, context))
         except Exception as error:
             raise TypeError(f"a transform must be deep-copyable, for tests to work on copies, got {error!r}") from error
         self.bijection, self.context = bijection.as_bijection(transform), context
@@ -65,8 +62,7 @@ class Subject:
 
     def copy(self) -> Subject:
         """Returns an independent copy without the library's caches."""
-        with _CopyOfNonLeaves():
-            other = copy.deepcopy(self)
+        other = deep_copy(self)
         other.step()
         return other
 
@@ -153,15 +149,6 @@ class Subject:
         finally:
             for generator, state in zip(generators, before, strict=True):
                 generator.set_state(state)
-
-
-class _CopyOfNonLeaves(TorchFunctionMode):
-    """Lets deepcopy copy tensors with autograd history, which a transform may hold as constants or in a cache."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.__deepcopy__ and args[0].grad_fn is not None:
-            return args[0].detach().clone()
-        return func(*args, **(kwargs or {}))
 
 
 def as_it_is(tensor: Tensor) -> Tensor:
