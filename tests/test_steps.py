@@ -251,16 +251,23 @@ def test_the_1x1_starts_as_a_rotation():
 
 
 @pytest.mark.parametrize("direction", ["forward", "inverse"])
-@pytest.mark.parametrize("shape", [(2, 4), (4, 3, 3), (2, 3, 4, 4), (2, 1, 5, 5)], ids=str)
-def test_the_1x1_rejects_other_shapes(direction, shape):
+@pytest.mark.parametrize("shape", [(4,), (4, 3, 3), (2, 3, 4, 4), (2, 1, 5, 5)], ids=str)
+@pytest.mark.parametrize("kind", [steps.ActNorm, steps.InvertibleConv1x1])
+def test_other_shapes_are_refused(kind, direction, shape):
     with pytest.raises(ValueError, match=re.escape(f"input must have shape [B, 4, ...], got {shape}")):
-        getattr(steps.InvertibleConv1x1(4), direction)(torch.zeros(shape))
+        getattr(kind(4), direction)(torch.zeros(shape))
+
+
+def test_the_1x1_needs_pixels():
+    with pytest.raises(ValueError, match=re.escape("input must have shape [B, 4, ...], got (2, 4)")):
+        steps.InvertibleConv1x1(4)(torch.zeros(2, 4))
 
 
 @pytest.mark.parametrize(("channels", "error"), [(0, ValueError), (2.0, TypeError)])
-def test_the_1x1_rejects_other_numbers_of_channels(channels, error):
+@pytest.mark.parametrize("kind", [steps.ActNorm, steps.InvertibleConv1x1])
+def test_other_numbers_of_channels_are_refused(kind, channels, error):
     with pytest.raises(error, match=f"num_channels must be .*, got {channels}"):
-        steps.InvertibleConv1x1(channels)
+        kind(num_channels=channels)
 
 
 @pytest.mark.parametrize("module", [steps.learned_prior(4), steps.AffineCoupling(steps.coupling_network(4, 8))])

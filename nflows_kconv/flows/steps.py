@@ -106,7 +106,7 @@ class ActNorm(InvertibleModule):
     of `initialized` last read at an eager call, when loading a state_dict, or in `train`.
 
     Args:
-        channels: C.
+        num_channels: C.
 
     Attributes:
         log_scale: Parameter, [C].
@@ -114,15 +114,18 @@ class ActNorm(InvertibleModule):
         initialized: Buffer, whether the first batch has passed.
 
     Raises:
-        ValueError: In a call, if the mean or the variance of the first batch is not finite.
+        TypeError: If the number of channels is not an integer.
+        ValueError: If it is below 1; in a call, if the input has another shape than [B, C] or [B, C, ...], or the mean
+            or the variance of the first batch is not finite.
     """
 
     initialized: Tensor
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, num_channels: int) -> None:
         super().__init__()
-        self.log_scale = nn.Parameter(torch.empty(channels))
-        self.shift = nn.Parameter(torch.empty(channels))
+        self.num_channels = checks.positive("num_channels", num_channels)
+        self.log_scale = nn.Parameter(torch.empty(num_channels))
+        self.shift = nn.Parameter(torch.empty(num_channels))
         self.register_buffer("initialized", torch.empty((), dtype=torch.bool))
         # The buffer and its version when it was last read as True.
         self._seen: tuple[Tensor, int | None] | None = None
@@ -144,6 +147,7 @@ class ActNorm(InvertibleModule):
         return self
 
     def _run_forward(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
+        _check_channels(input, self.num_channels, 2)
         if self.training and not self._is_initialized():
             initialize = self._initialize_uncompiled if torch.compiler.is_compiling() else self._initialize
             initialize(input)
@@ -151,6 +155,7 @@ class ActNorm(InvertibleModule):
         return (input + shift) * scale, _per_image(self.log_scale, input)
 
     def _run_inverse(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
+        _check_channels(input, self.num_channels, 2)
         scale, shift = (_on_channels(each, input) for each in (self.log_scale.neg().exp(), self.shift))
         return input * scale - shift, -_per_image(self.log_scale, input)
 
@@ -262,21 +267,17 @@ class InvertibleConv1x1(InvertibleModule):
         self.log_scale.copy_(upper.diagonal().abs().log())
 
     def _run_forward(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
-        self._check(input)
+        _check_channels(input, self.num_channels, 3)
         with without_autocast(input.device):
             lower, upper = _factors(self.lower, self.upper, self.log_scale, self.sign)
             output = _mixed((lower @ upper)[self.permutation], input)
         return output, _per_image(self.log_scale, input)
 
     def _run_inverse(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
-        self._check(input)
+        _check_channels(input, self.num_channels, 3)
         with without_autocast(input.device):
             output = _mixed(self.inverse_weight(), input)
         return output, -_per_image(self.log_scale, input)
-
-    def _check(self, input: Tensor) -> None:
-        if input.dim() < 3 or input.shape[1] != self.num_channels:
-            raise ValueError(f"input must have shape [B, {self.num_channels}, ...], got {tuple(input.shape)}")
 
     def inverse_weight(self) -> Tensor:
         """Returns the inverse of W, [C, C]."""
@@ -386,6 +387,12 @@ def _chain(input: Tensor, context: Any, functions: Iterable[Any]) -> tuple[Tenso
         input, log_abs_det = function(input, context)
         total = log_abs_det if total is None else total + log_abs_det
     return input, _no_log_abs_det(input) if total is None else total
+
+
+def _check_channels(input: Tensor, num_channels: int, dimensions: int) -> None:
+    """Raises a ValueError unless the input is [B, num_channels, ...] with at least this many dimensions."""
+    if input.dim() < dimensions or input.shape[1] != num_channels:
+        raise ValueError(f"input must have shape [B, {num_channels}, ...], got {tuple(input.shape)}")
 
 
 def _on_channels(values: Tensor, input: Tensor) -> Tensor:
