@@ -43,7 +43,8 @@ class _Bijective(Transform):
         """
         if cache_size == self._cache_size:
             return self
-        twin = copy.copy(self)  # shares the dictionaries of parameters and buffers
+        twin = self.__new__(type(self))  # not copy.copy, which parametrizations refuse
+        twin.__dict__.update(self.__dict__)  # shares the dictionaries of parameters and buffers
         Transform.__init__(twin, cache_size)
         return twin
 

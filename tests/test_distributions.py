@@ -14,7 +14,14 @@ from adapters import check_deep_copy, check_directions, check_saved_state, check
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from torch.distributions import AffineTransform, Independent, Normal, Transform, TransformedDistribution
+from torch.distributions import (
+    AffineTransform,
+    ComposeTransform,
+    Independent,
+    Normal,
+    Transform,
+    TransformedDistribution,
+)
 from torch.nn.utils import parametrizations, prune
 from torch.testing import assert_close
 
@@ -207,6 +214,21 @@ def test_a_cache_forgets_when_pruning_changes():
         assert_close(transform(x), transform.forward(x)[0])
 
 
+def test_a_cache_and_copies_follow_a_spectral_norm():
+    transform = parametrizations.spectral_norm(InvertibleConv2d(4, corners="TL", cache_size=1), "raw_weight")
+    x = torch.randn(2, *SHAPE)
+    y = transform(x)
+    assert transform.inv(y) is not x  # training has changed the estimate of the norm
+    y = transform.eval()(x)
+    assert transform.inv(y) is x
+    twin = copy.deepcopy(transform)
+    with torch.no_grad():
+        transform.parametrizations.raw_weight.original.add_(torch.randn(4, 4, 3, 3))
+    assert_close(transform(x), transform.forward(x)[0])
+    assert_close(twin(x), y)
+    assert not torch.allclose(transform(x), y)
+
+
 def test_a_cache_works_with_parameters_of_inference_mode():
     with torch.inference_mode():
         transform = InvertibleConv2d(4, cache_size=1)
@@ -222,6 +244,10 @@ def test_with_cache_shares_the_parameters():
     transform.double()
     assert cached(torch.zeros(SHAPE, dtype=torch.float64)).dtype == torch.float64
     assert cached.inv.inv is cached and transform.inv.inv is transform
+    normed = parametrizations.spectral_norm(transform, "raw_weight").eval()
+    x = torch.randn(SHAPE, dtype=torch.float64)
+    cached = ComposeTransform([normed]).with_cache().parts[0]
+    assert cached(x) is cached(x) and torch.equal(cached(x), normed(x))
 
 
 def test_copies_take_no_cache_along():
