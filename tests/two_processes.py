@@ -236,6 +236,17 @@ def an_empty_batch_takes_part(rank):
 
 
 @scenario
+def a_first_batch_that_is_not_finite_is_an_error_in_both(rank):
+    model = DistributedDataParallel(steps.ActNorm(4))
+    with pytest.raises(ValueError, match="finite mean and variance"):
+        model(numbers() if rank else numbers() / 0)
+    assert not model.module.initialized
+    model(half(numbers(), rank))
+    assert_equal_in_both(model)
+    torch.testing.assert_close(model.module.shift, -numbers().mean((0, 2, 3)))
+
+
+@scenario
 def buffers_that_differ(rank):
     model = DistributedDataParallel(Density())
     for norm in norms(model):
