@@ -248,9 +248,11 @@ class ImageFlow(image_flow.Interface, MultiscaleFlow):
         log_probs = [base.log_prob(latent, *arguments) for base, latent in zip(self.q0, latents, strict=True)]
         return -sum(log_probs, log_abs_det)
 
-    def forward_kld(self, x: Tensor, y: Tensor | None = None, context: image_flow.Context | None = None) -> Tensor:
+    def forward_kld(
+        self, x: Tensor, y: Tensor | None = None, context: image_flow.Context | None = None, noise: Tensor | None = None
+    ) -> Tensor:
         """Returns the mean of `forward` over the images."""
-        return self(x, y, context).mean()
+        return self(x, y, context, noise).mean()
 
     def log_prob(
         self, x: Tensor, y: Tensor | None = None, context: image_flow.Context | None = None, noise: Tensor | None = None

@@ -89,7 +89,10 @@ def test_both_libraries_have_the_same_density(shape):
 def test_noise_may_be_given(library, shape):
     flow, images = build(library, shape), random_images(3, shape)
     torch.manual_seed(2)
-    torch.testing.assert_close(flow.log_prob(images, noise=torch.rand_like(images)), log_prob(flow, images))
+    noise, expected = torch.rand_like(images), log_prob(flow, images)
+    torch.testing.assert_close(flow.log_prob(images, noise=noise), expected)
+    if library == "normflows":
+        torch.testing.assert_close(flow.forward_kld(images, noise=noise), -expected.mean())
     # Noise that float32 rounds to 1 stays in the cell.
     flow, images, noise = flow.float(), images.float(), torch.full(images.shape, 1 - 2**-40, dtype=torch.float64)
     expected = flow.log_prob(images, noise=torch.full_like(images, 1 - 2**-24))
@@ -490,6 +493,23 @@ def test_samples_have_the_documented_shape_and_no_graph(library, condition, prep
     assert not images.requires_grad and not density.requires_grad
     if preprocessing is None:
         torch.testing.assert_close(flow.log_prob(images, context=repeated), density)
+
+
+@in_both
+def test_classes_under_vmap(library):
+    """Gradients of each image, as differential privacy clips them."""
+    flow, images, noise = build(library, num_classes=3), random_images(3), torch.rand(3, *SHAPE).double()
+    classes, names = torch.tensor([2, 0, 1]), ("context", "noise")
+
+    def loss(parameters, image, *others):
+        options = {name: other[None] for name, other in zip(names, others, strict=True)}
+        return torch.func.functional_call(flow, parameters, (image[None],), options)[0]
+
+    parameters = dict(flow.named_parameters())
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0, 0, 0))(parameters, images, classes, noise)
+    flow(images, context=classes, noise=noise).sum().backward()
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(found[name].sum(0), parameter.grad)
 
 
 @in_both

@@ -525,8 +525,9 @@ class Interface(nn.Module):
             raise ValueError(f"{name} must have shape [{expected}], one class per image, got {tuple(classes.shape)}")
         if checks.can_inspect_values(classes) and not ((classes >= 0) & (classes < num_classes)).all():
             raise ValueError(f"{name} must be classes from 0 to {num_classes - 1}, got {classes.tolist()}")
-        if self._takes_one_hot:  # normflows' own conversion would fix the batch size in torch.export
-            return F.one_hot(classes.long(), num_classes).to(self._parameter().dtype)
+        if self._takes_one_hot:  # normflows' own conversion fixes the batch in torch.export, F.one_hot has no vmap
+            like = self._parameter()
+            return F.embedding(classes.long(), torch.eye(num_classes, dtype=like.dtype, device=like.device))
         return classes.long()
 
 
