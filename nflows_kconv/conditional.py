@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -186,6 +187,9 @@ class ConditionalInvertibleConv2d(ConditionalInvertibleConv):
         TypeError: If an argument has the wrong type.
         ValueError: If an argument has a wrong value, or the channels do not divide into the groups.
 
+    Warns:
+        UserWarning: In a call on a CPU, if the output of a new `weight_network` is zero.
+
     Examples:
         >>> import torch
         >>> from nflows_kconv import ConditionalInvertibleConv2d
@@ -233,4 +237,6 @@ class _FromZero(nn.Module):
     def forward(self, context: Tensor) -> Tensor:
         numbers = self.network(context)
         functional.check_rows("the output of weight_network", numbers, context.shape[0], len(self.scale), like=context)
+        if checks.can_inspect_values(numbers) and len(numbers) and not self.scale.any() and not numbers.any():
+            warnings.warn("weight_network returns zeros: its last layer must not start at zero", stacklevel=2)
         return numbers * self.scale

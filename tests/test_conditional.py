@@ -310,6 +310,16 @@ def test_errors_of_arguments_and_networks():
         conditioning(build(), (4, 4))
 
 
+def test_a_network_that_cannot_train_is_told():
+    layer = build(weight_network=nn.Linear(FEATURES, 144))
+    x, context = torch.randn(2, 8, 3, 3), torch.randn(2, FEATURES)
+    layer(x, context)
+    for parameter in layer.weight_network.network.parameters():
+        nn.init.zeros_(parameter)
+    with pytest.warns(UserWarning, match="weight_network returns zeros: its last layer must not start at zero"):
+        layer(x, context)
+
+
 def test_a_context_of_nan_is_told():
     layer = trained(build(diagonal="learned"))
     images, contexts = data(layer)

@@ -278,7 +278,6 @@ class Preprocessing(steps.Sequence):
         return self._dequantized("with_noise", input, noise)
 
     def _dequantized(self, method: str, input: Tensor, *noise: Tensor) -> tuple[Tensor, Tensor]:
-        self.check_shape(input)
         dequantization, logit = self.steps
         values, first = getattr(dequantization, method)(*map(_as_images, (input, *noise)))
         numbers, second = logit(values)
