@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nflows_kconv import checks, ops, stencil
-from nflows_kconv.torch_internals import is_exporting_to_onnx
+from nflows_kconv.torch_internals import is_exporting_to_onnx, is_under_torch_func
 
 _KERNEL_AXES = {1: ("k",), 2: ("kh", "kw"), 3: ("kd", "kh", "kw")}
 
@@ -242,7 +242,7 @@ def run_each(
             stencil.check_diagonal(log_diagonals.to(dtype).exp())  # names the image
         raise
     layout = {2: torch.channels_last, 3: torch.channels_last_3d}.get(len(dilation))
-    if layout is not None and input.is_contiguous(memory_format=layout):
+    if layout is not None and not is_under_torch_func() and input.is_contiguous(memory_format=layout):  # vmap has none
         return output.contiguous(memory_format=layout)
     return output
 

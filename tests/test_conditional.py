@@ -158,7 +158,7 @@ def test_derivatives(name: str, inverse: bool, device: str):
 
 
 @every_direction
-def test_gradients_of_each_sample(inverse: bool, device: str):
+def test_each_sample_by_itself(inverse: bool, device: str):
     layer = trained(build(diagonal="learned")).to(device)
     parameters = {name: parameter.detach() for name, parameter in layer.named_parameters()}
 
@@ -168,6 +168,9 @@ def test_gradients_of_each_sample(inverse: bool, device: str):
         return (output.square().sum() - log_det).sum()
 
     images, contexts = data(layer)
+    each = vmap(lambda *one: layer(*(part[None] for part in one), inverse=inverse))(images, contexts)
+    for mapped, expected in zip(each, layer(images, contexts, inverse=inverse), strict=True):
+        assert_close(mapped[:, 0], expected)
     each = vmap(grad(loss, (0, 2)), (None, 0, 0))(parameters, images, contexts)
     for index in range(len(images)):
         of_parameters, of_context = grad(loss, (0, 2))(parameters, images[index], contexts[index])
