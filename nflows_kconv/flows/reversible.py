@@ -63,8 +63,9 @@ def cascade(
 
     Input, context and the modules' parameters get the ordinary gradients up to rounding, but no second derivatives. The
     results of a module must depend only on these; ActNorm may initialise from its first batch. Neither input nor output
-    may be modified in place before the backward pass. torch.compile breaks its graph here, and CUDA graphs cannot
-    capture it. An error in the first call restores buffers and ActNorm's state before its first batch.
+    may be modified in place before the backward pass. torch.compile breaks its graph here, CUDA graphs cannot capture
+    it, and torch.func cannot differentiate it. An error in the first call restores buffers and ActNorm's state before
+    its first batch.
 
     Networks registered with `nflows_kconv.bijection.register(networks=...)` are evaluated once for both directions of a
     coupling.
