@@ -533,8 +533,9 @@ def log_abs_det(input: Tensor, log_diagonal: Tensor | None, sign: int = 1) -> Te
     """Returns the log-determinants for a log-diagonal, [C] or per image [B, C]; None stands for a unit diagonal."""
     # As few operators as possible, in new memory, because users add to it in place.
     if log_diagonal is None:
-        zeros = input.new_zeros(input.shape[0])
-        return zeros.float() if zeros.dtype in _HALF_PRECISION else zeros
+        if input.dtype in _HALF_PRECISION:
+            return input.new_zeros(input.shape[0], dtype=torch.float32)
+        return input.new_zeros(input.shape[0])
     shape, dtype = input.shape, torch.promote_types(log_diagonal.dtype, torch.float32)
     return log_diagonal.sum(-1, dtype=dtype).expand(shape[0]) * (sign * math.prod(shape[2:]))
 

@@ -357,6 +357,17 @@ def test_a_direction_alone_is_one_operator(dimensions: int, diagonal: str, devic
         assert len(computed) == 1 or (name, diagonal) == ("conv", "learned")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, *oracles.HALF_PRECISION], ids=str)
+def test_a_direction_of_a_unit_diagonal_is_two_operators(dtype: torch.dtype, device: str):
+    """The second one makes the log-determinants."""
+    layer = InvertibleConv2d(8).to(device, dtype)
+    input = images(layer)
+    for function in (layer, layer.inverse):
+        with Operators() as run, torch.no_grad():
+            function(input)
+        assert len(run.names) == 2
+
+
 @pytest.mark.parametrize("channels", [4, 48, 512])
 @every_option
 def test_starts_close_to_the_identity(options: dict, channels: int, device: str):
