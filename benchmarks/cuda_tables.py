@@ -39,11 +39,11 @@ def sections(workload: Workload, seconds: float, device: str, device_name: str) 
         f" {1e-12 * speeds.operations_per_second:.1f} TFLOP/s, step {1e9 * speeds.seconds_per_step:.0f} ns"
     )
     yield "speeds", asdict(speeds)
+    first = next(iter(workload.tables.values()))[0]
+    yield "host", _host(first, seconds, device, workload.tiny)  # quick, so before a time limit can end the tables
     for name, cases in workload.tables.items():
         for rows in _table(name, cases, seconds, device, device_name, speeds):
             yield name, rows
-    first = next(iter(workload.tables.values()))[0]
-    yield "host", _host(first, seconds, device, workload.tiny)
     yield "accuracy", _accuracy([case for cases in workload.tables.values() for case in cases], device, workload.tiny)
     yield "first use", _first_use(first, device)
     for name, cases in workload.curves.items():

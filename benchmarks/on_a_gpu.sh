@@ -14,7 +14,9 @@ device=${DEVICE:-cuda}
 python=${PYTHON:-python3}
 options=(--device "$device" --seconds "${SECONDS_A_ROW:-0.4}")
 [ "$device" = cuda ] || options+=(--tiny)
-pytest=("$python" -m pytest -v --tb=short --numprocesses "${WORKERS:-auto}" --failed-first -o "cache_dir=$out/pytest")
+# Each process takes half a gigabyte of the GPU.
+workers=(--numprocesses "${WORKERS:-auto}" --maxprocesses 16)
+pytest=("$python" -m pytest -v --tb=short "${workers[@]}" --failed-first -o "cache_dir=$out/pytest")
 smoke=("$python" -m benchmarks.smoke "${options[@]}")
 export PYTHONUNBUFFERED=1
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 import nflows_kconv.nflows
 import nflows_kconv.normflows
 from benchmarks import command_line, layer, timing
-from benchmarks.targets import Target, describe
+from benchmarks.targets import Target, counts_microseconds, describe
 from nflows_kconv.flows.sampling import GraphSampler
 from nflows_kconv.flows.steps import AffineCoupling, Sequence
 
@@ -200,7 +200,7 @@ def judge_sampling(times: dict[str, float], number: int, size: Size, device_name
         return []
     if number == 1:
         judged = ONE_IMAGE.judge("FInC, one image", "sampler", times["FInC, sampler"])
-        return [judged] if "H100" in device_name else []
+        return [judged] if counts_microseconds(device_name) else []
     records = [
         SAMPLING.judge("FInC / Glow", mode, times[f"FInC, {mode}"] / times[f"Glow, {mode}"])
         for mode in ("flow", "sampler")

@@ -9,8 +9,11 @@ from pathlib import Path
 
 from benchmarks import cuda_tables
 
+# pytest names a failed test when it fails, and again at the end, with the error.
 _FAILURE = re.compile(
-    r"^(?:.* )?(?:FAILED|ERROR) (?:tests/.*)|.*  WRONG$|^========= (?!COMPUTE|ERROR SUMMARY: 0).*", re.MULTILINE
+    r"^(?:.* )?(?:FAILED|ERROR) (?P<test>tests/.*?)(?: - .*| *)$|.*  WRONG$"
+    r"|^========= (?!COMPUTE|\w+ SUMMARY: 0).*",
+    re.MULTILINE,
 )
 _MOST = 30  # most failures to print per part
 
@@ -23,9 +26,10 @@ def main() -> None:
     print("\nsummary\n")
     print((folder / "parts.txt").read_text().rstrip())
     for log in sorted(folder.glob("*.log")):
-        failures = dict.fromkeys(match[0].strip() for match in _FAILURE.finditer(log.read_text(errors="replace")))
+        matches = _FAILURE.finditer(log.read_text(errors="replace"))
+        failures = {match["test"] or match[0].strip(): match[0].strip() for match in matches}
         if failures:
-            print(f"\n{log.stem}: {len(failures)} failures", *list(failures)[:_MOST], sep="\n  ")
+            print(f"\n{log.stem}: {len(failures)} failures", *list(failures.values())[:_MOST], sep="\n  ")
     for path in (folder / "targets.json", folder / "sampling.json"):
         if path.exists():
             print(f"\n{path.stem}", end="")

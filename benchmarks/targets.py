@@ -1,6 +1,6 @@
 """Targets of measured values.
 
-Ratios are to a baseline of the same run and apply to every GPU; microseconds apply only to an H100.
+Ratios are to a baseline of the same run and apply to every GPU; microseconds apply only to an H100 or H200.
 """
 
 from __future__ import annotations
@@ -56,6 +56,11 @@ _MICROSECONDS = {Case(100, shape): Target(10, "us", aim=5) for shape in PAPER_SH
 }
 
 
+def counts_microseconds(device_name: str) -> bool:
+    """Returns whether the targets in microseconds apply to this GPU."""
+    return "H100" in device_name or "H200" in device_name
+
+
 def of_case(case: Case, device_name: str) -> dict[tuple[str, str], Target]:
     """Returns the targets of a table's row, by contestant and mode ("eager" or "graph")."""
     if case in _MICROSECONDS:
@@ -65,7 +70,7 @@ def of_case(case: Case, device_name: str) -> dict[tuple[str, str], Target]:
             ("forward_backward", "eager"): _HALF,
             ("forward_backward", "graph"): _HALF,
         }
-        if "H100" in device_name:
+        if counts_microseconds(device_name):
             found["inverse", "graph"] = _MICROSECONDS[case]
         return found
     if case in CUDA.tables["one group"]:

@@ -14,6 +14,7 @@ import struct
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from types import SimpleNamespace
 
 import cuda_emulator
@@ -113,6 +114,11 @@ def test_commands_run(name: str, arguments: str, keys: set[str], monkeypatch, tm
         assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_host_times_come_before_the_long_tables(stand_ins):
+    sections = cuda_tables.sections(workloads.tiny(CUDA), 0, "cuda", H100)
+    assert [name for name, _ in islice(sections, 2)] == ["speeds", "host"]
+
+
 def test_the_evidence_goes_on_where_it_was(monkeypatch, tmp_path):
     monkeypatch.setattr(evidence, "ProcessPoolExecutor", lambda jobs, context: ThreadPoolExecutor(jobs))
     monkeypatch.setattr(evidence_training, "ROUNDS", 1)
@@ -147,6 +153,16 @@ def test_parts_on_a_gpu_that_fail_stop_no_other(tmp_path):
     assert re.match(r"memcheck: exit 1 after \d+ s: ========= Invalid __global__ read", first)
     assert re.match(r"smoke: exit 0 after \d+ s: (\d+) of \1 problems are right", second)
     assert "memcheck: 1 failures\n  ========= Invalid __global__ read of size 4 bytes" in "\n".join(rest)
+
+
+def test_the_summary_counts_each_failure_once(monkeypatch, tmp_path, capsys):
+    (tmp_path / "parts.txt").write_text("gpu_tests: exit 1 after 9 s: 1 failed\n")
+    name = "tests/test_layer.py::test_weight[a b]"
+    (tmp_path / "gpu_tests.log").write_text(f"[gw1] [ 50%] FAILED {name} \nFAILED {name} - assert 0\n")
+    clean = ("========= COMPUTE-SANITIZER", "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)")
+    (tmp_path / "racecheck.log").write_text("\n".join(clean))
+    run(monkeypatch, "summary", str(tmp_path))
+    assert capsys.readouterr().out.endswith(f"\n\ngpu_tests: 1 failures\n  FAILED {name} - assert 0\n")
 
 
 # Clocks
@@ -279,7 +295,8 @@ def test_rows_are_judged_and_the_summary_names_what_was_missed(capsys):
     assert first == "targets: 4 of 5 met"
     assert missed.endswith(f"corners {FOUR}, graph inverse: 11 us, <= 10 us: missed (aim 5 us)")
     others = targets.judge_row(case, {"eager": names, "graph": names}, "NVIDIA A100")
-    assert {record["unit"] for record in others} == {"x"}  # microseconds are for an H100
+    assert {record["unit"] for record in others} == {"x"}  # microseconds are for an H100 or H200
+    assert targets.judge_row(case, {"eager": names, "graph": names}, "NVIDIA H200") == records
 
 
 def test_every_row_of_the_gpu_has_a_target_and_tiny_ones_have_none():
@@ -373,6 +390,7 @@ def test_targets_of_the_big_model():
     assert [record["verdict"] for record in records] == ["missed", "met", "met"]
     assert [record["value"] for record in records] == pytest.approx([66 / 60, 26 / 25, 26 / 60])
     assert not sampling.judge_sampling(times, 16, sampling.SIZES["cpu"], "a CPU")
+    assert len(sampling.judge_sampling(times, 1, sampling.SIZES["cuda"], "NVIDIA H200")) == 1
 
 
 @pytest.mark.parametrize("name", sampling.VARIANTS)
