@@ -56,6 +56,7 @@ TABLE = (
     (Case((TL,), per_group=48, batch=2, size=(6, 5), biased=True), H100),
     (Case((TL, BR, BL, TR, TL), per_group=18, kernel_size=(2, 2), batch=2, size=(3, 4)), H100),
     (Case((TR, BL), per_group=18, batch=2, size=(19, 22), dtype=torch.float64), SMALL),
+    (Case((BR,), per_group=33, kernel_size=(2, 2), batch=1, size=(11, 7), dtype=torch.float64), SMALL),
     (Case((BR, TL), per_group=12, kernel_size=(5, 7), batch=2, size=(5, 6), dtype=torch.float64), H100),
     (Case((BL,), per_group=68, kernel_size=(2, 1), batch=2, size=(3, 5), dtype=torch.bfloat16, biased=True), H100),
     (Case((TR,), per_group=66, kernel_size=(1, 2), batch=9, size=(5, 7), biased=True), SMALL),
@@ -261,6 +262,14 @@ def test_the_table_reaches_every_kernel_and_branch():
             assert len({values[constant] for values in launched[kernel]}) > 1, (kernel, constant)
         if "GROUPS" in constants:
             assert "arguments.groups" in {values["GROUPS"] for values in launched[kernel]}, kernel
+    channels = launched["solve_channels"]
+    assert {values["SLICES"] for values in channels} == {4, 8, 16, 32}
+    # Rows of a replica, which solves up to four at once, or two
+    shares = {
+        (values["BANDED"] and values["VECTORS_EACH"] > 4, -(-values["ROWS"] // values["REPLICAS"]))
+        for values in channels
+    }
+    assert shares >= {(False, 2), (False, 3), (False, 5), (True, 3)}
     sides = [values for values in launched["solve_rows"] if values["TAU"] > 1]
     for constant in ("BANDED", "CHUNKED"):
         assert len({values[constant] for values in sides}) == 2, constant
