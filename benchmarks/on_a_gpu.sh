@@ -6,7 +6,8 @@
 #     benchmarks/on_a_gpu.sh PART ...     parts alone; LIMIT is the seconds that each may take
 #
 # Parts run in the order of their worth, each until its time limit; one that fails stops no other. Logs, and results as
-# they come, go to the folder OUT (else on-a-gpu). The summary comes last; `python -m benchmarks.summary` prints it again.
+# they come, go to the folder OUT (else on-a-gpu). A summary of all that ran there comes last, and again by
+# `python -m benchmarks.summary OUT`.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=$(mkdir -p "${OUT:=on-a-gpu}" && cd "$OUT" && pwd)
@@ -24,6 +25,7 @@ export PYTHONUNBUFFERED=1
 part() {
     local name=$1 limit=${LIMIT:-$2} started=$SECONDS status=0
     shift 2
+    sed -i "/^$name: /d" "$out/parts.txt" # of an earlier run
     timeout --signal INT --kill-after 10 "$limit" "$@" >"$out/$name.log" 2>&1 || status=$?
     printf '%s: exit %d after %d s: %s\n' "$name" "$status" $((SECONDS - started)) "$(tail -n 1 "$out/$name.log")" |
         tee -a "$out/parts.txt"
@@ -52,6 +54,6 @@ run() {
 }
 
 [ $# -gt 0 ] || set -- right fast
-rm -f "$out/parts.txt"
+touch "$out/parts.txt"
 for name; do run "$name"; done
 "$python" -m benchmarks.summary "$out" | tee "$out/summary.txt"
