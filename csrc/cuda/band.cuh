@@ -1,15 +1,15 @@
 // A band of rows in shared memory, the common part of the two wavefront solvers.
 //
 // A thread block solves one band, ROWS rows of one image and group, one wavefront per step. Pixel (row, column) is
-// solved at time kLead + TAU row + column, and pixel (row, time) is at row kRowSize + time kPitch of
+// solved at time kLead + TAU row + column, and pixel (row, time) is at row kRowSize + time PITCH of
 //
 //     solved   x; the kHalo rows before the first are the last ones of the band above, zero without one
 //     given    y
 //
-// Without chunks these are whole lines of kLine pixels, kLine = kRowSize / kPitch + TAU, with kGap columns of zeros
+// Without chunks these are whole lines of LINE pixels, LINE = kRowSize / PITCH + TAU, with kGap columns of zeros
 // between them: a time is a column for each row. With chunks a line has kHistory + STEPS times: the last kHistory times
 // of x stay when the next STEPS follow, y is copied one chunk ahead, and no size is proportional to the image. Channels
-// are contiguous and padded to an odd number of 16-byte vectors, and kRowSize / kPitch is odd, so 16-byte reads of
+// are contiguous and padded to an odd number of 16-byte vectors, and kRowSize / PITCH is odd, so 16-byte reads of
 // neighbouring rows at one time fall into different banks.
 //
 // Bands of one image run concurrently, each a little behind the one above: a band publishes how many columns of its
@@ -23,6 +23,11 @@
 //   BANDED        1 if there are several bands; then ROWS >= kHalo, and CHUNKED
 //   THREADS       in a block
 //   BIAS          1 if there is one to take off y
+//   PITCH         values of a pixel in shared memory
+//   LINE, GIVEN_LINE   pixels from a row to the next, in x and in y, at a time with chunks, else at a column
+//   SOLVED, GIVEN      pixels of x and of a chunk of y
+//   STRETCH       steps that may be solved at once, some of them after the last pixel
+//   PLACE_BYTES, BAND_BYTES   of shared memory, for the Place and for all
 // Arguments: offsets[0] = int counters: the ticket, then one of each band;
 // offsets[1] = the last kHalo rows of every band, [band][kHalo][CHANNELS][width].
 #pragma once
@@ -36,19 +41,13 @@ constexpr int kHistory = TAU * kHalo + kLeft;
 constexpr int kLead = BANDED ? kRight : 0;
 constexpr int kVector = 16 / int(sizeof(Accumulator));
 constexpr int kVectors = ceil_div(CHANNELS, kVector);
-constexpr int kPitch = (kVectors | 1) * kVector;
-constexpr int kStretch = CHUNKED ? 4 : 8;  // steps that may be solved at once, some of them after the last pixel
 constexpr int kGivenBuffers = CHUNKED ? 2 : 1;
 constexpr int kWidth = STEPS - TAU * (ROWS - 1);  // of the image, without chunks
-constexpr int kLine =
-    CHUNKED ? (kHistory + STEPS) | 1 : TAU + ((kWidth + (kLeft > kRight ? kLeft : kRight + 1) - TAU) | 1);
-constexpr int kGap = CHUNKED ? 0 : kLine - kWidth;
-constexpr int kRowSize = (CHUNKED ? kLine : kLine - TAU) * kPitch;
+constexpr int kGap = CHUNKED ? 0 : LINE - kWidth;
+constexpr int kRowSize = (CHUNKED ? LINE : LINE - TAU) * PITCH;
 constexpr int kBefore = CHUNKED ? kHistory : kGap + TAU * kHalo;  // pixels of a line of x before time 0
-constexpr int kSolvedSize = ((kHalo + ROWS) * kLine + kGap) * kPitch;
-constexpr int kGivenLine = CHUNKED ? STEPS | 1 : kLine;
-constexpr int kGivenRowSize = (CHUNKED ? kGivenLine : kGivenLine - TAU) * kPitch;
-constexpr int kGivenSize = (ROWS * kGivenLine + kStretch) * kPitch;
+constexpr int kSolvedSize = SOLVED * PITCH, kGivenSize = GIVEN * PITCH;
+constexpr int kGivenRowSize = (CHUNKED ? GIVEN_LINE : GIVEN_LINE - TAU) * PITCH;
 
 // The band of this block.
 struct Place {
@@ -56,7 +55,7 @@ struct Place {
   int index;  // among the bands of its image
   int image, group;
 };
-constexpr int kBandBytes = int(sizeof(Place)) + (kSolvedSize + kGivenBuffers * kGivenSize) * int(sizeof(Accumulator));
+static_assert(sizeof(Place) <= PLACE_BYTES, "see the planner");
 
 using PixelVector = Vector<kVector>;
 
@@ -75,12 +74,12 @@ struct Band {
   const Place* taken;
   int rows;  // inside the image
 
-  // Takes kBandBytes of shared memory. x is zero outside the image; so are the padded channels and y, for solvers that
+  // Takes BAND_BYTES of shared memory. x is zero outside the image; so are the padded channels and y, for solvers that
   // read them.
   __device__ Band(const Arguments& arguments, char* shared, bool reads_padding) : arguments(arguments) {
     if (BANDED && threadIdx.x == 0) *reinterpret_cast<Place*>(shared) = place_of(atomicAdd(counters(), 1));
     taken = reinterpret_cast<const Place*>(shared);
-    solved = reinterpret_cast<Accumulator*>(shared + sizeof(Place));
+    solved = reinterpret_cast<Accumulator*>(shared + PLACE_BYTES);
     given = solved + kSolvedSize;
     const int zeros = (kSolvedSize + (reads_padding ? kGivenBuffers * kGivenSize : 0)) / kVector;
     for (int i = threadIdx.x; i < zeros; i += THREADS) reinterpret_cast<PixelVector*>(solved)[i] = {};
@@ -93,22 +92,22 @@ struct Band {
 
   // Returns the offset of pixel (row, time); row counts from -kHalo, time from -kHistory within the chunk.
   __device__ Accumulator* solved_at(int row, int time) const {
-    return solved + (row + kHalo) * kRowSize + (time + kBefore) * kPitch;
+    return solved + (row + kHalo) * kRowSize + (time + kBefore) * PITCH;
   }
   __device__ Accumulator* given_at(int chunk, int row, int time) const {
-    return given + chunk % kGivenBuffers * kGivenSize + row * kGivenRowSize + time * kPitch;
+    return given + chunk % kGivenBuffers * kGivenSize + row * kGivenRowSize + time * PITCH;
   }
 
   // Starts copying a chunk of y.
   __device__ void fetch(int chunk) const {
-    for_each_value<kGivenLine>(given_at(chunk, 0, 0), input(), chunk,
+    for_each_value<GIVEN_LINE>(given_at(chunk, 0, 0), input(), chunk,
                                [](Accumulator* to, const SCALAR* from, int) { copy_to_shared(to, from); });
   }
 
   // Subtracts the bias from a chunk of y that has arrived. A thread handles the values it copied, so no barrier is
   // needed.
   __device__ void subtract_bias(int chunk) const {
-    for_each_value<kGivenLine>(
+    for_each_value<GIVEN_LINE>(
         given_at(chunk, 0, 0), input(), chunk,
         [&](Accumulator* value, const SCALAR*, int channel) { *value -= bias_of(arguments, place().group, channel); });
   }
@@ -145,8 +144,8 @@ struct Band {
 
   // Writes a chunk of x.
   __device__ void write(int chunk) const {
-    for_each_value<kLine>(solved_at(0, 0), output(), chunk,
-                          [](const Accumulator* from, SCALAR* to, int) { store(to, *from); });
+    for_each_value<LINE>(solved_at(0, 0), output(), chunk,
+                         [](const Accumulator* from, SCALAR* to, int) { store(to, *from); });
   }
 
   // Moves the last times of x to where the next chunk reads them.
@@ -156,7 +155,7 @@ struct Band {
       PixelVector* line = reinterpret_cast<PixelVector*>(solved + i / kVectors * kRowSize) + i % kVectors;
 #pragma unroll
       for (int time = 0; time < kHistory; ++time) {
-        line[time * kPitch / kVector] = line[(STEPS + time) * kPitch / kVector];
+        line[time * PITCH / kVector] = line[(STEPS + time) * PITCH / kVector];
       }
     }
   }
@@ -191,7 +190,7 @@ struct Band {
 
   // Calls move(value in shared memory, value in the image, channel) for every value of a chunk. A thread walks down the
   // band at one time, or one column without chunks; neighbouring threads have neighbouring times.
-  template <int LINE, typename T, typename Move>
+  template <int SPACING, typename T, typename Move>
   __device__ void for_each_value(Accumulator* pixels, const ImageView<T>& view, int chunk, Move&& move) const {
     constexpr int span = CHUNKED ? STEPS : kWidth, slope = CHUNKED ? TAU : 0;
     // Enough threads share the channels of a pixel to leave none idle.
@@ -208,7 +207,7 @@ struct Band {
     for (int at = threadIdx.x % span; at < span; at += THREADS) {
       int row = first + own_row;
       int column = CHUNKED ? chunk * STEPS + at - kLead - slope * row : at;
-      Accumulator* pixel = pixels + (row * LINE + at) * kPitch + first_channel;
+      Accumulator* pixel = pixels + (row * SPACING + at) * PITCH + first_channel;
       T* value =
           view.data + (place().index * ROWS + row) * view.row + column * view.column + first_channel * view.channel;
 #pragma unroll 1
@@ -223,7 +222,7 @@ struct Band {
             next += view.channel;
           }
         }
-        pixel += rows_at_once * LINE * kPitch;
+        pixel += rows_at_once * SPACING * PITCH;
         value += down;
         column -= rows_at_once * slope;
       }

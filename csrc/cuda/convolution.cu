@@ -15,7 +15,8 @@
 // barrier after it dominate; a model predicts 3.8 us for (100, 12, 16, 16).
 //
 // Constants from the host: OUTPUTS, PIXELS, TILE_OUTPUTS, SPLITS, IMAGES, ROWS, COLUMNS, ROW_TILES, COLUMN_TILES,
-// PITCH, CHUNK, TAPS_H, TAPS_W; BIAS, 1 if there is one.
+// PITCH, CHUNK, TAPS_H, TAPS_W; BIAS, 1 if there is one; VECTOR, values of a load of weights; TAP_WEIGHTS and STAGE,
+// values of a tap's weights and of a stage in shared memory.
 #include "tile.cuh"
 
 constexpr int kRowSlots = ROWS / PIXELS, kOutputSlots = TILE_OUTPUTS / OUTPUTS;
@@ -26,13 +27,9 @@ constexpr int kLanes = ceil_div(kThreads, 32) * 32;  // registers are allocated 
 constexpr int kResidentBlocks = clamp((sizeof(Accumulator) == 4 ? 512 : 256) / kLanes, 1, 8);
 
 constexpr int kTileRows = ROWS + TAPS_H - 1, kPlane = IMAGES * kTileRows * PITCH;
-// A thread's weights for one tap are contiguous, in whole vectors of at most 16 bytes. An odd number of vectors per tap
-// spreads the writes of neighbouring threads over the banks of shared memory.
-constexpr int kVector = OUTPUTS == 1 ? 1 : OUTPUTS == 2 || sizeof(Accumulator) == 8 ? 2 : 4;
-constexpr int kSlotWeights = ceil_div(OUTPUTS, kVector) * kVector;
-constexpr int kTapWeights = (kOutputSlots * kSlotWeights / kVector | 1) * kVector;
-constexpr int kWeights = CHUNK * TAPS_H * TAPS_W * kTapWeights;
-constexpr int kStageSize = kWeights + ceil_div(CHUNK * kPlane, 4) * 4;
+// A thread's weights for one tap are contiguous, in whole vectors.
+constexpr int kSlotWeights = ceil_div(OUTPUTS, VECTOR) * VECTOR;
+constexpr int kWeights = CHUNK * TAPS_H * TAPS_W * TAP_WEIGHTS;
 
 constexpr int kTapRows = ceil_div(KERNEL_H, TAPS_H), kTapColumns = ceil_div(KERNEL_W, TAPS_W);
 constexpr int kStages = ceil_div(CHANNELS, CHUNK) * kTapRows * kTapColumns;
@@ -77,7 +74,7 @@ __device__ inline void copy_weights(Accumulator* weights, const WeightView<const
     const int least_output = pivot ? input + !own : 0;  // the mask
     const SCALAR* source =
         view.data + (output + first) * view.out + input * view.in + row * view.row + column * view.column;
-    Accumulator* const target = weights + ((c * TAPS_W + b) * TAPS_H + a) * kTapWeights;
+    Accumulator* const target = weights + ((c * TAPS_W + b) * TAPS_H + a) * TAP_WEIGHTS;
 #pragma unroll 4
     for (int o = first; o < TILE_OUTPUTS; o += kOutputsAtOnce) {
       Accumulator* const weight = target + o / OUTPUTS * kSlotWeights + o % OUTPUTS;
@@ -105,7 +102,7 @@ __device__ inline void add_products(Accumulator (&sums)[OUTPUTS][PIXELS], const 
 #pragma unroll
   for (int a = 0; a < COUNT; ++a) {
     Accumulator weight[kSlotWeights];
-    load_vectors<kVector>(weight, weights + a * kTapWeights);
+    load_vectors<VECTOR>(weight, weights + a * TAP_WEIGHTS);
 #pragma unroll
     for (int o = 0; o < OUTPUTS; ++o) {
 #pragma unroll
@@ -128,12 +125,12 @@ __device__ inline void add_stage(Accumulator (&sums)[OUTPUTS][PIXELS], const Acc
 #pragma unroll kUnrolledColumns
     for (int b = 0; b < tap_columns; ++b) {
       const Accumulator* column = x + c * kPlane - b;
-      const Accumulator* column_weights = weights + (c * TAPS_W + b) * TAPS_H * kTapWeights;
+      const Accumulator* column_weights = weights + (c * TAPS_W + b) * TAPS_H * TAP_WEIGHTS;
       if (tap_rows == TAPS_H) {
         add_products<TAPS_H>(sums, column, column_weights);
       } else {
         for (int a = 0; a < tap_rows; ++a) {
-          add_products<1>(sums, column - a * PITCH, column_weights + a * kTapWeights);
+          add_products<1>(sums, column - a * PITCH, column_weights + a * TAP_WEIGHTS);
         }
       }
     }
@@ -157,7 +154,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kResidentBlocks)
 
   const auto copy_stage = [&](int index) {
     const Stage stage = stage_of(index);
-    Accumulator* const target = shared + index % 2 * kStageSize;
+    Accumulator* const target = shared + index % 2 * STAGE;
     copy_weights(target, weight, arguments, group, place.output, stage);
     copy_tile<kThreads, CHUNK, IMAGES, kTileRows, COLUMNS + TAPS_W - 1, PITCH, kPlane>(
         target + kWeights, x, arguments.first_strides[0], arguments, stage.channel, place.image,
@@ -171,7 +168,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kResidentBlocks)
     wait_for_copies();
     __syncthreads();
     if (index + 1 < kStages) copy_stage(index + 1);
-    const Accumulator* const current = shared + index % 2 * kStageSize;
+    const Accumulator* const current = shared + index % 2 * STAGE;
     add_stage(sums, current + kWeights + (image * kTileRows + row + TAPS_H - 1) * PITCH + column + TAPS_W - 1,
               current + output_slot * kSlotWeights, split, stage_of(index));
   }

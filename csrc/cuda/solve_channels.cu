@@ -10,7 +10,7 @@
 // of input channels and reads these vectors of a pixel; SLICES lanes then add up their sums by shuffles. Replicas take
 // different rows of the anti-diagonal, up to four at a time if they have several.
 //
-// The bound is instructions, 60 to 80 % of them multiply-adds, with one SM per image; for short diagonals it is the 450
+// The bound is instructions, 50 to 83 % of them multiply-adds, with one SM per image; for short diagonals it is the 450
 // cycles of a step. Predicted by a model of an H100 for batch 100 in one group, with premultiply, in a graph: 24
 // channels at 8 x 8 10.9 us, 48 at 4 x 4 10.0, 24 at 16 x 16 23.6, 48 at 8 x 8 18.7, 64 at 16 x 16 71; with two rows at
 // a time 11.2, 10.2, 25.4, 19.2 and 77.
@@ -104,8 +104,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   for (int i = 0; i < VECTORS_EACH; ++i) {
     // Weights beyond the product are zero, and their inputs are finite if the sum is.
     const int read = min(i * SLICES + slice, kReads - 1), lag = read / kVectors, a = lag / KERNEL_W;
-    // That is -(a kRowSize + (a + b) kPitch) for b = lag % KERNEL_W.
-    offsets[i] = (read % kVectors * kVector - lag * kPitch - a * (kRowSize + kPitch - KERNEL_W * kPitch)) *
+    // That is -(a kRowSize + (a + b) PITCH) for b = lag % KERNEL_W.
+    offsets[i] = (read % kVectors * kVector - lag * PITCH - a * (kRowSize + PITCH - KERNEL_W * PITCH)) *
                  int(sizeof(Accumulator));
     const bool counts = i * SLICES + slice < kReads && first_output < PADDED;
 #pragma unroll

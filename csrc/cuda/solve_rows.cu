@@ -74,7 +74,7 @@ __device__ inline void premultiply(const Band& band, Accumulator* pivot, Accumul
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) solve_rows(const __grid_constant__ Arguments arguments) {
   extern __shared__ __align__(16) char shared_memory[];
   const Band band(arguments, shared_memory, false);
-  Accumulator* pivot = reinterpret_cast<Accumulator*>(shared_memory + kBandBytes);
+  Accumulator* pivot = reinterpret_cast<Accumulator*>(shared_memory + BAND_BYTES);
   Accumulator* premultiplied = pivot + CHANNELS * CHANNELS;
   premultiply(band, pivot, premultiplied);
 
@@ -90,7 +90,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) solve_rows(const _
   // Reads the pixel of tap (a, first) and adds it to the sums that need it, to `sum` instead of the first.
   const auto add = [&](const Accumulator* pixel, int a, int first, Accumulator& sum) {
     Accumulator values[kVectors * kVector];
-    load_vectors<kVector>(values, pixel - a * kRowSize + (kRight - first - TAU * a) * kPitch);
+    load_vectors<kVector>(values, pixel - a * kRowSize + (kRight - first - TAU * a) * PITCH);
 #pragma unroll
     for (int b = first; b < KERNEL_W; ++b) {
 #pragma unroll
@@ -105,13 +105,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) solve_rows(const _
     const int first_lane = threadIdx.x & ~31, last_row = min((first_lane + 31) / CHANNELS, ROWS - 1);
     const int begin = kLead + TAU * (first_lane / CHANNELS) - kRight - chunk * STEPS;
     const int end = kLead + TAU * last_row + width + (CHUNKED ? kRight : 0) - chunk * STEPS;
-    for (int start = 0; start < STEPS; start += kStretch) {
-      if (start + kStretch <= begin || start >= end) {
-        for (int i = 0; i < kStretch; ++i) synchronize();
+    for (int start = 0; start < STEPS; start += STRETCH) {
+      if (start + STRETCH <= begin || start >= end) {
+        for (int i = 0; i < STRETCH; ++i) synchronize();
         continue;
       }
 #pragma unroll
-      for (int time = start; time < start + kStretch; ++time) {
+      for (int time = start; time < start + STRETCH; ++time) {
         const int column = first_column + time;
         const bool inside = active && column >= 0 && column < width;
         // Without chunks no pixel is outside the image; the first pixel reads zeros.

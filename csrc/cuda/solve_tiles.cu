@@ -23,6 +23,7 @@
 //   GROUPS, BIAS   as band.cuh documents them
 //   THREADS, BLOCKS   in a block; blocks that a multiprocessor should hold at once. PIXELS, OUTPUTS: see above
 //   PADDED         CHANNELS rounded up to a multiple of OUTPUTS; what is beyond is zero
+//   PITCH, STAGE   values of a row in shared memory, and of a stage
 // Arguments: parameters[0] = tiles of a diagonal at most; parameters[1] = rows of the longest short diagonal;
 // offsets[0] = the ticket, then a flag [group][diagonal][tile][slice] each; offsets[1] = what premultiply wrote;
 // offsets[2] and offsets[3] = y - bias and x, [group][image][row][column][PADDED], with KERNEL_H - 1 rows above and
@@ -35,10 +36,7 @@ constexpr int kVectors = PADDED / 4, kDepth = OUTPUTS / 4;  // of a pixel and of
 constexpr int kReads = KERNEL_H * KERNEL_W * kVectors, kSlices = PADDED / OUTPUTS;
 constexpr int kOutputSlots = OUTPUTS / kEach, kPixelSlots = PIXELS / kEach, kSlots = kOutputSlots * kPixelSlots;
 constexpr int kSplits = THREADS / kSlots, kCopied = THREADS / kDepth;  // the latter rows of a stage at once
-// Rows of shared memory end with a vector that spreads them over the banks.
-constexpr int kPitch = OUTPUTS + 4;
-constexpr int kHaloRows = KERNEL_H - 1, kHaloColumns = KERNEL_W - 1;  // zeros around an image
-constexpr int kStageSize = (PIXELS + OUTPUTS) * kPitch;
+constexpr int kHaloRows = KERNEL_H - 1, kHaloColumns = KERNEL_W - 1;   // zeros around an image
 using Quad = Vector<4>;
 
 struct Lag {
@@ -97,12 +95,12 @@ __device__ inline void add_stage(Quad (&sums)[kEach][2], const Accumulator* pixe
   for (int v = 0; v < kDepth; v += kSplits) {
     Quad values[COUNT];
 #pragma unroll
-    for (int i = 0; i < COUNT; ++i) values[i] = *reinterpret_cast<const Quad*>(pixels + i * kPixelSlots * kPitch);
+    for (int i = 0; i < COUNT; ++i) values[i] = *reinterpret_cast<const Quad*>(pixels + i * kPixelSlots * PITCH);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const Quad factors = *reinterpret_cast<const Quad*>(weights + j * kDepth * kPitch + half * OUTPUTS / 2);
+        const Quad factors = *reinterpret_cast<const Quad*>(weights + j * kDepth * PITCH + half * OUTPUTS / 2);
 #pragma unroll
         for (int i = 0; i < COUNT; ++i) {
 #pragma unroll
@@ -111,7 +109,7 @@ __device__ inline void add_stage(Quad (&sums)[kEach][2], const Accumulator* pixe
       }
     }
     pixels += kSplits * 4;
-    weights += kSplits * kPitch;
+    weights += kSplits * PITCH;
   }
 }
 
@@ -141,8 +139,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) solve_tiles(const 
   const auto region = [&](int i) { return reinterpret_cast<Quad*>(arguments.scratch + arguments.offsets[i]); };
   Quad* const solved = region(3);
   const int vector = threadIdx.x % kDepth, first_copied = threadIdx.x / kDepth;
-  Accumulator* const copy_pixels_to = kept(stages + first_copied * kPitch + vector * 4);
-  Accumulator* const copy_weights_to = kept(stages + (PIXELS + vector) * kPitch + first_copied * 4);
+  Accumulator* const copy_pixels_to = kept(stages + first_copied * PITCH + vector * 4);
+  Accumulator* const copy_weights_to = kept(stages + (PIXELS + vector) * PITCH + first_copied * 4);
   const Quad* const premultiplied =
       region(1) + (long long)(tile.group * PADDED + tile.slice * kDepth + first_copied) * kReads + vector;
   int places[PIXELS / kCopied];
@@ -154,17 +152,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) solve_tiles(const 
   int left = tile.slice + 1;  // stages of the lag; P^-1 has nothing beyond its diagonal
   bool more = true;
   const auto fetch = [&](int stage) {
-    Accumulator* to = copy_pixels_to + (stage & 1) * kStageSize;
+    Accumulator* to = copy_pixels_to + (stage & 1) * STAGE;
 #pragma unroll
     for (int i = 0; i < PIXELS / kCopied; ++i) {
       if (narrow && i >= PIXELS / 2 / kCopied) break;
-      copy_async(reinterpret_cast<Quad*>(to + i * kCopied * kPitch), pixels_from + (long long)places[i] * kVectors);
+      copy_async(reinterpret_cast<Quad*>(to + i * kCopied * PITCH), pixels_from + (long long)places[i] * kVectors);
     }
-    to = copy_weights_to + (stage & 1) * kStageSize;
+    to = copy_weights_to + (stage & 1) * STAGE;
 #pragma unroll
     for (int i = 0; i < OUTPUTS / kCopied; ++i) {
       const int row = i * kCopied, input = row / kDepth, outputs = row % kDepth;
-      copy_async(reinterpret_cast<Quad*>(to + input * kDepth * kPitch + outputs * 4),
+      copy_async(reinterpret_cast<Quad*>(to + input * kDepth * PITCH + outputs * 4),
                  weights_from + (input * kVectors + outputs) * kReads);
     }
     pixels_from += kDepth;
@@ -180,8 +178,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) solve_tiles(const 
 
   const int slot = threadIdx.x % kSlots, split = threadIdx.x / kSlots;
   const int output_slot = slot % kOutputSlots, pixel_slot = slot / kOutputSlots;
-  const Accumulator* const first_pixels = kept(stages + pixel_slot * kPitch + split * 4);
-  const Accumulator* const first_weights = kept(stages + (PIXELS + split) * kPitch + output_slot * 4);
+  const Accumulator* const first_pixels = kept(stages + pixel_slot * PITCH + split * 4);
+  const Accumulator* const first_weights = kept(stages + (PIXELS + split) * PITCH + output_slot * 4);
   Quad sums[kEach][2] = {};
   // What has come is added up before anything is waited for, which is then fetched without work to hide it.
   for (int fetched = 0, added = 0, age = 0; more || added < fetched;) {
@@ -190,7 +188,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) solve_tiles(const 
     const bool there = added < fetched;
     if (more && lag.age() == age) fetch(fetched++);
     if (there) {
-      const int from = (added++ & 1) * kStageSize;
+      const int from = (added++ & 1) * STAGE;
       if (narrow) add_stage<kEach / 2>(sums, first_pixels + from, first_weights + from);
       if (!narrow) add_stage<kEach>(sums, first_pixels + from, first_weights + from);
     }

@@ -18,7 +18,8 @@
 //
 // parameters[0] is the number of chunks. The scratch holds the sums [chunk][group][o][a][b][i]. Constants from the
 // host: OUTPUTS, INPUTS, TAPS_H, TAPS_W, OUTPUT_SLOTS, INPUT_SLOTS, SPLITS, IMAGES, ROWS, COLUMNS, ROW_TILES,
-// COLUMN_TILES, WIDTH_REMAINDER, ROUND_OUTPUTS, PARTS, REDUCTION_THREADS.
+// COLUMN_TILES, WIDTH_REMAINDER, ROUND_OUTPUTS, PARTS, REDUCTION_THREADS; in shared memory, values of a row of x, of a
+// channel of x and of g, and of a tile: PITCH, INPUT_PITCH, OUTPUT_PITCH, STAGE.
 #include "tile.cuh"
 
 constexpr int kPixels = 4;                          // of a row that a thread takes at a time
@@ -31,14 +32,7 @@ constexpr int kLanes = ceil_div(kThreads, 32) * 32;  // registers are allocated 
 constexpr int kResidentBlocks = clamp((sizeof(Accumulator) == 4 ? 512 : 256) / kLanes, 1, 8);
 constexpr int kTileOutputs = OUTPUTS * OUTPUT_SLOTS, kTileInputs = INPUTS * INPUT_SLOTS;
 
-// An odd number of vectors per channel, so neighbouring threads read neighbouring channels from different banks.
-__device__ constexpr int channel_pitch(int values) { return (values / kVector | 1) * kVector; }
-
-constexpr int kHalo = ceil_div(TAPS_W - 1, kPixels) * kPixels;  // columns left of the tile, in whole vectors
-constexpr int kPitch = kHalo + COLUMNS, kTileRows = ROWS + TAPS_H - 1;
-constexpr int kInputPitch = channel_pitch(IMAGES * kTileRows * kPitch);
-constexpr int kOutputPitch = channel_pitch(IMAGES * ROWS * COLUMNS);
-constexpr int kStageSize = kTileInputs * kInputPitch + kTileOutputs * kOutputPitch;
+constexpr int kHalo = PITCH - COLUMNS, kTileRows = ROWS + TAPS_H - 1;
 
 constexpr int kOutputTiles = ceil_div(CHANNELS, kTileOutputs), kInputTiles = ceil_div(CHANNELS, kTileInputs);
 constexpr int kTapRows = ceil_div(KERNEL_H, TAPS_H), kTapColumns = ceil_div(KERNEL_W, TAPS_W);
@@ -56,13 +50,13 @@ template <int PIXELS>
 __device__ inline void add_pixels(Sums& sums, const Accumulator* x, const Accumulator* g) {
   Accumulator gradient[OUTPUTS][kPixels];
 #pragma unroll
-  for (int o = 0; o < OUTPUTS; ++o) load_vectors<kVector>(gradient[o], g + o * OUTPUT_SLOTS * kOutputPitch);
+  for (int o = 0; o < OUTPUTS; ++o) load_vectors<kVector>(gradient[o], g + o * OUTPUT_SLOTS * OUTPUT_PITCH);
 #pragma unroll
   for (int i = 0; i < INPUTS; ++i) {
 #pragma unroll
     for (int a = 0; a < TAPS_H; ++a) {
       Accumulator window[kHalo + kPixels];
-      load_vectors<kVector>(window, x + i * INPUT_SLOTS * kInputPitch - a * kPitch);
+      load_vectors<kVector>(window, x + i * INPUT_SLOTS * INPUT_PITCH - a * PITCH);
 #pragma unroll
       for (int p = 0; p < PIXELS; ++p) {
 #pragma unroll
@@ -87,7 +81,7 @@ __device__ inline void add_tile(Sums& sums, const Accumulator* x, const Accumula
     const int image = line / ROWS, row = line % ROWS;
     // Skips pixels outside the image instead of multiplying by zero, because x may be infinite.
     if (row >= rows || column >= columns) continue;
-    const Accumulator* const last_row = x + (image * kTileRows + row + TAPS_H - 1) * kPitch + column;
+    const Accumulator* const last_row = x + (image * kTileRows + row + TAPS_H - 1) * PITCH + column;
     const Accumulator* const gradient = g + line * COLUMNS + column;
     if (WIDTH_REMAINDER == 0 || column + kPixels <= columns) {
       add_pixels<kPixels>(sums, last_row, gradient);
@@ -121,13 +115,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, kResidentBlocks)
   const auto copy_stage = [&](int tile) {
     const int column = tile % COLUMN_TILES * COLUMNS, row = tile / COLUMN_TILES % ROW_TILES * ROWS;
     const int image = tile / (COLUMN_TILES * ROW_TILES) * IMAGES;
-    Accumulator* const target = shared + (tile - first_tile) % 2 * kStageSize;
+    Accumulator* const target = shared + (tile - first_tile) % 2 * STAGE;
     const unsigned thread = not_hoisted(threadIdx.x);  // registers are for the sums
-    copy_tile<kThreads, kTileInputs, IMAGES, kTileRows, COLUMNS + TAPS_W - 1, kPitch, kInputPitch>(
+    copy_tile<kThreads, kTileInputs, IMAGES, kTileRows, COLUMNS + TAPS_W - 1, PITCH, INPUT_PITCH>(
         target + kHalo - (TAPS_W - 1), x, arguments.first_strides[0], arguments, place.input, image,
         row - place.tap_row - (TAPS_H - 1), column - place.tap_column - (TAPS_W - 1), thread);
-    copy_tile<kThreads, kTileOutputs, IMAGES, ROWS, COLUMNS, COLUMNS, kOutputPitch>(
-        target + kTileInputs * kInputPitch, g, arguments.second_strides[0], arguments, place.output, image, row, column,
+    copy_tile<kThreads, kTileOutputs, IMAGES, ROWS, COLUMNS, COLUMNS, OUTPUT_PITCH>(
+        target + kTileInputs * INPUT_PITCH, g, arguments.second_strides[0], arguments, place.output, image, row, column,
         thread);
   };
 
@@ -138,8 +132,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, kResidentBlocks)
     wait_for_copies();
     __syncthreads();
     if (tile + 1 < last_tile) copy_stage(tile + 1);
-    const Accumulator* const current = shared + (tile - first_tile) % 2 * kStageSize;
-    add_tile(sums, current + input_slot * kInputPitch, current + kTileInputs * kInputPitch + output_slot * kOutputPitch,
+    const Accumulator* const current = shared + (tile - first_tile) % 2 * STAGE;
+    add_tile(sums, current + input_slot * INPUT_PITCH, current + kTileInputs * INPUT_PITCH + output_slot * OUTPUT_PITCH,
              split, arguments.height - tile / COLUMN_TILES % ROW_TILES * ROWS,
              arguments.width - tile % COLUMN_TILES * COLUMNS);
   }

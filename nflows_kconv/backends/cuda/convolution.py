@@ -111,9 +111,9 @@ class _Tiles:
         return ceil_div(rows, self.taps[0]) * ceil_div(columns, self.taps[1])
 
     @cached_property
-    def slot_weights(self) -> int:
-        """Values for a thread's weights of one tap, in whole vectors."""
-        return ceil_div(self.outputs, self.vector) * self.vector
+    def tap_weights(self) -> int:
+        """Values for the weights of one tap: an odd number of vectors, to spread writes over the banks."""
+        return (self.output_slots * ceil_div(self.outputs, self.vector) | 1) * self.vector
 
     @cached_property
     def vector(self) -> int:
@@ -142,8 +142,10 @@ class _Tiles:
 
     def _channel_values(self, pitch: int) -> int:
         """Returns the values of one input channel in one stage's shared memory."""
-        tap_weights = (self.output_slots * self.slot_weights // self.vector | 1) * self.vector
-        return self.taps[0] * self.taps[1] * tap_weights + self.images * (self.rows + self.taps[0] - 1) * pitch
+        return self.taps[0] * self.taps[1] * self.tap_weights + self._plane(pitch)
+
+    def _plane(self, pitch: int) -> int:
+        return self.images * (self.rows + self.taps[0] - 1) * pitch
 
     @cached_property
     def chunk(self) -> int:
@@ -162,8 +164,13 @@ class _Tiles:
     @property
     def shared(self) -> int:
         """Bytes of shared memory."""
-        stage = ceil_div(self.chunk * self._channel_values(self.pitch), 4) * 4 + 4
-        return max(stage * min(2, self.stages), self._split_values) * self.problem.accumulator_bytes
+        return max(self.stage * min(2, self.stages), self._split_values) * self.problem.accumulator_bytes
+
+    @cached_property
+    def stage(self) -> int:
+        """Values of a stage in shared memory."""
+        weights = self.chunk * self.taps[0] * self.taps[1] * self.tap_weights
+        return weights + ceil_div(self.chunk * self._plane(self.pitch), 4) * 4
 
     @property
     def _split_values(self) -> int:
@@ -175,8 +182,15 @@ class _Tiles:
             TILE_OUTPUTS=self.outputs * self.output_slots, IMAGES=self.images, ROWS=self.rows, COLUMNS=self.columns
         )
         grid = dict(ROW_TILES=self.pixel_tiles[0], COLUMN_TILES=self.pixel_tiles[1])
-        stage = dict(PITCH=self.pitch, CHUNK=self.chunk, TAPS_H=self.taps[0], TAPS_W=self.taps[1])
-        thread = dict(OUTPUTS=self.outputs, PIXELS=self.pixels, SPLITS=self.splits, BIAS=int(self.problem.bias))
+        stage = dict(PITCH=self.pitch, CHUNK=self.chunk, TAPS_H=self.taps[0], TAPS_W=self.taps[1], STAGE=self.stage)
+        thread = dict(
+            VECTOR=self.vector,
+            TAP_WEIGHTS=self.tap_weights,
+            OUTPUTS=self.outputs,
+            PIXELS=self.pixels,
+            SPLITS=self.splits,
+            BIAS=int(self.problem.bias),
+        )
         return Launch(
             kernel(self.problem, "convolution.cu", "convolution", **tile, **grid, **stage, **thread),
             (self.blocks, 1, 1),

@@ -34,7 +34,7 @@ _ROW_BAND, _CHANNEL_BAND = 128, 32
 # Of a tile of solve_tiles.cu. With more pixels fewer tiles run at once, and each is longer on its way.
 _TILE_THREADS, _TILE_PIXELS, _TILE_OUTPUTS = 128, 32, 64
 
-_PLACE_BYTES = 16  # sizeof(Place) of band.cuh
+_PLACE_BYTES = 16
 _RESERVED_SHARED_MEMORY = 1024  # that the system reserves per thread block
 
 
@@ -90,7 +90,7 @@ def plan_channels(problem: ProblemSpec, device: Device) -> LaunchPlan | None:
     # Replicas in separate blocks do as much and leave no multiprocessor waiting for the last blocks.
     replicas = min(_most_threads(16 * each, problem) // threads, band.rows)
     blocks = min(ceil_div(band.count, device.multiprocessors), band.most_resident(device), replicas)
-    # A replica solves its rows in twos and fours; with more replicas than this it would have as many of them.
+    # With more replicas than this, each would have as many pairs of rows.
     replicas = ceil_div(band.rows, 2 * ceil_div(band.rows, 2 * (replicas // blocks)))
     band = replace(band, problem=problem)
     offset = aligned(band.scratch)
@@ -130,10 +130,12 @@ def plan_tiles(problem: ProblemSpec, device: Device) -> LaunchPlan | None:
     places = batch * groups * (height + problem.taps[0] - 1) * (width + problem.taps[1] - 1)
     given = counters + aligned(size)
     solved = given + aligned(places * padded * 4)
+    pitch = _TILE_OUTPUTS + 4  # a vector more spreads rows over the banks
+    stage = (_TILE_PIXELS + _TILE_OUTPUTS) * pitch
     tile = dict(THREADS=_TILE_THREADS, BLOCKS=3, PIXELS=_TILE_PIXELS, OUTPUTS=_TILE_OUTPUTS, PADDED=padded)
-    constants = dict(GROUPS=_groups(problem), BIAS=int(problem.bias), **tile)
+    constants = dict(GROUPS=_groups(problem), BIAS=int(problem.bias), PITCH=pitch, STAGE=stage, **tile)
     packed = arguments(problem, (tiles, narrow), (0, counters, given, solved))
-    shared = 16 + 16 * _TILE_PIXELS + 2 * 4 * (_TILE_PIXELS + _TILE_OUTPUTS) * (_TILE_OUTPUTS + 4)
+    shared = 16 + 16 * _TILE_PIXELS + 2 * 4 * stage
     # A third block would only take time from those of a diagonal that others wait for.
     if groups * tiles * slices <= device.multiprocessors:
         shared = max(shared, device.shared_memory // 3)
@@ -168,6 +170,7 @@ class _Band:
     problem: ProblemSpec
     rows: int
     steps: int
+    layout: dict[str, int]
     shared: int
 
     @property
@@ -185,6 +188,7 @@ class _Band:
             "CHUNKED": int(chunked),
             "BANDED": int(self._bands > 1),
             "BIAS": int(self.problem.bias),
+            **self.layout,
         }
 
     @property
@@ -219,31 +223,46 @@ def _fitted_band(problem: ProblemSpec, device: Device, rows: int, more_shared: i
 
     If possible, all blocks, up to `most_blocks` per multiprocessor, run at once.
     """
-    halo, height, width = problem.taps[0] - 1, *problem.shape[2:]
-    left, right, tau = problem.taps[1] - 1 - problem.right, problem.right, problem.tau
-    history = tau * halo + left
-    chunks = [4 * ceil_div(max(steps, history), 4) for steps in _CHUNKS]
+    halo, height = problem.taps[0] - 1, problem.shape[2]
+    chunks = [4 * ceil_div(max(steps, _history(problem)), 4) for steps in _CHUNKS]
     if rows > 0:
         rows = ceil_div(height, ceil_div(height, rows))  # of equal height
     while rows > 0 and (rows == height or rows >= halo):
-        # Pixels in shared memory by steps, see band.cuh.
-        pixels = {steps: (halo + rows) * (history + steps | 1) + 2 * (rows * (steps | 1) + 4) for steps in chunks}
-        if rows == height:
-            line = tau + (width + (left if left > right else right + 1) - tau | 1)
-            whole = {_times(problem): (halo + 2 * rows) * line + line - width + 8}
-            pixels = whole | {steps: count for steps, count in pixels.items() if steps < _times(problem)}
-        fitting = None
-        for steps, count in pixels.items():
-            shared = count * _pixel_bytes(problem) + _PLACE_BYTES + more_shared
+        times, fitting = _times(problem), None
+        for steps in chunks if rows < height else (times, *(steps for steps in chunks if steps < times)):
+            layout = _layout(problem, rows, steps)
+            shared = layout["BAND_BYTES"] + more_shared
             if shared > device.shared_memory:
                 continue
-            fitting = _Band(problem, rows, steps, shared)
+            fitting = _Band(problem, rows, steps, layout, shared)
             if fitting.most_resident(device) >= min(ceil_div(fitting.count, device.multiprocessors), most_blocks):
                 break  # all at once, because a second round for the last few would take as long as the first
         if fitting is not None:
             return fitting
         rows //= 2
     return None
+
+
+def _layout(problem: ProblemSpec, rows: int, steps: int) -> dict[str, int]:
+    """Returns the constants of band.cuh for a band in shared memory: a whole image, or a chunk of `steps` steps."""
+    halo, width, tau = problem.taps[0] - 1, problem.shape[3], problem.tau
+    if rows == problem.shape[2] and steps == _times(problem):
+        line = given_line = tau + (width + max(problem.taps[1] - 1 - problem.right, problem.right + 1) - tau | 1)
+        gap, buffers, stretch = line - width, 1, 8
+    else:
+        line, given_line = _history(problem) + steps | 1, steps | 1
+        gap, buffers, stretch = 0, 2, 4
+    solved, given = (halo + rows) * line + gap, rows * given_line + stretch
+    vector = 16 // problem.accumulator_bytes
+    pitch = (ceil_div(problem.channels, vector) | 1) * vector
+    size = _PLACE_BYTES + (solved + buffers * given) * pitch * problem.accumulator_bytes
+    lines = dict(PITCH=pitch, LINE=line, GIVEN_LINE=given_line, SOLVED=solved, GIVEN=given, STRETCH=stretch)
+    return lines | dict(PLACE_BYTES=_PLACE_BYTES, BAND_BYTES=size)
+
+
+def _history(problem: ProblemSpec) -> int:
+    """Returns the steps before a pixel from which it reads."""
+    return problem.tau * (problem.taps[0] - 1) + problem.taps[1] - 1 - problem.right
 
 
 def _groups(problem: ProblemSpec) -> int | str:
@@ -277,9 +296,3 @@ def _row_threads(problem: ProblemSpec, rows: int) -> int:
 def _premultiplied_bytes(problem: ProblemSpec) -> int:
     columns = problem.taps[0] * problem.taps[1] * problem.channels
     return (columns + problem.channels) * problem.channels * problem.accumulator_bytes
-
-
-def _pixel_bytes(problem: ProblemSpec) -> int:
-    """Returns kPitch of band.cuh, in bytes."""
-    vector = 16 // problem.accumulator_bytes
-    return 16 * (ceil_div(problem.channels, vector) | 1)

@@ -158,19 +158,24 @@ class _Tiles:
         return ceil_div(self.sums.problem.shape[0], self.images) * self.grid[0] * self.grid[1]
 
     @cached_property
-    def values(self) -> int:
-        """Values in shared memory for one tile."""
-        vector = 16 // self.sums.problem.accumulator_bytes
+    def layout(self) -> dict[str, int]:
+        """The constants of the kernel for one tile in shared memory."""
         rows, columns = self.sums.taps
-        pitch = ceil_div(columns - 1, _PIXELS) * _PIXELS + self.columns
-        x = (self.images * (self.rows + rows - 1) * pitch // vector | 1) * vector
-        g = (self.images * self.rows * self.columns // vector | 1) * vector
-        return self.sums.inputs * self.sums.input_slots * x + self.sums.outputs * self.sums.output_slots * g
+        pitch = ceil_div(columns - 1, _PIXELS) * _PIXELS + self.columns  # whole vectors left of the tile
+        x = self._channel_pitch(self.images * (self.rows + rows - 1) * pitch)
+        g = self._channel_pitch(self.images * self.rows * self.columns)
+        stage = self.sums.inputs * self.sums.input_slots * x + self.sums.outputs * self.sums.output_slots * g
+        return dict(PITCH=pitch, INPUT_PITCH=x, OUTPUT_PITCH=g, STAGE=stage)
+
+    def _channel_pitch(self, values: int) -> int:
+        """Returns an odd number of vectors: neighbouring threads read neighbouring channels from different banks."""
+        vector = 16 // self.sums.problem.accumulator_bytes
+        return (values // vector | 1) * vector
 
     @cached_property
     def shared(self) -> int:
         """Bytes of shared memory for a tile and the next one."""
-        return 2 * self.values * self.sums.problem.accumulator_bytes
+        return 2 * self.layout["STAGE"] * self.sums.problem.accumulator_bytes
 
     @cached_property
     def round_outputs(self) -> int:
@@ -192,7 +197,7 @@ class _Tiles:
         )
         grid = dict(ROW_TILES=self.grid[0], COLUMN_TILES=self.grid[1])
         end = dict(ROUND_OUTPUTS=self.round_outputs, PARTS=parts, REDUCTION_THREADS=_REDUCTION_THREADS)
-        constants = thread | block | tile | grid | end
+        constants = thread | block | tile | grid | end | self.layout
         packed = arguments(problem, [self.chunks])
         entries = problem.shape[1] * problem.channels * problem.kernel_size[0] * problem.kernel_size[1]
         return (
