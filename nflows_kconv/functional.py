@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from nflows_kconv import checks, ops, stencil
-from nflows_kconv.torch_internals import is_exporting_to_onnx, is_under_torch_func
+from nflows_kconv.backends import registry
+from nflows_kconv.torch_internals import is_exporting_to_onnx, is_under_torch_func, is_unobserved
 
 _KERNEL_AXES = {1: ("k",), 2: ("kh", "kw"), 3: ("kd", "kh", "kw")}
 
@@ -197,9 +198,13 @@ def run(
         dilation: One number for each axis.
         repeats: How many times the groups cycle through these stencils.
     """
-    output = ops.attempt(operator, input, weight, bias, log_diagonal, stencils, dilation, unit_diagonal, repeats)
-    if output is not None:
-        return output
+    attempt = registry.attempt
+    are_tensors = input is not None and weight is not None  # the backends check everything else, such as the device
+    if attempt is not None and are_tensors and is_unobserved(input, weight, bias, log_diagonal):
+        name = "conv" if operator is ops.conv else "solve"
+        output = attempt(name, input, weight, bias, log_diagonal, stencils * repeats, dilation, unit_diagonal)
+        if output is not None:
+            return output
     dimensions = len(dilation)
     check_arguments(input, weight, bias, log_diagonal, len(stencils) * repeats, dimensions)
     if dimensions == 1:  # a row of an image

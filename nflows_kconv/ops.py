@@ -392,27 +392,6 @@ def _sum(shape: Sequence[int], *terms: Tensor | None) -> Tensor:
     return sum(others, first).expand(shape)
 
 
-def attempt(
-    operator: Callable[..., Tensor],
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    log_diagonal: Tensor | None,
-    stencils: tuple[int, ...],
-    dilation: tuple[int, ...],
-    unit_diagonal: bool,
-    repeats: int,
-) -> Tensor | None:
-    """Does `call` on unchecked arguments; returns None unless a backend accepts them."""
-    # The backends check everything else, such as the device.
-    if input is None or weight is None or not is_unobserved(input, weight, bias, log_diagonal):
-        return None
-    if (attempt := registry.attempt) is None:
-        return None
-    name = "conv" if operator is conv else "solve"
-    return attempt(name, input, weight, bias, log_diagonal, stencils * repeats, dilation, unit_diagonal)
-
-
 def call(
     operator: Callable[..., Tensor],
     input: Tensor,

@@ -25,6 +25,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +44,14 @@ STENCILS: dict[int, dict[str, int]] = {
 }
 AXES = {1: ("L",), 2: ("H", "W"), 3: ("D", "H", "W")}
 CORNERS = {n: tuple(name for name, code in codes.items() if code <= _MIRRORS) for n, codes in STENCILS.items()}
+# What `parse` gives for one or two names, and for the default: `functional` asks at every call.
+_USUAL: dict[int, dict[Any, tuple[int, ...]]] = {
+    n: {name: (code,) for name, code in codes.items()}
+    | {(name,): (code,) for name, code in codes.items()}
+    | {pair: (codes[pair[0]], codes[pair[1]]) for pair in itertools.product(codes, repeat=2)}
+    | {CORNERS[n]: tuple(codes[name] for name in CORNERS[n])}
+    for n, codes in STENCILS.items()
+}
 
 
 def parse(corners: str | Sequence[str], dimensions: int = 2) -> tuple[int, ...]:
@@ -52,9 +61,11 @@ def parse(corners: str | Sequence[str], dimensions: int = 2) -> tuple[int, ...]:
         TypeError: If `corners` is neither a string nor a sequence of strings.
         ValueError: If there is no name, or a name is unknown for this number of dimensions.
     """
+    try:
+        return _USUAL[dimensions][corners]
+    except (KeyError, TypeError):
+        pass
     known = STENCILS[dimensions]
-    if type(corners) is str and corners in known:  # at every call of `functional`
-        return (known[corners],)
     names = (corners,) if isinstance(corners, str) else corners
     is_sequence = isinstance(names, (tuple, list, Sequence))
     try:
