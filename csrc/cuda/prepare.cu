@@ -9,8 +9,8 @@
 // H100, for 128 and 256: 23 and 61; one column at once: 85 for 256.
 //
 // Constants in addition to those of arguments.cuh: PADDED, outputs written; VECTORS, vectors of inputs; THREADS per
-// block; COLUMNS; PANEL, columns of the pivot in shared memory at once, CHANNELS or 32. Arguments: offsets[0] = where
-// to write.
+// block; COLUMNS; PANEL, columns of the pivot in shared memory at once, CHANNELS or 32; PITCH, values from one of these
+// to the next. Arguments: offsets[0] = where to write.
 #include "arguments.cuh"
 
 constexpr int kWarps = THREADS / 32;
@@ -18,7 +18,6 @@ constexpr int kTaps = KERNEL_H * KERNEL_W;
 constexpr int kVector = 16 / int(sizeof(Accumulator));
 constexpr int kReads = kTaps * VECTORS;
 constexpr int kSlots = ceil_div(CHANNELS, 32), kUnrolled = kSlots > 2 ? 2 : 8;
-constexpr int kStride = CHANNELS | 1;  // between columns of the pivot, which fall into different banks
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) premultiply(const __grid_constant__ Arguments arguments) {
   extern __shared__ __align__(16) char shared_memory[];
@@ -45,14 +44,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) premultiply(const __gri
     const int out = i * 32 + lane;
     diagonal[i] = out < CHANNELS ? load_pivot(weight, arguments, group, out, out) : 1;
   }
-  // Solves P x = values; P(out, k) is pivot[k % PANEL * kStride + out] for k < out.
+  // Solves P x = values; P(out, k) is pivot[k % PANEL * PITCH + out] for k < out.
 #pragma unroll
   for (int slot = 0; slot < kSlots; ++slot) {
     if (slot == 0 || (PANEL < CHANNELS && slot * 32 % PANEL == 0)) {
       if (slot > 0) __syncthreads();
       for (int i = threadIdx.x; i < (CHANNELS - slot * 32) * PANEL; i += THREADS) {
         const int out = slot * 32 + i / PANEL, k = slot * 32 + i % PANEL;
-        if (k < out) copy_to_shared(pivot + i % PANEL * kStride + out, weight.data + out * weight.out + k * weight.in);
+        if (k < out) copy_to_shared(pivot + i % PANEL * PITCH + out, weight.data + out * weight.out + k * weight.in);
       }
       wait_for_copies();
       __syncthreads();
@@ -67,7 +66,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) premultiply(const __gri
       for (int i = slot; i < kSlots; ++i) {
         const int out = i * 32 + lane;
         if ((i > slot || out > k) && (CHANNELS % 32 == 0 || out < CHANNELS)) {
-          const Accumulator factor = pivot[k % PANEL * kStride + out];
+          const Accumulator factor = pivot[k % PANEL * PITCH + out];
 #pragma unroll
           for (int c = 0; c < COLUMNS; ++c) values[i][c] -= factor * solved[c];
         }

@@ -18,6 +18,7 @@
 //
 // Constants in addition to those of band.cuh:
 //   BLOCKS    thread blocks that a multiprocessor should hold at once
+//   PIVOT     values of the pivot in shared memory, before its products
 #include "band.cuh"
 
 constexpr int kColumns = KERNEL_H * KERNEL_W * CHANNELS;
@@ -75,7 +76,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) solve_rows(const _
   extern __shared__ __align__(16) char shared_memory[];
   const Band band(arguments, shared_memory, false);
   Accumulator* pivot = reinterpret_cast<Accumulator*>(shared_memory + BAND_BYTES);
-  Accumulator* premultiplied = pivot + CHANNELS * CHANNELS;
+  Accumulator* premultiplied = pivot + PIVOT;
   premultiply(band, pivot, premultiplied);
 
   // Neighbouring lanes read the same pixels.

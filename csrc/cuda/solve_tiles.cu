@@ -24,6 +24,7 @@
 //   THREADS, BLOCKS   in a block; blocks that a multiprocessor should hold at once. PIXELS, OUTPUTS: see above
 //   PADDED         CHANNELS rounded up to a multiple of OUTPUTS; what is beyond is zero
 //   PITCH, STAGE   values of a row in shared memory, and of a stage
+//   TICKET_BYTES, TILE_BYTES   of shared memory, for the ticket, and before the two stages
 // Arguments: parameters[0] = tiles of a diagonal at most; parameters[1] = rows of the longest short diagonal;
 // offsets[0] = the ticket, then a flag [group][diagonal][tile][slice] each; offsets[1] = what premultiply wrote;
 // offsets[2] and offsets[3] = y - bias and x, [group][image][row][column][PADDED], with KERNEL_H - 1 rows above and
@@ -62,6 +63,7 @@ struct Diagonal {
 struct Pixel {
   int image, row, column, place;  // the last in what `arrange` lays out
 };
+static_assert(TICKET_BYTES + PIXELS * sizeof(Pixel) <= TILE_BYTES, "see the planner");
 
 struct Tile {
   const Arguments& arguments;
@@ -125,8 +127,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) solve_tiles(const 
   const int first_pixel = tile.index * diagonal.pixels, beyond = arguments.batch * diagonal.rows;
   if (first_pixel >= beyond) return;
   const int last_pixel = min(beyond, first_pixel + diagonal.pixels) - 1;
-  Pixel* const tile_pixels = reinterpret_cast<Pixel*>(taken + 4);
-  Accumulator* const stages = reinterpret_cast<Accumulator*>(tile_pixels + PIXELS);
+  Pixel* const tile_pixels = reinterpret_cast<Pixel*>(shared_memory + TICKET_BYTES);
+  Accumulator* const stages = reinterpret_cast<Accumulator*>(shared_memory + TILE_BYTES);
   const int width = arguments.width + kHaloColumns;
   if (threadIdx.x < PIXELS) {
     const int pixel = min(last_pixel, first_pixel + int(threadIdx.x));  // those beyond the last are not written

@@ -34,14 +34,14 @@ _ROW_BAND, _CHANNEL_BAND = 128, 32
 # Of a tile of solve_tiles.cu. With more pixels fewer tiles run at once, and each is longer on its way.
 _TILE_THREADS, _TILE_PIXELS, _TILE_OUTPUTS = 128, 32, 64
 
-_PLACE_BYTES = 16
+_PLACE_BYTES = _TICKET_BYTES = _PIXEL_BYTES = 16  # of structures in shared memory
 _RESERVED_SHARED_MEMORY = 1024  # that the system reserves per thread block
 
 
 def plan_rows(problem: ProblemSpec, device: Device) -> LaunchPlan | None:
     """Plans solve_rows.cu, one thread per row and output channel; None if the weights do not fit in registers."""
-    words = problem.accumulator_bytes // 4
-    column = problem.taps[0] * problem.taps[1] * problem.channels * words  # registers per output
+    columns, pivot = problem.taps[0] * problem.taps[1] * problem.channels, problem.channels**2
+    column = columns * problem.accumulator_bytes // 4  # registers per output
     if column > _ROW_WEIGHTS or problem.channels > _ROW_CHANNELS:
         return None
     most_threads = _most_threads(column, problem)
@@ -50,13 +50,14 @@ def plan_rows(problem: ProblemSpec, device: Device) -> LaunchPlan | None:
         rows = _most_threads(column + _BANDED_REGISTERS, problem) // problem.channels
     rows = _narrowed(rows, _ROW_BAND, problem.typical, device)
     most_blocks = max(1, most_threads // _row_threads(problem, rows))
-    band = _fitted_band(problem.typical, device, rows, _premultiplied_bytes(problem), most_blocks)
+    premultiplied = (pivot + columns * problem.channels) * problem.accumulator_bytes
+    band = _fitted_band(problem.typical, device, rows, premultiplied, most_blocks)
     if band is None:
         return None
     threads = _row_threads(problem, band.rows)
     blocks = max(1, min(ceil_div(band.count, device.multiprocessors), most_threads // threads))
     band = replace(band, problem=problem)
-    constants = band.constants | {"THREADS": threads, "BLOCKS": blocks}
+    constants = band.constants | {"THREADS": threads, "BLOCKS": blocks, "PIVOT": pivot}
     launch = Launch(
         kernel(problem, "solve_rows.cu", "solve_rows", **constants),
         (band.count, 1, 1),
@@ -132,10 +133,12 @@ def plan_tiles(problem: ProblemSpec, device: Device) -> LaunchPlan | None:
     solved = given + aligned(places * padded * 4)
     pitch = _TILE_OUTPUTS + 4  # a vector more spreads rows over the banks
     stage = (_TILE_PIXELS + _TILE_OUTPUTS) * pitch
+    before = _TICKET_BYTES + _TILE_PIXELS * _PIXEL_BYTES
+    layout = dict(PITCH=pitch, STAGE=stage, TICKET_BYTES=_TICKET_BYTES, TILE_BYTES=before)
     tile = dict(THREADS=_TILE_THREADS, BLOCKS=3, PIXELS=_TILE_PIXELS, OUTPUTS=_TILE_OUTPUTS, PADDED=padded)
-    constants = dict(GROUPS=_groups(problem), BIAS=int(problem.bias), PITCH=pitch, STAGE=stage, **tile)
+    constants = dict(GROUPS=_groups(problem), BIAS=int(problem.bias), **layout, **tile)
     packed = arguments(problem, (tiles, narrow), (0, counters, given, solved))
-    shared = 16 + 16 * _TILE_PIXELS + 2 * 4 * stage
+    shared = before + 2 * 4 * stage
     # A third block would only take time from those of a diagonal that others wait for.
     if groups * tiles * slices <= device.multiprocessors:
         shared = max(shared, device.shared_memory // 3)
@@ -152,12 +155,13 @@ def _premultiplication(problem: ProblemSpec, offset: int, padded: int, vectors: 
     # With 512 channels at 3 x 3 these are 128 blocks, one of which fills the registers of a multiprocessor.
     threads, columns, panel = (288, 4, 32) if channels > 64 else (256, 1, channels)
     products = problem.taps[0] * problem.taps[1] * vectors * 16 // problem.accumulator_bytes
-    constants = dict(PADDED=padded, VECTORS=vectors, THREADS=threads, COLUMNS=columns, PANEL=panel)
+    pitch = channels | 1  # odd, so neighbouring columns fall into different banks
+    constants = dict(PADDED=padded, VECTORS=vectors, THREADS=threads, COLUMNS=columns, PANEL=panel, PITCH=pitch)
     launch = Launch(
         kernel(problem, "prepare.cu", "premultiply", **constants),
         (len(problem.stencils) * ceil_div(products, threads // 32 * columns), 1, 1),
         threads,
-        (channels | 1) * panel * problem.accumulator_bytes,
+        pitch * panel * problem.accumulator_bytes,
         arguments(problem, offsets=(offset,)),
     )
     return launch, len(problem.stencils) * products * padded * problem.accumulator_bytes
@@ -291,8 +295,3 @@ def _most_threads(weight_registers: int, problem: ProblemSpec) -> int:
 
 def _row_threads(problem: ProblemSpec, rows: int) -> int:
     return 32 * ceil_div(rows * problem.channels, 32)
-
-
-def _premultiplied_bytes(problem: ProblemSpec) -> int:
-    columns = problem.taps[0] * problem.taps[1] * problem.channels
-    return (columns + problem.channels) * problem.channels * problem.accumulator_bytes
