@@ -15,7 +15,6 @@
 #include <stdexcept>
 #include <string>
 #include <unordered_map>
-#include <utility>
 #include <vector>
 
 #include "export.h"
@@ -63,14 +62,8 @@ Planner planner;
 std::shared_mutex mutex;
 std::unordered_map<Key, std::shared_ptr<const LoadedPlan>, Hash> plans;
 
-// torch passes on only the text of an exception; Python asks for the type of the last one.
-enum class ErrorType { kOther, kMemory, kPython };
-thread_local ErrorType last_error;
-
-[[noreturn]] void fail(ErrorType type, const std::string& text) {
-  last_error = type;
-  throw std::runtime_error(text);
-}
+// Whether this thread's last allocation failed, because torch passes on only the text of an exception.
+thread_local bool out_of_memory;
 
 void check(int error, const char* function) {
   if (error == 0) return;
@@ -117,9 +110,9 @@ View view(const Tensor& tensor) {
 
 Tensor allocate(int64_t dimensions, const int64_t* sizes, const int64_t* strides, int32_t dtype, const View& like) {
   AtenTensorHandle handle;
-  if (aoti_torch_empty_strided(dimensions, sizes, strides, dtype, like.device_type, like.device, &handle) != 0) {
-    fail(ErrorType::kMemory, "out of memory: " + torch_reason("allocate memory"));
-  }
+  out_of_memory =
+      aoti_torch_empty_strided(dimensions, sizes, strides, dtype, like.device_type, like.device, &handle) != 0;
+  if (out_of_memory) throw std::runtime_error("out of memory: " + torch_reason("allocate memory"));
   return Tensor(handle);
 }
 
@@ -134,7 +127,7 @@ std::shared_ptr<const LoadedPlan> make(const Key& key, const int64_t* output_str
   std::copy_n(output_strides, 4, plan->output_strides);
   STD_TORCH_CHECK(planner != nullptr, "nflows_kconv must be imported");
   planner(key.data(), int64_t(key.size()), output_strides, plan.get());
-  if (plan->error) fail(ErrorType::kPython, *plan->error);
+  if (plan->error) throw std::runtime_error(*plan->error);
   const std::unique_lock lock(mutex);
   // Dropping all at once is enough: planning again takes microseconds, and Python keeps the compiled code.
   if (plans.size() >= kMaxPlans) plans.clear();
@@ -183,9 +176,11 @@ void launch(const LoadedPlan& plan, const Operands& operands, const Tensor& outp
   }
 }
 
+constexpr char kConv[] = "conv", kSolve[] = "solve", kWeightGradient[] = "weight_gradient";
+
 // The differences between the operators.
 struct Operator {
-  int64_t number;
+  const char* name;
   bool unit_diagonal, transpose;
   const int64_t* kernel_size;
   const int64_t* output_sizes;
@@ -201,8 +196,8 @@ Tensor run(const Operator& op, const Operands& operands, const std::vector<int64
   }
 
   thread_local Key key;
-  key.assign({op.number, a.dtype, a.device, op.unit_diagonal, op.transpose, operands.bias.has_value(),
-              op.kernel_size[0], op.kernel_size[1]});
+  key.assign({reinterpret_cast<int64_t>(op.name), a.dtype, a.device, op.unit_diagonal, op.transpose,
+              operands.bias.has_value(), op.kernel_size[0], op.kernel_size[1]});
   key.insert(key.end(), a.sizes, a.sizes + 4);
   key.insert(key.end(), a.strides, a.strides + 4);
   key.insert(key.end(), b.strides, b.strides + 4);
@@ -228,11 +223,11 @@ std::optional<Tensor> dense(const std::optional<Tensor>& vector) {
 }
 
 // The arguments are those that nflows_kconv/ops.py has checked.
-template <int64_t kNumber>
+template <const char* kName>
 Tensor run_on_images(const Tensor& input, const Tensor& weight, std::optional<Tensor> bias,
                      std::optional<Tensor> log_diagonal, std::vector<int64_t> stencils, bool unit_diagonal,
                      bool transpose) {
-  return run({kNumber, unit_diagonal, transpose, view(weight).sizes + 2, view(input).sizes},
+  return run({kName, unit_diagonal, transpose, view(weight).sizes + 2, view(input).sizes},
              {input, weight, dense(bias), dense(log_diagonal)}, stencils);
 }
 
@@ -240,7 +235,8 @@ Tensor weight_gradient(const Tensor& input, const Tensor& grad, std::vector<int6
                        std::vector<int64_t> kernel_size, bool unit_diagonal) {
   const int64_t channels = input.size(1);
   const int64_t sizes[] = {channels, channels / int64_t(stencils.size()), kernel_size[0], kernel_size[1]};
-  return run({2, unit_diagonal, false, kernel_size.data(), sizes}, {input, grad, std::nullopt, std::nullopt}, stencils);
+  return run({kWeightGradient, unit_diagonal, false, kernel_size.data(), sizes},
+             {input, grad, std::nullopt, std::nullopt}, stencils);
 }
 
 }  // namespace
@@ -262,8 +258,8 @@ STABLE_TORCH_LIBRARY(nflows_kconv_native, library) {
 
 // For every device, because tests call them with CPU tensors.
 STABLE_TORCH_LIBRARY_IMPL(nflows_kconv_native, CompositeExplicitAutograd, library) {
-  library.impl("conv_cuda", TORCH_BOX(&run_on_images<0>));
-  library.impl("solve_cuda", TORCH_BOX(&run_on_images<1>));
+  library.impl("conv_cuda", TORCH_BOX(&run_on_images<kConv>));
+  library.impl("solve_cuda", TORCH_BOX(&run_on_images<kSolve>));
   library.impl("weight_gradient_cuda", TORCH_BOX(&weight_gradient));
 }
 
@@ -290,5 +286,5 @@ KCONV_EXPORT void nflows_kconv_finish_plan(LoadedPlan* plan, void* context, int6
 
 KCONV_EXPORT void nflows_kconv_plan_error(LoadedPlan* plan, const char* error) { plan->error.emplace(error); }
 
-// Returns the type of the last error; called after an operator has thrown.
-KCONV_EXPORT int nflows_kconv_take_error() { return int(std::exchange(last_error, ErrorType::kOther)); }
+// Called after an operator has thrown.
+KCONV_EXPORT bool nflows_kconv_out_of_memory() { return out_of_memory; }

@@ -25,9 +25,9 @@ struct Driver {
 struct LoadedPlan;
 
 // Asks Python to plan. The words hold everything a plan depends on, as `_read` of
-// nflows_kconv/backends/cuda/native_launcher.py expects: operation, dtype and device as numbers, flags for a unit
-// diagonal, the transpose and a bias, kernel size [2], shape [4], strides of the first and second tensor [4], and one
-// stencil per group. The strides of the output follow from them.
+// nflows_kconv/backends/cuda/native_launcher.py expects: the address of the operation's name, dtype and device as
+// numbers, flags for a unit diagonal, the transpose and a bias, kernel size [2], shape [4], strides of the first and
+// second tensor [4], and one stencil per group. The strides of the output follow from them.
 using Planner = void (*)(const int64_t* words, int64_t count, const int64_t* output_strides, LoadedPlan*);
 
 }  // namespace kconv::cuda

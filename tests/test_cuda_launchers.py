@@ -330,3 +330,20 @@ def test_the_context_is_the_devices(native_alone: SimpleNamespace, planner: Plan
     with pytest.raises(RuntimeError):
         call(native_alone)
     assert native_alone.driver.contexts == [current]
+
+
+def test_no_error_of_an_earlier_call_comes_out(native_alone: SimpleNamespace, planner: Planner, monkeypatch):
+    asked = call_of(Case())
+    arguments = asked.input, asked.other, None, None, list(asked.stencils), False, False
+    with monkeypatch.context() as broken:
+        broken.delattr(planning, "plan")
+        with pytest.raises(RuntimeError, match="has no attribute 'plan'"):  # leaves what Python raised
+            torch.ops.nflows_kconv_native.solve_cuda(*arguments)
+    with monkeypatch.context() as broken:
+        broken.setattr(planning, "plan", lambda problem, device: LaunchPlan((), scratch=1 << 50))
+        with pytest.raises(RuntimeError, match="memory"):
+            torch.ops.nflows_kconv_native.conv_cuda(*arguments)
+    native_alone.driver.error = 719
+    with pytest.raises(RuntimeError, match=r"^cuLaunchKernel failed: CUDA_ERROR_719$") as raised:
+        call(native_alone)
+    assert type(raised.value) is RuntimeError

@@ -17,7 +17,7 @@ from nflows_kconv.torch_internals import below_autograd
 
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
 
-called_back = threading.local()  # .error: raised by Python when the library last called it in this thread
+called_back = threading.local()  # .error: raised by Python when the library called it back in this thread, or None
 
 
 class Outcome(IntEnum):
@@ -63,6 +63,7 @@ def _load(directory: Path) -> tuple[ctypes.CDLL | None, str]:
         library.nflows_kconv_instruction_set.restype = ctypes.c_char_p
         library.nflows_kconv_select_instruction_set.argtypes = [ctypes.c_char_p]
         library.nflows_kconv_run.argtypes = [ctypes.c_char_p]
+        library.nflows_kconv_out_of_memory.restype = ctypes.c_bool
     except Exception as error:  # The package must import without the library, whatever is wrong with it.
         cause = error.__cause__ or error  # torch's own message names only the file
         return None, f"built with {build['compiler']} and torch {build['torch']}, it failed to load: {cause}"
@@ -88,16 +89,17 @@ def loaded() -> ctypes.CDLL:
 
 def call(name: str, *args: Any) -> Tensor:
     """Calls an operator of the native library, below autograd, which `ops` handles."""
+    called_back.error = None  # an interrupted call may have left one
     try:
         with below_autograd():
             return _operator(name)(*args)
     except Exception as error:  # torch passes on only the text
-        match loaded().nflows_kconv_take_error():  # ErrorType of csrc/cuda_launcher.cpp
-            case 1:
-                raise torch.OutOfMemoryError(str(error)) from None
-            case 2:
-                raise called_back.__dict__.pop("error") from None
-        raise
+        raised, called_back.error = called_back.error, None
+        if raised is None and loaded().nflows_kconv_out_of_memory():
+            raised = torch.OutOfMemoryError(str(error))
+        if raised is None:
+            raise
+        raise raised from None
 
 
 @cache

@@ -14,10 +14,6 @@ from nflows_kconv.backends.cuda import driver
 from nflows_kconv.backends.cuda.plan import ProblemSpec
 from nflows_kconv.backends.cuda.runtime import Runtime
 
-_OPERATIONS = ("conv", "solve", "weight_gradient")
-_DTYPES = {5: torch.float16, 6: torch.float32, 7: torch.float64, 15: torch.bfloat16}  # by torch's ScalarType
-
-
 _WORDS = ctypes.POINTER(ctypes.c_int64)
 _Planner = ctypes.CFUNCTYPE(None, _WORDS, ctypes.c_int64, _WORDS, ctypes.c_void_p)
 
@@ -56,6 +52,9 @@ class NativeLauncher:
         library.nflows_kconv_add_launch.argtypes = [handle, handle, three, number, number, text, ctypes.c_uint64]
         library.nflows_kconv_finish_plan.argtypes = [handle, handle, size, size]
         library.nflows_kconv_plan_error.argtypes = [handle, text]
+        names = "float16", "float32", "float64", "bfloat16"
+        # By torch's own numbers. Its C interface, which the library links, tells them.
+        self._dtypes = {getattr(library, f"aoti_torch_dtype_{name}")(): getattr(torch, name) for name in names}
 
     def connect(self) -> None:
         """Makes the native library call this planner and forget all plans of others."""
@@ -76,7 +75,7 @@ class NativeLauncher:
                 addresses = self._driver.function_addresses()
                 self._library.nflows_kconv_set_driver((ctypes.c_void_p * len(addresses))(*addresses))
                 self._driver_known = True
-        problem, device = _read(words, output_strides)
+        problem, device = self._read(words, output_strides)
         loaded = self._runtime.load(problem, device)
         for launch, function in zip(loaded.plan.launches, loaded.functions, strict=True):
             grid, arguments = (ctypes.c_uint * 3)(*launch.grid), launch.arguments
@@ -87,21 +86,20 @@ class NativeLauncher:
             plan, self._driver.context(device), loaded.plan.scratch, loaded.plan.zeroed
         )
 
-
-def _read(words: Any, output_strides: Any) -> tuple[ProblemSpec, int]:
-    """Returns the problem and its device from the arguments of `Planner` in csrc/cuda_launcher.h."""
-    operation, dtype, device, unit_diagonal, transpose, bias, *sizes = words
-    problem = ProblemSpec(
-        operation=_OPERATIONS[operation],
-        dtype=_DTYPES[dtype],
-        shape=tuple(sizes[2:6]),
-        kernel_size=tuple(sizes[:2]),
-        stencils=tuple(sizes[14:]),
-        unit_diagonal=bool(unit_diagonal),
-        transpose=bool(transpose),
-        first_strides=tuple(sizes[6:10]),
-        second_strides=tuple(sizes[10:14]),
-        output_strides=tuple(output_strides),
-        bias=bool(bias),
-    )
-    return problem, device
+    def _read(self, words: Any, output_strides: Any) -> tuple[ProblemSpec, int]:
+        """Returns the problem and its device from the arguments of `Planner` in csrc/cuda_launcher.h."""
+        operation, dtype, device, unit_diagonal, transpose, bias, *sizes = words
+        problem = ProblemSpec(
+            operation=ctypes.string_at(operation).decode(),
+            dtype=self._dtypes[dtype],
+            shape=tuple(sizes[2:6]),
+            kernel_size=tuple(sizes[:2]),
+            stencils=tuple(sizes[14:]),
+            unit_diagonal=bool(unit_diagonal),
+            transpose=bool(transpose),
+            first_strides=tuple(sizes[6:10]),
+            second_strides=tuple(sizes[10:14]),
+            output_strides=tuple(output_strides),
+            bias=bool(bias),
+        )
+        return problem, device
