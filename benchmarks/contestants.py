@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import plain_backend
 from benchmarks.workloads import Case, InverseCase
 from nflows_kconv import InvertibleConv1d, InvertibleConv2d, InvertibleConv3d, functional, use_backend
 
@@ -24,17 +26,6 @@ def pad_conv_cat(x: Tensor, weight: Tensor, corners: Sequence[str]) -> Tensor:
         return F.conv2d(F.pad(x, PADDING[corners[0]]), weight)
     groups = zip(x.chunk(len(corners), 1), weight.chunk(len(corners)), corners, strict=True)
     return torch.cat([F.conv2d(F.pad(group, PADDING[corner]), w) for group, w, corner in groups], 1)
-
-
-def mirrored_conv2d(x: Tensor, weight: Tensor, corners: Sequence[str]) -> Tensor:
-    """Returns the same with all groups mirrored to the corner TL and one grouped F.conv2d."""
-    flips = [[dim for dim, letter in ((-2, "B"), (-1, "R")) if letter in corner] for corner in corners]
-
-    def mirrored(tensor: Tensor, dim: int) -> Tensor:
-        return torch.cat([t.flip(f) for t, f in zip(tensor.chunk(len(corners), dim), flips, strict=True)], dim)
-
-    padded = F.pad(mirrored(x, 1), PADDING["TL"])
-    return mirrored(F.conv2d(padded, mirrored(weight, 0), groups=len(corners)), 1)
 
 
 def for_curve(case: Case, device: str) -> tuple[Contestants, Tensor, Tensor]:
@@ -68,19 +59,16 @@ def for_table(case: Case, device: str) -> Contestants:
 
 
 def for_race(case: Case, device: str) -> Contestants:
-    """Returns alternatives to the kernels on a GPU: one grouped F.conv2d, and the reference's matrix products."""
-    contestants, x, weight = for_curve(case, device)
-    leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    """Returns `for_table` and the layer's contestants on the plain backend, as an alternative to the kernels."""
+    contestants = for_table(case, device)
+    plain_backend.register_last()
 
-    def reference() -> object:
-        with use_backend("reference"):
-            return contestants["inverse"]()
+    def plainly(run: Callable[[], object]) -> object:
+        with use_backend(plain_backend.NAME):
+            return run()
 
-    return {
-        "grouped_conv2d": lambda: mirrored_conv2d(x, weight, case.corners),
-        "grouped_conv2d_backward": lambda: torch.autograd.grad(mirrored_conv2d(*leaves, case.corners), leaves, x),
-        "reference_inverse": reference,
-    }
+    ours = {name: run for name, run in contestants.items() if not name.startswith("conv2d")}
+    return contestants | {f"plain_{name}": partial(plainly, run) for name, run in ours.items()}
 
 
 def for_inverse(case: InverseCase) -> Contestants:

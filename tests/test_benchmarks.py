@@ -38,6 +38,7 @@ from benchmarks import (
     floors,
     layer,
     one_by_one,
+    plain_backend,
     plots,
     published,
     sampling,
@@ -49,7 +50,7 @@ from benchmarks import (
 from benchmarks.evidence_training import Configuration
 from benchmarks.workloads import CPU, CUDA, FOUR, ONE, Case
 from nflows_kconv import InvertibleConv2d, functional, stencil
-from nflows_kconv.backends import registry
+from nflows_kconv.backends import registry, selected_backends
 from nflows_kconv.backends.cuda import compiler, planning
 from nflows_kconv.backends.cuda.plan import Kernel
 
@@ -70,6 +71,11 @@ def run(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: str) -> None:
     with torch.random.fork_rng():
         importlib.import_module(f"benchmarks.{name}").main()
     torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.fixture(autouse=True)
+def backends_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_registered", {**registry._registered})
 
 
 @pytest.fixture
@@ -231,8 +237,31 @@ def test_calls_beyond_the_limit_are_stopped_and_have_no_time():
 def test_the_baseline_is_the_layer(corners):
     x, weight = torch.randn(2, 8, 5, 4), InvertibleConv2d(8, corners=corners).weight.detach()
     expected = functional.conv2d(x, weight, corners=corners)
-    for baseline in (contestants.pad_conv_cat, contestants.mirrored_conv2d):
-        torch.testing.assert_close(baseline(x, weight, corners), expected)
+    torch.testing.assert_close(contestants.pad_conv_cat(x, weight, corners), expected)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float16, 0.02)])
+@pytest.mark.parametrize("options", [{}, {"diagonal": "learned", "bias": True}], ids=str)
+@pytest.mark.parametrize("corners", [FOUR, ONE, ("BR", "TR")])
+def test_the_plain_backend_is_the_layer(corners, options, dtype, tolerance):
+    module = InvertibleConv2d(8, (2, 3), corners=corners, dtype=dtype, **options)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)  # masked entries, too
+    x = torch.randn(2, 8, 5, 4, dtype=dtype)
+
+    def results():
+        for function in (module, module.inverse):
+            leaves = x.clone().requires_grad_(), *module.parameters()
+            output, log_det = function(leaves[0])
+            yield output, *torch.autograd.grad(output.square().sum() + log_det.sum(), leaves)
+        yield functional.conv2d(x, module.raw_weight, corners=corners)
+
+    before, expected = selected_backends(), list(results())
+    plain_backend.register_last()
+    assert selected_backends() == before
+    assert registry.registered()[-1].name == plain_backend.NAME
+    with nflows_kconv.use_backend(plain_backend.NAME):
+        torch.testing.assert_close(list(results()), expected, rtol=tolerance, atol=tolerance)
 
 
 def test_forward_is_from_data_to_latent_in_every_library():
