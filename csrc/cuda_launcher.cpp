@@ -176,7 +176,8 @@ void launch(const LoadedPlan& plan, const Operands& operands, const Tensor& outp
   }
 }
 
-constexpr char kConv[] = "conv", kSolve[] = "solve", kWeightGradient[] = "weight_gradient";
+constexpr char kConv[] = "conv", kSolve[] = "solve", kWeightGradient[] = "weight_gradient",
+               kLogAbsDet[] = "log_abs_det";
 
 // The differences between the operators.
 struct Operator {
@@ -212,7 +213,10 @@ Tensor run(const Operator& op, const Operands& operands, const std::vector<int64
     }
     plan = make(Key(key), strides);
   }
-  const Tensor output = allocate(4, op.output_sizes, plan->output_strides, a.dtype, a);
+  const int64_t one = 1;  // sums of images are [B], and not in half precision
+  const int32_t wide = a.dtype == aoti_torch_dtype_float64() ? a.dtype : aoti_torch_dtype_float32();
+  const Tensor output = op.name == kLogAbsDet ? allocate(1, a.sizes, &one, wide, a)
+                                              : allocate(4, op.output_sizes, plan->output_strides, a.dtype, a);
   launch(*plan, operands, output, a);
   return output;
 }
@@ -246,7 +250,7 @@ using namespace kconv::cuda;
 
 // Their arguments are those that nflows_kconv/ops.py has checked.
 STABLE_TORCH_LIBRARY(nflows_kconv_native, library) {
-  for (const std::string name : {"conv_cuda", "solve_cuda"}) {
+  for (const std::string name : {"conv_cuda", "solve_cuda", "log_abs_det_cuda"}) {
     library.def((name + "(Tensor input, Tensor weight, Tensor? bias, Tensor? log_diagonal, int[] stencils, "
                         "bool unit_diagonal, bool transpose) -> Tensor")
                     .c_str());
@@ -260,6 +264,7 @@ STABLE_TORCH_LIBRARY(nflows_kconv_native, library) {
 STABLE_TORCH_LIBRARY_IMPL(nflows_kconv_native, CompositeExplicitAutograd, library) {
   library.impl("conv_cuda", TORCH_BOX(&run_on_images<kConv>));
   library.impl("solve_cuda", TORCH_BOX(&run_on_images<kSolve>));
+  library.impl("log_abs_det_cuda", TORCH_BOX(&run_on_images<kLogAbsDet>));
   library.impl("weight_gradient_cuda", TORCH_BOX(&weight_gradient));
 }
 

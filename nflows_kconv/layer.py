@@ -536,7 +536,9 @@ def log_abs_det(input: Tensor, log_diagonal: Tensor | None, sign: int = 1) -> Te
         if input.dtype in _HALF_PRECISION:
             return input.new_zeros(input.shape[0], dtype=torch.float32)
         return input.new_zeros(input.shape[0])
-    shape, dtype = input.shape, torch.promote_types(log_diagonal.dtype, torch.float32)
+    if log_diagonal.is_cuda and (sums := ops.log_abs_det(input, log_diagonal, sign)) is not None:
+        return sums
+    shape, dtype = input.shape, torch.float32 if log_diagonal.dtype in _HALF_PRECISION else None
     return log_diagonal.sum(-1, dtype=dtype).expand(shape[0]) * (sign * math.prod(shape[2:]))
 
 

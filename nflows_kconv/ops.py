@@ -421,6 +421,17 @@ def call(
     return _run(OperatorCall(name, input, weight, stencils, bias, log_diagonal, *options), repeats)
 
 
+def log_abs_det(input: Tensor, log_diagonal: Tensor, sign: int) -> Tensor | None:
+    """Computes the log-determinants [B] of a log-diagonal, [C] or [B, C], as a backend does; None if torch must see it.
+
+    Of torch's operators it takes two, which are two launches on a GPU.
+    """
+    if not _is_direct(log_diagonal) or input.numel() == 0:
+        return None
+    images = log_diagonal[..., None, None].expand(input.shape[0], -1, math.prod(input.shape[2:]), 1)
+    return registry.run(OperatorCall("log_abs_det", images, images, (0,), None, None, False, sign < 0, (1, 1)))
+
+
 def autocast_is_on(tensor: Tensor) -> bool:
     """Returns whether autocast is on for the device of the tensor."""
     return not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)  # raises for meta tensors

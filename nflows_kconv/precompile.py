@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nflows_kconv import ops, stencil
 from nflows_kconv.bijection import as_bijection, is_bijection
-from nflows_kconv.layer import KernelLayer
+from nflows_kconv.layer import KernelLayer, log_abs_det
 from nflows_kconv.torch_internals import TorchDispatchMode, deep_copy, tree_map_only
 
 
@@ -99,13 +99,15 @@ class _Problems(TorchDispatchMode):
 
 
 def differentiate(problem: tuple[Any, ...]) -> None:
-    """Runs the convolution and the solution of a problem, and their first derivatives."""
+    """Runs the convolution and the solution of a problem, their first derivatives and the log-determinant."""
     with torch.enable_grad():
         for operator in (ops.conv, ops.solve):
             arguments = tree_map_only(Tensor, lambda tensor: tensor.detach().requires_grad_(), problem)
             output = operator(*arguments)
             leaves = [argument for argument in arguments if isinstance(argument, Tensor)]
             torch.autograd.grad(output, leaves, torch.ones_like(output))
+    with torch.no_grad():
+        log_abs_det(problem[0], problem[3])
 
 
 def _layers(module: nn.Module) -> list[KernelLayer]:

@@ -14,7 +14,7 @@ import cuda_emulator as emulator
 import oracles
 import pytest
 import torch
-from cases import BL, BR, CASES, CORNERS, LAYOUTS, MAX_UNKNOWNS, TL, TR, Case
+from cases import BL, BR, CASES, CORNERS, DTYPES, LAYOUTS, MAX_UNKNOWNS, TL, TR, Case
 from cuda_emulator import DECREASING, H100
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -179,6 +179,25 @@ def test_weight_gradient(case: Case, device: Device, data: st.DataObject):
     assert torch.equal(without_diagonal, gradient)
 
 
+@pytest.mark.parametrize("solves", BOTH, ids=["forward", "inverse"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("log_diagonal", "batch", "pixels"),
+    [((3,), 1, 1), ((70,), 70, 35), ((100,), 2, 3 * 2**31), ((5, 33), 5, 6), ((1, 32), 1, 12)],
+    ids=str,
+)
+def test_log_abs_det(log_diagonal: tuple[int, ...], batch: int, pixels: int, dtype: torch.dtype, solves: bool):
+    values = torch.randn(*log_diagonal, 2).to(dtype)[..., 0]  # with a stride
+    images = values[..., None, None].expand(batch, -1, pixels, 1)
+    asked = OperatorCall("log_abs_det", images, images, (0,), transpose=solves, kernel_size=(1, 1))
+    sums = values.double().sum(-1).expand(batch) * (-pixels if solves else pixels)
+    for order in emulator.ORDERS:
+        found = emulator.call(asked, seed=order)
+        assert found.dtype == torch.promote_types(dtype, torch.float32)
+        assert_close(found, sums)
+    assert_close(reference.run(asked), sums)
+
+
 def test_scratch_of_a_weight_gradient_is_capped():
     """Twelve groups have the kernels of six, but more partial sums."""
     case = Case(CORNERS * 3, per_group=64, batch=8, size=(16, 16))
@@ -256,7 +275,8 @@ def test_the_table_reaches_every_kernel_and_branch():
             for launch in planning.plan(emulator.planned(each), device).launches:
                 launched[launch.kernel.name].append(dict(launch.kernel.constants) | sizes)
     sources = "".join(path.read_text() for path in compiler.source_directory().glob("*.cu"))
-    assert set(launched) == set(re.findall(r'extern "C" __global__ void __launch_bounds__\(.*\)\s+(\w+)\(', sources))
+    kernels = {*launched, "log_abs_det"}  # has one shape, and a test of its own
+    assert kernels == set(re.findall(r'extern "C" __global__ void __launch_bounds__\(.*\)\s+(\w+)\(', sources))
     for kernel, constants in BRANCHES.items():
         for constant in constants:
             assert len({values[constant] for values in launched[kernel]}) > 1, (kernel, constant)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -16,8 +17,10 @@ import torch
 from cases import BL, BR, TL, TR, Case
 from cuda_double import CONTEXT, STREAM, DriverDouble
 from oracles import assert_close
+from torch import Tensor, nn
 
-from nflows_kconv.backends import cuda, native, reference
+from nflows_kconv import ConditionalInvertibleConv2d, InvertibleConv1d, InvertibleConv2d, warmup
+from nflows_kconv.backends import cuda, native, reference, registry
 from nflows_kconv.backends.cuda import driver, native_launcher, plan, planning, runtime
 from nflows_kconv.backends.cuda.native_launcher import NativeLauncher
 from nflows_kconv.backends.cuda.plan import POINTER_BYTES, Launch, LaunchPlan, arguments, kernel
@@ -105,6 +108,77 @@ def test_what_kernels_do_a_part_of(launcher: SimpleNamespace, case: Case, monkey
             assert_close(output, reference.run(asked))
             assert output.stride() == torch.empty_like(asked.input).stride()
     assert launcher.driver.launches
+
+
+@cuda_emulator.needs_compiler
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_log_determinants_take_one_launch(launcher: SimpleNamespace, dtype: torch.dtype, transpose: bool):
+    for log_diagonal in (torch.randn(40, dtype=dtype), torch.randn(7, 3, dtype=dtype)):
+        images = log_diagonal[..., None, None].expand(7, -1, 30, 1)
+        asked = OperatorCall("log_abs_det", images, images, (0,), transpose=transpose, kernel_size=(1, 1))
+        sums = launcher.run(asked)
+        assert sums.dtype == torch.promote_types(dtype, torch.float32)
+        assert sums.is_contiguous()
+        assert_close(sums, reference.run(asked))
+    assert [launch.kernel.name for launch, _, _ in launcher.driver.launches] == ["log_abs_det"] * 2
+    assert len(launcher.driver.loaded) == 1  # one kernel for all sizes
+    assert not launcher.driver.zeroed
+
+
+@pytest.fixture
+def as_on_a_gpu(launcher: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
+    """Runs all calls on the CUDA backend; returns a function that returns the kernels launched since its last call."""
+    monkeypatch.setattr(native, "available", launcher.name == "native")
+    monkeypatch.setattr(driver, "describe", launcher.driver.describe)
+    monkeypatch.setattr(cuda, "_python_launcher", launcher)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    backend = registry.Implementation("cuda", "any", cuda.status, lambda call: None, cuda.run)
+    for name, value in dict(_registered={"cuda": backend}, _chosen=None, attempt=None).items():
+        monkeypatch.setattr(registry, name, value)
+
+    def launched() -> list[str]:
+        names = [launch.kernel.name for launch, _, _ in launcher.driver.launches]
+        launcher.driver.launches.clear()
+        return names
+
+    return launched
+
+
+@cuda_emulator.needs_compiler
+@pytest.mark.parametrize(
+    ("layer", "shape", "context"),
+    [
+        (InvertibleConv2d(4, diagonal="learned"), (3, 4, 5, 6), None),
+        (InvertibleConv1d(4, diagonal="learned", dtype=torch.float16), (3, 4, 6), None),
+        (ConditionalInvertibleConv2d(4, diagonal="learned", context_features=2), (3, 4, 5, 6), torch.randn(3, 2)),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_layer_takes_one_launch_more_than_its_kernel(as_on_a_gpu, layer: nn.Module, shape: tuple, context: Tensor):
+    layer.log_diagonal.data.normal_()
+    images, own = torch.randn(shape, dtype=layer.raw_weight.dtype), () if context is None else (context,)
+    for function, own_kernel in ((layer.forward, "convolution"), (layer.inverse, "solve_rows")):
+        expected = function(images, *own)[1].detach()
+        assert as_on_a_gpu() == [own_kernel]  # torch differentiates its own operators
+        with torch.no_grad():
+            log_det = function(images, *own)[1]
+            assert as_on_a_gpu() == [own_kernel, "log_abs_det"]
+            assert function(images[:0], *(each[:0] for each in own))[1].shape == (0,)
+        assert as_on_a_gpu() == []
+        torch.testing.assert_close(log_det, expected)
+
+
+def test_warmup_loads_the_kernel_of_log_determinants(as_on_a_gpu, launcher: SimpleNamespace, monkeypatch):
+    launcher.driver.run = lambda launch: None
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: nullcontext())
+    layer, images = InvertibleConv2d(4, diagonal="learned"), torch.randn(3, 4, 5, 6)
+    warmup(layer, images.shape)
+    launcher.driver.capturing = True
+    with torch.no_grad():
+        for function in (layer.forward, layer.inverse):
+            function(images)
+            assert "log_abs_det" in as_on_a_gpu()
 
 
 # With made-up plans

@@ -80,6 +80,7 @@ def problems(
             if operation == "conv" or planning.plan_solution(problem, device):
                 yield problem
     yield emulator.planned(registry.OperatorCall("weight_gradient", input, input, corners, kernel_size=(side, side)))
+    yield emulator.planned(registry.OperatorCall("log_abs_det", input, input, (0,), kernel_size=(1, 1)))
 
 
 def launches(device: Device) -> Iterator[Launch]:

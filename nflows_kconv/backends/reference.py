@@ -51,7 +51,8 @@ def run(call: OperatorCall) -> Tensor:
     """
     if call.dilated:
         return polyphase.run(call, run)
-    return {"conv": _conv, "solve": _solve, "weight_gradient": _weight_gradient}[call.operation](call)
+    operations = {"conv": _conv, "solve": _solve, "weight_gradient": _weight_gradient, "log_abs_det": _log_abs_det}
+    return operations[call.operation](call)
 
 
 def _conv(call: OperatorCall) -> Tensor:
@@ -152,6 +153,12 @@ def _weight_gradient(call: OperatorCall) -> Tensor:
         gradient.unflatten(0, shape)[groups] = w.unflatten(0, (-1, per_group))
     masked = _mask(gradient.shape, tuple(stencils), input.device, call.unit_diagonal)
     return gradient.masked_fill_(masked, 0).to(input.dtype, memory_format=torch.contiguous_format)
+
+
+def _log_abs_det(call: OperatorCall) -> Tensor:
+    pixels = call.input[0, 0].numel() * (-1 if call.transpose else 1)
+    dtype = torch.promote_types(call.input.dtype, torch.float32)
+    return call.input[:, :, 0, 0].sum(1, dtype=dtype) * pixels
 
 
 def _by_stencil(stencils: Sequence[int]) -> dict[int, slice | list[int]]:

@@ -13,14 +13,14 @@ class OperatorCall(NamedTuple):
     """One operator call with checked arguments.
 
     Attributes:
-        operation: "conv", "solve" or "weight_gradient".
-        input: [B, C, H, W] or [B, C, D, H, W].
+        operation: "conv", "solve", "weight_gradient", or "log_abs_det", the sum of each image, [B].
+        input: [B, C, H, W] or [B, C, D, H, W]; for "log_abs_det" a log-diagonal, expanded to all images and pixels.
         other: The weight, [C, C/G, ...]; for "weight_gradient", the gradient, with the shape of the input.
         stencils: One per channel group, see `stencil`.
         bias: [C], or None.
         log_diagonal: [C], or None if the pivot's diagonal is the weight's own.
         unit_diagonal: Whether the pivot's diagonal counts as 1; for "weight_gradient", whether it has no gradient.
-        transpose: Whether A^T stands for A.
+        transpose: Whether A^T stands for A; for "log_abs_det", whether to negate it, as for a solution.
         kernel_size: Size of the kernel.
         dilation: One number per axis.
     """

@@ -70,10 +70,13 @@ def planned(problem: registry.OperatorCall) -> ProblemSpec:
 
 
 def _output(problem: registry.OperatorCall) -> Tensor:
+    input = problem.input
+    if problem.operation == "log_abs_det":
+        return input.new_empty(len(input), dtype=torch.promote_types(input.dtype, torch.float32))
     if problem.operation != "weight_gradient":
-        return torch.empty_like(problem.input)
-    channels = problem.input.shape[1]
-    return problem.input.new_empty(channels, channels // len(problem.stencils), *problem.kernel_size)
+        return torch.empty_like(input)
+    channels = input.shape[1]
+    return input.new_empty(channels, channels // len(problem.stencils), *problem.kernel_size)
 
 
 def run(

@@ -60,7 +60,7 @@ class ProblemSpec:
     """Everything about a call that its kernels depend on: sizes, strides and options, but no data. No size is zero.
 
     Attributes:
-        operation: "conv", "solve" or "weight_gradient".
+        operation: See `OperatorCall`.
         dtype: Of all tensors: float32, float64, float16 or bfloat16.
         shape: (B, C, H, W) of the images.
         kernel_size: (kh, kw).

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from nflows_kconv import stencil
 from nflows_kconv.backends.cuda import wavefront
 from nflows_kconv.backends.cuda.convolution import plan_convolution
-from nflows_kconv.backends.cuda.plan import Device, LaunchPlan, ProblemSpec
+from nflows_kconv.backends.cuda.plan import Device, Launch, LaunchPlan, ProblemSpec, arguments, kernel
 from nflows_kconv.backends.cuda.weight_gradient import plan_weight_gradient
 
 _FAMILIES = frozenset(map(stencil.family, stencil.parse(("TL", "T", "L"))))
@@ -26,7 +27,7 @@ def why_not(operation: str, stencils: Sequence[int]) -> str | None:
 
 
 def plan(problem: ProblemSpec, device: Device) -> LaunchPlan:
-    """Returns the launches that run a problem on this GPU. Convolutions and weight gradients have one kernel each.
+    """Returns the launches that run a problem on this GPU. All but solutions have one kernel each.
 
     Raises:
         RuntimeError: If no kernel computes a solution.
@@ -35,10 +36,20 @@ def plan(problem: ProblemSpec, device: Device) -> LaunchPlan:
         return plan_convolution(problem, device)
     if problem.operation == "weight_gradient":
         return plan_weight_gradient(problem, device)
+    if problem.operation == "log_abs_det":
+        return plan_log_abs_det(problem)
     solution = plan_solution(problem, device)
     if solution is None:
         raise RuntimeError(f"a solution must have a kernel, got {problem}")
     return solution
+
+
+def plan_log_abs_det(problem: ProblemSpec) -> LaunchPlan:
+    """Plans log_abs_det.cu, a warp an image, with one kernel for all sizes."""
+    batch, channels, height, width = problem.shape
+    pixels = -height * width if problem.transpose else height * width
+    one = kernel(replace(problem, shape=(1, 1, 1, 1), transpose=False), "log_abs_det.cu", "log_abs_det")
+    return LaunchPlan((Launch(one, (batch, 1, 1), 32, 0, arguments(problem, (channels,), (pixels,))),))
 
 
 def plan_solution(problem: ProblemSpec, device: Device) -> LaunchPlan | None:

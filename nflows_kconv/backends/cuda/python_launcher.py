@@ -34,6 +34,8 @@ class PythonLauncher:
         if call.operation == "weight_gradient":
             channels = first.shape[1]
             output = first.new_zeros(channels, channels // len(call.stencils), *kernel_size)
+        elif call.operation == "log_abs_det":
+            output = first.new_empty(len(first), dtype=torch.promote_types(first.dtype, torch.float32))
         else:
             output = torch.empty_like(first)
         if first.numel() == 0:
