@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nflows_kconv import checks, ops, stencil
 from nflows_kconv.backends import registry
-from nflows_kconv.torch_internals import is_exporting_to_onnx, is_under_torch_func, is_unobserved
+from nflows_kconv.torch_internals import is_exporting_to_onnx, is_under_vmap, is_unobserved
 
 _KERNEL_AXES = {1: ("k",), 2: ("kh", "kw"), 3: ("kd", "kh", "kw")}
 
@@ -247,7 +247,7 @@ def run_each(
             stencil.check_diagonal(log_diagonals.to(dtype).exp())  # names the image
         raise
     layout = {2: torch.channels_last, 3: torch.channels_last_3d}.get(len(dilation))
-    if layout is not None and not is_under_torch_func() and input.is_contiguous(memory_format=layout):  # vmap has none
+    if layout is not None and not is_under_vmap() and input.is_contiguous(memory_format=layout):  # vmap has none
         return output.contiguous(memory_format=layout)
     return output
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, distributed, nn
 from torch._C import _get_tracing_state, _len_torch_dispatch_stack
 from torch._C._functorch import (
+    TransformType,
+    get_interpreter_stack,
     get_single_level_autograd_function_allowed,
     is_functorch_wrapped_tensor,
     peek_interpreter_stack,
@@ -41,6 +43,7 @@ __all__ = [
     "is_functorch_wrapped_tensor",
     "is_sharded",
     "is_under_torch_func",
+    "is_under_vmap",
     "is_unobserved",
     "is_zero_tensor",
     "primal",
@@ -115,13 +118,18 @@ def is_under_torch_func() -> bool:
     return peek_interpreter_stack() is not None
 
 
+def is_under_vmap() -> bool:
+    """Returns whether vmap is among the active torch.func transformations, also under torch.compile."""
+    return any(each.key() == TransformType.Vmap for each in get_interpreter_stack() or ())
+
+
 def is_exporting_to_onnx() -> bool:
     """Returns whether `torch.onnx.export` is running, also under torch.compile, which it tries after an error."""
     return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
 
 
 # torch.compiler.assume_constant_result does this but would import the compiler with this package.
-for _function in (is_under_torch_func, is_exporting_to_onnx):
+for _function in (is_under_torch_func, is_under_vmap, is_exporting_to_onnx):
     _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

@@ -111,7 +111,9 @@ def test_each_image_has_its_own_layer(options: dict, backend: str, device: str):
         for function in (layer, layer.inverse):
             output = function(permuted, contexts)[0]
             assert_close(output, function(images, contexts)[0])
-            assert output.stride() == twins[0](permuted)[0].stride()
+            under_func = torch.func.jvp(lambda x: function(x, contexts)[0], (permuted,), (permuted,))  # noqa: B023
+            for each in (output, *under_func):
+                assert each.stride() == twins[0](permuted)[0].stride()
 
 
 @over_cases(Case(("TL", "B"), per_group=3, batch=20), Case(("L",), per_group=16, batch=9))
