@@ -66,6 +66,20 @@ def dense(name: str, value: Tensor) -> None:
         raise TypeError(f"{name} must be a dense tensor, got {kind}")
 
 
+def real(name: str, value: Tensor) -> None:
+    """Raises a TypeError unless the value is a dense tensor of real numbers or integers."""
+    dense(name, value)
+    if value.is_complex():
+        raise TypeError(f"{name} must be real, got {value.dtype}")
+
+
+def floating_point(name: str, value: Tensor) -> None:
+    """Raises a TypeError unless the value is a dense tensor of a floating-point dtype."""
+    dense(name, value)
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {value.dtype}")
+
+
 def has_rows(tensor: Tensor, count: int | None) -> bool:
     """Returns whether a tensor has this many rows (None: any number)."""
     # Not `count in (None, rows)`, which the compiler takes for false if only one of them is symbolic.

@@ -218,14 +218,7 @@ class ImageFlow(image_flow.Interface, Flow):
 
     def forward(self, inputs: Tensor, context: image_flow.Context | None = None, noise: Tensor | None = None) -> Tensor:
         """Returns `log_prob`, for wrappers such as DistributedDataParallel."""
-        numbers = self._to_numbers(inputs)
-        classes, tensor = self._condition("context", context, numbers.shape[0])
-        if noise is None:
-            latent, log_abs_det = self._transform(numbers, tensor)
-        else:
-            numbers, first = self._with_noise(numbers, noise)
-            latent, second = self._to_latent(numbers, tensor)
-            log_abs_det = first + second
+        latent, log_abs_det, classes = self._analyzed(inputs, context, noise)
         return self._distribution.log_prob(latent, classes) + log_abs_det
 
     def log_prob(
@@ -288,13 +281,23 @@ class ImageFlow(image_flow.Interface, Flow):
 
     def transform_to_noise(self, inputs: Tensor, context: image_flow.Context | None = None) -> Tensor:
         """Returns the latent of images, [B, D], as `encode` does but with dequantisation noise."""
-        numbers = self._to_numbers(inputs)
-        condition = self._condition("context", context, numbers.shape[0], classes_needed=False)
-        return self._transform(numbers, condition.tensor)[0]
+        return self._analyzed(inputs, context, classes_needed=False)[0]
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Loads a state_dict of this flow, or of the same flow of normflows; see `torch.nn.Module.load_state_dict`."""
         return super().load_state_dict(self._renamed(state_dict), strict, assign)
+
+    def _analyzed(
+        self, inputs: Tensor, context: Any, noise: Any = None, *, classes_needed: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Returns the latent of images, the log-determinant, and the classes."""
+        numbers = self._to_numbers(inputs)
+        classes, tensor = self._condition("context", context, numbers.shape[0], classes_needed=classes_needed)
+        if noise is None:
+            return *self._transform(numbers, tensor), classes
+        numbers, first = self._with_noise(numbers, noise)
+        latent, second = self._to_latent(numbers, tensor)
+        return latent, first + second, classes
 
     def _renamed(self, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
         return state.for_nflows(state_dict, self.architecture)
@@ -388,6 +391,8 @@ def _says_no_inverse(error: Exception) -> bool:
 
 
 bijection.register(Flow, forward=_forward, inverse=_inverse, sample=_sample, says_no_inverse=_says_no_inverse)
+# With the checks and the dtypes of the other methods.
+bijection.register(ImageFlow, forward=lambda flow, x, context: flow._analyzed(x, context, classes_needed=False)[:2])
 bijection.register(Transform, says_no_inverse=_says_no_inverse)
 bijection.register(CouplingTransform, networks=("transform_net",))
 bijection.register(

@@ -329,16 +329,16 @@ class ImageFlow(image_flow.Interface, MultiscaleFlow):
     def forward_and_log_det(
         self, z: Sequence[Tensor], y: Tensor | None = None, context: image_flow.Context | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Undoes `inverse_and_log_det`; raises a ValueError if the latents have other shapes."""
-        shapes = list(reversed(self.latent_shapes))
-        if len(z) != len(shapes) or any(
-            part.shape != (z[0].shape[0], *shape) for part, shape in zip(z, shapes, strict=True)
-        ):
-            got = [tuple(part.shape) for part in z]
+        """Undoes `inverse_and_log_det`; raises its errors, and a ValueError if the latents have other shapes."""
+        shapes, parts = list(reversed(self.latent_shapes)), list(z) if isinstance(z, Sequence) else [z]
+        for part in parts:
+            checks.floating_point("latents", part)
+        got = [tuple(part.shape) for part in parts]
+        rows = got[0][:1] if got and got[0][:1] != (0,) else ("B",)
+        if got != [(*rows, *shape) for shape in shapes]:
             raise ValueError(f"latents must have the shapes [B, *shape] for each shape of {shapes}, got {got}")
-        condition = self._given(y, context, z[0].shape[0], classes_needed=False)
-        dtype = self._parameter().dtype
-        return self._from_latents([part.to(dtype) for part in z], condition.tensor)
+        condition = self._given(y, context, parts[0].shape[0], classes_needed=False)
+        return self._from_latents([part.to(self._like("latents", part).dtype) for part in parts], condition.tensor)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Loads a state_dict of this flow, or of the same flow of nflows; see `torch.nn.Module.load_state_dict`."""

@@ -7,7 +7,10 @@ import pytest
 import torch
 from cases import CORNERS, STENCILS
 
+import nflows_kconv.nflows
+import nflows_kconv.normflows
 from nflows_kconv import InvertibleConv1d, InvertibleConv2d, InvertibleConv3d
+from nflows_kconv.flows import reversible, steps
 from nflows_kconv.functional import conv1d, conv1d_inverse, conv2d, conv2d_inverse, conv3d, conv3d_inverse, log_abs_det
 
 NAN, INF = float("nan"), float("inf")
@@ -300,3 +303,81 @@ def test_diagonals_of_other_signs_and_sizes_are_fine():
     odd[0, 0, 2, 2], odd[1, 1, 2, 2] = -3.0, 1e-30
     conv2d_inverse(images(), odd, corners=CORNERS)
     assert log_abs_det(odd, corners=CORNERS, size=(1, 1)).isfinite()
+
+
+STEPS = {
+    "coupling": steps.learned_prior(4),
+    "squeeze": steps.Squeeze(),
+    "actnorm": steps.ActNorm(4),
+    "1x1": steps.InvertibleConv1x1(4),
+    "sequence": steps.Sequence([steps.InvertibleConv1x1(4), steps.ActNorm(4)]),
+    "nothing": steps.Sequence([]),
+    "reversible": reversible.Chain([steps.ActNorm(4)]),
+    "nflows": nflows_kconv.nflows.Step(steps.ActNorm(4)),
+    "nflows' 1x1": nflows_kconv.nflows.InvertibleConv1x1(4),
+    "normflows": nflows_kconv.normflows.Step(steps.learned_prior(4)),
+    "normflows' 1x1": nflows_kconv.normflows.InvertibleConv1x1(4),
+}
+INPUTS = {
+    "None": None,
+    "a list": [1.0],
+    "an array": images(4).numpy(),
+    "sparse": images(4).to_sparse(),
+    "complex": images(4, dtype=torch.complex64),
+    "integers": images(4, dtype=torch.int64),
+    "a number": torch.tensor(1.0),
+    "one dimension": torch.zeros(4),
+    "other channels": images(3),
+    "another device": images(4, device="meta"),
+}
+NO_ERRORS = {  # they have no parameters and take any number of channels
+    ("squeeze", "integers"),
+    ("squeeze", "another device"),
+    ("nothing", "one dimension"),
+    ("nothing", "other channels"),
+    ("nothing", "another device"),
+    ("coupling", "another device"),  # an error of its network
+    ("normflows", "another device"),
+}
+
+
+@pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
+@pytest.mark.parametrize("input", INPUTS)
+@pytest.mark.parametrize("name", STEPS)
+def test_steps_check_their_input(name: str, input: str, inverse: bool):
+    if (name, input) in NO_ERRORS:
+        return
+    state = torch.get_rng_state()
+    with pytest.raises((TypeError, ValueError), match=r"^(input must|sizes must|channels must) .*, got "):
+        (STEPS[name].inverse if inverse else STEPS[name])(INPUTS[input])
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+CONTEXTS = {
+    "None": (None, TypeError, "context must be a tensor, got NoneType"),
+    "complex": (torch.zeros(2, 3, dtype=torch.complex64), TypeError, "context must be real, got torch.complex64"),
+    "one dimension": (torch.zeros(3), ValueError, "context must have shape [2, 3] or [2, 3, ...] .*, got (3,)"),
+    "rows": (torch.zeros(3, 3), ValueError, "context must have shape [2, 3] or .*, got (3, 3)"),
+    "length": (torch.zeros(2, 4), ValueError, "context must have shape [2, 3] or .*, got (2, 4)"),
+    "sizes": (torch.zeros(2, 3, 5), ValueError, "context must have shape .* with 2 sizes, got (2, 3, 5)"),
+}
+
+
+@pytest.mark.parametrize(("context", "error", "match"), CONTEXTS.values(), ids=CONTEXTS.keys())
+def test_couplings_check_their_context(context, error: type[Exception], match: str):
+    coupling = steps.learned_prior(4, context_channels=3)
+    for function in (coupling, coupling.inverse):
+        with pytest.raises(error, match=message(match)):
+            function(images(4), context)
+
+
+def test_couplings_check_their_network():
+    """One log-scale for all pixels would broadcast, and count once in the log-determinant."""
+    pooled = torch.nn.Sequential(torch.nn.Conv2d(2, 4, 1), torch.nn.AdaptiveAvgPool2d(1))
+    for network, error, match in (
+        (pooled, ValueError, "network must return shape (2, 4, 4, 5), got (2, 4, 1, 1)"),
+        (torch.nn.Conv2d(2, 2, 1), ValueError, "network must return shape (2, 4, 4, 5), got (2, 2, 4, 5)"),
+        (STEPS["nothing"], TypeError, "the output of network must be a tensor, got tuple"),
+    ):
+        with pytest.raises(error, match=message(match)):
+            steps.AffineCoupling(network)(images(4))

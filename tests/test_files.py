@@ -171,7 +171,16 @@ def _missing(tensors: dict, entry: dict) -> None:
     del tensors[next(name for name in tensors if name.endswith("shift"))]
 
 
-# With a valid checksum, as by a faulty program.
+def rewrite(path: Path, change: Callable[[dict, dict], Any]) -> None:
+    """Changes a file and keeps its checksum valid, as a faulty program would."""
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        entry = json.loads(file.metadata()["nflows_kconv"])
+    change(tensors, entry)
+    entry["checksum"] = nflows_kconv.flows.files._checksum(entry["options"], tensors)
+    save_file(tensors, path, {"nflows_kconv": json.dumps(entry)})
+
+
 CHANGES: dict[str, tuple[Callable[[dict, dict], Any], str]] = {
     "a later version": (_entry(version=2), "must be at most 1, got 2, from a later release"),
     "no version": (lambda tensors, entry: entry.pop("version"), "damaged metadata"),
@@ -193,14 +202,26 @@ def test_refused(library, change: Callable[[dict, dict], Any], message: str, tmp
     path = tmp_path / "flow"
     flow = build(library)
     flow.save(path)
-    tensors = load_file(path)
-    with safe_open(path, "pt") as file:
-        entry = json.loads(file.metadata()["nflows_kconv"])
-    change(tensors, entry)
-    entry["checksum"] = nflows_kconv.flows.files._checksum(entry["options"], tensors)
-    save_file(tensors, path, {"nflows_kconv": json.dumps(entry)})
+    rewrite(path, change)
     for act in (lambda: library.load_flow(path), lambda: flow.load(path)):
         unchanged(flow, act, f"^{re.escape(str(path))}.*{message}")
+
+
+@in_both
+def test_files_of_earlier_versions(library, tmp_path: Path):
+    """ActNorm had a boolean, and the 1 x 1 convolution indices."""
+    path, flow = tmp_path / "flow", build(library)
+    flow.save(path)
+
+    def change(tensors: dict, entry: dict) -> None:
+        tensors.update({name: value.bool() for name, value in tensors.items() if "initialized" in name})
+        tensors.update({name: value.argmax(1) for name, value in tensors.items() if "permutation" in name})
+
+    rewrite(path, change)
+    loaded = library.load_flow(path)
+    assert all(map(torch.equal, results(loaded), results(flow)))
+    for name, value in loaded.state_dict().items():
+        assert torch.equal(value, flow.state_dict()[name]) and value.dtype == flow.state_dict()[name].dtype, name
 
 
 def test_damage_is_found_wherever_it_is(tmp_path: Path):

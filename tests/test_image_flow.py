@@ -817,6 +817,69 @@ def test_samples_have_the_dtype_of_the_flow(library, dtype):
         assert images.dtype == dtype
 
 
+ENTRIES = {
+    "nflows": ("log_prob", "__call__", "encode", "transform_to_noise", "decode"),
+    "normflows": (
+        *("log_prob", "__call__", "forward_kld", "encode", "inverse_and_log_det", "decode", "forward_and_log_det"),
+    ),
+}
+WRONG = {
+    "None": None,
+    "a list": [1.0],
+    "an array": random_images(2).numpy(),
+    "complex": random_images(2).to(torch.complex64),
+    "a number": torch.tensor(1.0),
+    "one dimension": torch.zeros(3),
+    "other channels": random_images(2)[:, :2],
+    "no rows": random_images(0),
+    "another device": random_images(2).to("meta"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize(("library", "entry"), [(each, entry) for each in LIBRARIES for entry in ENTRIES[each]])
+def test_every_entry_checks_what_it_takes(library, entry, wrong):
+    """Before random numbers are drawn."""
+    value = WRONG[wrong]
+    if isinstance(value, Tensor) and entry == "decode":
+        value = value.flatten(1) if value.dim() > 1 and "channels" not in wrong else value
+    if isinstance(value, Tensor) and entry == "forward_and_log_det" and value.dim() > 1:
+        value = [value.new_zeros(len(value), *shape) for shape in ((24, 2, 3), (6, 4, 6))]
+        value = value[:1] if "channels" in wrong else value
+    flow, state = build(library), torch.get_rng_state()
+    with pytest.raises((TypeError, ValueError), match=r"^(data|latents?) must .*, got "):
+        getattr(flow, entry)(value)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@in_both
+@pytest.mark.parametrize("number", [0, -1, 1.5, None, True, "2", torch.tensor(2)], ids=repr)
+def test_numbers_of_samples_must_be_positive_integers(library, number):
+    flow = build(library)
+    for name in ("sample", "sample_and_log_prob") if library == "nflows" else ("sample",):
+        with pytest.raises((TypeError, ValueError), match=r"^num_samples must .*, got "):
+            getattr(flow, name)(number)
+
+
+CONDITIONS_ELSEWHERE = {
+    "classes": torch.zeros(2, dtype=torch.int64, device="meta"),
+    "vector": torch.zeros(2, 5, device="meta"),
+    "classes and image": (torch.zeros(2, dtype=torch.int64, device="meta"), torch.zeros(2, 2, 8, 12)),
+}
+
+
+@in_both
+@pytest.mark.parametrize("condition", CONDITIONS_ELSEWHERE)
+def test_conditions_must_be_on_the_flows_device(library, condition):
+    flow, context = build(library, **CONDITIONS[condition]), CONDITIONS_ELSEWHERE[condition]
+    for call in (lambda: flow.log_prob(random_images(2), context=context), lambda: flow.sample(2, context=context)):
+        with pytest.raises(ValueError, match=r"^(context|y).* must be on the flow's device cpu, got meta"):
+            call()
+    noise = torch.zeros(2, *SHAPE, device="meta")
+    with pytest.raises(ValueError, match=r"^noise must be on the flow's device cpu, got meta"):
+        build(library).log_prob(random_images(2), noise=noise)
+
+
 @in_both
 def test_there_must_be_an_image(library):
     with pytest.raises(ValueError, match=r"data must hold at least one sample, got shape \(0, 3, 8, 12\)"):

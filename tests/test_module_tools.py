@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.nn.utils import weight_norm as old_weight_norm
+from torch.optim import swa_utils
 
 import nflows_kconv.nflows
 import nflows_kconv.normflows
@@ -176,6 +177,28 @@ def test_duplicates(library: str, duplicate: Callable):
             parameter.mul_(2)
     for actual, value in zip(results(twin, library), expected, strict=True):
         assert torch.equal(actual, value)
+
+
+AVERAGES = {
+    "mean": {},
+    "mean of lists": dict(multi_avg_fn=swa_utils.get_swa_multi_avg_fn()),
+    "moving": dict(avg_fn=swa_utils.get_ema_avg_fn(0.9)),
+    "moving, of lists": dict(multi_avg_fn=swa_utils.get_ema_multi_avg_fn(0.9)),
+}
+
+
+@in_both
+@pytest.mark.parametrize("average", AVERAGES)
+def test_averages_with_buffers(library: str, average: str):
+    """Booleans cannot be subtracted, and integers were rounded down, to another permutation."""
+    flow = LIBRARIES[library]((4, 8, 8), 2, 1, hidden_channels=4)
+    data = torch.randint(256, (3, 4, 8, 8))
+    flow(data)
+    averaged = swa_utils.AveragedModel(flow, use_buffers=True, **AVERAGES[average])
+    for _ in range(20):
+        averaged.update_parameters(flow)
+    for actual, expected in zip(averaged.module.train().encode(data), flow.encode(data), strict=True):
+        torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
 
 
 @in_both

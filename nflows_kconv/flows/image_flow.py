@@ -253,7 +253,7 @@ class Preprocessing(steps.Sequence):
         num_levels: Number of levels of whole numbers; None for continuous data.
 
     Raises:
-        ValueError: If a call has no data, or data of another shape, or values that are not in 0..num_levels - 1.
+        ValueError: In a call, if values are not in 0..num_levels - 1.
     """
 
     def __init__(self, data_shape: Sequence[int], num_levels: int | None) -> None:
@@ -261,7 +261,6 @@ class Preprocessing(steps.Sequence):
         self.data_shape = tuple(data_shape)
 
     def _run_forward(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
-        self.check_shape(input)
         numbers, log_abs_det = super()._run_forward(_as_images(input), context)
         return numbers.reshape(input.shape), log_abs_det
 
@@ -371,16 +370,15 @@ class Interface(nn.Module):
             TypeError: If the latent is not a floating-point tensor, or the context has the wrong type.
             ValueError: If the latent or the context has another shape.
         """
-        dimensions, dtype = math.prod(self.architecture.data_shape), self._parameter().dtype
-        checks.dense("latent", latent)
-        if not latent.is_floating_point():
-            raise TypeError(f"latent must be a floating-point tensor, got {latent.dtype}")
+        dimensions = math.prod(self.architecture.data_shape)
+        checks.floating_point("latent", latent)
         if latent.dim() != 2 or latent.shape[1] != dimensions or latent.shape[0] == 0:
             raise ValueError(f"latent must have shape [B, {dimensions}], got {tuple(latent.shape)}")
+        latent = latent.to(self._like("latent", latent).dtype)
         condition = self._condition("context", context, latent.shape[0], classes_needed=False)
         # Not torch.set_grad_enabled, which leaves in exported programs a region that torch cannot save.
         with nullcontext() if self.architecture.preprocessing is None else torch.no_grad():
-            numbers = self._from_latent(latent.to(dtype), condition.tensor)
+            numbers = self._from_latent(latent, condition.tensor)
             return self._preprocessing.inverse(numbers)[0]
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -451,21 +449,25 @@ class Interface(nn.Module):
 
     def _to_numbers(self, images: Tensor) -> Tensor:
         """Converts images of any real dtype to the dtype of the parameters."""
-        checks.dense("data", images)
-        if images.is_complex():
-            raise TypeError(f"data must be real, got {images.dtype}")
+        checks.real("data", images)
         if self.architecture.preprocessing is None and not images.is_floating_point():
             raise TypeError(f"continuous data must be floating-point, got {images.dtype}")
         self._preprocessing.check_shape(images)
-        return images.to(self._parameter().dtype)
+        return images.to(self._like("data", images).dtype)
+
+    def _like(self, name: str, tensor: Tensor) -> Tensor:
+        """Returns one of the parameters; raises a ValueError if the tensor is on another device."""
+        like = self._parameter()
+        # Sharded and offloaded parameters come to the data later.
+        if checks.is_plain(like) and not like.is_meta and tensor.device != like.device:
+            raise ValueError(f"{name} must be on the flow's device {like.device}, got {tensor.device}")
+        return like
 
     def _with_noise(self, numbers: Tensor, noise: Any) -> tuple[Tensor, Tensor]:
         """Returns the result of the preprocessing with the user's noise."""
         if self.architecture.preprocessing is None:
             raise ValueError(f"noise must be None for continuous data, got {_kind(noise)}")
-        checks.dense("noise", noise)
-        if not noise.is_floating_point():
-            raise TypeError(f"noise must be a floating-point tensor, got {noise.dtype}")
+        checks.floating_point("noise", noise)
         if noise.shape != numbers.shape:
             raise ValueError(f"noise must have the data's shape {tuple(numbers.shape)}, got {tuple(noise.shape)}")
         if checks.can_inspect_values(noise) and not ((noise >= 0) & (noise < 1)).all():
@@ -474,7 +476,7 @@ class Interface(nn.Module):
             )
         dtype = numbers.dtype
         below_one = 1 - torch.finfo(dtype).eps / 2  # rounding may carry smaller values up to 1
-        return self._preprocessing.with_noise(numbers, noise.to(dtype).clamp_max(below_one))
+        return self._preprocessing.with_noise(numbers, noise.to(self._like("noise", noise).dtype).clamp_max(below_one))
 
     def _condition(self, name: str, given: Any, count: int | None, *, classes_needed: bool = True) -> Condition:
         """Returns the condition of `count` images (None: any number) from the argument `name`.
@@ -495,7 +497,8 @@ class Interface(nn.Module):
                 )
             classes, given = given
         of_tensor = name if num_classes is None else f"{name}[1]"
-        tensor = _as_context(of_tensor, given, context_shape, count).to(self._parameter().dtype)
+        tensor = _as_context(of_tensor, given, context_shape, count)
+        tensor = tensor.to(self._like(of_tensor, tensor).dtype)
         if num_classes is not None:
             classes = self._classes(f"{name}[0]", classes, tensor.shape[0], classes_needed)
         return Condition(classes, tensor)
@@ -514,9 +517,9 @@ class Interface(nn.Module):
                 return None
             raise ValueError(f"{name} must give the classes of the images for a flow with classes, got None")
         checks.dense(name, classes)
-        of_each_image = checks.has_rows(classes, count)
+        like, of_each_image = self._like(name, classes), checks.has_rows(classes, count)
         if self._takes_one_hot and of_each_image and tuple(classes.shape[1:]) == (num_classes,):
-            return classes.to(self._parameter().dtype)
+            return classes.to(like.dtype)
         if classes.is_floating_point() or classes.is_complex():
             raise TypeError(f"{name} must be whole numbers, the classes of the images, got {classes.dtype}")
         if classes.dim() != 1 or not of_each_image:
@@ -525,7 +528,6 @@ class Interface(nn.Module):
         if checks.can_inspect_values(classes) and not ((classes >= 0) & (classes < num_classes)).all():
             raise ValueError(f"{name} must be classes from 0 to {num_classes - 1}, got {classes.tolist()}")
         if self._takes_one_hot:  # normflows' own conversion fixes the batch in torch.export, F.one_hot has no vmap
-            like = self._parameter()
             return F.embedding(classes.long(), torch.eye(num_classes, dtype=like.dtype, device=like.device))
         return classes.long()
 
@@ -547,7 +549,7 @@ def load(flow_class: Callable[[Architecture], Flow], path: str | os.PathLike[str
             flow: Any = flow_class(architecture)
     except (TypeError, ValueError, RuntimeError) as error:
         raise files.refusal(path, f"options that finc_flow does not take: {error}") from error
-    renamed = dict(flow._renamed(tensors))
+    renamed = {name: steps.of_earlier_files(tensor) for name, tensor in flow._renamed(tensors).items()}
     expected, found = _tensors(flow.state_dict()), _tensors(renamed)
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
@@ -595,9 +597,7 @@ def _as_context(name: str, tensor: Any, shape: Sequence[int], count: int | None)
 
     if tensor is None:
         raise ValueError(f"{name} must be a tensor of shape {expected()} for a flow with a context, got None")
-    checks.dense(name, tensor)
-    if tensor.is_complex():
-        raise TypeError(f"{name} must be real, got {tensor.dtype}")
+    checks.real(name, tensor)
     if not checks.has_rows(tensor, count) or tuple(tensor.shape[1:]) != tuple(shape):
         raise ValueError(f"{name} must have shape {expected()}, one row per image, got {tuple(tensor.shape)}")
     return tensor

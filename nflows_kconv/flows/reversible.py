@@ -29,6 +29,7 @@ from torch.utils.checkpoint import get_device_states
 
 from nflows_kconv.bijection import Bijection, as_bijection
 from nflows_kconv.flows import steps
+from nflows_kconv.flows.images.arguments import check_numbers
 from nflows_kconv.flows.shared_networks import evaluated_once
 from nflows_kconv.torch_internals import tree_leaves
 
@@ -87,10 +88,11 @@ def cascade(
         RuntimeError: If gradients are recorded and the modules draw random numbers, as dropout does, or change buffers
             at every call, as BatchNorm and spectral_norm do in training mode.
     """
+    check_numbers(input)
     steps = [_Step(as_bijection(module), context, inverse) for module in modules]
     if inverse:
         steps.reverse()
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or input.is_meta:  # which has no memory to save, and no autocast
         return _run(input, steps)
     if input.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"input must be float32 or float64 for the steps to be undone, got {input.dtype}")

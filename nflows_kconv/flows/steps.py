@@ -17,6 +17,7 @@ from torch import Tensor, distributed, nn
 from nflows_kconv import bijection, checks
 from nflows_kconv.backends.reference import without_autocast
 from nflows_kconv.conditional import ConditionalInvertibleConv
+from nflows_kconv.flows.images.arguments import check_numbers
 from nflows_kconv.invertible import InvertibleModule
 from nflows_kconv.torch_internals import (
     is_functorch_wrapped_tensor,
@@ -31,6 +32,41 @@ _POOLS: dict[int, Any] = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3:
 
 # On other devices reading a value synchronizes.
 _LOOKS_ARE_FREE = ("cpu",)
+
+
+class _Step(InvertibleModule):
+    """A step that checks its input, [B, C, ...], before either direction.
+
+    Its buffers are floating-point: moving averages of a model cannot subtract booleans, and round integers down.
+    """
+
+    num_channels: int | None = None  # any
+    _least_dimensions = 2
+    _check_type = staticmethod(checks.floating_point)
+
+    def forward(self, input: Tensor, context: Any = None, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
+        """Checks and transforms the input, or undoes that if `inverse`."""
+        self._check_type("input", input)
+        shape, channels = input.shape, self.num_channels
+        if len(shape) < self._least_dimensions or (channels is not None and shape[1] != channels):
+            raise ValueError(f"input must have shape [B, {channels or 'C'}, ...], got {tuple(shape)}")
+        for parameter in self._parameters.values():
+            if parameter is not None and parameter.device != input.device:
+                raise ValueError(f"input must be on the parameters' device {parameter.device}, got {input.device}")
+        return super().forward(input, context, inverse=inverse)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in self._buffers:
+            if prefix + name in state_dict:
+                state_dict[prefix + name] = of_earlier_files(state_dict[prefix + name])
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def of_earlier_files(buffer: Any) -> Any:
+    """Converts `initialized`, once a boolean, and `permutation`, once the place of each row's 1; keeps all else."""
+    if isinstance(buffer, Tensor) and buffer.dtype == torch.int64 and buffer.dim() == 1:
+        return (buffer[:, None] == torch.arange(len(buffer), device=buffer.device)).float()
+    return buffer.float() if isinstance(buffer, Tensor) and buffer.dtype == torch.bool else buffer
 
 
 class Sequence(InvertibleModule):
@@ -69,12 +105,15 @@ class Inverse(InvertibleModule):
         return self.step(input, context)
 
 
-class Squeeze(InvertibleModule):
+class Squeeze(_Step):
     """Moves each block of two pixels along every axis into channels: C channels become 2^n C for n axes.
 
     Raises:
+        TypeError: In a call, if the input is not a dense real tensor.
         ValueError: In a call, if a size is odd, or the inverse gets a number of channels that 2^n does not divide.
     """
+
+    _check_type = staticmethod(checks.real)
 
     def _run_forward(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
         batch, channels, *sizes = input.shape
@@ -95,7 +134,7 @@ class Squeeze(InvertibleModule):
         return output, _no_log_abs_det(input)
 
 
-class ActNorm(InvertibleModule):
+class ActNorm(_Step):
     """y = exp(log_scale) (x + shift) per channel (Glow, Kingma, Dhariwal 2018, arXiv 1807.03039, section 3.1).
 
     In training mode, while `initialized` is False, the first forward batch sets both parameters so that its outputs
@@ -111,12 +150,12 @@ class ActNorm(InvertibleModule):
     Attributes:
         log_scale: Parameter, [C].
         shift: Parameter, [C].
-        initialized: Buffer, whether the first batch has passed.
+        initialized: Buffer, a number: 0 until the first batch has passed.
 
     Raises:
-        TypeError: If the number of channels is not an integer.
-        ValueError: If it is below 1; in a call, if the input has another shape than [B, C] or [B, C, ...], or the mean
-            or the variance of the first batch is not finite.
+        TypeError: If the number of channels is not an integer; in a call, if the input is not floating-point.
+        ValueError: If it is below 1; in a call, if the input has another shape than [B, C] or [B, C, ...] or another
+            device, or the mean or the variance of the first batch is not finite.
     """
 
     initialized: Tensor
@@ -126,7 +165,7 @@ class ActNorm(InvertibleModule):
         self.num_channels = checks.positive("num_channels", num_channels)
         self.log_scale = nn.Parameter(torch.empty(num_channels))
         self.shift = nn.Parameter(torch.empty(num_channels))
-        self.register_buffer("initialized", torch.empty((), dtype=torch.bool))
+        self.register_buffer("initialized", torch.empty(()))
         # The buffer and its version when it was last read as True.
         self._seen: tuple[Tensor, int | None] | None = None
         self.reset_parameters()
@@ -147,7 +186,6 @@ class ActNorm(InvertibleModule):
         return self
 
     def _run_forward(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
-        _check_channels(input, self.num_channels, 2)
         if self.training and not self._is_initialized():
             initialize = self._initialize_uncompiled if torch.compiler.is_compiling() else self._initialize
             initialize(input)
@@ -155,7 +193,6 @@ class ActNorm(InvertibleModule):
         return (input + shift) * scale, _per_image(self.log_scale, input)
 
     def _run_inverse(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
-        _check_channels(input, self.num_channels, 2)
         scale, shift = (_on_channels(each, input) for each in (self.log_scale.neg().exp(), self.shift))
         return input * scale - shift, -_per_image(self.log_scale, input)
 
@@ -217,7 +254,7 @@ class ActNorm(InvertibleModule):
         self._is_initialized()
 
 
-class InvertibleConv1x1(InvertibleModule):
+class InvertibleConv1x1(_Step):
     """y = W x at every pixel, W = P L (U + diag(s)) (Glow, arXiv 1807.03039, section 3.2).
 
     P is a fixed permutation, L unit lower and U strictly upper triangular, so log |det W| = sum log |s|. W starts as a
@@ -230,21 +267,22 @@ class InvertibleConv1x1(InvertibleModule):
         lower: Parameter, [C, C], with the strict lower triangle of L.
         upper: Parameter, [C, C], with U as its strict upper triangle.
         log_scale: Parameter, [C], log |s|.
-        permutation: Buffer, [C], the row of L (U + diag(s)) for each row of W.
+        permutation: Buffer, [C, C], P.
         sign: Buffer, [C], the signs of s.
 
     Raises:
-        TypeError: If the number of channels is not an integer.
-        ValueError: If it is below 1; in a call, if the input has another shape than [B, C, ...].
+        TypeError: If the number of channels is not an integer; in a call, if the input is not floating-point.
+        ValueError: If it is below 1; in a call, if the input has another shape than [B, C, ...] or another device.
     """
 
+    _least_dimensions = 3
     permutation: Tensor
     sign: Tensor
 
     def __init__(self, num_channels: int) -> None:
         super().__init__()
         self.num_channels = checks.positive("num_channels", num_channels)
-        self.register_buffer("permutation", torch.empty(num_channels, dtype=torch.int64))
+        self.register_buffer("permutation", torch.empty(num_channels, num_channels))
         self.register_buffer("sign", torch.empty(num_channels))
         self.lower = nn.Parameter(torch.empty(num_channels, num_channels))
         self.upper = nn.Parameter(torch.empty(num_channels, num_channels))
@@ -260,21 +298,19 @@ class InvertibleConv1x1(InvertibleModule):
         shape, dtype = self.lower.shape, torch.promote_types(self.lower.dtype, torch.float32)
         rotation = torch.linalg.qr(torch.randn(shape, dtype=dtype, device="cpu"))[0]
         permutation, lower, upper = torch.linalg.lu(rotation)
-        self.permutation.copy_(permutation.argmax(1))
+        self.permutation.copy_(permutation)
         self.sign.copy_(upper.diagonal().sign())
         self.lower.copy_(lower.tril(-1))
         self.upper.copy_(upper.triu(1))
         self.log_scale.copy_(upper.diagonal().abs().log())
 
     def _run_forward(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
-        _check_channels(input, self.num_channels, 3)
         with without_autocast(input.device):
             lower, upper = _factors(self.lower, self.upper, self.log_scale, self.sign)
-            output = _mixed((lower @ upper)[self.permutation], input)
+            output = _mixed((lower @ upper)[self.permutation.argmax(1)], input)
         return output, _per_image(self.log_scale, input)
 
     def _run_inverse(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
-        _check_channels(input, self.num_channels, 3)
         with without_autocast(input.device):
             output = _mixed(self.inverse_weight(), input)
         return output, -_per_image(self.log_scale, input)
@@ -293,7 +329,7 @@ def inverse_weight(lower: Tensor, upper: Tensor, log_scale: Tensor, sign: Tensor
     # Half precision has no triangular solver.
     dtype = torch.promote_types(lower.dtype, torch.float32)
     left, right = (factor.to(dtype) for factor in _factors(lower, upper, log_scale, sign))
-    permuted = torch.eye(len(left), dtype=dtype, device=left.device)[:, permutation]
+    permuted = torch.eye(len(left), dtype=dtype, device=left.device)[:, permutation.argmax(1)]
     half_solved = torch.linalg.solve_triangular(left, permuted, upper=False, unitriangular=True)
     return torch.linalg.solve_triangular(right, half_solved, upper=True).to(lower.dtype)
 
@@ -308,7 +344,7 @@ def _mixed(weight: Tensor, input: Tensor) -> Tensor:
     return (weight @ input.to(weight.dtype).flatten(2)).view(input.shape)
 
 
-class AffineCoupling(InvertibleModule):
+class AffineCoupling(_Step):
     """y1 = s(x2) x1 + t(x2), y2 = x2, with log s = 2 tanh(h / 2) and (h, t) = network(x2).
 
     The coupling of FInC Flow (Kallappa, Nagar, Varma 2023, arXiv 2301.09266), with a scale between e^-2 and e^2. The
@@ -321,6 +357,11 @@ class AffineCoupling(InvertibleModule):
     Args:
         network: Maps the second half of the channels and the context, [B, C/2 + E, ...], to h and t, [B, C, ...].
         context_channels: E; 0 ignores the context.
+
+    Raises:
+        TypeError: In a call, if the input is not floating-point, or the context no dense real tensor.
+        ValueError: In a call, if the number of channels is odd, or the context or the network's output has another
+            shape.
     """
 
     def __init__(self, network: nn.Module, context_channels: int = 0) -> None:
@@ -329,24 +370,38 @@ class AffineCoupling(InvertibleModule):
         self.context_channels = context_channels
 
     def _run_forward(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
-        changed, kept = input.chunk(2, 1)
-        log_scale, shift = self._scale_and_shift(kept, context)
+        changed, kept, log_scale, shift = self._parts(input, context)
         return torch.cat([changed * log_scale.exp() + shift, kept], 1), _sum(log_scale)
 
     def _run_inverse(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
-        changed, kept = input.chunk(2, 1)
-        log_scale, shift = self._scale_and_shift(kept, context)
+        changed, kept, log_scale, shift = self._parts(input, context)
         return torch.cat([(changed - shift) * log_scale.neg().exp(), kept], 1), -_sum(log_scale)
 
-    def _scale_and_shift(self, kept: Tensor, context: Any) -> tuple[Tensor, Tensor]:
-        seen = torch.cat([kept, _at_size_of(kept, context)], 1) if self.context_channels else kept
-        raw, shift = self.network(seen).to(kept.dtype).chunk(2, 1)
-        return 2 * torch.tanh(raw / 2), shift
+    def _parts(self, input: Tensor, context: Any) -> tuple[Tensor, ...]:
+        """Returns both halves of the input, the log-scale and the shift."""
+        if input.shape[1] % 2:
+            raise ValueError(f"input must have an even number of channels, got shape {tuple(input.shape)}")
+        changed, kept = input.chunk(2, 1)
+        seen = kept
+        if self.context_channels:
+            seen = torch.cat([kept, _at_size_of(kept, context, self.context_channels)], 1)
+        numbers = self.network(seen)
+        checks.real("the output of network", numbers)
+        if numbers.shape != input.shape:  # would broadcast, with a wrong log-determinant
+            raise ValueError(f"network must return shape {tuple(input.shape)}, got {tuple(numbers.shape)}")
+        raw, shift = numbers.to(kept.dtype).chunk(2, 1)
+        return changed, kept, 2 * torch.tanh(raw / 2), shift
 
 
-def _at_size_of(kept: Tensor, context: Tensor) -> Tensor:
+def _at_size_of(kept: Tensor, context: Tensor, channels: int) -> Tensor:
     """Returns the context at every pixel of the input."""
+    checks.real("context", context)
     size = kept.shape[2:]
+    if context.dim() not in (2, kept.dim()) or context.shape[:2] != (kept.shape[0], channels):
+        raise ValueError(
+            f"context must have shape [{kept.shape[0]}, {channels}] or [{kept.shape[0]}, {channels}, ...] with "
+            f"{len(size)} sizes, got {tuple(context.shape)}"
+        )
     if context.dim() == 2:
         return context.view(*context.shape, *[1] * len(size)).expand(-1, -1, *size)
     return context if context.shape[2:] == size else _POOLS[len(size)](context, size)
@@ -386,13 +441,10 @@ def _chain(input: Tensor, context: Any, functions: Iterable[Any]) -> tuple[Tenso
     for function in functions:
         input, log_abs_det = function(input, context)
         total = log_abs_det if total is None else total + log_abs_det
-    return input, _no_log_abs_det(input) if total is None else total
-
-
-def _check_channels(input: Tensor, num_channels: int, dimensions: int) -> None:
-    """Raises a ValueError unless the input is [B, num_channels, ...] with at least this many dimensions."""
-    if input.dim() < dimensions or input.shape[1] != num_channels:
-        raise ValueError(f"input must have shape [B, {num_channels}, ...], got {tuple(input.shape)}")
+    if total is None:
+        check_numbers(input)
+        total = _no_log_abs_det(input)
+    return input, total
 
 
 def _on_channels(values: Tensor, input: Tensor) -> Tensor:

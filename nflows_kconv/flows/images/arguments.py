@@ -10,18 +10,14 @@ from nflows_kconv import checks
 
 def check_images(input: Tensor) -> None:
     """Raises a TypeError or a ValueError unless the input is a real tensor [B, C, H, W]."""
-    checks.dense("images", input)
-    if input.is_complex():
-        raise TypeError(f"images must be real, got {input.dtype}")
+    checks.real("images", input)
     if input.dim() != 4:
         raise ValueError(f"images must have the 4 dimensions [B, C, H, W], got shape {tuple(input.shape)}")
 
 
 def check_numbers(input: Tensor) -> None:
     """Raises a TypeError or a ValueError unless the input is a floating-point tensor [B, ...]."""
-    checks.dense("input", input)
-    if not input.is_floating_point():
-        raise TypeError(f"input must be a floating-point tensor, got {input.dtype}")
+    checks.floating_point("input", input)
     if input.dim() == 0:
         raise ValueError("input must have the dimensions [B, ...], got shape ()")
 
