@@ -361,6 +361,9 @@ def call_of(*corners: str, operation: str = "conv") -> registry.OperatorCall:
     return registry.OperatorCall(operation, image, weight, stencil.parse(corners), kernel_size=(1, 1))
 
 
+CODE = runtime._code
+
+
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fakes a machine on which the runtime finds no fault."""
@@ -372,6 +375,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(driver, "device_names", lambda: ["NVIDIA H100 80GB HBM3"])
     monkeypatch.setattr(driver, "describe", lambda index: H100)
     monkeypatch.setattr(driver, "version", lambda: (13, 0))
+    monkeypatch.setattr(runtime, "_code", lambda kernel, capability: b"")
     runtime.told_why_not.cache_clear()
     yield
     runtime.told_why_not.cache_clear()
@@ -418,6 +422,24 @@ def test_each_gpu_is_served_or_not(gpu: None, monkeypatch: pytest.MonkeyPatch):
         assert cuda.why_not(call) == reason
     monkeypatch.setattr(compiler, "_architectures", lambda: [50, 60, 70, 75])  # an NVRTC that knows it: kernels do not
     assert why_not(1) == reason.replace("7.5", "7.0")
+
+
+@needs_nvrtc
+def test_a_compiler_that_only_loads_serves_no_gpu(directory: Path, gpu: None, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(runtime, "_code", CODE)
+    assert why_not(0) is None
+    stored = list(directory.iterdir())
+    assert why_not(0) is None
+    assert list(directory.iterdir()) == stored != []  # compiled once for all processes
+    stored[0].unlink()
+    monkeypatch.setattr(compiler, "_program", lambda *_: compiler._Program(b"", {}, ("--no-such-option",), False))
+    expected = (
+        "NVRTC or the CUDA driver does not work: NVRTC 13.0 could not compile log_abs_det.cu with --no-such-option"
+    )
+    assert why_not(0).startswith(expected)
+    assert not cuda.status().available
+    with pytest.warns(RuntimeWarning, match="CUDA tensors run on the slow reference implementation: NVRTC or the CUDA"):
+        assert cuda.why_not(call_of("TL")).startswith(expected)
 
 
 @pytest.mark.parametrize(

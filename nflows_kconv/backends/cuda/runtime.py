@@ -17,6 +17,11 @@ import torch
 from nflows_kconv.backends.cuda import cache, compiler, driver, planning
 from nflows_kconv.backends.cuda.plan import Kernel, LaunchPlan, ProblemSpec
 
+# Compiled, or read from the cache, before the first call: NVRTC may load and lack what it loads only to compile.
+_ONES = (1, 1, 1, 1)
+_DIAGONAL = ProblemSpec("log_abs_det", torch.float32, _ONES, (1, 1), (0,), False, False, _ONES, _ONES, _ONES)
+_TRIAL = planning.plan_log_abs_det(_DIAGONAL).launches[0].kernel
+
 
 class LoadedPlan(NamedTuple):
     """A plan with the driver's handle of each launch's function."""
@@ -89,7 +94,11 @@ def why_not(device: int | None = None) -> str | None:
         compiler.version()
         driver.device_names()
         if device is not None:
-            return compiler.why_not(driver.describe(device).capability, driver.version())
+            capability = driver.describe(device).capability
+            reason = compiler.why_not(capability, driver.version())
+            if reason is None:
+                _code(_TRIAL, capability)
+            return reason
     except ModuleNotFoundError as error:
         return f"the package cuda-bindings, which CUDA builds of torch install, is missing: {error}"
     except Exception as error:  # The reference still runs, whatever is wrong with the installation.
