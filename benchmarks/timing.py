@@ -5,6 +5,7 @@ The contestants take turns, so other load slows all of them.
 
 from __future__ import annotations
 
+import math
 import signal
 import statistics
 import time
@@ -57,11 +58,16 @@ def eager(contestants: Contestants, seconds: float) -> dict[str, float]:
 
 
 def graph(contestants: Contestants, seconds: float) -> dict[str, float]:
-    """Times calls captured into one CUDA graph, between two events."""
-    replays = {name: _captured(run) for name, run in contestants.items()}
-    for replay in replays.values():
-        _warm_up(replay)
-    return take_turns({name: partial(_time_between_events, replay) for name, replay in replays.items()}, seconds)
+    """Times calls captured into one CUDA graph, between two events; NaN where a capture fails."""
+    replays = {}
+    for name, run in contestants.items():
+        try:
+            replays[name] = _captured(run)
+            _warm_up(replays[name])
+        except RuntimeError as error:  # must not cost the times of the others
+            print(f"{name} cannot be captured: {error}", flush=True)
+    times = take_turns({name: partial(_time_between_events, replay) for name, replay in replays.items()}, seconds)
+    return dict.fromkeys(contestants, math.nan) | times
 
 
 def cold(contestants: Contestants, seconds: float) -> dict[str, float]:

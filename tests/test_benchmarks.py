@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import importlib
 import json
+import math
 import os
 import re
 import signal
@@ -204,6 +205,18 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 def test_clocks_of_the_gpu_give_the_time_of_one_call(clock, gpu, monkeypatch):
     monkeypatch.setattr(timing, "_read_of_the_cache", lambda: gpu.call(40))  # not counted
     assert clock({"short": gpu.call(1), "long": gpu.call(7)}, 0) == pytest.approx({"short": 1, "long": 7})
+
+
+@pytest.mark.parametrize("clock", [timing.graph, timing.cold])
+def test_what_cannot_be_captured_has_no_time_and_stops_no_other(clock, gpu, monkeypatch, capsys):
+    monkeypatch.setattr(timing, "_read_of_the_cache", lambda: gpu.call(40))
+
+    def fail():
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    times = clock({"first": fail, "long": gpu.call(7)}, 0)
+    assert times == pytest.approx({"first": math.nan, "long": 7}, nan_ok=True)
+    assert "first cannot be captured: operation not permitted" in capsys.readouterr().out
 
 
 def test_contestants_take_turns_and_the_median_counts():
