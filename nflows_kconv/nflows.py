@@ -170,7 +170,8 @@ class _Latent(Distribution):
         mean, log_scale = self._context_encoder(classes).chunk(2, 1)
         return mean + log_scale.exp() * noise
 
-    def _log_prob(self, inputs: Tensor, context: Tensor | None) -> Tensor:
+    # Not _log_prob: nflows' own log_prob moves its arguments to torch's default device.
+    def log_prob(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
         constant = 0.5 * math.log(2 * math.pi) * inputs.shape[1]
         if self._context_encoder is None:
             return -0.5 * inputs.square().sum(1) - constant

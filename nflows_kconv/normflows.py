@@ -338,7 +338,7 @@ class ImageFlow(image_flow.Interface, MultiscaleFlow):
         if got != [(*rows, *shape) for shape in shapes]:
             raise ValueError(f"latents must have the shapes [B, *shape] for each shape of {shapes}, got {got}")
         condition = self._given(y, context, parts[0].shape[0], classes_needed=False)
-        return self._from_latents([part.to(self._like("latents", part).dtype) for part in parts], condition.tensor)
+        return self._from_latents([self._own("latents", part) for part in parts], condition.tensor)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Loads a state_dict of this flow, or of the same flow of nflows; see `torch.nn.Module.load_state_dict`."""

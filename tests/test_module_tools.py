@@ -225,6 +225,48 @@ def test_functional_call(library: str):
 
 
 @in_both
+def test_flows_stacked_for_vmap(library: str):
+    """All of them see the same images, so only the parameters have a dimension to map over."""
+    flows = [build(library) for _ in range(2)]
+    with torch.no_grad():
+        for parameter in flows[1].parameters():
+            parameter.mul_(1.1)
+
+    class Method(nn.Module):
+        def __init__(self, flow: nn.Module, name: str) -> None:
+            super().__init__()
+            self.flow, self.name = flow, name
+
+        def forward(self, *arguments: Tensor) -> Tensor:
+            return getattr(self.flow, self.name)(*arguments)
+
+    noise, latent = torch.rand(3, 1, 8, 8).double(), torch.randn(3, 64).double()
+    condition = (None,) if library == "nflows" else (None, None)
+    for name, arguments in (("log_prob", (images(), *condition, noise)), ("decode", (latent,))):
+        modules = [Method(flow, name) for flow in flows]
+        parameters, buffers = torch.func.stack_module_state(modules)
+        empty = copy.deepcopy(modules[0]).to("meta")
+
+        def call(parameters: dict, buffers: dict) -> Tensor:
+            return torch.func.functional_call(empty, (parameters, buffers), arguments)  # noqa: B023
+
+        torch.testing.assert_close(torch.vmap(call)(parameters, buffers), torch.stack([m(*arguments) for m in modules]))
+
+
+@in_both
+def test_torchs_default_device_need_not_be_the_flows(library: str):
+    flow, data, noise = build(library), images(), torch.rand(3, 1, 8, 8).double()
+    expected = flow.log_prob(data, noise=noise)
+    latent, _ = flow.encode(data)
+    with torch.device("meta"):
+        assert torch.equal(flow.log_prob(data, noise=noise), expected)
+        assert torch.equal(flow.encode(data)[0], latent)
+        assert torch.equal(flow.decode(latent), data.double())
+        samples = flow.sample(2)
+        assert (samples if library == "nflows" else samples[0]).device.type == "cpu"
+
+
+@in_both
 def test_data_parallel_on_the_cpu_is_the_module(library: str):
     flow = build(library)
     torch.manual_seed(2)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.nn.utils import parametrize, prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nflows_kconv import InvertibleConv1d, InvertibleConv2d, InvertibleConv3d
@@ -153,6 +154,27 @@ def test_the_buffer_of_actnorm_decides(reset, free, monkeypatch):
     norm.train().initialized.fill_(True)  # as copying another layer's parameters and buffers does
     norm(x)
     assert not norm.shift.any()
+
+
+COMPUTED = {
+    "pruning": lambda norm: prune.l1_unstructured(norm, "log_scale", 1),
+    "parametrization": lambda norm: parametrize.register_parametrization(norm, "shift", nn.Tanh()),
+}
+
+
+@pytest.mark.parametrize("compute", COMPUTED.values(), ids=COMPUTED.keys())
+def test_actnorm_sets_no_computed_parameters(compute):
+    """What it wrote into them was lost, in silence."""
+    norm, x = steps.ActNorm(3), torch.randn(9, 3, 4, 4) + 5
+    compute(norm)
+    norm.eval()(x)
+    with pytest.raises(RuntimeError, match="its first batch, or load a state_dict, before pruning or a parametriz"):
+        norm.train()(x)
+    assert not norm.initialized
+    norm = steps.ActNorm(3)
+    norm(x)
+    compute(norm)
+    norm(x)
 
 
 def test_actnorm_waits_for_a_batch_with_values():

@@ -20,7 +20,7 @@ from nflows_kconv.flows.images.dequantization import check_levels
 from nflows_kconv.flows.reversible import Chain
 from nflows_kconv.layer import InvertibleConv1d, InvertibleConv2d, InvertibleConv3d
 from nflows_kconv.periodic import PeriodicConv1d, PeriodicConv2d, PeriodicConv3d
-from nflows_kconv.torch_internals import EXTRA_STATE
+from nflows_kconv.torch_internals import EXTRA_STATE, is_under_vmap
 
 Corners = str | Sequence[str] | Sequence[Sequence[str]]
 Shape = tuple[int, ...]
@@ -374,7 +374,7 @@ class Interface(nn.Module):
         checks.floating_point("latent", latent)
         if latent.dim() != 2 or latent.shape[1] != dimensions or latent.shape[0] == 0:
             raise ValueError(f"latent must have shape [B, {dimensions}], got {tuple(latent.shape)}")
-        latent = latent.to(self._like("latent", latent).dtype)
+        latent = self._own("latent", latent)
         condition = self._condition("context", context, latent.shape[0], classes_needed=False)
         # Not torch.set_grad_enabled, which leaves in exported programs a region that torch cannot save.
         with nullcontext() if self.architecture.preprocessing is None else torch.no_grad():
@@ -453,7 +453,14 @@ class Interface(nn.Module):
         if self.architecture.preprocessing is None and not images.is_floating_point():
             raise TypeError(f"continuous data must be floating-point, got {images.dtype}")
         self._preprocessing.check_shape(images)
-        return images.to(self._like("data", images).dtype)
+        return self._own("data", images)
+
+    def _own(self, name: str, tensor: Tensor) -> Tensor:
+        """Returns a tensor in the dtype of the parameters; raises a ValueError if it is on another device."""
+        like = self._like(name, tensor)
+        tensor = tensor.to(like.dtype)
+        # Of several flows at once, because nflows adds to numbers of their batch in place.
+        return tensor + like.new_zeros(()) if is_under_vmap() else tensor
 
     def _like(self, name: str, tensor: Tensor) -> Tensor:
         """Returns one of the parameters; raises a ValueError if the tensor is on another device."""
@@ -476,7 +483,7 @@ class Interface(nn.Module):
             )
         dtype = numbers.dtype
         below_one = 1 - torch.finfo(dtype).eps / 2  # rounding may carry smaller values up to 1
-        return self._preprocessing.with_noise(numbers, noise.to(self._like("noise", noise).dtype).clamp_max(below_one))
+        return self._preprocessing.with_noise(numbers, self._own("noise", noise).clamp_max(below_one))
 
     def _condition(self, name: str, given: Any, count: int | None, *, classes_needed: bool = True) -> Condition:
         """Returns the condition of `count` images (None: any number) from the argument `name`.
@@ -497,8 +504,7 @@ class Interface(nn.Module):
                 )
             classes, given = given
         of_tensor = name if num_classes is None else f"{name}[1]"
-        tensor = _as_context(of_tensor, given, context_shape, count)
-        tensor = tensor.to(self._like(of_tensor, tensor).dtype)
+        tensor = self._own(of_tensor, _as_context(of_tensor, given, context_shape, count))
         if num_classes is not None:
             classes = self._classes(f"{name}[0]", classes, tensor.shape[0], classes_needed)
         return Condition(classes, tensor)

@@ -224,6 +224,11 @@ class ActNorm(_Step):
             raise RuntimeError(
                 "ActNorm must see its first batch, or load a state_dict, before fully_shard, which loses what it sets"
             )
+        if self._parameters and not {"log_scale", "shift"} <= self._parameters.keys():  # replicas have none
+            raise RuntimeError(
+                "ActNorm must see its first batch, or load a state_dict, before pruning or a parametrization computes "
+                "its parameters, which loses what it sets"
+            )
         group, others = process_group(self), [0, *range(2, input.dim())]
         values = input.to(torch.promote_types(input.dtype, torch.float32))
         count = values.new_full(values.shape[1:2], values.numel() // values.shape[1])
