@@ -7,15 +7,17 @@ from typing import Any
 
 from torch import Tensor
 
-from nflows_kconv import stencil
+from nflows_kconv import checks, stencil
 
 
 def flatten_batch(input: Tensor, dimensions: int) -> Tensor:
     """Views [..., C, H, W] as [B, C, H, W], for images with this number of dimensions.
 
     Raises:
+        TypeError: If the input is not a dense tensor.
         ValueError: If the input has fewer dimensions than an image with channels.
     """
+    checks.dense("input", input)
     event = dimensions + 1
     if input.dim() < event:
         axes = ", ".join(("...", "C", *stencil.AXES[dimensions]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 
 import torch
@@ -41,6 +41,22 @@ def per_axis(name: str, value: int | Sequence[int], dimensions: int) -> tuple[in
         axes = "axis" if dimensions == 1 else f"axis, {dimensions} in all"
         raise ValueError(f"{name} must be an integer or one per {axes}, got {value!r}")
     return tuple(positive(name, each) for each in values)
+
+
+def shape(name: str, value: Sequence[int], forms: Mapping[int, str] | None = None) -> None:
+    """Raises an error unless the value is a sequence of sizes of at least 1, as many as one of the forms has.
+
+    Raises:
+        TypeError: If it is not a sequence of integers.
+        ValueError: If there are not as many, or a size is below 1.
+    """
+    expected = f"{name} must be {' or '.join(forms.values()) if forms else 'a sequence of sizes'}, got {value!r}"
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise TypeError(expected)
+    if forms and len(value) not in forms:
+        raise ValueError(expected)
+    for size in value:
+        positive(f"sizes in {name}", size)
 
 
 def temperature(value: float) -> float:

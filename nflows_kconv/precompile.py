@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nflows_kconv import ops, stencil
+from nflows_kconv import checks, ops, stencil
 from nflows_kconv.bijection import as_bijection, is_bijection
 from nflows_kconv.layer import KernelLayer, log_abs_det
 from nflows_kconv.torch_internals import TorchDispatchMode, deep_copy, tree_map_only
@@ -32,8 +32,8 @@ def warmup(module: nn.Module, input_shape: Sequence[int], context: Any = None) -
         context: The second argument of the call, or None for no such argument.
 
     Raises:
-        TypeError: If `module` is not a module.
-        ValueError: If it contains no such layer.
+        TypeError: If `module` is not a module, or the shape is not a sequence of integers.
+        ValueError: If it contains no such layer, or a size is below 1.
         RuntimeError: If the call fails or a kernel does not compile.
 
     Examples:
@@ -45,6 +45,7 @@ def warmup(module: nn.Module, input_shape: Sequence[int], context: Any = None) -
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
+    checks.shape("input_shape", input_shape)
     layers = _layers(module)
     if not layers:
         raise ValueError(f"module must contain a layer of nflows-kconv, got a {type(module).__name__} without one")

@@ -7,10 +7,15 @@ import pytest
 import torch
 from cases import CORNERS, STENCILS
 
+import nflows_kconv.distributions
 import nflows_kconv.nflows
 import nflows_kconv.normflows
+import nflows_kconv.torchflows
 from nflows_kconv import InvertibleConv1d, InvertibleConv2d, InvertibleConv3d
+from nflows_kconv.diagnostics import round_trip
 from nflows_kconv.flows import reversible, steps
+from nflows_kconv.flows.images import bits_per_dim, to_uint8
+from nflows_kconv.flows.sampling import GraphSampler
 from nflows_kconv.functional import conv1d, conv1d_inverse, conv2d, conv2d_inverse, conv3d, conv3d_inverse, log_abs_det
 
 NAN, INF = float("nan"), float("inf")
@@ -381,3 +386,29 @@ def test_couplings_check_their_network():
     ):
         with pytest.raises(error, match=message(match)):
             steps.AffineCoupling(network)(images(4))
+
+
+ENTRIES = {
+    "distributions": nflows_kconv.distributions.InvertibleConv2d(4),
+    "distributions, inverse": nflows_kconv.distributions.InvertibleConv2d(4).inv,
+    "torchflows": nflows_kconv.torchflows.InvertibleConv2d((4, 4, 5)),
+    "to_uint8": to_uint8,
+    "bits_per_dim": lambda value: bits_per_dim(torch.zeros(2), value),
+    "round_trip": lambda value: round_trip(InvertibleConv2d(4), value),
+    "warmup": lambda value: nflows_kconv.warmup(InvertibleConv2d(4), value),
+    "labels": lambda value: GraphSampler(nflows_kconv.nflows.finc_flow((1, 4, 4), 1, 1, num_classes=2), 2)(
+        labels=torch.zeros(()) if value is None else value
+    ),
+}
+
+
+@pytest.mark.parametrize("input", ["None", "an array", "sparse", "complex"])
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_other_entries_check_what_they_take(entry: str, input: str):
+    with pytest.raises((TypeError, ValueError), match=r"must .*, got "):
+        ENTRIES[entry](INPUTS[input])
+
+
+def test_labels_have_values():
+    with pytest.raises(ValueError, match="labels must have values, got a meta tensor"):
+        ENTRIES["labels"](torch.zeros(2, dtype=torch.int64, device="meta"))

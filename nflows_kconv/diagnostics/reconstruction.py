@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from nflows_kconv import checks
 from nflows_kconv.attributes import replaced
 from nflows_kconv.bijection import Bijection, as_bijection, is_bijection
 from nflows_kconv.layer import InvertibleConv
@@ -94,7 +95,7 @@ def round_trip(flow: Any, images: Tensor, context: Any = None) -> RoundTrip:
         The errors, a verdict and a cure.
 
     Raises:
-        TypeError: If `flow` is none of these, or `images` is not a tensor.
+        TypeError: If `flow` is none of these, or `images` is not a dense real tensor.
         NotImplementedError: If the flow has no inverse (`nflows_kconv.bijection.NoInverse`).
         ValueError: If it has no steps, or the way back does not run through them in reverse order.
 
@@ -106,8 +107,7 @@ def round_trip(flow: Any, images: Tensor, context: Any = None) -> RoundTrip:
         >>> result.error < 10 * result.rounding
         True
     """
-    if not isinstance(images, Tensor):
-        raise TypeError(f"images must be a tensor, got {type(images).__name__}")
+    checks.real("images", images)
     bijection = as_bijection(_evaluating_copy(as_bijection(flow).module))
     parts = bijection.parts(context)
     if parts[0].module is not bijection.module:

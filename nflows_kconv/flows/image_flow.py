@@ -106,7 +106,7 @@ class Architecture:
     reversible: bool = False
 
     def __post_init__(self) -> None:  # noqa: D105
-        _check_shape("data_shape", self.data_shape, {n + 1: f"(C, {sizes})" for n, sizes in _SIZES.items()})
+        checks.shape("data_shape", self.data_shape, {n + 1: f"(C, {sizes})" for n, sizes in _SIZES.items()})
         for name in ("levels", "steps", "hidden_channels"):
             checks.positive(name, getattr(self, name))
         if any(size % 2**self.levels for size in self.data_shape[1:]):
@@ -133,7 +133,7 @@ class Architecture:
             checks.positive("num_classes", self.num_classes)
         if self.context_shape is not None:
             n = self.dimensions
-            _check_shape("context_shape", self.context_shape, {1: "(E,)", n + 1: f"(E, {_SIZES[n]})"})
+            checks.shape("context_shape", self.context_shape, {1: "(E,)", n + 1: f"(E, {_SIZES[n]})"})
         if self.conditional_kernels and (self.context_shape is None or len(self.context_shape) > 1):
             raise ValueError(f"conditional_kernels needs context_shape=(E,), got {self.context_shape!r}")
         if self.conditional_kernels and self.kernel_size is None:
@@ -611,13 +611,3 @@ def _as_context(name: str, tensor: Any, shape: Sequence[int], count: int | None)
 
 def _kind(value: Any) -> str:
     return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
-
-
-def _check_shape(name: str, shape: Any, forms: dict[int, str]) -> None:
-    expected = f"{name} must be {' or '.join(forms.values())}, got {shape!r}"
-    if not isinstance(shape, Sequence) or isinstance(shape, str):
-        raise TypeError(expected)
-    if len(shape) not in forms:
-        raise ValueError(expected)
-    for size in shape:
-        checks.positive(f"sizes in {name}", size)

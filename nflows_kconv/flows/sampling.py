@@ -117,6 +117,9 @@ class GraphSampler:
         for label in several:
             if not isinstance(label, Tensor):
                 raise TypeError(f"labels must be a tensor, or a tuple of tensors, got {type(label).__name__}")
+            checks.dense("labels", label)
+            if label.is_meta and self._flow.device.type != "meta":
+                raise ValueError("labels must have values, got a meta tensor")
             if label.dim() == 0 or len(label) == 0:
                 raise ValueError(f"labels must have one row per image, got shape {tuple(label.shape)}")
             rows = len(several[0]) if n is None else checks.positive("n", n)

@@ -26,9 +26,11 @@ def bits_per_dim(log_prob: Tensor, image_shape: Sequence[int]) -> Tensor:
         A tensor of the shape of `log_prob`.
 
     Raises:
-        TypeError: If a size is not an integer.
+        TypeError: If `image_shape` is not a sequence of integers.
         ValueError: If `image_shape` does not have three sizes, each at least 1.
     """
+    if not isinstance(image_shape, Sequence):
+        raise TypeError(f"image_shape must be (C, H, W), got {image_shape!r}")
     if len(image_shape) != 3:
         raise ValueError(f"image_shape must be (C, H, W), got {tuple(image_shape)}")
     for name, size in zip(("channels", "height", "width"), image_shape, strict=True):

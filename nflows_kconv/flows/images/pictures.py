@@ -16,10 +16,9 @@ def to_uint8(images: Tensor) -> Tensor:
     """Clamps real numbers of any shape and dtype to 0..255 and rounds them; NaN becomes 0.
 
     Raises:
-        TypeError: If `images` is not a tensor, such as the pair that normflows' `sample` returns.
+        TypeError: If `images` is not a dense real tensor, such as the pair that normflows' `sample` returns.
     """
-    if not isinstance(images, Tensor):
-        raise TypeError(f"images must be a tensor, got {type(images).__name__}")
+    checks.real("images", images)
     return at_least_float32(images).nan_to_num(0).clamp(0, 255).round().to(torch.uint8)
 
 
