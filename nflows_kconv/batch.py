@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from nflows_kconv import checks, stencil
@@ -28,4 +29,5 @@ def flatten_batch(input: Tensor, dimensions: int) -> Tensor:
 
 def flatten_contexts(context: Any) -> Any:
     """Views contexts [..., E] as [B, E]; returns anything else unchanged, for the layer to refuse."""
-    return context[None].flatten(0, -2) if isinstance(context, Tensor) and context.dim() > 0 else context
+    views = isinstance(context, Tensor) and context.dim() > 0 and context.layout == torch.strided
+    return context[None].flatten(0, -2) if views else context

@@ -59,6 +59,11 @@ class _Module(InvertibleModule, layer.KernelLayer):
             TypeError: See `nflows_kconv.functional.conv2d`.
             ValueError: See `nflows_kconv.functional.conv2d`.
         """
+        if not isinstance(x_or_z, Sequence) or len(x_or_z) != 1:
+            got = f"{len(x_or_z)} of them" if isinstance(x_or_z, Sequence) else type(x_or_z).__name__
+            raise TypeError(f"input must be a sequence of one tensor, as FrEIA's modules take, got {got}")
+        if c is not None and not isinstance(c, Sequence):
+            raise TypeError(f"c must be a sequence of conditions, as FrEIA's modules take, got {type(c).__name__}")
         (input,) = x_or_z
         output, log_abs_det = super(InvertibleModule, self).forward(input, c[0] if c else None, inverse=rev)
         return (output,), log_abs_det

@@ -8,13 +8,14 @@ import torch
 from cases import CORNERS, STENCILS
 
 import nflows_kconv.distributions
+import nflows_kconv.freia
 import nflows_kconv.nflows
 import nflows_kconv.normflows
 import nflows_kconv.torchflows
-from nflows_kconv import InvertibleConv1d, InvertibleConv2d, InvertibleConv3d
+from nflows_kconv import InvertibleConv1d, InvertibleConv2d, InvertibleConv3d, use_backend
 from nflows_kconv.diagnostics import round_trip
 from nflows_kconv.flows import reversible, steps
-from nflows_kconv.flows.images import bits_per_dim, to_uint8
+from nflows_kconv.flows.images import Logit, bits_per_dim, to_uint8
 from nflows_kconv.flows.sampling import GraphSampler
 from nflows_kconv.functional import conv1d, conv1d_inverse, conv2d, conv2d_inverse, conv3d, conv3d_inverse, log_abs_det
 
@@ -392,6 +393,15 @@ ENTRIES = {
     "distributions": nflows_kconv.distributions.InvertibleConv2d(4),
     "distributions, inverse": nflows_kconv.distributions.InvertibleConv2d(4).inv,
     "torchflows": nflows_kconv.torchflows.InvertibleConv2d((4, 4, 5)),
+    "FrEIA": lambda value: nflows_kconv.freia.InvertibleConv2d([(4, 4, 5)])(value),
+    "FrEIA, condition": lambda value: nflows_kconv.freia.InvertibleConv2d([(4, 4, 5)])(
+        [images(4)], c=1.0 if value is None else value
+    ),
+    "use_backend": lambda value: use_backend(value).__enter__(),
+    "Logit": lambda value: Logit(value),
+    "context": lambda value: nflows_kconv.distributions.ConditionalInvertibleConv2d(4, context_features=5).condition(
+        value
+    )(images(4)),
     "to_uint8": to_uint8,
     "bits_per_dim": lambda value: bits_per_dim(torch.zeros(2), value),
     "round_trip": lambda value: round_trip(InvertibleConv2d(4), value),
@@ -407,6 +417,13 @@ ENTRIES = {
 def test_other_entries_check_what_they_take(entry: str, input: str):
     with pytest.raises((TypeError, ValueError), match=r"must .*, got "):
         ENTRIES[entry](INPUTS[input])
+
+
+@pytest.mark.parametrize("library", [nflows_kconv.nflows, nflows_kconv.normflows], ids=["nflows", "normflows"])
+@pytest.mark.parametrize("state_dict", [None, [1.0], torch.zeros(3)], ids=repr)
+def test_a_state_dict_is_one(library, state_dict):
+    with pytest.raises(TypeError, match="Expected state_dict to be dict-like"):
+        library.finc_flow((1, 4, 4), 1, 1, hidden_channels=2).load_state_dict(state_dict)
 
 
 def test_labels_have_values():

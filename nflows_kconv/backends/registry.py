@@ -130,7 +130,7 @@ def use_backend(name: str) -> Iterator[None]:
         >>> with use_backend("reference"):
         ...     expected, _ = layer.inverse(images)
     """
-    if name not in _registered:
+    if not isinstance(name, str) or name not in _registered:
         raise ValueError(f"backend must be one of {tuple(_registered)}, got {name!r}")
     status = _registered[name].status()
     if not status.available:

@@ -60,6 +60,8 @@ def for_normflows(state_dict: Mapping[str, Any], architecture: Architecture) -> 
 
 def _renamed(state_dict: Mapping[str, Any], source: str, target: str, levels: int) -> OrderedDict[str, Any] | None:
     """Returns a copy with renamed steps, including metadata; None if there are no such steps."""
+    if not isinstance(state_dict, Mapping):
+        return None  # torch's error
     before, between, _ = map(re.escape, source.split("{}"))
     pattern = re.compile(rf"{before}(\d+){between}(.*)")
     if not any(map(pattern.fullmatch, state_dict)):

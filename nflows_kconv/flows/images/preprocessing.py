@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Any
 
 import torch.nn.functional as F
@@ -33,7 +34,7 @@ class Logit(InvertibleModule):
 
     def __init__(self, alpha: float = 1e-6) -> None:
         super().__init__()
-        if not 0 <= alpha < 0.5:
+        if not isinstance(alpha, Real) or not 0 <= alpha < 0.5:
             raise ValueError(f"alpha must be at least 0 and below 1/2, got {alpha}")
         self.alpha = alpha
 
