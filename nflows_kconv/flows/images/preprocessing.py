@@ -36,7 +36,7 @@ class Logit(InvertibleModule):
         super().__init__()
         if not isinstance(alpha, Real) or not 0 <= alpha < 0.5:
             raise ValueError(f"alpha must be at least 0 and below 1/2, got {alpha}")
-        self.alpha = alpha
+        self.alpha: float = alpha
 
     def _run_forward(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
         check_numbers(input)
