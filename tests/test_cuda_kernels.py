@@ -60,7 +60,7 @@ TABLE = (
     (Case((BR, TL), per_group=12, kernel_size=(5, 7), batch=2, size=(5, 6), dtype=torch.float64), H100),
     (Case((BL,), per_group=68, kernel_size=(2, 1), batch=2, size=(3, 5), dtype=torch.bfloat16, biased=True), H100),
     (Case((TR,), per_group=66, kernel_size=(1, 2), batch=9, size=(5, 7), biased=True), SMALL),
-    (Case((TL,), per_group=96, batch=9, size=(5, 4), biased=True), replace(H100, multiprocessors=4)),
+    (Case((TL,), per_group=74, kernel_size=(2, 3), batch=9, size=(5, 4), biased=True), replace(H100, multiprocessors=4)),
     (
         Case((BR, TL, TR, BL, BR), per_group=49, kernel_size=(3, 4), batch=1, size=(3, 4)),
         replace(H100, multiprocessors=4),

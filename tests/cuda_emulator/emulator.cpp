@@ -67,6 +67,7 @@ struct Fiber {
   unsigned mask;
   int detail;
   uint64_t value;
+  int from;
   Exchange exchange;
   // At a barrier
   Barrier barrier;
@@ -247,18 +248,19 @@ void arrive_in_warp(Block& block, const Fiber& arrived) {
     }
     participants |= 1u << lane;
   }
-  Exchange exchange{{}, participants, 0};
+  Exchange exchange{0, participants, 0};
   std::vector<int> threads;
   for (int lane = 0; lane < 32; lane++) {
     if (!(participants >> lane & 1)) continue;
-    exchange.values[lane] = block.fibers[first + lane].value;
+    exchange.nonzero |= unsigned(block.fibers[first + lane].value != 0) << lane;
     threads.push_back(first + lane);
   }
   for (int thread : threads) {
-    block.fibers[thread].exchange = exchange;
-    block.fibers[thread].exchange.lane = thread % 32;
+    Fiber& fiber = block.fibers[thread];
+    fiber.exchange = exchange;
+    if (participants >> fiber.from & 1) fiber.exchange.value = block.fibers[first + fiber.from].value;
     // Of warp operations only __syncwarp orders memory, and here only with the whole warp.
-    if (arrived.meeting == Meeting::kSyncwarp && arrived.mask == ~0u) block.fibers[thread].syncwarps++;
+    if (arrived.meeting == Meeting::kSyncwarp && arrived.mask == ~0u) fiber.syncwarps++;
   }
   make_ready(block, threads);
 }
@@ -426,7 +428,7 @@ void run_grid(int threads) {
 
 }  // namespace
 
-Exchange meet(Meeting meeting, unsigned mask, int detail, uint64_t value, int line) {
+Exchange meet(Meeting meeting, unsigned mask, int detail, uint64_t value, int from, int line) {
   Fiber& fiber = *run->fiber;
   if (!(mask >> fiber.thread % 32 & 1)) {
     fail("%s in line %d with mask %08x, which leaves out the thread itself", kMeetings[(int)meeting], line, mask);
@@ -435,6 +437,7 @@ Exchange meet(Meeting meeting, unsigned mask, int detail, uint64_t value, int li
   fiber.mask = mask;
   fiber.detail = detail;
   fiber.value = value;
+  fiber.from = from;
   fiber.line = line;
   fiber.state = State::kInWarp;
   leave();

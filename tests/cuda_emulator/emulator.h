@@ -23,20 +23,27 @@
 // An operation whose memory accesses never race.
 #define EMULATOR_UNCHECKED __attribute__((no_sanitize("thread")))
 
+struct uint3 {
+  unsigned x, y, z;
+};
+using dim3 = uint3;
+extern uint3 threadIdx, blockIdx, blockDim, gridDim;
+
 namespace emulator {
 
 // A point where the threads of a warp or block meet; all of them must be at the same one.
 enum class Meeting { kSyncwarp, kShuffle, kShuffleUp, kShuffleDown, kShuffleXor, kBallot, kAny, kAll };
 enum class Barrier { kPlain, kOr, kAnd, kCount };
 
+// What a thread gets when the lanes have met.
 struct Exchange {
-  uint64_t values[32];    // by lane
+  uint64_t value;         // of the lane that it asked for
   unsigned participants;  // lanes with values
-  int lane;               // of the calling thread
+  unsigned nonzero;       // those whose value is not zero
 };
 
-// Waits for the other lanes in the mask and returns their values.
-Exchange meet(Meeting meeting, unsigned mask, int detail, uint64_t value, int line);
+// Waits for the other lanes in the mask.
+Exchange meet(Meeting meeting, unsigned mask, int detail, uint64_t value, int from, int line);
 // Waits for all threads of the block; returns how many passed true.
 int wait(Barrier barrier, bool predicate, int line);
 // Lets other threads run before a read of memory that they may change.
@@ -76,43 +83,35 @@ EMULATOR_UNCHECKED T shuffle(Meeting meeting, unsigned mask, T value, int operan
   if (width < 1 || width > 32 || (width & (width - 1))) fail("a shuffle of width %d in line %d", width, line);
   uint64_t bits = 0;
   memcpy(&bits, &value, sizeof(T));
-  const Exchange all = meet(meeting, mask, width * 16 + sizeof(T), bits, line);
-  const int first = all.lane & -width;
+  const int lane = threadIdx.x % 32, first = lane & -width;
   int from = 0;
   switch (meeting) {
     case Meeting::kShuffle:
       from = first + (operand & (width - 1));
       break;
     case Meeting::kShuffleUp:
-      from = all.lane - operand < first ? all.lane : all.lane - operand;
+      from = lane - operand < first ? lane : lane - operand;
       break;
     case Meeting::kShuffleDown:
-      from = all.lane + operand >= first + width ? all.lane : all.lane + operand;
+      from = lane + operand >= first + width ? lane : lane + operand;
       break;
     default:
-      from = (all.lane ^ operand) >= first + width ? all.lane : all.lane ^ operand;
+      from = (lane ^ operand) >= first + width ? lane : lane ^ operand;
   }
+  const Exchange all = meet(meeting, mask, width * 16 + sizeof(T), bits, from, line);
   if (!(all.participants >> from & 1)) {
     fail("the shuffle in line %d reads lane %d, which does not take part (mask %08x)", line, from, all.participants);
   }
-  memcpy(&value, &all.values[from], sizeof(T));
+  memcpy(&value, &all.value, sizeof(T));
   return value;
 }
 
 EMULATOR_UNCHECKED inline unsigned ballot(Meeting meeting, unsigned mask, bool predicate, int line) {
-  const Exchange all = meet(meeting, mask, 0, predicate, line);
-  unsigned result = 0;
-  for (int lane = 0; lane < 32; lane++) result |= unsigned(all.participants >> lane & 1 && all.values[lane]) << lane;
-  return result;
+  return meet(meeting, mask, 0, predicate, 0, line).nonzero;
 }
 
 }  // namespace emulator
 
-struct uint3 {
-  unsigned x, y, z;
-};
-using dim3 = uint3;
-extern uint3 threadIdx, blockIdx, blockDim, gridDim;
 constexpr int warpSize = 32;
 
 #define EMULATOR_VECTORS(T, name)                                                    \
@@ -181,7 +180,7 @@ inline int __syncthreads_count(int predicate, int line = __builtin_LINE()) {
   return emulator::wait(emulator::Barrier::kCount, predicate, line);
 }
 inline void __syncwarp(unsigned mask = ~0u, int line = __builtin_LINE()) {
-  emulator::meet(emulator::Meeting::kSyncwarp, mask, 0, 0, line);
+  emulator::meet(emulator::Meeting::kSyncwarp, mask, 0, 0, 0, line);
 }
 template <typename T>
 T __shfl_sync(unsigned mask, T value, int lane, int width = 32, int line = __builtin_LINE()) {
