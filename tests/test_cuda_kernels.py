@@ -31,6 +31,7 @@ pytestmark = emulator.needs_compiler
 BOTH = (False, True)
 # So small that plans need several bands, chunks and tiles for images small enough for the emulator.
 SMALL = Device((8, 0), multiprocessors=2, shared_memory=48 * 1024)
+FOUR = replace(H100, multiprocessors=4)
 
 TABLE = (
     (Case(), H100),
@@ -60,11 +61,8 @@ TABLE = (
     (Case((BR, TL), per_group=12, kernel_size=(5, 7), batch=2, size=(5, 6), dtype=torch.float64), H100),
     (Case((BL,), per_group=68, kernel_size=(2, 1), batch=2, size=(3, 5), dtype=torch.bfloat16, biased=True), H100),
     (Case((TR,), per_group=66, kernel_size=(1, 2), batch=9, size=(5, 7), biased=True), SMALL),
-    (Case((TL,), per_group=74, kernel_size=(2, 3), batch=9, size=(5, 4), biased=True), replace(H100, multiprocessors=4)),
-    (
-        Case((BR, TL, TR, BL, BR), per_group=49, kernel_size=(3, 4), batch=1, size=(3, 4)),
-        replace(H100, multiprocessors=4),
-    ),
+    (Case((TL,), per_group=74, kernel_size=(2, 3), batch=9, size=(5, 4), biased=True), FOUR),
+    (Case((BR, TL, TR, BL, BR), per_group=49, kernel_size=(3, 4), batch=1, size=(3, 4)), FOUR),
     (Case((BR, TL), per_group=34, kernel_size=(5, 7), batch=3, size=(5, 6), dtype=torch.float16), H100),
 )
 WITH_SIDES = (
