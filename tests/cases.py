@@ -4,7 +4,7 @@ import math
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial, wraps
+from functools import lru_cache, partial, wraps
 from typing import Any, TypeVar
 
 import oracles
@@ -140,14 +140,8 @@ class Case:
 
         Masked entries are as large as the others, so results that read them are wrong.
         """
-        generator = self._generator(0)
-        weight = torch.rand(self.weight_shape, generator=generator, dtype=torch.float64) * 2 - 1
-        weight *= 0.35 / weight[0].numel() ** 0.5
-        size = 0.8 + 0.7 * torch.rand(self.channels, generator=generator, dtype=torch.float64)
-        sign = torch.where(torch.rand(self.channels, generator=generator) < 0.5, -1, 1)
-        oracles.set_diagonal(weight, self.corners, size * sign)
         layout = "contiguous" if self.layout == "expanded" else self.layout
-        return LAYOUTS[layout](weight.to(self.dtype).to(device))
+        return LAYOUTS[layout](_weight(self).to(self.dtype, copy=True).to(device))
 
     def bias(self, device: str = "cpu") -> Tensor:
         """Draws normal noise, one number per channel."""
@@ -162,11 +156,25 @@ class Case:
         oracles.set_diagonal(weight, self.corners, diagonal)
         return LAYOUTS[self.layout](input.to(self.dtype).to(device)), weight.to(self.dtype).to(device)
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(repr(self))  # hypothesis' own way takes as long as many of the calls
+
     def _function(self, name: str) -> Callable[..., Tensor]:
         return partial(getattr(functional, name), corners=self.corners, dilation=self.dilation)
 
     def _generator(self, stream: int) -> torch.Generator:
         return torch.Generator().manual_seed(1000 * self.seed + stream)
+
+
+@lru_cache(1024)
+def _weight(case: Case) -> Tensor:
+    generator = case._generator(0)
+    weight = torch.rand(case.weight_shape, generator=generator, dtype=torch.float64) * 2 - 1
+    weight *= 0.35 / weight[0].numel() ** 0.5
+    size = 0.8 + 0.7 * torch.rand(case.channels, generator=generator, dtype=torch.float64)
+    sign = torch.where(torch.rand(case.channels, generator=generator) < 0.5, -1, 1)
+    oracles.set_diagonal(weight, case.corners, size * sign)
+    return weight
 
 
 TL, TR, BL, BR = CORNERS

@@ -124,12 +124,15 @@ def matrices(weight: Tensor, corners: Sequence[str], size: Sequence[int], dilati
     steps = _per_axis(dilation, len(size))
     result = []
     for group, name in zip(effective(weight, corners).chunk(len(corners)), corners, strict=True):
-        place, order = pivot(name, weight.shape[2:]), _order(name, size)
-        matrix = group.new_zeros(len(order), len(order), weight.shape[1], weight.shape[1])
+        place, ranks = pivot(name, weight.shape[2:]), _order(name, size).argsort().view(*size)
+        matrix = group.new_zeros(ranks.numel(), ranks.numel(), weight.shape[1], weight.shape[1])
         for tap in itertools.product(*map(range, weight.shape[2:])):
-            axes = zip(size, tap, place, steps, strict=True)
-            shifts = [_shift(length, step * (t - p)) for length, t, p, step in axes]
-            pixel, read = reduce(torch.kron, shifts)[order][:, order].nonzero(as_tuple=True)
+            pixel = read = ranks
+            for axis, (length, t, p, step) in enumerate(zip(size, tap, place, steps, strict=True)):
+                shift = step * (t - p)
+                before, after = min(length, max(0, -shift)), min(length, max(0, shift))
+                pixel = pixel.narrow(axis, before, length - before - after)
+                read = read.narrow(axis, after, length - before - after)
             matrix[pixel, read] = group[(..., *tap)]
         result.append(matrix.transpose(1, 2).flatten(2).flatten(0, 1))
     return result
@@ -218,12 +221,6 @@ def _order(name: str, size: Sequence[int]) -> Tensor:
         pixels = pixels.mT if name in "LR" else pixels
         return pixels.flatten().flip(0) if name in "BR" else pixels.flatten()
     return pixels.flip([axis for axis, letter in enumerate(name) if letter in "FBR"]).flatten()
-
-
-def _shift(size: int, offset: int) -> Tensor:
-    """Returns S with (S x)[i] = x[i + offset], zero outside."""
-    index = torch.arange(size)
-    return (index[:, None] + offset == index).to(torch.float64)
 
 
 def _dense(
