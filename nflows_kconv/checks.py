@@ -10,7 +10,7 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor
 
-from nflows_kconv.torch_internals import is_under_torch_func
+from nflows_kconv.torch_internals import is_traced, is_under_torch_func
 
 
 def positive(name: str, value: int) -> int:
@@ -104,9 +104,9 @@ def has_rows(tensor: Tensor, count: int | None) -> bool:
 
 def is_plain(tensor: Tensor) -> bool:
     """Returns whether a tensor is not traced, not under torch.func and not of a subclass."""
-    return (
-        not torch.compiler.is_compiling() and type(tensor) in (Tensor, torch.nn.Parameter) and not is_under_torch_func()
-    )
+    if torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter):
+        return False
+    return not is_under_torch_func() and not is_traced()
 
 
 def can_inspect_values(tensor: Tensor) -> bool:

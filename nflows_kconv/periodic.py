@@ -162,11 +162,10 @@ class PeriodicConv(KernelLayer):
 
     def _identity(self, weight: Tensor) -> Tensor:
         """Returns the weight of the identity."""
-        identity = torch.zeros_like(weight)
-        identity[self._pivot] = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device).repeat(
-            self.groups, 1
-        )
-        return identity
+        eye = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device).repeat(self.groups, 1)
+        # Not by writing into zeros, which torch.func.linearize loses.
+        around = [n for at, k in zip(self._pivot[1:], self.kernel_size, strict=True) for n in (k - 1 - at, at)]
+        return F.pad(eye.view(*eye.shape, *[1] * self.dimensions), around[::-1])
 
     def _relative(self, weight: Tensor, diagonal: Tensor | None) -> Tensor:
         """Returns the weight of c N, given that of A and D."""

@@ -9,7 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
-from torch._C import _get_tracing_state, _len_torch_dispatch_stack
+from torch._C import (
+    _get_dispatch_mode,
+    _get_tracing_state,
+    _len_torch_dispatch_stack,
+    _TorchDispatchModeKey,
+)
 from torch._C._functorch import (
     TransformType,
     get_interpreter_stack,
@@ -42,6 +47,7 @@ __all__ = [
     "is_exporting_to_onnx",
     "is_functorch_wrapped_tensor",
     "is_sharded",
+    "is_traced",
     "is_under_torch_func",
     "is_under_vmap",
     "is_unobserved",
@@ -111,6 +117,11 @@ def apply_at_this_level(function: Any, *args: Any) -> Tensor:
         return function.apply(*args)
     finally:
         set_single_level_autograd_function_allowed(allowed)
+
+
+def is_traced() -> bool:
+    """Returns whether `make_fx` records operators, as in `torch.func.linearize`."""
+    return _get_dispatch_mode(_TorchDispatchModeKey.PROXY) is not None
 
 
 def is_under_torch_func() -> bool:

@@ -513,6 +513,16 @@ def test_classes_under_vmap(library):
 
 
 @in_both
+def test_flows_can_be_linearized(library):
+    """Recording reads no values."""
+    flow, images = build(library, levels=1), random_images(2)
+    tangent = torch.randn_like(images)
+    latent, linear = torch.func.linearize(lambda x: flow.encode(x)[0], images)
+    expected = torch.func.jvp(lambda x: flow.encode(x)[0], (images,), (tangent,))
+    torch.testing.assert_close((latent, linear(tangent)), expected)
+
+
+@in_both
 def test_each_row_of_samples_has_its_own_class(library):
     flow = build(library, num_classes=4, preprocessing=None, trained=False)
     with torch.no_grad():  # means far apart, so every number of a latent shows its class

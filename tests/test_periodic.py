@@ -182,6 +182,13 @@ def test_derivatives(case: Case, inverse: bool):
     ):
         assert_close(batched, torch.stack(singles), factor=10)
 
+    def output(input: Tensor) -> Tensor:
+        return function(input, *parameters.values())[0]
+
+    point, tangent = input.detach(), torch.randn_like(input)
+    _, linear = torch.func.linearize(output, point)  # folds what does not depend on the input
+    assert_close(linear(tangent), torch.func.jvp(output, (point,), (tangent,))[1])
+
 
 @pytest.mark.parametrize("case", [SMALL["2D"], SMALL["3D"]], ids=["2D", "3D"])  # seconds each
 def test_compiled_layers(case: Case):

@@ -16,6 +16,7 @@ from nflows import transforms
 from nflows.distributions import StandardNormal
 from nflows.flows import Flow
 from torch import Tensor, distributed, nn
+from torch._subclasses import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import prune
@@ -288,6 +289,18 @@ def test_the_first_batch_initialises_once():
     assert error(found, expected) < 1e-5
     for name, value in ordinary.state_dict().items():
         torch.testing.assert_close(other.state_dict()[name], value, msg=name)
+
+
+def test_tracers_and_torch_func_run_the_steps_the_ordinary_way():
+    """They have no memory to save, or need every operator."""
+    inputs, found = images(), []
+    ordinary, reversible = twins("neutral", 3)
+    for module in (ordinary, reversible):
+        found.append(torch.vmap(torch.func.grad(lambda x: module(x[None])[0].square().sum()))(inputs))  # noqa: B023
+    torch.testing.assert_close(*found)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert reversible.eval()(torch.empty_like(inputs))[0].shape == inputs.shape
+    assert reversible.to("meta")(inputs.to("meta"))[0].shape == inputs.shape
 
 
 def test_contexts_get_gradients():

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import get_device_states
 
+from nflows_kconv import checks
 from nflows_kconv.bijection import Bijection, as_bijection
 from nflows_kconv.flows import steps
 from nflows_kconv.flows.images.arguments import check_numbers
@@ -65,7 +66,7 @@ def cascade(
     Input, context and the modules' parameters get the ordinary gradients up to rounding, but no second derivatives. The
     results of a module must depend only on these; ActNorm may initialise from its first batch. Neither input nor output
     may be modified in place before the backward pass. torch.compile breaks its graph here, CUDA graphs cannot capture
-    it, and torch.func cannot differentiate it. An error in the first call restores buffers and ActNorm's state before
+    it, and torch.func takes the ordinary memory. An error in the first call restores buffers and ActNorm's state before
     its first batch.
 
     Networks registered with `nflows_kconv.bijection.register(networks=...)` are evaluated once for both directions of a
@@ -92,7 +93,9 @@ def cascade(
     steps = [_Step(as_bijection(module), context, inverse) for module in modules]
     if inverse:
         steps.reverse()
-    if not torch.is_grad_enabled() or input.is_meta:  # which has no memory to save, and no autocast
+    # Meta and fake tensors have no memory to save, and torch.func needs every operator.
+    is_ordinary = input.is_meta or not (torch.compiler.is_compiling() or checks.is_plain(input))
+    if is_ordinary or not torch.is_grad_enabled():
         return _run(input, steps)
     if input.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"input must be float32 or float64 for the steps to be undone, got {input.dtype}")
