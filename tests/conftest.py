@@ -1,5 +1,6 @@
 """Fixtures for the device and the backends, and hypothesis profiles."""
 
+import gc
 import os
 from collections.abc import Iterator
 from datetime import timedelta
@@ -25,6 +26,12 @@ def pytest_configure(config: pytest.Config) -> None:
     # The tensors are small and tests run in parallel; separate tests cover threads.
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"  # for child processes
+    gc.disable()  # until everything is imported
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what was imported stays: nobody looks through it again
+    gc.enable()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
