@@ -227,7 +227,7 @@ def run_each(
     """
     batch = weights.shape[0]
     if batch == 0:
-        return input.clone()
+        return input + weights.sum().to(input.dtype)  # zero, and its gradients are zeros
     # Dynamo, which the exporter tries after this error, reports symbolic sizes as integers.
     is_open = isinstance(batch, torch.SymInt) or torch.compiler.is_dynamo_compiling()
     if is_open and is_exporting_to_onnx():

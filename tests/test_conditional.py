@@ -195,7 +195,10 @@ def test_contexts_have_no_effect_at_the_start(options: dict, device: str):
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
     assert layer.weights(contexts[:0]).shape == (0, *layer.raw_weight.shape)
-    output, log_det = layer(images[:0], contexts[:0])
+    for function in (layer.inverse, layer):
+        output, log_det = function(images[:0], contexts[:0])
+        gradients = torch.autograd.grad(output.sum() + log_det.sum(), list(layer.parameters()))
+        assert all(not gradient.any() for gradient in gradients)
     assert (output.shape, log_det.shape) == ((0, *images.shape[1:]), (0,))
 
 
