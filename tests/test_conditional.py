@@ -114,6 +114,7 @@ def test_each_image_has_its_own_layer(options: dict, backend: str, device: str):
             under_func = torch.func.jvp(lambda x: function(x, contexts)[0], (permuted,), (permuted,))  # noqa: B023
             for each in (output, *under_func):
                 assert each.stride() == twins[0](permuted)[0].stride()
+            assert_close(torch.vmap(function)(permuted[None], contexts[None])[0][0], output)
 
 
 @over_cases(Case(("TL", "B"), per_group=3, batch=20), Case(("L",), per_group=16, batch=9))
