@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import FrEIA.modules
@@ -57,9 +58,9 @@ CATALOGUE: list[Broken] = []
 def broken(fault: str, caught_by: str, *shape: int, dtype: torch.dtype = torch.float32, context: bool = False) -> Any:
     """Adds the builder of a broken transform to the catalogue, with inputs of this shape."""
 
-    def register(build: Callable[[], Any]) -> Callable[[], Any]:
+    def register(build: Any) -> Any:
         generator = torch.Generator().manual_seed(0)
-        inputs = torch.randn(shape or (2, 4, 4, 3), generator=generator).to(dtype)
+        inputs = torch.randn(shape or getattr(build, "shape", (3, 3)), generator=generator).to(dtype)
         CATALOGUE.append(
             Broken(fault, caught_by, build, inputs, torch.randn(len(inputs), generator=generator) if context else None)
         )
@@ -68,10 +69,38 @@ def broken(fault: str, caught_by: str, *shape: int, dtype: torch.dtype = torch.f
     return register
 
 
-class Layer(nn.Module):
+def alter(base: type, part: str, fault: str, caught_by: str, function: Callable[..., Any]) -> None:
+    """Adds to the catalogue a class whose method `part` is a function of self, the base's method, and arguments."""
+
+    def method(self: Any, *arguments: Any) -> Any:
+        return function(self, partial(getattr(base, part), self), *arguments)
+
+    broken(fault, caught_by)(type(base.__name__, (base,), {part: method}))
+
+
+class Parts(nn.Module):
+    """A transform in three parts, which can be broken one by one; it preserves volume unless a subclass says more."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.map(x), self.log_abs_det(x)
+
+    def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        return self.solve(y), -self.log_abs_det(y)
+
+    def map(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def solve(self, y: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def log_abs_det(self, x: Tensor) -> Tensor:
+        return x.new_zeros(len(x))
+
+
+class Layer(Parts):
     """A sound layer to break: one k x k convolution over four channels."""
 
-    corner = "BR"
+    shape, corner = (2, 4, 4, 3), "BR"
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,11 +112,8 @@ class Layer(nn.Module):
     def weight(self) -> Tensor:
         return self.raw_weight
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return functional.conv2d(x, self.weight(), corners=self.corner), self.log_abs_det(x)
-
-    def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        return self.solve(y), -self.log_abs_det(y)
+    def map(self, x: Tensor) -> Tensor:
+        return functional.conv2d(x, self.weight(), corners=self.corner)
 
     def solve(self, y: Tensor) -> Tensor:
         return functional.conv2d_inverse(y, self.weight(), corners=self.corner)
@@ -96,7 +122,7 @@ class Layer(nn.Module):
         return functional.log_abs_det(self.weight(), corners=self.corner, size=x.shape[2:]).repeat(len(x))
 
 
-class Elementwise(nn.Module):
+class Elementwise(Parts):
     """A sound transform to break: y = exp(log_scale) x + shift for each of three features."""
 
     def __init__(self) -> None:
@@ -104,47 +130,17 @@ class Elementwise(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor([0.5, -1.0, 2.0]))
         self.shift = nn.Parameter(torch.tensor([1.0, 2.0, -3.0]))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.log_scale.exp() * x + self.shift, self.log_abs_det(x)
+    def map(self, x: Tensor) -> Tensor:
+        return self.log_scale.exp() * x + self.shift
 
-    def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        return (y - self.shift) * (-self.log_scale).exp(), -self.log_abs_det(y)
+    def solve(self, y: Tensor) -> Tensor:
+        return (y - self.shift) * (-self.log_scale).exp()
 
     def log_abs_det(self, x: Tensor) -> Tensor:
         return self.log_scale.sum().repeat(len(x))
 
 
 # Log-determinants
-
-
-@broken("log-det off by a constant", JACOBIAN)
-class OffByAConstant(Layer):
-    def log_abs_det(self, x):
-        return super().log_abs_det(x) + 0.01
-
-
-@broken("log-det of the wrong sign", JACOBIAN)
-class WrongSign(Layer):
-    def log_abs_det(self, x):
-        return -super().log_abs_det(x)
-
-
-@broken("log-det without the factor H W", JACOBIAN)
-class OfOnePixel(Layer):
-    def log_abs_det(self, x):
-        return super().log_abs_det(x) / x[0, 0].numel()
-
-
-@broken("log-det with H in place of H W", JACOBIAN)
-class OfOneColumn(Layer):
-    def log_abs_det(self, x):
-        return super().log_abs_det(x) / x.shape[3]
-
-
-@broken("log-det summed over the batch too", JACOBIAN)
-class OverTheBatch(Layer):
-    def log_abs_det(self, x):
-        return super().log_abs_det(x) * len(x)
 
 
 @broken("log-det of absolute values forgotten", JACOBIAN)
@@ -154,25 +150,7 @@ class WithoutAbs(Layer):
         return (x[0, 0].numel() * diagonal.log().sum()).repeat(len(x))
 
 
-@broken("log-det of the inverse not negated", CANCEL)
-class NotNegated(Layer):
-    def inverse(self, y):
-        return self.solve(y), self.log_abs_det(y)
-
-
-@broken("log-det of the inverse left at zero", CANCEL)
-class ZeroBack(Layer):
-    def inverse(self, y):
-        return self.solve(y), y.new_zeros(len(y))
-
-
-@broken("log-det averaged in place of summed", JACOBIAN, 3, 3)
-class Averaged(Elementwise):
-    def log_abs_det(self, x):
-        return self.log_scale.mean().repeat(len(x))
-
-
-@broken("log-det frozen at construction", CHECK, 3, 3)
+@broken("log-det frozen at construction", CHECK)
 class Frozen(Elementwise):
     def __init__(self):
         super().__init__()
@@ -183,30 +161,15 @@ class Frozen(Elementwise):
 
 
 @broken("log-det overflows in float16", CANCEL, 2, 3, 150, 160, dtype=torch.float16)
-class Overflow(nn.Module):
-    def forward(self, x):
-        return x * 4, x.new_full(x.shape, 4).log().sum((1, 2, 3))
+class Overflow(Parts):
+    def map(self, x):
+        return x * 4
 
-    def inverse(self, y):
-        return y / 4, -y.new_full(y.shape, 4).log().sum((1, 2, 3))
+    def solve(self, y):
+        return y / 4
 
-
-@broken("a scalar log-det", SHAPE, 3, 3)
-class Scalar(Elementwise):
     def log_abs_det(self, x):
-        return self.log_scale.sum()
-
-
-@broken("log-det of shape [B, 1]", SHAPE, 3, 3)
-class Column(Elementwise):
-    def log_abs_det(self, x):
-        return super().log_abs_det(x)[:, None]
-
-
-@broken("log-det of shape [1]", SHAPE, 3, 3)
-class OfOneSample(Elementwise):
-    def log_abs_det(self, x):
-        return self.log_scale.sum()[None]
+        return x.new_full(x.shape, 4).log().sum((1, 2, 3))
 
 
 # Inverses
@@ -216,18 +179,6 @@ class OfOneSample(Elementwise):
 class OwnChannel(Layer):
     def solve(self, y):
         return functional.conv2d_inverse(y, self.weight() * torch.eye(4).to(y)[:, :, None, None], corners=self.corner)
-
-
-@broken("inverse ignores the corner", INVERTIBLE)
-class OtherCorner(Layer):
-    def solve(self, y):
-        return functional.conv2d_inverse(y, self.weight(), corners="TL")
-
-
-@broken("inverse transposed the wrong way", INVERTIBLE)
-class Transposed(Layer):
-    def solve(self, y):
-        return functional.conv2d_inverse(y, self.weight().transpose(0, 1), corners=self.corner)
 
 
 @broken("inverse by too few iterations", INVERTIBLE)
@@ -247,13 +198,6 @@ class WrongIfTall(Layer):
         return torch.cat([x[:, :, :width], 0 * x[:, :, width:]], 2) if height > width else x
 
 
-@broken("inverse wrong at batch > 1 only", INVERTIBLE)
-class WrongIfMany(Layer):
-    def solve(self, y):
-        x = super().solve(y)
-        return torch.cat([x[:1], y[1:]])
-
-
 @broken("inverse wrong at odd sizes only", INVERTIBLE, 2, 4, 3, 5)
 class WrongIfOdd(Layer):
     def solve(self, y):
@@ -261,79 +205,51 @@ class WrongIfOdd(Layer):
         return x if y.shape[3] % 2 == 0 else torch.cat([x[..., :-1], y[..., -1:]], 3)
 
 
-@broken("inverse divides by the scale plus a small number", INVERTIBLE, 3, 3)
-class Fudged(Elementwise):
-    def inverse(self, y):
-        return (y - self.shift) / (self.log_scale.exp() + 1e-4), -self.log_abs_det(y)
-
-
-@broken("inverse computed in float16", INVERTIBLE, 3, 3)
-class InHalf(Elementwise):
-    def inverse(self, y):
-        x, log_abs_det = super().inverse(y)
-        return x.half().to(y.dtype), log_abs_det
-
-
-@broken("inverse in float32 scattered by low-precision kernels", INVERTIBLE, 3, 3)
+@broken("inverse in float32 scattered by low-precision kernels", INVERTIBLE)
 class LowPrecision(Elementwise):
-    def inverse(self, y):
-        x, log_abs_det = super().inverse(y)
-        return (x.bfloat16().to(y.dtype) if y.dtype == torch.float32 else x), log_abs_det
+    def solve(self, y):
+        x = super().solve(y)
+        return x.bfloat16().to(y.dtype) if y.dtype == torch.float32 else x
 
 
-@broken("inverse permutation is the permutation", INVERTIBLE, 3, 3)
-class Permuted(Elementwise):
-    def forward(self, x):
-        return x[:, [1, 2, 0]], x.new_zeros(len(x))
+@broken("inverse permutation is the permutation", INVERTIBLE)
+class Permuted(Parts):
+    def map(self, x):
+        return x[:, [1, 2, 0]]
 
-    inverse = forward
+    solve = map
 
 
 @broken("squeeze and its inverse order channels differently", INVERTIBLE, 2, 1, 4, 4)
-class Squeeze(nn.Module):
-    def forward(self, x):
-        return F.pixel_unshuffle(x, 2), x.new_zeros(len(x))
+class Squeeze(Parts):
+    def map(self, x):
+        return F.pixel_unshuffle(x, 2)
 
-    def inverse(self, y):
-        return F.pixel_shuffle(y[:, [0, 2, 1, 3]], 2), y.new_zeros(len(y))
-
-
-@broken("not injective: clamped", INVERTIBLE, 3, 3)
-class Clamped(Elementwise):
-    def forward(self, x):
-        y, log_abs_det = super().forward(x)
-        return y.clamp(-5, 2), log_abs_det
-
-
-@broken("not injective: a constant channel", JACOBIAN, 3, 3)
-class Constant(Elementwise):
-    def forward(self, x):
-        y, log_abs_det = super().forward(x)
-        return y * torch.tensor([1, 1, 0]), log_abs_det
+    def solve(self, y):
+        return F.pixel_shuffle(y[:, [0, 2, 1, 3]], 2)
 
 
 @broken("not injective, though det J keeps its sign: no inverse", JACOBIAN, 3, 2)
-class ComplexSquare(nn.Module):
-    def forward(self, x):
+class ComplexSquare(Parts):
+    def map(self, x):
         real, imaginary = x.unbind(1)
-        square = torch.stack([real**2 - imaginary**2, 2 * real * imaginary], 1)
-        return square, (4 * x.square().sum(1)).log()
+        return torch.stack([real**2 - imaginary**2, 2 * real * imaginary], 1)
 
-    def inverse(self, y):
-        raise NotImplementedError
+    def log_abs_det(self, x):
+        return (4 * x.square().sum(1)).log()
 
 
 # So many entries that only det J reveals it: no search looks for other points with the same outputs.
 @broken("not injective, and without inverse", JACOBIAN, 3, 300)
-class Folded(nn.Module):
-    def forward(self, x):
-        return x + 2 * x.sin(), (1 + 2 * x.cos()).abs().log().sum(1)
+class Folded(Parts):
+    def map(self, x):
+        return x + 2 * x.sin()
 
-    def inverse(self, y):
-        raise NotImplementedError
+    def log_abs_det(self, x):
+        return (1 + 2 * x.cos()).abs().log().sum(1)
 
 
-@broken("inverse right only by the library's cache", INVERTIBLE, 3, 3)
+@broken("inverse right only by the library's cache", INVERTIBLE)
 class ByCache(transforms.Transform):
     domain = codomain = constraints.real
     bijective = True
@@ -351,7 +267,7 @@ class ByCache(transforms.Transform):
         return x
 
 
-@broken("inverse without the context", INVERTIBLE, 3, 3, context=True)
+@broken("inverse without the context", INVERTIBLE, context=True)
 class WithoutContext(nflows.transforms.Transform):
     def forward(self, inputs, context=None):
         return inputs + context[:, None], inputs.new_zeros(len(inputs))
@@ -408,37 +324,6 @@ class Solve(torch.autograd.Function):
         return grad_y, grad_weight, None
 
 
-@broken("weight gradient of the inverse at its argument, not at its result", GRADIENTS)
-class AtTheArgument(Layer):
-    def solve(self, y):
-        return Solve.apply(y, self.weight(), "y for x")
-
-
-@broken("gradient of the inverse by A^-1, not A^-T", GRADIENTS)
-class NotTransposed(Layer):
-    def solve(self, y):
-        return Solve.apply(y, self.weight(), "not transposed")
-
-
-@broken("inverse detached from its argument", GRADIENTS)
-class Detached(Layer):
-    def solve(self, y):
-        return super().solve(y.detach())
-
-
-@broken("inverse without gradients", GRADIENTS)
-class NoGrad(Layer):
-    @torch.no_grad()
-    def inverse(self, y):
-        return super().inverse(y)
-
-
-@broken("log-det detached from the parameters", GRADIENTS)
-class DetachedLogDet(Layer):
-    def log_abs_det(self, x):
-        return super().log_abs_det(x).detach()
-
-
 @broken("gradients clipped inside the transform", GRADIENTS)
 class Clipped(Layer):
     def weight(self):
@@ -453,65 +338,30 @@ class Clipped(Layer):
 
 @broken("normalised by the statistics of the batch", BATCH, 4, 3)
 class BatchStatistics(Elementwise):
-    def forward(self, x):
+    def map(self, x):
         self.mean = x.mean(0)
-        return super().forward(x - self.mean)
+        return super().map(x - self.mean)
 
-    def inverse(self, y):
-        x, log_abs_det = super().inverse(y)
-        return x + self.mean, log_abs_det
-
-
-@broken("samples see their neighbours in the batch", BATCH, 3, 3)
-class Neighbours(Elementwise):
-    def forward(self, x):
-        return x + 0.1 * x.roll(1, 0).sin(), x.new_zeros(len(x))
-
-    def inverse(self, y):
-        raise NotImplementedError
+    def solve(self, y):
+        return super().solve(y) + self.mean
 
 
 @broken("results at batch > 2 left at zero", BATCH, 4, 4, 3, 3)
 class LaunchLimit(Layer):
-    def forward(self, x):
-        y, log_abs_det = super().forward(x)
-        return torch.cat([y[:2], 0 * y[2:]]), log_abs_det
+    def map(self, x):
+        return torch.cat([super().map(x[:2]), 0 * x[2:]])
 
 
 @broken("drops an entry", SHAPE, 3, 4)
-class Drops(nn.Module):
-    def forward(self, x):
-        return x[:, 1:], x.new_zeros(len(x))
+class Drops(Parts):
+    def map(self, x):
+        return x[:, 1:]
 
-    def inverse(self, y):
-        return F.pad(y, (1, 0)), y.new_zeros(len(y))
-
-
-@broken("inverse returns flattened images", SHAPE)
-class Flattened(Layer):
     def solve(self, y):
-        return super().solve(y).flatten(1)
-
-
-@broken("results promoted to float64", SHAPE, 3, 3)
-class Promoted(Elementwise):
-    def forward(self, x):
-        return super().forward(x * torch.ones(3, dtype=torch.float64))
-
-
-@broken("returns no log-det", SHAPE, 3, 3)
-class Alone(Elementwise):
-    def forward(self, x):
-        return super().forward(x)[0]
+        return F.pad(y, (1, 0))
 
 
 # State
-
-
-@broken("mask kept by zeros in the parameters, which weight decay and steps change", CHECK)
-class MaskInParameters(Layer):
-    def forward(self, x):
-        return F.conv2d(F.pad(x, (0, 2, 0, 1)), self.weight()), self.log_abs_det(x)
 
 
 @broken("weight cached for ever", STATE)
@@ -524,19 +374,19 @@ class Cached(Layer):
         return self.cache
 
 
-@broken("inverse cached for ever", STATE, 3, 3)
+@broken("inverse cached for ever", STATE)
 class CachedInverse(Elementwise):
     def __init__(self):
         super().__init__()
         self.cache = {}
 
-    def inverse(self, y):
+    def solve(self, y):
         if "scale" not in self.cache:
             self.cache["scale"] = self.log_scale.neg().exp()
-        return (y - self.shift) * self.cache["scale"], -self.log_abs_det(y)
+        return (y - self.shift) * self.cache["scale"]
 
 
-@broken("cache that loading a state_dict leaves stale", STATE, 3, 3)
+@broken("cache that loading a state_dict leaves stale", STATE)
 class CachedByVersion(Elementwise):
     cache = None
 
@@ -545,53 +395,52 @@ class CachedByVersion(Elementwise):
             for name, parameter in self.named_parameters():
                 parameter.data = state_dict[name].clone()  # does not change the version
 
-    def inverse(self, y):
+    def solve(self, y):
         if self.cache is None or self.cache[0] != self.log_scale._version:
             self.cache = self.log_scale._version, self.log_scale.neg().exp()
-        return (y - self.shift) * self.cache[1], -self.log_abs_det(y)
+        return (y - self.shift) * self.cache[1]
 
 
-@broken("buffer forgotten: a plain tensor", STATE, 3, 3)
+@broken("buffer forgotten: a plain tensor", STATE)
 class PlainTensor(Elementwise):
     def __init__(self):
         super().__init__()
         self.offset = torch.randn(3)
 
-    def forward(self, x):
-        return super().forward(x + self.offset)
+    def map(self, x):
+        return super().map(x + self.offset)
 
-    def inverse(self, y):
-        x, log_abs_det = super().inverse(y)
-        return x - self.offset, log_abs_det
+    def solve(self, y):
+        return super().solve(y) - self.offset
+
+
+class Ordered(Parts):
+    """A permutation by `order`, which its subclasses lose."""
+
+    def map(self, x):
+        return x[:, self.order]
+
+    def solve(self, y):
+        return y[:, self.order.argsort()]
 
 
 @broken("buffer forgotten: not persistent", STATE, 3, 4)
-class NotPersistent(nn.Module):
+class NotPersistent(Ordered):
     def __init__(self):
         super().__init__()
         self.register_buffer("order", torch.randperm(4), persistent=False)
 
-    def forward(self, x):
-        return x[:, self.order], x.new_zeros(len(x))
-
-    def inverse(self, y):
-        return y[:, self.order.argsort()], y.new_zeros(len(y))
-
 
 @broken("buffers forgotten: a list of tensors", STATE, 3, 4)
-class ListOfTensors(nn.Module):
+class ListOfTensors(Ordered):
+    order = property(lambda self: self.orders[0])
+
     def __init__(self):
         super().__init__()
         self.orders = [torch.randperm(4)]
 
-    def forward(self, x):
-        return x[:, self.orders[0]], x.new_zeros(len(x))
 
-    def inverse(self, y):
-        return y[:, self.orders[0].argsort()], y.new_zeros(len(y))
-
-
-@broken("parts in a list of Python, which the state_dict leaves out", STATE, 3, 3)
+@broken("parts in a list of Python, which the state_dict leaves out", STATE)
 class ListOfParts(nn.Module):
     def __init__(self):
         super().__init__()
@@ -608,41 +457,44 @@ class ListOfParts(nn.Module):
         return y, first + second
 
 
-@broken("zero parameters in a list of Python, which the state_dict leaves out", STATE, 3, 3)
-class ListOfParameters(nn.Module):
+@broken("zero parameters in a list of Python, which the state_dict leaves out", STATE)
+class ListOfParameters(Parts):
     def __init__(self):
         super().__init__()
         self.shifts = [nn.Parameter(torch.zeros(3))]
 
-    def forward(self, x):
-        return x + self.shifts[0], x.new_zeros(len(x))
+    def map(self, x):
+        return x + self.shifts[0]
 
-    def inverse(self, y):
-        return y - self.shifts[0], y.new_zeros(len(y))
+    def solve(self, y):
+        return y - self.shifts[0]
 
 
 @broken("a number of Python, learned from the first batch", STATE, 4, 3)
-class NumberOfPython(nn.Module):
+class NumberOfPython(Parts):
     scale = None
 
-    def forward(self, x):
+    def map(self, x):
         if self.scale is None:
             self.scale = x.abs().max().item()
-        return x * self.scale, x.new_full([len(x)], x.shape[1] * math.log(self.scale))
+        return x * self.scale
 
-    def inverse(self, y):
-        return y / self.scale, y.new_full([len(y)], -y.shape[1] * math.log(self.scale))
+    def solve(self, y):
+        return y / self.scale
+
+    def log_abs_det(self, x):
+        return x.new_full([len(x)], x.shape[1] * math.log(self.scale))
 
 
 @broken("initialisation from data forgotten on loading", STATE, 4, 3)
 class ForgetsInitialisation(Elementwise):
     initialized = False
 
-    def forward(self, x):
+    def map(self, x):
         if not self.initialized:
             self.shift.data = -x.mean(0)
             self.initialized = True
-        return super().forward(x)
+        return super().map(x)
 
 
 @broken("a Python flag next to a buffer: copies in place are not followed", STATE, 4, 3)
@@ -666,17 +518,18 @@ class FlagBesideBuffer(Elementwise):
         self.done = bool(self.initialized)
 
 
-@broken("mask in a buffer that is not persistent, and that no load rebuilds", STATE, 3, 3)
-class MaskNotPersistent(Elementwise):
+@broken("mask in a buffer that is not persistent, and that no load rebuilds", STATE)
+class MaskNotPersistent(Parts):
     def __init__(self):
         super().__init__()
+        self.shift = nn.Parameter(torch.tensor([1.0, 2.0, -3.0]))
         self.register_buffer("mask", torch.tensor([1, 0, 1]), persistent=False)
 
-    def forward(self, x):
-        return x + self.mask * self.shift, x.new_zeros(len(x))
+    def map(self, x):
+        return x + self.mask * self.shift
 
-    def inverse(self, y):
-        return y - self.mask * self.shift, y.new_zeros(len(y))
+    def solve(self, y):
+        return y - self.mask * self.shift
 
 
 @broken("FrEIA's ActNorm, whose copies forget on loading that they are initialised", STATE, 4, 3)
@@ -684,13 +537,7 @@ def act_norm_of_freia():
     return FrEIA.modules.ActNorm([(3,)])
 
 
-@broken("parameter left out when the state_dict is loaded", STATE, 3, 3)
-class NotLoaded(Elementwise):
-    def load_state_dict(self, state_dict, *args):
-        return super().load_state_dict(state_dict | {"shift": self.shift}, *args)
-
-
-@broken("state_dict that only an unsafe load takes", STATE, 3, 3)
+@broken("state_dict that only an unsafe load takes", STATE)
 class UnsafeToLoad(Elementwise):
     def get_extra_state(self):
         return {"class": Net}
@@ -702,8 +549,10 @@ class UnsafeToLoad(Elementwise):
 # Hooks
 
 
-class Shifted(nn.Module):
+class Shifted(Parts):
     """A sound transform to break: adds a network of the first half to the second."""
+
+    shape = (3, 4)
 
     def __init__(self):
         super().__init__()
@@ -712,19 +561,13 @@ class Shifted(nn.Module):
     def network_of(self, x):
         return self.network(x)
 
-    def forward(self, x):
+    def map(self, x):
         a, b = x.chunk(2, 1)
-        return torch.cat([a, b + self.network(a)], 1), x.new_zeros(len(x))
+        return torch.cat([a, b + self.network(a)], 1)
 
-    def inverse(self, y):
+    def solve(self, y):
         a, b = y.chunk(2, 1)
-        return torch.cat([a, b - self.network_of(a)], 1), y.new_zeros(len(y))
-
-
-@broken("inverse goes around the hooks of a network", HOOKS, 3, 4)
-class AroundNetwork(Shifted):
-    def network_of(self, x):
-        return self.network.forward(x)
+        return torch.cat([a, b - self.network_of(a)], 1)
 
 
 @broken("container goes around the hooks of its parts", HOOKS, 3, 4)
@@ -747,64 +590,40 @@ class AroundParts(nn.Module):
 # Hidden dependences and side effects
 
 
-@broken("damages its input in place", DETERMINISTIC, 3, 3)
+@broken("damages its input in place", DETERMINISTIC)
 class InPlace(Elementwise):
-    def forward(self, x):
-        y, log_abs_det = super().forward(x)
+    def map(self, x):
+        y = super().map(x)
         x.zero_()
-        return y, log_abs_det
+        return y
 
 
-@broken("normflows' Shift, which shifts its input in place", DETERMINISTIC, 3, 3)
+@broken("normflows' Shift, which shifts its input in place", DETERMINISTIC)
 def shift():
     return normflows.transforms.Shift()
 
 
-@broken("adds noise", DETERMINISTIC, 3, 3)
-class Noisy(Elementwise):
-    def forward(self, x):
-        y, log_abs_det = super().forward(x)
-        return y + 1e-3 * torch.randn_like(y), log_abs_det
-
-
-@broken("adds noise from a generator of its own", DETERMINISTIC, 3, 3)
-class OwnNoise(Elementwise):
-    generator = random.Random(0)
-
-    def forward(self, x):
-        y, log_abs_det = super().forward(x)
-        return y * (1 + 1e-3 * self.generator.random()), log_abs_det
-
-
-@broken("draws random numbers to no purpose", DETERMINISTIC, 3, 3)
-class Draws(Elementwise):
-    def forward(self, x):
-        torch.rand(1)
-        return super().forward(x)
-
-
-@broken("seeds the global random numbers", DETERMINISTIC, 3, 3)
+@broken("seeds the global random numbers", DETERMINISTIC)
 class Seeds(Elementwise):
-    def forward(self, x):
+    def map(self, x):
         torch.manual_seed(1234)
-        return super().forward(x)
+        return super().map(x)
 
 
-@broken("differs from call to call", DETERMINISTIC, 3, 3)
+@broken("differs from call to call", DETERMINISTIC)
 class Counts(Elementwise):
     calls = 0
 
-    def forward(self, x):
+    def map(self, x):
         self.calls += 1
-        y, log_abs_det = super().forward(x)
-        return y * (1 + 1e-3 * self.calls), log_abs_det
+        return super().map(x) * (1 + 1e-3 * self.calls)
 
 
-@broken("differs without gradients", DETERMINISTIC, 3, 3)
+@broken("differs without gradients", DETERMINISTIC)
 class InferenceOnly(Elementwise):
-    def inverse(self, y):
-        x, log_abs_det = super().inverse(y)
-        return x if torch.is_grad_enabled() else x.round(decimals=2), log_abs_det
+    def solve(self, y):
+        x = super().solve(y)
+        return x if torch.is_grad_enabled() else x.round(decimals=2)
 
 
 @broken("reads channels_last memory as if it were contiguous", DETERMINISTIC)
@@ -813,16 +632,10 @@ class MemoryFormat(Layer):
         return super().solve(y if y.stride(1) != 1 else y.as_strided(y.shape, y[0].contiguous()[None].stride()))
 
 
-@broken("reads memory with gaps as if it were contiguous", DETERMINISTIC, 3, 3)
-class NotContiguous(Elementwise):
-    def forward(self, x):
-        return super().forward(x.as_strided(x.shape, (x.shape[1], 1)))
-
-
 # Conventions of the libraries
 
 
-@broken("normflows: both log-dets of the same direction", CANCEL, 3, 3)
+@broken("normflows: both log-dets of the same direction", CANCEL)
 class SameDirection(normflows.flows.Flow):
     def __init__(self):
         super().__init__()
@@ -835,7 +648,7 @@ class SameDirection(normflows.flows.Flow):
         return x / self.log_scale.exp(), self.log_scale.sum().expand(len(x))
 
 
-@broken("normflows: one log-det for all samples, summed over them", SHAPE, 3, 3)
+@broken("normflows: one log-det for all samples, summed over them", SHAPE)
 class SummedOverSamples(normflows.flows.Flow):
     def forward(self, z):
         return z.sinh(), z.cosh().log().sum()
@@ -859,13 +672,104 @@ class ForgetsScales(nflows.transforms.AffineCouplingTransform):
         return outputs, 0 * log_abs_det
 
 
-@broken("torch: log-det of the inverse", JACOBIAN, 3, 3)
-class OfTheInverse(transforms.ExpTransform):
-    def log_abs_det_jacobian(self, x, y):
-        return -x
+# Faults of one part of a transform
 
-
-@broken("torch: log-det summed although there is no event", SHAPE, 3, 3)
-class SummedWithoutEvent(transforms.ExpTransform):
-    def log_abs_det_jacobian(self, x, y):
-        return x.sum(-1)
+OWN = random.Random(0)
+# The base, the part, and the assertion that must fail; then functions of self, the base's own method, and x or y.
+PARTS: dict[tuple[type, str, str], dict[str, Callable[..., Any]]] = {
+    (Layer, "log_abs_det", JACOBIAN): {
+        "log-det off by a constant": lambda self, right, x: right(x) + 0.01,
+        "log-det of the wrong sign": lambda self, right, x: -right(x),
+        "log-det without the factor H W": lambda self, right, x: right(x) / x[0, 0].numel(),
+        "log-det with H in place of H W": lambda self, right, x: right(x) / x.shape[3],
+        "log-det summed over the batch too": lambda self, right, x: right(x) * len(x),
+    },
+    (Layer, "inverse", CANCEL): {
+        "log-det of the inverse not negated": lambda self, right, y: (self.solve(y), self.log_abs_det(y)),
+        "log-det of the inverse left at zero": lambda self, right, y: (self.solve(y), y.new_zeros(len(y))),
+    },
+    (Elementwise, "log_abs_det", JACOBIAN): {
+        "log-det averaged in place of summed": lambda self, right, x: self.log_scale.mean().repeat(len(x)),
+    },
+    (Elementwise, "log_abs_det", SHAPE): {
+        "a scalar log-det": lambda self, right, x: self.log_scale.sum(),
+        "log-det of shape [B, 1]": lambda self, right, x: right(x)[:, None],
+        "log-det of shape [1]": lambda self, right, x: self.log_scale.sum()[None],
+    },
+    (Layer, "solve", INVERTIBLE): {
+        "inverse wrong at batch > 1 only": lambda self, right, y: torch.cat([right(y)[:1], y[1:]]),
+        "inverse ignores the corner": lambda self, right, y: functional.conv2d_inverse(y, self.weight(), corners="TL"),
+        "inverse transposed the wrong way": lambda self, right, y: functional.conv2d_inverse(
+            y, self.weight().transpose(0, 1), corners="BR"
+        ),
+    },
+    (Elementwise, "solve", INVERTIBLE): {
+        "inverse divides by the scale plus a small number": lambda self, right, y: (
+            (y - self.shift) / (self.log_scale.exp() + 1e-4)
+        ),
+        "inverse computed in float16": lambda self, right, y: right(y).half().to(y.dtype),
+    },
+    (Elementwise, "map", INVERTIBLE): {
+        "not injective: clamped": lambda self, right, x: right(x).clamp(-5, 2),
+    },
+    (Elementwise, "map", JACOBIAN): {
+        "not injective: a constant channel": lambda self, right, x: right(x) * torch.tensor([1, 1, 0]),
+    },
+    (Layer, "solve", GRADIENTS): {
+        "weight gradient of the inverse at its argument, not at its result": lambda self, right, y: Solve.apply(
+            y, self.weight(), "y for x"
+        ),
+        "gradient of the inverse by A^-1, not A^-T": lambda self, right, y: Solve.apply(
+            y, self.weight(), "not transposed"
+        ),
+        "inverse detached from its argument": lambda self, right, y: right(y.detach()),
+    },
+    (Layer, "inverse", GRADIENTS): {
+        "inverse without gradients": lambda self, right, y: torch.no_grad()(right)(y),
+    },
+    (Layer, "log_abs_det", GRADIENTS): {
+        "log-det detached from the parameters": lambda self, right, x: right(x).detach(),
+    },
+    (Parts, "map", BATCH): {
+        "samples see their neighbours in the batch": lambda self, right, x: x + 0.1 * x.roll(1, 0).sin(),
+    },
+    (Layer, "solve", SHAPE): {
+        "inverse returns flattened images": lambda self, right, y: right(y).flatten(1),
+    },
+    (Elementwise, "map", SHAPE): {
+        "results promoted to float64": lambda self, right, x: right(x.double()),
+    },
+    (Elementwise, "forward", SHAPE): {
+        "returns no log-det": lambda self, right, x: right(x)[0],
+    },
+    (Layer, "map", CHECK): {
+        "mask kept by zeros in the parameters, which weight decay and steps change": lambda self, right, x: F.conv2d(
+            F.pad(x, (0, 2, 0, 1)), self.weight()
+        ),
+    },
+    (Elementwise, "load_state_dict", STATE): {
+        "parameter left out when the state_dict is loaded": lambda self, right, state: right(
+            state | {"shift": self.shift}
+        ),
+    },
+    (Shifted, "network_of", HOOKS): {
+        "inverse goes around the hooks of a network": lambda self, right, x: self.network.forward(x),
+    },
+    (Elementwise, "map", DETERMINISTIC): {
+        "adds noise": lambda self, right, x: right(x) + 1e-3 * torch.randn_like(x),
+        "adds noise from a generator of its own": lambda self, right, x: right(x) * (1 + 1e-3 * OWN.random()),
+        "draws random numbers to no purpose": lambda self, right, x: right(x + 0 * torch.rand(1)),
+        "reads memory with gaps as if it were contiguous": lambda self, right, x: right(
+            x.as_strided(x.shape, (x.shape[1], 1))
+        ),
+    },
+    (transforms.ExpTransform, "log_abs_det_jacobian", JACOBIAN): {
+        "torch: log-det of the inverse": lambda self, right, x, y: -x,
+    },
+    (transforms.ExpTransform, "log_abs_det_jacobian", SHAPE): {
+        "torch: log-det summed although there is no event": lambda self, right, x, y: x.sum(-1),
+    },
+}
+for (base, part, caught_by), faults in PARTS.items():
+    for fault, function in faults.items():
+        alter(base, part, fault, caught_by, function)
