@@ -200,15 +200,9 @@ def test_what_cannot_sample_says_so():
         as_bijection(normflows_flow()).sample(4, torch.randn(4, E))
 
 
-def uncached() -> Any:
-    transform = ExpTransform(cache_size=1)
-    calls = []
-    transform._inverse = lambda y: calls.append(y) or y.log()
-    return transform, calls
-
-
 def test_an_inverse_is_computed_whatever_is_cached():
-    transform, calls = uncached()
+    transform, calls = ExpTransform(cache_size=1), []
+    transform._inverse = lambda y: calls.append(y) or y.log()
     one = as_bijection(transform)
     y, _ = one.forward(torch.randn(2, 3))
     one.inverse(y)
@@ -285,7 +279,9 @@ def test_couplings_of_every_library_tell_their_networks():
 
 
 @pytest.mark.parametrize(
-    "module", [nn.Linear(2, 2), torch.exp, InvertibleConv2d, None, 3], ids=lambda module: type(module).__name__
+    "module",
+    [nn.Linear(2, 2), torch.exp, InvertibleConv2d, None, 3, nflows.distributions.StandardNormal([4])],
+    ids=lambda module: type(module).__name__,
 )
 def test_other_things_are_refused(module: Any):
     assert not is_bijection(module)

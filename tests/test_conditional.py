@@ -256,13 +256,12 @@ def test_graphs_leave_the_batch_open(name: str, inverse: bool):
 @pytest.mark.filterwarnings("ignore:raw_weight has .* nonzero entries")
 def test_weights_of_an_unconditional_layer_load():
     trained_layer = trained(layer.InvertibleConv2d(8, diagonal="learned"))
-    for module in (build(diagonal="learned").double(), build(diagonal="learned").double()):
-        module.load_state_dict(trained_layer.state_dict(), strict=False)
-        images, contexts = data(module)
+    loaded, assigned = (build(diagonal="learned").double() for _ in range(2))
+    loaded.load_state_dict(trained_layer.state_dict(), strict=False)
+    assigned.weight = trained_layer.weight
+    images, contexts = data(loaded)
+    for module in (loaded, assigned):
         assert_close(module(images, contexts)[0], trained_layer(images)[0])
-    module = build(diagonal="learned").double()
-    module.weight = trained_layer.weight
-    assert_close(module(images, contexts)[0], trained_layer(images)[0])
 
 
 @pytest.mark.parametrize(

@@ -174,23 +174,6 @@ def test_only_what_is_needed_is_computed_and_alike(name: str, needed: tuple[int,
         assert_close(gradient, all_gradients[index])
 
 
-@every_direction
-def test_finite_differences(name: str, backend: str, device: str):
-    """Checks along a random direction, without gradcheck."""
-    case = Case((TR, BL), per_group=3, batch=5, dtype=torch.float64)
-    function, (input, weight, _) = getattr(case, name), arguments(case, device)
-    output = function(input, weight)
-    cotangent = case.input(device, seed=2)
-    for leaf, gradient in zip((input, weight), gradients(output, cotangent, input, weight), strict=True):
-        direction = torch.randn(leaf.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(device)
-        step = 1e-6 * direction
-        ends = [
-            (function(*(t + sign * step if t is leaf else t for t in (input, weight))) * cotangent).sum()
-            for sign in (1, -1)
-        ]
-        torch.testing.assert_close((ends[0] - ends[1]) / 2e-6, (gradient * direction).sum(), rtol=1e-6, atol=1e-7)
-
-
 # torch.func
 
 
@@ -362,16 +345,6 @@ def test_the_output_may_be_overwritten(name: str, backend: str, device: str):
         output.mul_(2).add_(1)
         for one, other in zip(gradients(output, cotangent, input, weight), expected, strict=True):
             assert_close(one, other)
-
-
-@every_direction
-def test_gradients_accumulate_and_graphs_are_kept(name: str, device: str):
-    function, (input, weight, _) = getattr(SMALL[0], name), arguments(SMALL[0], device)
-    loss = function(input, weight).square().sum()
-    loss.backward(retain_graph=True)
-    once = weight.grad.clone()
-    loss.backward()
-    assert_close(weight.grad, 2 * once)
 
 
 def test_no_graph_where_none_is_asked_for(device: str):

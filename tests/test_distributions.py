@@ -10,7 +10,7 @@ import pyro
 import pytest
 import torch
 import zuko
-from adapters import check_deep_copy, check_directions, check_saved_state, check_training, scatter
+from adapters import check_deep_copy, check_directions, check_training, scatter
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -268,19 +268,6 @@ def test_copies_take_no_cache_along():
 
 def test_a_deep_copy_is_equal_and_independent(transform):
     check_deep_copy(transform, torch.randn(8, *SHAPE))
-
-
-@pytest.mark.parametrize("name", TRANSFORMS)
-def test_a_saved_state_gives_the_same_results(name):
-    check_saved_state(TRANSFORMS[name], torch.randn(8, *SHAPE))
-
-
-def test_a_checkpoint_comes_from_the_core_layer():
-    core = scatter(nflows_kconv.InvertibleConv2d(4, diagonal="learned", bias=True))
-    transform = InvertibleConv2d(4, diagonal="learned", bias=True)
-    transform.load_state_dict(core.state_dict())
-    x = torch.randn(2, *SHAPE)
-    assert torch.equal(transform(x), core(x)[0])
 
 
 def test_in_pyro_a_model_learns_the_parameters():

@@ -144,21 +144,6 @@ def test_the_density_is_that_of_the_jacobian(library, shape):
 @in_both
 @in_any_dimension
 @pytest.mark.parametrize("direction", ["forward", "inverse"])
-def test_data_come_back_from_the_latent_variable(library, shape, direction):
-    flow, images = build(library, shape, direction=direction), random_images(3, shape)
-    if library == "nflows":
-        latent, there = flow._transform(images)
-        restored, back = flow._transform.inverse(latent)
-    else:
-        latents, there = flow.inverse_and_log_det(images)
-        restored, back = flow.forward_and_log_det(latents)
-    assert torch.equal(restored, images)
-    torch.testing.assert_close(there, -back)
-
-
-@in_both
-@in_any_dimension
-@pytest.mark.parametrize("direction", ["forward", "inverse"])
 def test_circular_flows_know_no_borders(library, shape, direction):
     """Shifts by 2^levels pixels keep the density, unlike for other flows."""
     fields, axes = random_images(3, shape) / 64 - 2, tuple(range(2, len(shape) + 1))
@@ -248,16 +233,6 @@ def test_the_first_batch_normalises(library):
     before = first_norm.shift.clone()
     to_latent(flow, library, images[:5])
     assert torch.equal(first_norm.shift, before)
-
-
-@in_both
-def test_a_checkpoint_knows_that_it_was_normalised(library):
-    flow = build(library, trained=False).train()
-    log_prob(flow, random_images(8))
-    loaded = build(library, trained=False).train()
-    loaded.load_state_dict(flow.state_dict())
-    images = random_images(4)
-    assert torch.equal(log_prob(loaded, images), log_prob(flow, images))
 
 
 @in_both
@@ -426,48 +401,6 @@ def test_contexts_of_another_size_are_averaged(size):
 
 
 @in_both
-@in_any_dimension
-@pytest.mark.parametrize("condition", ["vector", "classes and image"])
-def test_contexts_get_gradients_through_reversible_steps(library, shape, condition):
-    gradients, arguments = [], arguments_of(condition, shape)
-    for reversible in (False, True):
-        flow = build(library, shape, **arguments, reversible=reversible)
-        context = random_condition(**arguments)
-        tensor = (context[1] if isinstance(context, tuple) else context).double().requires_grad_()
-        given = (context[0], tensor) if isinstance(context, tuple) else tensor
-        log_prob(flow, random_images(3, shape), given).sum().backward()
-        gradients.append([tensor.grad, *(parameter.grad for parameter in flow.parameters())])
-    assert gradients[0][0].abs().min() > 0
-    torch.testing.assert_close(*gradients)
-
-
-def test_a_context_adds_the_information_that_it_has():
-    """For data y = 1.5 c + noise the context c adds I(y; c) = D/2 log(1 + 1.5^2) to the log-density."""
-
-    def data(count: int) -> tuple[Tensor, Tensor]:
-        context = torch.randn(count, 4)
-        return 1.5 * context.view(count, 1, 2, 2) + torch.randn(count, 1, 2, 2), context
-
-    held_out = []
-    for context_shape in (None, (4,)):
-        torch.manual_seed(0)
-        flow = LIBRARIES["nflows"]((1, 2, 2), 1, 2, hidden_channels=16, preprocessing=None, context_shape=context_shape)
-        optimizer = torch.optim.Adam(flow.parameters(), 0.02)
-        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, 100)
-        for _ in range(100):
-            images, context = data(128)
-            loss = -flow(images, context if context_shape else None).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-        images, context = data(4000)
-        with torch.no_grad():
-            held_out.append(flow(images, context if context_shape else None).mean().item())
-    assert held_out[1] - held_out[0] == pytest.approx(2 * math.log(1 + 1.5**2), rel=0.05)
-
-
-@in_both
 @pytest.mark.parametrize("condition", CONDITIONS)
 @pytest.mark.parametrize("preprocessing", ["images", None])
 def test_samples_have_the_documented_shape_and_no_graph(library, condition, preprocessing):
@@ -491,6 +424,7 @@ def test_samples_have_the_documented_shape_and_no_graph(library, condition, prep
         assert images.shape == (3, *SHAPE) and density.shape == (3,)
         repeated = context
     assert not images.requires_grad and not density.requires_grad
+    assert images.dtype == density.dtype == torch.float64
     if preprocessing is None:
         torch.testing.assert_close(flow.log_prob(images, context=repeated), density)
 
@@ -614,27 +548,6 @@ def test_a_float32_flow_makes_no_float64_tensor(library, condition):
         flow(images, context).sum().backward()
         flow.decode(flow.encode(images, context)[0], context)
         flow.sample(3, context)
-
-
-@in_both
-@pytest.mark.parametrize("condition", ["none", "classes and image"])
-def test_flows_from_the_meta_device(library, condition):
-    """They need only the state_dict, however it is loaded."""
-    arguments, context = CONDITIONS[condition], random_condition(**CONDITIONS[condition])
-    flow, images = build(library, **arguments), random_images()
-    with torch.device("meta"):
-        assigned, filled = (LIBRARIES[library](SHAPE, 2, 2, hidden_channels=8, **arguments).eval() for _ in range(2))
-    assigned.load_state_dict(flow.state_dict(), assign=True)
-    filled = filled.double().to_empty(device="cpu")
-    filled.load_state_dict(flow.state_dict())
-    for other in (assigned, filled):
-        assert torch.equal(log_prob(other, images, context), log_prob(flow, images, context))
-        samples = []
-        for each in (flow, other):
-            torch.manual_seed(3)
-            result = each.sample(2, context)
-            samples.append(result if library == "nflows" else result[0])
-        assert torch.equal(*samples)
 
 
 @in_both
@@ -774,15 +687,10 @@ def test_arguments_must_fit(library, arguments, message):
 
 
 @in_both
-def test_numbers_must_be_integers(library):
-    with pytest.raises(TypeError, match=r"steps must be an integer, got 1\.5"):
-        LIBRARIES[library](SHAPE, 2, 1.5)
-
-
-@in_both
 @pytest.mark.parametrize(
     "name, value",
     [
+        ("steps", 1.5),
         ("corners", 3),
         ("data_shape", None),
         ("data_shape", 32),
@@ -799,9 +707,8 @@ def test_arguments_have_types(library, name, value):
 @in_both
 def test_images_must_fit(library):
     flow = build(library)
-    for images, shape in ((random_images(2)[:, :1], r"\(2, 1, 8, 12\)"), (torch.tensor(1), r"\(\)")):
-        with pytest.raises(ValueError, match=rf"data must have shape \[B, 3, 8, 12\], got {shape}"):
-            flow.log_prob(images)
+    with pytest.raises(ValueError, match=r"data must have shape \[B, 3, 8, 12\], got \(2, 1, 8, 12\)"):
+        flow.log_prob(random_images(2)[:, :1])
     for wrong in (-1.0, 256.0, float("nan")):
         images = random_images(2)
         images[1, 2, 3, 4] = wrong
@@ -816,15 +723,6 @@ def test_images_may_have_any_dtype(library, dtype):
         density = log_prob(flow, random_images().to(dtype))
         assert density.dtype == next(flow.parameters()).dtype
         torch.testing.assert_close(density, log_prob(flow, random_images().to(density.dtype)))
-
-
-@in_both
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_samples_have_the_dtype_of_the_flow(library, dtype):
-    flow = build(library).to(dtype)
-    for images in (flow.sample(2), GraphSampler(flow, 2)()):
-        images = images[0] if isinstance(images, tuple) else images  # normflows also returns the log-density
-        assert images.dtype == dtype
 
 
 ENTRIES = {
@@ -888,12 +786,6 @@ def test_conditions_must_be_on_the_flows_device(library, condition):
     noise = torch.zeros(2, *SHAPE, device="meta")
     with pytest.raises(ValueError, match=r"^noise must be on the flow's device cpu, got meta"):
         build(library).log_prob(random_images(2), noise=noise)
-
-
-@in_both
-def test_there_must_be_an_image(library):
-    with pytest.raises(ValueError, match=r"data must hold at least one sample, got shape \(0, 3, 8, 12\)"):
-        build(library).log_prob(random_images(0))
 
 
 @in_both

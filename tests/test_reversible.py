@@ -6,6 +6,7 @@ import contextlib
 import copy
 import operator
 from collections.abc import Callable
+from functools import partial
 
 import normflows as nf
 import pytest
@@ -436,58 +437,48 @@ def test_the_cache_of_autocast_keeps_its_gradients():
     assert error(found[1], found[0]) < 0.03
 
 
-def test_works_in_the_flows_of_both_libraries():
-    ordinary, other = twins("nflows")
-    flows = [Flow(module, StandardNormal(SHAPE)) for module in (ordinary, other)]
-    inputs = images().float().double()
-    for flow in flows:
-        flow.log_prob(inputs).mean().backward()
+FLOWS = {
+    "nflows": lambda module: Flow(module, StandardNormal(SHAPE)),
+    "normflows": lambda module: nf.NormalizingFlow(nf.distributions.DiagGaussian(SHAPE, trainable=False), [module]),
+}
+
+
+@pytest.mark.parametrize("library", FLOWS)
+def test_works_in_the_flows_of_both_libraries(library):
+    ordinary, other = twins(library)
+    inputs = images()
+    for module in (ordinary, other):
+        FLOWS[library](module).double().log_prob(inputs).mean().backward()
     for found, expected in zip(other.parameters(), ordinary.parameters(), strict=True):
         torch.testing.assert_close(found.grad, expected.grad)
 
-    ordinary, other = twins("normflows")
-    base = nf.distributions.DiagGaussian(SHAPE, trainable=False).double()
-    flows = [nf.MultiscaleFlow([base], [[module]], [], class_cond=False) for module in (ordinary, other)]
-    for flow in flows:
-        flow.log_prob(inputs, None).mean().backward()
-    for found, expected in zip(other.parameters(), ordinary.parameters(), strict=True):
-        torch.testing.assert_close(found.grad, expected.grad)
+
+@pytest.fixture
+def process_group(tmp_path):
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
 
 
-def test_distributed_training_hears_of_the_gradients(tmp_path):
+@pytest.mark.parametrize("sharded", [False, True])
+def test_distributed_training_hears_of_the_gradients(sharded, process_group):
     ordinary, other = twins("neutral", dtype=torch.float32)
     inputs = images(dtype=torch.float32)
     ordinary(inputs)[0].square().sum().backward()
-    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        parallel = nn.parallel.DistributedDataParallel(other)
-        parallel(inputs)[0].square().sum().backward()
-    finally:
-        distributed.destroy_process_group()
+    wrap = partial(fully_shard, mesh=init_device_mesh("cpu", (1,))) if sharded else nn.parallel.DistributedDataParallel
+    wrap(other)(inputs)[0].square().sum().backward()
     for found, expected in zip(other.parameters(), ordinary.parameters(), strict=True):
-        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-3, atol=1e-3)
+        gradient = found.grad.full_tensor() if sharded else found.grad
+        torch.testing.assert_close(gradient, expected.grad, rtol=1e-3, atol=1e-3)
 
 
-def test_sharding_around_the_steps_trains_and_of_each_step_is_refused(tmp_path):
-    ordinary, other = twins("neutral", 10, torch.float32)
-    inputs = images(dtype=torch.float32)
-    ordinary(inputs)[0].square().sum().backward()
-    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        fully_shard(other, mesh=mesh)
-        other(inputs)[0].square().sum().backward()
-        for found, expected in zip(other.parameters(), ordinary.parameters(), strict=True):
-            torch.testing.assert_close(found.grad.full_tensor(), expected.grad, rtol=1e-3, atol=1e-3)
-        module = twins("neutral", 2, torch.float32)[1]
-        fully_shard(module.steps[1], mesh=mesh)
-        fully_shard(module, mesh=mesh)
-        with pytest.raises(
-            TypeError, match=r"must be unsharded .* got a DTensor for steps\.0\.raw_weight of FSDPSequence"
-        ):
-            module(inputs)
-    finally:
-        distributed.destroy_process_group()
+def test_sharding_of_each_step_is_refused(process_group):
+    module = twins("neutral", 2, torch.float32)[1]
+    mesh = init_device_mesh("cpu", (1,))
+    fully_shard(module.steps[1], mesh=mesh)
+    fully_shard(module, mesh=mesh)
+    with pytest.raises(TypeError, match=r"must be unsharded .* DTensor for steps\.0\.raw_weight of FSDPSequence"):
+        module(images(dtype=torch.float32))
 
 
 @pytest.mark.filterwarnings("ignore")  # torch.compile warns about graph breaks

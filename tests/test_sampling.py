@@ -8,6 +8,10 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import nflows.distributions
+import nflows.flows
+import nflows.transforms
+import normflows
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,20 +19,12 @@ from torch.nn.utils import parametrize, prune
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import nflows_kconv.nflows
+import nflows_kconv.normflows
 from nflows_kconv import bijection
 from nflows_kconv.flows import sampling
 from nflows_kconv.flows.sampling import GraphSampler, inverse_weights
 from nflows_kconv.flows.steps import InvertibleConv1x1
-
-nflows_flows = pytest.importorskip("nflows.flows")
-normflows = pytest.importorskip("normflows")
-
-import nflows.distributions  # noqa: E402
-import nflows.nn.nets  # noqa: E402
-import nflows.transforms  # noqa: E402
-
-import nflows_kconv.nflows  # noqa: E402
-import nflows_kconv.normflows  # noqa: E402
 
 SHAPE = (1, 8, 8)
 
@@ -108,7 +104,7 @@ def nflows_of_vectors() -> nn.Module:
     torch.manual_seed(0)
     transforms = [nflows.transforms.ReversePermutation(4), nflows.transforms.LULinear(4)]
     return scrambled(
-        nflows_flows.Flow(nflows.transforms.CompositeTransform(transforms), nflows.distributions.StandardNormal([4]))
+        nflows.flows.Flow(nflows.transforms.CompositeTransform(transforms), nflows.distributions.StandardNormal([4]))
     )
 
 
@@ -175,18 +171,6 @@ def test_every_call_draws_fresh_noise(place: torch.device):
     assert torch.equal(sampler(), second)
 
 
-def test_moments_are_those_of_a_known_distribution(place: torch.device):
-    """x = mean + scale * z at temperature T has standard deviation T * scale."""
-    flow = normflows.NormalizingFlow(normflows.distributions.DiagGaussian(2), [])
-    with torch.no_grad():
-        flow.q0.loc.copy_(torch.tensor([[1.0, -2.0]]))
-        flow.q0.log_scale.copy_(torch.tensor([[0.5, 3.0]]).log())
-    torch.manual_seed(0)
-    images = GraphSampler(flow.to(place), 1000)(20_000, temperature=0.5).cpu()
-    torch.testing.assert_close(images.mean(0), torch.tensor([1.0, -2.0]), rtol=0, atol=0.05)
-    torch.testing.assert_close(images.std(0), torch.tensor([0.25, 1.5]), rtol=0.03, atol=0)
-
-
 def test_the_temperature_is_that_of_normflows(place: torch.device):
     flow = FLOWS["normflows images of classes"]().to(place).eval()
     sampler = GraphSampler(flow, 4)
@@ -211,10 +195,6 @@ def test_any_number_of_images(n: int, place: torch.device):
     images = GraphSampler(FLOWS["nflows images"]().to(place), 4)(n)
     assert images.shape == (n, *SHAPE)
     assert len(images.flatten(1).unique(dim=0)) == n
-
-
-def test_by_default_as_many_as_a_graph_draws(place: torch.device):
-    assert len(GraphSampler(FLOWS["nflows images"]().to(place), 4)()) == 4
 
 
 @pytest.mark.parametrize("library", CONDITIONAL)
@@ -647,7 +627,7 @@ def test_what_waits_for_the_gpu_is_refused_and_nothing_breaks():
 def test_what_caches_its_matrices_is_refused(monkeypatch: pytest.MonkeyPatch):
     cuda = CudaDouble(monkeypatch)
     layer = nflows.transforms.NaiveLinear(4, orthogonal_initialization=False, using_cache=True)
-    flow = nflows_flows.Flow(layer, nflows.distributions.StandardNormal([4]))
+    flow = nflows.flows.Flow(layer, nflows.distributions.StandardNormal([4]))
     with pytest.raises(
         RuntimeError, match=r"because _transform keeps using its cached matrices: call use_cache\(False\)"
     ):
