@@ -400,6 +400,32 @@ def test_contexts_of_another_size_are_averaged(size):
     torch.testing.assert_close(coupling(input, vectors), coupling(input, everywhere))
 
 
+def test_a_context_adds_the_information_that_it_has():
+    """For data y = 1.5 c + noise the context c adds I(y; c) = D/2 log(1 + 1.5^2) to the log-density."""
+
+    def data(count: int) -> tuple[Tensor, Tensor]:
+        context = torch.randn(count, 4)
+        return 1.5 * context.view(count, 1, 2, 2) + torch.randn(count, 1, 2, 2), context
+
+    held_out = []
+    for context_shape in (None, (4,)):
+        torch.manual_seed(0)
+        flow = LIBRARIES["nflows"]((1, 2, 2), 1, 2, hidden_channels=16, preprocessing=None, context_shape=context_shape)
+        optimizer = torch.optim.Adam(flow.parameters(), 0.02)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, 100)
+        for _ in range(100):
+            images, context = data(128)
+            loss = -flow(images, context if context_shape else None).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        images, context = data(4000)
+        with torch.no_grad():
+            held_out.append(flow(images, context if context_shape else None).mean().item())
+    assert held_out[1] - held_out[0] == pytest.approx(2 * math.log(1 + 1.5**2), rel=0.05)
+
+
 @in_both
 @pytest.mark.parametrize("condition", CONDITIONS)
 @pytest.mark.parametrize("preprocessing", ["images", None])
