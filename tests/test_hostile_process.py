@@ -82,31 +82,24 @@ def run(code: str) -> str:
 
 
 @linux
-def test_too_little_memory_for_the_output():
+@needs_native
+def test_too_little_memory():
+    """For the output, for the buffers of the kernel, and in the backward pass, one after the other.
+
+    The kernel holds a vector of lanes, one per image, for 64 channels of a row: 64 MiB besides the output.
+    """
     run("""
 huge = torch.zeros(1).expand(1 << 26, 8, 1, 1)  # 2 GiB
 for function in (layer, layer.inverse):
     limit(1 << 28)
     refused(lambda: function(huge), "allocate")
-""")
 
-
-@linux
-@needs_native
-def test_too_little_memory_for_the_buffers():
-    """The kernel holds a vector of lanes, one per image, for 64 channels of a row: 64 MiB besides the output."""
-    run("""
 wide, image_ = InvertibleConv2d(64, (1, 3), corners="TL"), torch.randn(9, 64, 1, 1 << 14)
 for function in (wide, wide.inverse):
     limit(48 << 20)
     refused(lambda: function(image_), "out of memory for the buffers of the CPU kernel")
 assert wide.inverse(wide(image_)[0])[0].isfinite().all()
-""")
 
-
-@linux
-def test_too_little_memory_in_the_backward_pass():
-    run("""
 large = torch.zeros(1, requires_grad=True)
 output, _ = layer(large.expand(1 << 21, 8, 2, 2))  # 256 MiB
 ones = torch.ones(()).expand(output.shape)
