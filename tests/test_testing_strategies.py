@@ -114,7 +114,7 @@ def test_drawing_leaves_torchs_random_numbers_as_they_are():
 
 def smallest(strategy: st.SearchStrategy, condition: Callable[[Any], bool]) -> Any:
     """Returns the shrunk example, without using earlier runs."""
-    return find(strategy, condition, settings=settings(database=None))
+    return find(strategy, condition, settings=settings(database=None, max_examples=1000))
 
 
 def test_cases_shrink_to_small_ones():
