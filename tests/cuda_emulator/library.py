@@ -23,11 +23,13 @@ _SOURCES = compiler.source_directory()
 # Of a kernel -O2 takes a quarter longer to compile and runs no faster.
 _FLAGS = ("-std=c++17", "-O1", "-march=native", "-fPIC", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas")
 _KERNEL_FLAGS = (
-    *("-g1", "-gdwarf-4"),  # lines for addr2line
     "-fsanitize=thread",  # calls emulator.cpp at every memory access
     "-fsanitize=alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero,bool,null,float-cast-overflow",
     "-fsanitize-undefined-trap-on-error",
 )
+
+# Lines for addr2line. They cost a third of the compile time and move no instruction, so only an error compiles them.
+_LINES = ("-g1", "-gdwarf-4")
 
 
 class Launch(ctypes.Structure):
@@ -55,7 +57,7 @@ def with_lines(message: str, library: ctypes.CDLL) -> str:
 
 
 def _line(library: ctypes.CDLL, offset: str) -> str:
-    command = ["addr2line", "-i", "-e", library._name, offset]
+    command = ["addr2line", "-i", "-e", library.with_lines(), offset]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().replace("\n", " in ")
     except (OSError, subprocess.CalledProcessError):
@@ -96,10 +98,16 @@ def _library(source: str, constants: tuple[tuple[str, int | str], ...]) -> ctype
     """
     runtime = _compiled((_HERE / "emulator.cpp").read_text(), ("-O3",), [_HERE / "emulator.h", _HERE / "races.h"])
     files = [path, *sorted(_SOURCES.glob("*.cuh")), _HERE / "emulator.h", _HERE / "ptx.cuh"]
-    program = _compiled(code, _KERNEL_FLAGS, files)
-    library = program.with_name(f"{program.stem}-{runtime.stem}.so")
-    _make(library, ["-shared", str(program), str(runtime)])
-    return ctypes.CDLL(str(library))
+
+    def linked(*flags: str) -> str:
+        program = _compiled(code, (*_KERNEL_FLAGS, *flags), files)
+        shared = program.with_name(f"{program.stem}-{runtime.stem}.so")
+        _make(shared, ["-shared", str(program), str(runtime)])
+        return str(shared)
+
+    library = ctypes.CDLL(linked())
+    library.with_lines = functools.partial(linked, *_LINES)
+    return library
 
 
 def _compiled(code: str, flags: Sequence[str], files: Sequence[Path]) -> Path:
