@@ -137,7 +137,7 @@ class Squeeze(_Step):
 class ActNorm(_Step):
     """y = exp(log_scale) (x + shift) per channel (Glow, Kingma, Dhariwal 2018, arXiv 1807.03039, section 3.1).
 
-    In training mode, while `initialized` is False, the first forward batch sets both parameters so that its outputs
+    In training mode, while `initialized` is 0, the first forward batch sets both parameters so that its outputs
     have mean 0 and variance 1 in every channel. Inside a forward of DistributedDataParallel it is the joint batch of
     all processes; otherwise it is the local batch, without communication.
 
