@@ -14,7 +14,6 @@
 #include <sys/mman.h>
 #include <ucontext.h>
 
-#include <csetjmp>
 #include <csignal>
 #include <cstdarg>
 #include <cstdio>
@@ -52,9 +51,11 @@ struct Copy {
   int size;
 };
 
+// Of the compiler's own setjmp, which costs a fraction of the library's.
+using Context = void* [5];
+
 struct Fiber {
-  jmp_buf context;
-  ucontext_t start;
+  Context context;
   bool started = false;
   int thread = 0;
   State state = State::kReady;
@@ -85,6 +86,7 @@ struct Block {
   Knowledge knowledge;                // shared by all its threads
   std::map<const int*, size_t> seen;  // next release of a counter to see
   std::vector<int> ready, polling;
+  std::vector<unsigned> in_warp;  // lanes of each warp that wait for others
   int at_barrier, done;
   int barriers;     // passed by all threads
   int idle_rounds;  // consecutive rounds in which threads only polled memory
@@ -102,7 +104,8 @@ struct Run {
   std::mt19937 random;
   Memory output, scratch;
   std::map<const int*, std::vector<Release>> releases;  // the first one is the initial value
-  jmp_buf scheduler{};
+  Context scheduler{};
+  ucontext_t start{};      // of the fiber that starts
   Block* block = nullptr;  // whose shared memory is mapped
   Fiber* fiber = nullptr;  // running
   bool failed = false;
@@ -113,8 +116,11 @@ Run* run;
 bool random_order() { return run->launch.seed >= 0; }
 bool coin() { return run->random() & 1; }
 
-__attribute__((noinline)) void leave() {
-  if (!_setjmp(run->fiber->context)) _longjmp(run->scheduler, 1);
+// These three are opaque to the optimizer, which does not see other fibers run in between and use the registers.
+[[noreturn]] __attribute__((noipa)) void jump(Context& context) { __builtin_longjmp(context, 1); }
+
+__attribute__((noipa)) void leave() {
+  if (!__builtin_setjmp(run->fiber->context)) jump(run->scheduler);
 }
 
 void fiber_main() {
@@ -126,13 +132,17 @@ void fiber_main() {
   }
 }
 
-__attribute__((noinline)) void resume(Fiber& fiber) {
+__attribute__((noipa)) void resume(Fiber& fiber) {
   run->fiber = &fiber;
   threadIdx = {(unsigned)fiber.thread, 0, 0};
-  if (!_setjmp(run->scheduler)) {
-    if (fiber.started) _longjmp(fiber.context, 1);
+  if (!__builtin_setjmp(run->scheduler)) {
+    if (fiber.started) jump(fiber.context);
     fiber.started = true;
-    setcontext(&fiber.start);
+    getcontext(&run->start);
+    run->start.uc_stack.ss_sp = run->block->stacks + fiber.thread * kStack;
+    run->start.uc_stack.ss_size = kStack;
+    makecontext(&run->start, fiber_main, 0);
+    setcontext(&run->start);
   }
   run->fiber = nullptr;
 }
@@ -234,12 +244,15 @@ const char* const kMeetings[] = {"__syncwarp",      "__shfl_sync",   "__shfl_up_
 
 void arrive_in_warp(Block& block, const Fiber& arrived) {
   const int first = arrived.thread / 32 * 32;
+  unsigned& waiting = block.in_warp[arrived.thread / 32];
+  waiting |= 1u << arrived.thread % 32;
+  // Others may still arrive; otherwise the deadlock is found when nothing can run.
+  if (arrived.mask & ~waiting) return;
   unsigned participants = 0;
   for (int lane = 0; lane < 32 && first + lane < (int)block.fibers.size(); lane++) {
     const Fiber& other = block.fibers[first + lane];
     if (!(arrived.mask >> lane & 1)) continue;
-    // It may still arrive; otherwise the deadlock is found when nothing can run.
-    if (other.state != State::kInWarp || !(other.mask >> arrived.thread % 32 & 1)) return;
+    if (!(other.mask >> arrived.thread % 32 & 1)) return;
     if (other.meeting != arrived.meeting || other.mask != arrived.mask || other.detail != arrived.detail) {
       report("lane %d is at %s with mask %08x in line %d, lane %d at %s with mask %08x in line %d", arrived.thread % 32,
              kMeetings[(int)arrived.meeting], arrived.mask, arrived.line, lane, kMeetings[(int)other.meeting],
@@ -248,6 +261,7 @@ void arrive_in_warp(Block& block, const Fiber& arrived) {
     }
     participants |= 1u << lane;
   }
+  waiting &= ~participants;
   Exchange exchange{0, participants, 0};
   std::vector<int> threads;
   for (int lane = 0; lane < 32; lane++) {
@@ -293,6 +307,8 @@ void start(Block& block, unsigned number) {
   block.index = {number % gridDim.x, number / gridDim.x % gridDim.y, number / gridDim.x / gridDim.y};
   block.ready.clear();
   block.polling.clear();
+  block.in_warp.assign((block.fibers.size() + 31) / 32, 0);
+  if (block.fibers.size() % 32) block.in_warp.back() = ~0u << block.fibers.size() % 32;  // lanes that do not exist
   block.at_barrier = block.done = block.barriers = 0;
   std::vector<int> threads;
   for (Fiber& fiber : block.fibers) {
@@ -387,14 +403,7 @@ void make_fibers(Block& block, int threads) {
   block.stacks = (char*)mmap(nullptr, threads * kStack, PROT_READ | PROT_WRITE,
                              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   block.fibers.resize(threads);
-  for (int thread = 0; thread < threads; thread++) {
-    Fiber& fiber = block.fibers[thread];
-    fiber.thread = thread;
-    getcontext(&fiber.start);
-    fiber.start.uc_stack.ss_sp = block.stacks + thread * kStack;
-    fiber.start.uc_stack.ss_size = kStack;
-    makecontext(&fiber.start, fiber_main, 0);
-  }
+  for (int thread = 0; thread < threads; thread++) block.fibers[thread].thread = thread;
 }
 
 void run_grid(int threads) {
@@ -510,7 +519,7 @@ void fail(const char* format, ...) {
   va_start(values, format);
   record(format, values);
   va_end(values);
-  _longjmp(run->scheduler, 1);
+  jump(run->scheduler);
 }
 
 bool execute(void (*kernel)(const void*), const Launch& launch) {

@@ -35,8 +35,9 @@ struct Access {
 class Memory {
  public:
   Memory() = default;
-  // A granule is the least that two threads may write at the same time.
-  Memory(const void* begin, long size, int granule) : begin_((const char*)begin), size_(size), granule_(granule) {
+  // A granule is the least that two threads may write at the same time, a power of two.
+  Memory(const void* begin, long size, int granule)
+      : begin_((const char*)begin), size_(size), shift_(__builtin_ctz(granule)) {
     granules_.reset((Granule*)calloc((size + granule - 1) / granule, sizeof(Granule)));
   }
 
@@ -47,7 +48,7 @@ class Memory {
   // there is one, and whether that wrote.
   std::pair<const Access*, bool> record(const void* address, int size, bool writes, const Access& now,
                                         const Knowledge& known) {
-    for (long i = offset(address) / granule_; i <= (offset(address) + size - 1) / granule_; i++) {
+    for (long i = offset(address) >> shift_; i <= (offset(address) + size - 1) >> shift_; i++) {
       Granule& granule = granules_[i];
       if (unordered(granule.written, now, known)) return {&granule.written, true};
       if (writes) {
@@ -86,7 +87,7 @@ class Memory {
 
   const char* begin_ = nullptr;
   long size_ = 0;
-  int granule_ = 1;
+  int shift_ = 0;
   std::unique_ptr<Granule[], Free> granules_;  // from calloc, which only takes the pages that are used
 };
 
