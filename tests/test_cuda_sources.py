@@ -214,3 +214,9 @@ def test_sources_stand_alone(path: Path):
     assert path.name == "ptx.cuh" or not re.search(r"\basm\b", text)
     # All shared memory is dynamic and counted in the plan.
     assert not re.search(r"^\s*(static )?__shared__", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_sources_know_transposes_in_one_place(path: Path):
+    """To all but the views of arguments.cuh, a transposed operator is one of other strides."""
+    assert path.name == "arguments.cuh" or "TRANSPOSE" not in re.sub("//.*", "", path.read_text())

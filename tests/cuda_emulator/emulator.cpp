@@ -207,13 +207,7 @@ void access(const void* address, size_t size, bool writes, const void* code) {
     return;
   }
   const Access now{true, block.number, fiber.thread / 32, fiber.thread, block.barriers, fiber.syncwarps, code};
-  const Knowledge* known = &block.knowledge;
-  Knowledge all;
-  if (!fiber.knowledge.empty()) {
-    learn(all = fiber.knowledge, block.knowledge);
-    known = &all;
-  }
-  const auto [other, wrote] = memory->record(address, size, writes, now, *known);
+  const auto [other, wrote] = memory->record(address, size, writes, now, fiber.knowledge, block.knowledge);
   if (other) {
     fail("%s byte %ld of %s at <%lx>, which another thread (%d of block %u) %s at <%lx>, in no certain order",
          writes ? "writes" : "reads", memory->offset(address), name, offset_of(code), other->thread, other->block,

@@ -116,7 +116,7 @@ def _library(source: str, constants: tuple[tuple[str, int | str], ...]) -> ctype
 def _emulator() -> ctypes.CDLL:
     """Loads the emulator, whose functions kernels call."""
     files = [_HERE / name for name in ("emulator.cpp", "emulator.h", "races.h")]
-    return ctypes.CDLL(str(_compiled(files, ("-O3", "-shared"), ".so")), ctypes.RTLD_GLOBAL)
+    return ctypes.CDLL(str(_compiled(files, ("-O2", "-shared"), ".so")), ctypes.RTLD_GLOBAL)
 
 
 def _compiled(files: Sequence[Path], flags: Sequence[str], suffix: str, code: str = "") -> Path:

@@ -47,14 +47,14 @@ class Memory {
   // Records an access; returns an earlier one that it is not ordered with, if
   // there is one, and whether that wrote.
   std::pair<const Access*, bool> record(const void* address, int size, bool writes, const Access& now,
-                                        const Knowledge& known) {
+                                        const Knowledge& own, const Knowledge& shared) {
     for (long i = offset(address) >> shift_; i <= (offset(address) + size - 1) >> shift_; i++) {
       Granule& granule = granules_[i];
-      if (unordered(granule.written, now, known)) return {&granule.written, true};
+      if (unordered(granule.written, now, own, shared)) return {&granule.written, true};
       if (writes) {
-        if (unordered(granule.read, now, known)) return {&granule.read, false};
+        if (unordered(granule.read, now, own, shared)) return {&granule.read, false};
         granule.written = now;
-      } else if (unordered(granule.read, now, known)) {
+      } else if (unordered(granule.read, now, own, shared)) {
         // Several readers: of the warp, or else of any warps. A write by any
         // thread is unordered with one of them.
         granule.read.thread = kSeveral;
@@ -75,12 +75,14 @@ class Memory {
     void operator()(Granule* granules) const { free(granules); }
   };
 
-  static bool unordered(const Access& before, const Access& now, const Knowledge& known) {
+  static bool known(const Access& before, const Knowledge& knowledge) {
+    const auto found = knowledge.find(before.block);
+    return found != knowledge.end() && found->second > before.barriers;
+  }
+
+  static bool unordered(const Access& before, const Access& now, const Knowledge& own, const Knowledge& shared) {
     if (!before.present) return false;
-    if (before.block != now.block) {
-      const auto found = known.find(before.block);
-      return found == known.end() || found->second <= before.barriers;
-    }
+    if (before.block != now.block) return !known(before, own) && !known(before, shared);
     if (before.barriers != now.barriers || before.thread == now.thread) return false;
     return before.warp != now.warp || before.syncwarps == now.syncwarps;
   }
