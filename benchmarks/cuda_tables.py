@@ -42,26 +42,6 @@ def sections(workload: Workload, seconds: float, device: str, device_name: str) 
         yield name, _curve(name, cases, seconds, device, speeds)
 
 
-def print_summary(results: dict) -> None:
-    """Prints how many targets were met, and which were missed."""
-    judged = [
-        (section, row, record)
-        for section, rows in results.items()
-        if isinstance(rows, list)
-        for row in rows
-        for record in row.get("targets", [])
-    ]
-    missed = [entry for entry in judged if entry[2]["verdict"] == "missed"]
-    print(f"\ntargets: {len(judged) - len(missed)} of {len(judged)} met")
-    for section, row, record in missed:
-        names = ("library", "variant", "images", "batch", "shape", "corners")
-        of = ", ".join(f"{name} {row[name]}" for name in names if name in row)
-        print(
-            f"  missed: {section}, {of}, {record['mode']} {record['quantity']}: {record['value']:.3g} {record['unit']},"
-            f" {describe(record)}"
-        )
-
-
 def _times(compared: contestants.Contestants, seconds: float) -> dict[str, dict[str, float]]:
     """Returns times by mode and contestant; the modes share the seconds."""
     return {mode: getattr(timing, mode)(compared, seconds / len(MODES)) for mode in MODES}

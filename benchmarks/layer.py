@@ -26,7 +26,7 @@ import torch
 from torch.utils import collect_env
 
 import nflows_kconv
-from benchmarks import command_line, cpu_tables, cuda_tables, workloads
+from benchmarks import command_line, cpu_tables, cuda_tables, summary, workloads
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -108,7 +108,7 @@ def main() -> None:
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.benchmark = True
     results = run(arguments, lambda name: cuda_tables.sections(workload, arguments.seconds, "cuda", name), prefix="")
-    cuda_tables.print_summary(results)
+    summary.print_targets(results)
 
 
 if __name__ == "__main__":

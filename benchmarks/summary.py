@@ -7,7 +7,7 @@ import json
 import re
 from pathlib import Path
 
-from benchmarks import cuda_tables
+from benchmarks.targets import describe
 
 # pytest names a failed test when it fails, and again at the end, with the error.
 _FAILURE = re.compile(
@@ -33,7 +33,27 @@ def main() -> None:
     for path in (folder / "targets.json", folder / "sampling.json"):
         if path.exists():
             print(f"\n{path.stem}", end="")
-            cuda_tables.print_summary(json.loads(path.read_text()))
+            print_targets(json.loads(path.read_text()))
+
+
+def print_targets(results: dict) -> None:
+    """Prints how many targets were met, and which were missed."""
+    judged = [
+        (section, row, record)
+        for section, rows in results.items()
+        if isinstance(rows, list)
+        for row in rows
+        for record in row.get("targets", [])
+    ]
+    missed = [entry for entry in judged if entry[2]["verdict"] == "missed"]
+    print(f"\ntargets: {len(judged) - len(missed)} of {len(judged)} met")
+    for section, row, record in missed:
+        names = ("library", "variant", "images", "batch", "shape", "corners")
+        of = ", ".join(f"{name} {row[name]}" for name in names if name in row)
+        print(
+            f"  missed: {section}, {of}, {record['mode']} {record['quantity']}: {record['value']:.3g} {record['unit']},"
+            f" {describe(record)}"
+        )
 
 
 if __name__ == "__main__":
