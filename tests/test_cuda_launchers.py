@@ -70,12 +70,13 @@ EMULATED = (
 @pytest.mark.parametrize("case", EMULATED, ids=str)
 def test_results_are_those_of_the_reference(launcher: SimpleNamespace, case: Case):
     bias = case.bias().repeat_interleave(2)[::2]
-    for changes in (dict(unit_diagonal=True, bias=bias), dict(transpose=True, log_diagonal=bias / 8)):
-        for operation in ("conv", "solve"):
-            asked = call_of(case, operation, **changes)
-            output = launcher.run(asked)
-            assert_close(output, reference.run(asked))
-            assert output.stride() == torch.empty_like(asked.input).stride()
+    for asked in (
+        call_of(case, "conv", unit_diagonal=True, bias=bias),
+        call_of(case, transpose=True, log_diagonal=bias / 8),
+    ):
+        output = launcher.run(asked)
+        assert_close(output, reference.run(asked))
+        assert output.stride() == torch.empty_like(asked.input).stride()
     for unit_diagonal in (False, True):
         asked = call_of(case, "weight_gradient", unit_diagonal=unit_diagonal)
         gradient = launcher.run(asked)
@@ -92,7 +93,7 @@ def test_results_are_those_of_the_reference(launcher: SimpleNamespace, case: Cas
         Case(("R",), per_group=3, kernel_size=(5, 3), layout="channels_last", dtype=torch.float64),
         Case(("NTL", "FBR"), kernel_size=(2, 2, 3), size=(3, 4, 5), biased=True),
         Case(("B",), per_group=17, kernel_size=(2, 3), size=(3, 4), biased=True),
-        Case((TR,), per_group=65, batch=1, size=(3, 2), biased=True),
+        Case((TR,), per_group=65, batch=1, size=(3, 2), dtype=torch.float64),
     ],
     ids=str,
 )
