@@ -42,7 +42,7 @@ def written(code: str) -> Path:
 def run():
     """Runs the body of a kernel in an order of threads; x counts from 0, shared memory holds one float per thread."""
 
-    def run(body: str, seed: int, blocks: int = 1, x: torch.Tensor | None = None) -> torch.Tensor:
+    def run(body: str, seed: int, blocks: int = 1, x: torch.Tensor | None = None, threads: int = 64) -> torch.Tensor:
         source = written(HEAD + inspect.cleandoc(body) + "\n}\n")
         x = torch.arange(64.0 * blocks) if x is None else x
         x = x.view(1, 1, 1, -1)
@@ -50,7 +50,7 @@ def run():
             "conv", x.dtype, x.shape, (1, 1), (0,), False, False, x.stride(), (1, 1, 1, 1), x.stride()
         )
         snippet = kernel(problem, str(source), "snippet")
-        launch = Launch(snippet, (x.numel() // 64, 1, 1), 64, 256, arguments(problem))
+        launch = Launch(snippet, (x.numel() // 64, 1, 1), threads, 256, arguments(problem))
         y = torch.empty_like(x)
         emulator.run(LaunchPlan((launch,), scratch=256, zeroed=256), x, torch.ones(1, 1, 1, 1), y, seed=seed)
         return y.flatten()
@@ -184,6 +184,12 @@ def test_exchanges_between_lanes(run, seed):
         y[t] = right && __syncthreads_and(t < 64) && !__syncthreads_and(t < 63) && __syncthreads_count(t < 9) == 9;
     """
     assert run(body, seed).all()
+
+
+@pytest.mark.parametrize("seed", ORDERS)
+def test_nobody_waits_for_lanes_that_do_not_exist(run, seed):
+    y = run("y[t] = __shfl_xor_sync(~0u, x[t], 1);", seed, threads=40)
+    assert torch.equal(y[:40], (torch.arange(40) ^ 1).float())
 
 
 @pytest.mark.parametrize(
