@@ -1,5 +1,6 @@
 """Fixtures for the device and the backends, and hypothesis profiles."""
 
+import functools
 import gc
 import os
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_finish() -> None:
     gc.freeze()  # what was imported stays: nobody looks through it again
+    gc.set_threshold(10_000)  # compilers import as much again, and leave little garbage
     gc.enable()
 
 
@@ -81,6 +83,14 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         native.select_instruction_set(request.param.removeprefix("cpu-"))
         yield request.param
         native.select_instruction_set(best)
+
+
+@pytest.fixture(scope="session")
+def torchlib_once() -> None:
+    """Lists the functions of torchlib once a process: each export to ONNX would parse the sources of all of them."""
+    from torch.onnx._internal._lazy_import import onnxscript_apis
+
+    onnxscript_apis.get_torchlib_ops = functools.cache(onnxscript_apis.get_torchlib_ops)
 
 
 @pytest.fixture

@@ -28,6 +28,8 @@ LAYERS = {
     "1-D, dilated": partial(InvertibleConv1d, 4, corners="R", dilation=2),
     "3-D": partial(InvertibleConv3d, 4, 2, corners=("NBL", "FTR"), diagonal="learned", bias=True),
 }
+# Without processes that import torch, headers to compile for other graphs, and a search for what vectors there are.
+QUICKLY = {"compile_threads": 1, "cpp_cache_precompile_headers": False, "cpp.vec_isa_ok": False}
 every_layer = pytest.mark.parametrize("build", LAYERS.values(), ids=LAYERS.keys())
 
 
@@ -62,12 +64,12 @@ def images_for(layer: InvertibleConv, device: str) -> torch.Tensor:
 
 @every_layer
 @pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
-@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
-def test_layer(build: Callable[[], InvertibleConv], inverse: bool, grad: bool, device: str):
+def test_layer(build: Callable[[], InvertibleConv], inverse: bool, device: str):
+    """Without gradients, which `test_training_step` has."""
     layer = a_layer(build, device)
     input = images_for(layer, device)
     function = layer.inverse if inverse else layer
-    with torch.set_grad_enabled(grad):
+    with torch.no_grad():
         for actual, expected in zip(compiled(function)(input), function(input), strict=True):
             assert_close(actual, expected)
             assert actual.stride() == expected.stride()
@@ -97,9 +99,11 @@ TRANSFORMS = {
 }
 
 
-@pytest.mark.parametrize(("compiler", "inverse"), [("aot_eager", False), ("aot_eager", True), ("eager", True)])
-@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS.keys())
-def test_function_transforms(transform, compiler: str, inverse: bool, device: str):
+@pytest.mark.parametrize("compiler", ["aot_eager", "eager"])
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_function_transforms(name: str, compiler: str, device: str):
+    """Each for one direction by one compiler, and for the other by the other."""
+    transform, inverse = TRANSFORMS[name], (compiler == "eager") == bool(list(TRANSFORMS).index(name) % 2)
     layer = a_layer(LAYERS["learned, bias"], device)
     direction = layer.inverse if inverse else layer
     input, tangent = images(2, 2, 3, device), images(2, 2, 3, device)
@@ -260,7 +264,8 @@ def test_export_of_the_inverse(build: Callable[[], InvertibleConv], device: str)
         assert_close(actual, expected)
 
 
-@pytest.mark.parametrize(("name", "strict"), [("learned, bias", False), ("sides, dilated", True), ("3-D", False)])
+# test_deploy.py has one of corners.
+@pytest.mark.parametrize(("name", "strict"), [("sides, dilated", True), ("3-D", False)])
 def test_exported_convolutions_decompose_into_plain_aten(name: str, strict: bool, device: str):
     layer = a_layer(LAYERS[name], device)
     input = images_for(layer, device)
@@ -290,7 +295,7 @@ def test_inductor(device: str):
     model = Flow(LAYERS["learned, bias"], device)
     other = copy.deepcopy(model)
     input = images(device=device)
-    losses = model(input), torch.compile(other, fullgraph=True)(input)
+    losses = model(input), torch.compile(other, fullgraph=True, options=QUICKLY)(input)
     assert_close(losses[1], losses[0])
     for loss in losses:
         loss.backward()

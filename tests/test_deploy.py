@@ -5,8 +5,10 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import onnxruntime
 import pytest
@@ -21,6 +23,7 @@ from nflows_kconv.nflows import finc_flow
 from nflows_kconv.onnx import translation_table
 
 pytestmark = [
+    pytest.mark.usefixtures("torchlib_once"),
     # Models with all parameters changed from their initial values.
     pytest.mark.filterwarnings("ignore:.* nonzero entries that the layer ignores"),
     pytest.mark.filterwarnings("ignore:.*treespec:FutureWarning"),  # from torch
@@ -46,29 +49,32 @@ class Method(nn.Module):
         return getattr(self.module, self.name)(input)
 
 
-class Model(NamedTuple):
+@dataclass
+class Model:
     """A column of the table."""
 
     module: nn.Module
     input: Tensor
     larger: Tensor  # another batch size, for a layer also another image size
 
-    @property
+    @cached_property
     def expected(self) -> Tensor:
         with torch.no_grad():
             return self.module(self.larger)
 
+    @cached_property
     def exported(self) -> torch.export.ExportedProgram:
         axes = (axis for axis, size in enumerate(self.larger.shape) if size != self.input.shape[axis])
         sizes = {axis: torch.export.Dim(f"size_{axis}") for axis in axes}
         return torch.export.export(self.module, (self.input,), dynamic_shapes=(sizes,))
 
 
+@cache
 def models() -> list[Model]:
     """Returns the models in the order of the columns."""
     torch.manual_seed(0)
     layer = InvertibleConv2d(4, corners=("TL", "B"), diagonal="learned", bias=True)
-    flow = finc_flow((1, 4, 4), 1, 1, hidden_channels=4, preprocessing=None).eval()
+    flow = finc_flow((1, 4, 4), 1, 1, corners="BR", hidden_channels=4, preprocessing=None).eval()
     with torch.no_grad():
         for parameter in (*layer.parameters(), *flow.parameters()):
             parameter.add_(torch.randn_like(parameter), alpha=0.05)
@@ -85,7 +91,8 @@ def models() -> list[Model]:
 
 
 def outcome(call: Callable[[Tensor], Any], model: Model) -> str:
-    torch.testing.assert_close(call(model.larger), model.expected)
+    with torch.no_grad():
+        torch.testing.assert_close(call(model.larger), model.expected)
     return "yes"
 
 
@@ -108,11 +115,10 @@ assert "nflows_kconv" not in sys.modules
 def programs(models: Sequence[Model], folder: Path) -> list[list[str]]:
     files, here = [], []
     for index, model in enumerate(models):
-        program = model.exported()
         files.append(folder / f"{index}.pt2")
-        torch.export.save(program, files[-1])
+        torch.export.save(model.exported, files[-1])
         here.append(outcome(torch.export.load(files[-1]).module(), model))
-        torch.export.save(program.run_decompositions(), files[-1])
+        torch.export.save(model.exported.run_decompositions(), files[-1])
         torch.save((model.larger, model.expected), files[-1].with_suffix(".pt"))
     command = [sys.executable, "-c", WITH_TORCH_ALONE, *files]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
@@ -132,7 +138,7 @@ def packages(models: Sequence[Model], folder: Path) -> list[list[str]]:
     here, elsewhere = [], []
     for model in models[2:]:  # which convolve as layers do, and solve; a package takes ten seconds to compile
         file = str(folder / "package.pt2")
-        torch._inductor.aoti_compile_and_package(model.exported(), package_path=file, inductor_configs=QUICKLY)
+        torch._inductor.aoti_compile_and_package(model.exported, package_path=file, inductor_configs=QUICKLY)
         here.append(outcome(torch._inductor.aoti_load_package(file), model))
         command = [program, file, *map(str, model.larger.shape)]
         done = subprocess.run(command, input=model.larger.numpy().tobytes(), capture_output=True)
@@ -149,7 +155,7 @@ def onnx(models: Sequence[Model], folder: Path) -> list[list[str]]:
     row = []
     for model in models:
         options = dict(dynamo=True, custom_translation_table=translation_table(), verbose=False)
-        file = torch.onnx.export(model.exported(), **options).model_proto.SerializeToString()
+        file = torch.onnx.export(model.exported, **options).model_proto.SerializeToString()
         session = onnxruntime.InferenceSession(file)
         row.append(
             outcome(lambda input, run=session.run: torch.from_numpy(*run(None, {"input": input.numpy()})), model)

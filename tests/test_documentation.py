@@ -14,8 +14,9 @@ from sybil.parsers.markdown import PythonCodeBlockParser
 
 import nflows_kconv
 
-# Warnings of the libraries.
 pytestmark = [
+    pytest.mark.usefixtures("torchlib_once"),
+    # Warnings of the libraries.
     pytest.mark.filterwarnings("ignore:torch.(triangular_solve|lu) is deprecated"),
     pytest.mark.filterwarnings("ignore:Using a non-tuple sequence for multidimensional indexing"),
 ]
