@@ -67,7 +67,7 @@ def exported(
 
 
 LAYERS = {
-    "corners, bounded": partial(InvertibleConv2d, 4, corners=("TL", "BR"), max_inverse_gain=3.0),
+    "corners, bounded": partial(InvertibleConv2d, 4, corners=("BL", "TR"), max_inverse_gain=3.0),
     "sides and a corner, dilated": partial(
         InvertibleConv2d, 6, (2, 4), corners=("T", "TR", "R"), dilation=(1, 2), diagonal="learned", bias=True
     ),
