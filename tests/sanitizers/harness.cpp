@@ -1,6 +1,6 @@
-// Runs the CPU kernel on random problems without torch, under sanitizers and valgrind: `harness FIRST LAST THREADS`.
-//
-// Each seed is a problem in memory of exactly its size, with any strides, run with every instruction set. Results are
+// Runs the CPU kernel on random problems without torch, under sanitizers and valgrind:
+// `harness FIRST LAST THREADS SET...`.
+// Each seed is a problem in memory of exactly its size, with any strides, run with each instruction set. Results are
 // compared with the formula in nflows_kconv/backends/reference.py, solutions by their residual.
 #include <algorithm>
 #include <array>
@@ -50,6 +50,7 @@ UNCHECKED T at(const T* tensor, const kconv::Strides& strides, int64_t b, int64_
 
 // Splits work as a thread pool does, into chunks of at least the grain, with one thread each.
 int64_t thread_count = 1;
+std::vector<const char*> instruction_sets;
 
 void parallel_for(int64_t count, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
   const int64_t chunks = std::min(thread_count, (count + grain - 1) / grain);
@@ -186,8 +187,8 @@ void run(uint64_t seed) {
   const bool transpose = random() % 2, solve = random() % 2;
   const std::unique_ptr<T[]> bias(random() % 2 ? new T[sizes[1]] : nullptr);
   if (bias) std::generate_n(bias.get(), sizes[1], [&] { return T(normal(random)); });
-  for (const char* name : {"baseline", "avx2", "avx512"}) {
-    if (!kconv::select_instruction_set(name)) continue;
+  for (const char* name : instruction_sets) {
+    if (!kconv::select_instruction_set(name)) std::abort();
     const std::unique_ptr<T[]> output(new T[span(sizes, output_strides)]);
     const kconv::KernelProblem<T> problem{
         input.get(), output.get(), weight.get(), bias.get(), nullptr,  stencils.get(), input_strides, output_strides,
@@ -200,9 +201,10 @@ void run(uint64_t seed) {
 
 }  // namespace
 
-int main(int, char** arguments) {
+int main(int count, char** arguments) {
   const uint64_t first = std::strtoull(arguments[1], nullptr, 10), last = std::strtoull(arguments[2], nullptr, 10);
   thread_count = std::atol(arguments[3]);
+  instruction_sets.assign(arguments + 4, arguments + count);
   for (uint64_t seed = first; seed < last; ++seed) seed % 2 ? run<float>(seed) : run<double>(seed);
   std::printf("%llu problems\n", (unsigned long long)(last - first));
 }
