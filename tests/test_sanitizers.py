@@ -20,7 +20,7 @@ FLAGS = ("-std=c++17", "-g1", "-pthread", f"-I{native_library.SOURCES}")
 # These checks double the compile time, and other sanitizers detect the use of a wrong pointer.
 UNDEFINED = ("-fsanitize=undefined", "-fno-sanitize=pointer-overflow,null", "-fno-sanitize-recover=all")
 # The compiler takes most of the time. The widest vectors and the narrowest have all numbers of lanes between them.
-WIDEST = (*native.instruction_sets(), "baseline")[-1]
+WIDEST = ("baseline", *native.instruction_sets())[-1]
 
 
 def solve(
