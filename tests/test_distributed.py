@@ -1,5 +1,6 @@
 """Two processes that train together have equal parameters, the same as one process, and never deadlock."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -13,10 +14,12 @@ from torch import distributed, multiprocessing
     sys.platform == "win32" or not distributed.is_available() or not distributed.is_gloo_available(),
     reason="needs gloo",
 )
-def test_two_processes(tmp_path: Path):
+def test_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """One pair of processes runs every scenario."""
     path = str(tmp_path / "store")
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+    context.set_forkserver_preload(["two_processes", "torch._dynamo"])  # one import for both
     processes = [context.Process(target=two_processes.run, args=(rank, path), daemon=True) for rank in range(2)]
     for process in processes:
         process.start()
