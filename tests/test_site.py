@@ -7,7 +7,6 @@ import pkgutil
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from functools import partial
 from html.parser import HTMLParser
@@ -23,6 +22,9 @@ import results
 import nflows_kconv
 
 pytest.importorskip("mkdocs", reason="the site needs mkdocs, which needs Python 3.11")
+
+from mkdocs.commands.build import build
+from mkdocs.config import load_config
 
 ROOT = Path(__file__).parent.parent
 # Attributes that a browser loads by itself, unlike the href of a link.
@@ -54,9 +56,7 @@ class Page(HTMLParser):
 def site(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, Page]:
     """Returns the pages of the built site by path."""
     folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    build(load_config(str(ROOT / "mkdocs.yml"), strict=True, site_dir=str(folder)))
     return {path: Page(path) for path in folder.rglob("*.html") if path.name != "404.html"}
 
 
