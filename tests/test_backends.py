@@ -4,8 +4,7 @@ import dataclasses
 import json
 import platform
 import re
-import subprocess
-import sys
+import runpy
 from pathlib import Path
 
 import pytest
@@ -240,11 +239,9 @@ def test_library_that_does_not_load(tmp_path):
     assert "_native.abi3.so" in reason
 
 
-def test_report_on_the_command_line():
-    done = subprocess.run(
-        [sys.executable, "-m", "nflows_kconv"], capture_output=True, text=True, timeout=120, check=True
-    )
-    lines = [line.strip() for line in done.stdout.splitlines()]
+def test_report_on_the_command_line(capsys):
+    runpy.run_module("nflows_kconv", run_name="__main__")
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
     assert f"torch:         {torch.__version__}" in lines
     assert f"Python:        {platform.python_version()}" in lines
     assert f"kernel cache:  {cache.directory()}" in lines

@@ -33,24 +33,18 @@ def weight() -> Tensor:
     return weight
 
 
-def test_a_slice_of_the_fuzz():
-    report = run_seeds(0, 120)
-    assert not report.failures
-    assert report.counts.total() > 2000
-
-
-def test_the_fuzz_reports_crashes(monkeypatch: pytest.MonkeyPatch, tmp_path):
-    """A child killed by a signal is reported with its seed, and later seeds still run."""
+def test_a_slice_of_the_fuzz(monkeypatch: pytest.MonkeyPatch, tmp_path):
+    """The first child is killed by a signal, which is reported with its seed; another runs the later seeds."""
     (tmp_path / "sitecustomize.py").write_text(
         "import os, pathlib\n"
         "write = pathlib.Path.write_text\n"
-        "pathlib.Path.write_text = lambda path, text: write(path, text) and (os.abort() if text == '1' else 0)\n"
+        "pathlib.Path.write_text = lambda path, text: write(path, text) and (os.abort() if text == '0' else 0)\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
-    report = run_seeds(0, 3)
+    report = run_seeds(0, 121)
     (failure,) = report.failures
-    assert failure.startswith("seed 1: the process ended with status -6")
-    assert report.counts == fuzz.run(2)
+    assert failure.startswith("seed 0: the process ended with status -6")
+    assert report.counts.total() > 2000
 
 
 def test_the_oracle_refuses_what_is_wrong():
