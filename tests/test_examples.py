@@ -70,15 +70,15 @@ def test_inverse_direction(run_here):
 
 @pytest.mark.usefixtures("one_thread")
 def test_conditional_kernels(run_here):
-    output = run_here("conditional_kernels.py", "--steps", "40", "--seeds", "1")
+    output = run_here("conditional_kernels.py", "--steps", "10", "--seeds", "1")
     *flows, true = (float(value) for value in re.findall(r" (-\d+\.\d+)", output))
     assert len(flows) == 3
-    assert true > max(flows) > min(flows) > true - 3
+    assert true > max(flows) > min(flows) > true - 1  # which untrained flows do not reach
 
 
 @pytest.mark.usefixtures("one_thread")
 def test_two_dimensions(run_here):
-    output = run_here("two_dimensions.py", "--steps", "60")
+    output = run_here("two_dimensions.py", "--steps", "30")
     gaussian, channels, pixels, *_ = (float(value) for value in re.findall(r"(\S+) nats", output))
     assert channels == pytest.approx(gaussian, abs=0.02)
     assert pixels > gaussian + 0.1

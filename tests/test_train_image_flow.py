@@ -317,7 +317,7 @@ def test_reversible_training_is_the_same_but_for_rounding(tmp_path):
     curves, states = [], []
     for arguments in ([], ["--reversible"]):
         run = tmp_path / f"run{len(states)}"
-        checkpoint = train(run, 2, "--flow-steps", "9", *arguments)
+        checkpoint = train(run, 2, "--flow-steps", "3", *arguments)
         flow = image_flow_training.build_flow(checkpoint["hyper_parameters"])
         assert any(isinstance(module, reversible.Chain) for module in flow.modules()) == bool(arguments)
         curves.append(scalars(run, "validation_bits_per_dim"))
