@@ -5,6 +5,7 @@ import json
 import platform
 import re
 import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -239,7 +240,8 @@ def test_library_that_does_not_load(tmp_path):
     assert "_native.abi3.so" in reason
 
 
-def test_report_on_the_command_line(capsys):
+def test_report_on_the_command_line(capsys, monkeypatch):
+    monkeypatch.delitem(sys.modules, "nflows_kconv.__main__", raising=False)  # other tests import every module
     runpy.run_module("nflows_kconv", run_name="__main__")
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
     assert f"torch:         {torch.__version__}" in lines
