@@ -17,9 +17,10 @@ from nflows_kconv.backends import native
 HARNESS = Path(__file__).parent / "sanitizers" / "harness.cpp"
 CPU = native_library.SOURCES / "cpu"
 FLAGS = ("-std=c++17", "-g1", "-pthread", f"-I{native_library.SOURCES}")
-# These checks double the compile time, and other sanitizers detect the use of a wrong pointer.
+# Checks of pointers double the compile time, and other sanitizers detect the use of a wrong one.
 UNDEFINED = ("-fsanitize=undefined", "-fno-sanitize=pointer-overflow,null", "-fno-sanitize-recover=all")
-# The compiler takes most of the time. The widest vectors and the narrowest have all numbers of lanes between them.
+# The compiler takes most of the time, so each sanitizer gets what it needs: addresses depend on the number of lanes,
+# of which the widest vectors and the narrowest have all between them; arithmetic and races do not.
 WIDEST = ("baseline", *native.instruction_sets())[-1]
 
 

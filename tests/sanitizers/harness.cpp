@@ -1,5 +1,6 @@
 // Runs the CPU kernel on random problems without torch, under sanitizers and valgrind:
 // `harness FIRST LAST THREADS SET...`.
+//
 // Each seed is a problem in memory of exactly its size, with any strides, run with each instruction set. Results are
 // compared with the formula in nflows_kconv/backends/reference.py, solutions by their residual.
 #include <algorithm>
