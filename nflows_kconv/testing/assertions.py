@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Container
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch.distributions import Transform
 from nflows_kconv.testing import state
 from nflows_kconv.testing.derivatives import check_collisions, check_gradients, check_orientation, jacobian
 from nflows_kconv.testing.hooks import check_hooks
-from nflows_kconv.testing.probe import SAFETY, Probe, Values
+from nflows_kconv.testing.probe import SAFETY, SECOND, Probe, Values
 from nflows_kconv.testing.subject import NoInverse, Subject, as_it_is
 from nflows_kconv.torch_internals import tree_map_only
 
@@ -46,8 +47,8 @@ def assert_invertible(transform: Any, inputs: Tensor, context: Any = None, **tol
         probe.need_inverse()
         probe.compare(
             "inverse(forward(x)) is not x",
-            lambda t, x: {"outputs": t.inverse(t.forward(x)[0])[0]},
-            lambda t, x: {"outputs": x},
+            lambda t, x: {"inverse's outputs": t.inverse(t.forward(x)[0])[0]},
+            lambda t, x: {"inverse's outputs": x},
         )
 
 
@@ -58,10 +59,13 @@ def assert_log_dets_cancel(transform: Any, inputs: Tensor, context: Any = None, 
     """
     with _probe(transform, inputs, context, tolerance) as probe:
         probe.need_inverse()
+        name = "inverse's log-determinants"
+        sensitivity = probe.sensitivity(lambda change: change[name] + change[SECOND])
         probe.compare(
             "the log-determinants of forward and inverse do not cancel",
-            lambda t, x: {"inverse's log-determinants": t.inverse(t.forward(x)[0])[1]},
-            lambda t, x: {"inverse's log-determinants": -t.forward(x)[1]},
+            lambda t, x: {name: t.inverse(t.forward(x)[0])[1]},
+            lambda t, x: {name: -t.forward(x)[1]},
+            {name: sensitivity},
         )
 
 
@@ -140,7 +144,7 @@ def assert_batch_independent(transform: Any, inputs: Tensor, context: Any = None
     """
     inputs, context = _at_least_two(inputs, context)
     with _probe(transform, inputs, context, tolerance) as probe:
-        rows = torch.arange(len(probe.inputs))
+        rows, whole = torch.arange(len(probe.inputs)), cache(probe.results)
         for part, selected in {
             "the first": rows[:1],
             "all but the first": rows[1:],
@@ -149,17 +153,18 @@ def assert_batch_independent(transform: Any, inputs: Tensor, context: Any = None
 
             def apart(t: Subject, direction: str, argument: Tensor, selected: Tensor = selected) -> Any:
                 if direction == "forward" and probe.discrete:
-                    return together(t, direction, argument)
+                    return [value[selected] for value in t.call(direction, argument)]
                 context = t.context
                 t.context = _by_row(lambda tensor: tensor[selected], context, len(argument))
                 result = t.call(direction, argument[selected])
                 t.context = context
                 return result
 
-            def together(t: Subject, direction: str, argument: Tensor, selected: Tensor = selected) -> Any:
-                return [value[selected] for value in t.call(direction, argument)]
-
-            probe.compare_calls(f"{part} of the samples differ from those in the whole batch", apart, together)
+            probe.compare(
+                f"{part} of the samples differ from those in the whole batch",
+                lambda t, x, apart=apart: probe.results(t, x, apart),
+                lambda t, x, rows=selected: {name: value[rows] for name, value in whole(t, x).items()},
+            )
 
 
 def assert_shape_and_dtype_preserved(transform: Any, inputs: Tensor, context: Any = None) -> None:
@@ -220,6 +225,7 @@ def assert_deterministic(transform: Any, inputs: Tensor, context: Any = None, **
     with _probe(transform, inputs, context, tolerance) as probe:
         for effect in sorted(probe.given.side_effects):
             raise AssertionError(effect)
+        first = cache(probe.results)
         for what, (grad, layout) in VARIANTS.items():
 
             def call(t: Subject, direction: str, argument: Tensor, variant: Variant = (grad, layout)) -> Any:
@@ -234,7 +240,7 @@ def assert_deterministic(transform: Any, inputs: Tensor, context: Any = None, **
                     t.prepare = as_it_is
                 return t.call(direction, argument)
 
-            probe.compare_calls(f"results differ with {what}", call)
+            probe.compare(f"results differ with {what}", lambda t, x, call=call: probe.results(t, x, call), first)
 
 
 def assert_state_dict_round_trip(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cached_property
+from operator import itemgetter
 from typing import Any, NoReturn
 
 import torch
@@ -21,6 +23,7 @@ Call = Callable[[Subject, str, Tensor], Any]
 SAFETY = 100  # rounding may have this many times the effect of a perturbation by one rounding
 FLOOR = 1e-5  # relative error of constants that a transform makes in float32 whatever its dtype
 DRAWS = 4  # perturbations that measure a sensitivity
+SECOND = "log-determinants of a second call of forward"
 
 
 class Probe:
@@ -149,11 +152,6 @@ class Probe:
             named |= {f"{direction}'s outputs": outputs, f"{direction}'s log-determinants": log_abs_det}
         return named
 
-    def compare_calls(self, claim: str, call: Call, expected: Call = Subject.call) -> None:
-        """Asserts that two ways to call both directions give the same results; see `compare`."""
-        ways = (lambda t, x: self.results(t, x, call)), (lambda t, x: self.results(t, x, expected))
-        self.compare(claim, *ways, self.sensitivity_of_results)
-
     def compare(
         self, claim: str, compute: Compute, expected: Compute, sensitivities: dict[str, float] | None = None
     ) -> None:
@@ -163,10 +161,9 @@ class Probe:
             claim: The claim that a failure reports.
             compute: A function from a transform and inputs to values by name.
             expected: A function to the expected values.
-            sensitivities: Sensitivities of the values, measured if None.
+            sensitivities: Sensitivities of the values, those of `results` if None.
         """
-        if sensitivities is None:
-            sensitivities = self.sensitivity(lambda *at: _difference(compute(*at), expected(*at)))
+        sensitivities = sensitivities or self.sensitivity_of_results
         for t, x in {self.exact: self.exact_inputs, self.given: self.inputs}.items():
             wanted = expected(t, x)
             for name, actual in compute(t, x).items():
@@ -206,24 +203,29 @@ class Probe:
                 f"error {error[index]:.3g}, tolerance {tolerance[index]:.3g} {reason}"
             )
 
-    def sensitivity(self, compute: Compute) -> dict[str, float]:
-        """Returns how much each value changes, relative to a perturbation of all arguments and parameters."""
-        with torch.no_grad():
-            base = compute(self.exact, self.exact_inputs)
-            largest = dict.fromkeys(base, 0.0)
-            for seed in range(DRAWS):
-                try:
-                    changed = compute(self._perturbed(seed), self.exact_inputs)
-                except AssertionError:
-                    continue  # the perturbation left the domain
-                for name, value in _difference(changed, base).items():
-                    largest[name] = max(largest[name], value.abs().nan_to_num(0, 0, 0).max().item())
-        return {name: value / self._size for name, value in largest.items()}
+    def sensitivity(self, function: Callable[[Values], Tensor]) -> float:
+        """Returns how much a linear function of `results`, and of `SECOND`, changes, relative to a perturbation."""
+        return max(function(change).abs().nan_to_num(0, 0, 0).max().item() for change in self._changes) / self._size
 
     @cached_property
     def sensitivity_of_results(self) -> dict[str, float]:
-        """Returns the sensitivity of `results`."""
-        return self.sensitivity(self.results)
+        """Returns the sensitivity of each of the `results`."""
+        return {name: self.sensitivity(itemgetter(name)) for name in self._changes[0]}
+
+    @cached_property
+    def _changes(self) -> list[Values]:
+        """Returns no change of `results`, and their changes with perturbations of all arguments and parameters."""
+
+        def results(t: Subject) -> Values:
+            return self.results(t, self.exact_inputs) | {SECOND: t.forward(self.exact_inputs)[1]}
+
+        with torch.no_grad():
+            base = results(self.exact)
+            changes = [_difference(base, base)]
+            for seed in range(DRAWS):
+                with suppress(AssertionError):  # the perturbation left the domain
+                    changes.append(_difference(results(self._perturbed(seed)), base))
+        return changes
 
     @property
     def _size(self) -> float:
