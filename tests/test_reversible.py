@@ -125,6 +125,12 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def few_kept_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes fewer steps enough for most to be undone."""
+    monkeypatch.setattr(reversible, "_KEPT_INPUTS", 4)
+
+
 def images(batch: int = 5, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(batch, *SHAPE, dtype=dtype)
 
@@ -209,10 +215,9 @@ def test_gradients_are_the_ordinary_ones_for_any_number_of_steps_and_images(step
     }
 
 
-@pytest.mark.parametrize("steps", [8, 64])
 @pytest.mark.parametrize("library", ["neutral", "nflows", "normflows"])
-def test_gradients_in_float32_are_the_ordinary_ones_to_rounding(library, steps):
-    ordinary, other = twins(library, steps, torch.float32)
+def test_gradients_in_float32_are_the_ordinary_ones_to_rounding(library):
+    ordinary, other = twins(library, 64, torch.float32)
     inputs = images(dtype=torch.float32)
     assert error(gradients(other, inputs), gradients(ordinary, inputs)) < 1e-5
 
@@ -235,21 +240,21 @@ def test_gradients_stay_right_where_inverses_explode(monkeypatch):
 @pytest.mark.parametrize(
     ("library", "direction"), [("neutral", "forward"), ("nflows", "forward"), ("normflows", "inverse")]
 )
-def test_the_memory_is_independent_of_the_number_of_steps(library, direction):
+def test_the_memory_is_independent_of_the_number_of_steps(library, direction, few_kept_inputs):
     inputs = images(dtype=torch.float32)
     ordinary, peaks = {}, {}
-    for count in (16, 32):
+    for count in (8, 16):
         ordinary[count], peaks[count] = (
             peak_bytes(module, inputs, direction) for module in twins(library, count, torch.float32)
         )
-    assert ordinary[32] > 1.7 * ordinary[16]
-    assert peaks[32] < 1.1 * peaks[16] < 0.55 * ordinary[16]
+    assert ordinary[16] > 1.7 * ordinary[8]
+    assert peaks[16] < 1.1 * peaks[8] < 0.55 * ordinary[8]
 
 
 @pytest.mark.parametrize("library", ["nflows", "normflows"])
 @pytest.mark.parametrize("direction", ["forward", "inverse"])
 @pytest.mark.parametrize("context_shape", [(2, 3, 3), (2,)], ids=["image", "vector, for kernels too"])
-def test_image_flows_train_reversibly(library, direction, context_shape):
+def test_image_flows_train_reversibly(library, direction, context_shape, few_kept_inputs):
     finc_flow = {"nflows": nflows_kconv.nflows, "normflows": nflows_kconv.normflows}[library].finc_flow
     inputs = torch.randint(256, (4, 1, 8, 8)).double()
     context = torch.tensor([1, 0, 0, 2]), torch.randn(4, *context_shape, dtype=torch.float64, requires_grad=True)
@@ -258,7 +263,7 @@ def test_image_flows_train_reversibly(library, direction, context_shape):
         torch.manual_seed(1)
         options = dict(hidden_channels=4, direction=direction, num_classes=3, context_shape=context_shape)
         options["conditional_kernels"] = len(context_shape) == 1
-        flow = finc_flow((1, 8, 8), 2, 17, reversible=is_reversible, **options).double()
+        flow = finc_flow((1, 8, 8), 2, 9, reversible=is_reversible, **options).double()
         with torch.no_grad():
             for parameter in flow.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.05)
