@@ -100,7 +100,7 @@ def test_what_is_not_read_has_no_gradient(case: Case, name: str, device: str):
 
 @every_direction
 @every_small_case
-def test_gradcheck(case: Case, name: str, backend: str, device: str):
+def test_gradcheck(case: Case, name: str, device: str):
     function, leaves = getattr(case, name), arguments(case, device)
     assert gradcheck(function, leaves, check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=True)
 
@@ -109,7 +109,8 @@ def test_gradcheck(case: Case, name: str, backend: str, device: str):
 @every_small_case
 def test_gradgradcheck(case: Case, name: str, device: str):
     function, leaves = getattr(case, name), arguments(case, device)
-    assert gradgradcheck(function, leaves, check_fwd_over_rev=True, check_rev_over_rev=True, check_batched_grad=True)
+    checks = dict(check_fwd_over_rev=True, check_rev_over_rev=True, check_batched_grad=True)
+    assert gradgradcheck(function, leaves, fast_mode=True, **checks)
 
 
 @every_small_case
@@ -156,7 +157,7 @@ def test_gradcheck_of_the_layer(diagonal: str, inverse: bool, device: str):
     input = torch.randn(2, 4, 2, 3, dtype=torch.float64, device=device)
     leaves = [t.requires_grad_() for t in (input, *parameters)]
     assert gradcheck(function, leaves, check_forward_ad=True, check_batched_grad=True)
-    assert gradgradcheck(function, leaves)
+    assert gradgradcheck(function, leaves, fast_mode=True)
 
 
 @every_direction
@@ -273,7 +274,7 @@ def test_gradients_of_each_sample_through_the_layer(device: str):
 # The operators under PyTorch's own tests and inside other programs
 
 
-@pytest.mark.parametrize("case", (SMALL[0], SMALL[5], SMALL[7]), ids=lambda case: "-".join(case.corners))
+@pytest.mark.parametrize("case", (SMALL[0], SMALL[7]), ids=lambda case: "-".join(case.corners))
 def test_opcheck(case: Case, device: str):
     input, weight, bias = arguments(case, device)
     for transpose in (False, True):
