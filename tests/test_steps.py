@@ -51,9 +51,7 @@ def build(name: str, dimensions: int = 2) -> nn.Module:
 
 @every_step
 @pytest.mark.parametrize(
-    ("size", "dtype"),
-    [((6,), torch.float64), ((4, 2), torch.float32), ((4, 2), torch.float64), ((2, 4, 2), torch.float64)],
-    ids=str,
+    ("size", "dtype"), [((6,), torch.float64), ((4, 2), torch.float32), ((2, 4, 2), torch.float64)], ids=str
 )
 def test_steps_are_sound_transforms(name, size, dtype):
     check_transform(build(name, len(size)).to(dtype), torch.randn(3, 4, *size, dtype=dtype))
