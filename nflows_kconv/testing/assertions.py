@@ -162,7 +162,7 @@ def assert_batch_independent(transform: Any, inputs: Tensor, context: Any = None
 
             probe.compare(
                 f"{part} of the samples differ from those in the whole batch",
-                lambda t, x, apart=apart: probe.results(t, x, apart),
+                lambda t, x, apart=apart: probe.results(t, x, apart, whole(t, x)["forward's outputs"]),
                 lambda t, x, rows=selected: {name: value[rows] for name, value in whole(t, x).items()},
             )
 
@@ -240,7 +240,11 @@ def assert_deterministic(transform: Any, inputs: Tensor, context: Any = None, **
                     t.prepare = as_it_is
                 return t.call(direction, argument)
 
-            probe.compare(f"results differ with {what}", lambda t, x, call=call: probe.results(t, x, call), first)
+            probe.compare(
+                f"results differ with {what}",
+                lambda t, x, call=call: probe.results(t, x, call, first(t, x)["forward's outputs"]),
+                first,
+            )
 
 
 def assert_state_dict_round_trip(

@@ -141,12 +141,11 @@ class Probe:
         """Returns the arguments of forward and, if there is one, of inverse: x and forward's outputs."""
         return [("forward", x)] if self.no_inverse else [("forward", x), ("inverse", t.forward(x)[0])]
 
-    def results(self, t: Subject, x: Tensor, call: Call = Subject.call) -> Values:
-        """Returns outputs and log-determinants of both directions, with the inverse at forward's outputs."""
-        forward = t.forward(x)
-        results = {"forward": forward if call is Subject.call else call(t, "forward", x)}
+    def results(self, t: Subject, x: Tensor, call: Call = Subject.call, y: Tensor | None = None) -> Values:
+        """Returns outputs and log-determinants of both directions, with the inverse at y or else forward's outputs."""
+        results = {"forward": call(t, "forward", x)}
         if not self.no_inverse:
-            results["inverse"] = call(t, "inverse", forward[0])
+            results["inverse"] = call(t, "inverse", results["forward"][0] if y is None else y)
         named: Values = {}
         for direction, (outputs, log_abs_det) in results.items():
             named |= {f"{direction}'s outputs": outputs, f"{direction}'s log-determinants": log_abs_det}
