@@ -329,9 +329,10 @@ def over_cases(*more: Case) -> Callable[[Test], Test]:
         def once(case: Case, **others: Any) -> None:
             # One instruction set suffices for strides, half precision, and sequences, which become images before a
             # kernel sees them.
-            if others.get("backend") in ("cpu-baseline", "cpu-avx2") and not case.is_plain:
+            backend = others.get("backend", others.get("kernel"))
+            if backend in ("cpu-baseline", "cpu-avx2") and not case.is_plain:
                 return
-            if others.get("backend") == "reference" and case in CASES_OF_KERNELS:
+            if backend == "reference" and case in CASES_OF_KERNELS:
                 return
             test(case=case, **others)
 

@@ -44,7 +44,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             kernels = [f"cpu-{name}" for name in (sets if metafunc.module.__name__ == "test_primitive" else sets[-1:])]
         else:
             kernels = ["cuda"] if available_backends()["cuda"].available else []
-        metafunc.parametrize("backend", ["reference", *kernels], indirect=True, scope="session")
+        backends = kernels if "kernel" in metafunc.fixturenames else ["reference", *kernels]
+        metafunc.parametrize("backend", backends, indirect=True, scope="session")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -83,6 +84,12 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         native.select_instruction_set(request.param.removeprefix("cpu-"))
         yield request.param
         native.select_instruction_set(best)
+
+
+@pytest.fixture(scope="session")
+def kernel(backend: str) -> str:
+    """Runs a test on each backend but the reference, which has no branches for what the test is about."""
+    return backend
 
 
 @pytest.fixture(scope="session")
