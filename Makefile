@@ -4,6 +4,9 @@ BIN := .venv/bin
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 BUILD := pyproject.toml setup.py constraints.txt $(wildcard build_backend/*.py)
 
+# Compiled modules are kept whatever the environment says: the tests start many processes.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help demo test lint docs clean
 
 help:
@@ -35,10 +38,11 @@ clean:
 	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 # The Python sources run from the checkout; the native library is built again when its sources change.
-# torch comes first: the build then uses it, and does not get one of its own.
+# torch comes first: the build then uses it, and does not get one of its own. Little of the gigabytes is ever imported,
+# and Python compiles that itself.
 .venv/installed: $(NATIVE) $(BUILD) | $(BIN)/python
-	$(BIN)/python -m pip install --constraint constraints.txt torch
-	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --no-compile --constraint constraints.txt torch
+	$(BIN)/python -m pip install --no-compile --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 $(BIN)/python:
