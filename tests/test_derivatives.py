@@ -200,6 +200,7 @@ TRANSFORMS = {
     "jvp in the input": lambda f, x, w: jvp(lambda x: f(x, w), (x,), _tangents(x)),
     "jvp in the weight": lambda f, x, w: jvp(lambda w: f(x, w), (w,), _tangents(w)),
     "jvp of grad": lambda f, x, w: jvp(lambda w: grad(_scalar(f), 1)(x, w), (w,), _tangents(w)),
+    "grad of jvp": lambda f, x, w: grad(lambda x, w: jvp(_scalar(f), (x, w), _tangents(x, w))[1], (0, 1))(x, w),
     "vjp": lambda f, x, w: vjp(f, x, w)[1](x * 2),
     "vmap over inputs": lambda f, x, w: vmap(f, (0, None))(torch.stack([x, 2 * x, -x]), w),
     "vmap over weights": lambda f, x, w: vmap(f, (None, 0))(x, torch.stack([w, 2 * w, -w])),
