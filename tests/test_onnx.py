@@ -47,7 +47,7 @@ class Calls(nn.Module):
 def exported(
     module: nn.Module, arguments: Sequence[Any], optimize: bool = False, **options: Any
 ) -> Callable[..., list[Tensor]]:
-    """The module as onnxruntime runs it; the optimizer takes as long as the rest: flows have it in test_deploy.py."""
+    """The module as onnxruntime runs it; the optimizer takes as long as the rest: flows and docs/deploy.md have it."""
     program = torch.onnx.export(
         module.eval(),
         tuple(arguments),
@@ -151,7 +151,7 @@ def test_flows():
         return images, torch.rand(images.shape), torch.randn(batch, images[0].numel()), torch.randn(batch, 3)
 
     sizes = (({0: torch.export.Dim.DYNAMIC},) * 4,)
-    run, others = exported(both, arguments(2), dynamic_shapes=sizes), arguments(5)
+    run, others = exported(both, arguments(2), optimize=True, dynamic_shapes=sizes), arguments(5)
     (density, images), expected = run(*others), both(*others)
     assert_close(density, expected[0])
     assert (images - expected[1]).abs().max() <= 1
