@@ -42,6 +42,7 @@ __all__ = [
     "below_autograd",
     "deep_copy",
     "forward_mode",
+    "has_autocast",
     "is_any_autocast_on",
     "is_differentiating_forward",
     "is_exporting_to_onnx",
@@ -139,9 +140,15 @@ def is_exporting_to_onnx() -> bool:
     return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
 
 
+def has_autocast(device: str) -> bool:
+    """Returns whether a type of device has autocast, also under torch.compile, which in torch 2.10 cannot ask."""
+    return torch.amp.is_autocast_available(device)
+
+
 # torch.compiler.assume_constant_result does this but would import the compiler with this package.
-for _function in (is_under_torch_func, is_under_vmap, is_exporting_to_onnx):
-    _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_functions: tuple[Any, ...] = (has_autocast, is_under_torch_func, is_under_vmap, is_exporting_to_onnx)
+for _function in _functions:
+    _function._dynamo_marked_constant = True
 
 
 def process_group(module: nn.Module) -> distributed.ProcessGroup | None:

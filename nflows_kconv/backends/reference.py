@@ -25,6 +25,7 @@ from torch.nn import grad as convolution_gradients
 from nflows_kconv import stencil
 from nflows_kconv.backends import polyphase, products
 from nflows_kconv.backends.registry import OperatorCall
+from nflows_kconv.torch_internals import has_autocast
 
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _WEIGHT_GRADIENTS = {
@@ -198,8 +199,7 @@ def _effective(call: OperatorCall) -> Tensor:
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Disables autocast inside this context, on devices that have it."""
-    has_autocast = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if has_autocast else nullcontext()
+    return torch.autocast(device.type, enabled=False) if has_autocast(device.type) else nullcontext()
 
 
 @contextmanager
