@@ -42,6 +42,7 @@ from nflows_kconv.torch_internals import (
     forward_mode,
     is_any_autocast_on,
     is_differentiating_forward,
+    is_legacy_batchedtensor,
     is_unobserved,
     is_zero_tensor,
     primal,
@@ -244,7 +245,7 @@ class _Operator(SingleLevelFunction):
             first, second = (grad, x) if ctx.transpose else (x, grad)
             is_fixed = ctx.unit_diagonal or log_diagonal is not None
             options = ctx.stencils, ctx.dilation, ctx.kernel_size, is_fixed, ctx.repeats
-            d_weight = weight_gradient(first, second, *options)
+            d_weight = _applied("weight_gradient", weight_gradient, first, second, *options)
         if needs_bias:
             d_bias = _sum_of_pixels(grad)
         if log_diagonal is not None and needs_log_diagonal:
@@ -288,7 +289,7 @@ class _Conv(_Operator):
         d_input = None
         if ctx.needs_input_grad[0]:
             options = _Operator.options(ctx, ctx.unit_diagonal, not ctx.transpose)
-            d_input = conv(grad, weight, None, log_diagonal, *options)
+            d_input = _applied("conv", conv, grad, weight, None, log_diagonal, *options)
         gradients = _Operator.gradients(ctx, input, grad, log_diagonal)
         return d_input, *(None if d is None else d.to(grad.dtype) for d in gradients), None, None, None, None, None
 
@@ -318,7 +319,7 @@ class _Solve(_Operator):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         output, weight, log_diagonal, rhs = _widened(*ctx.saved_tensors, grad)
         options = _Operator.options(ctx, ctx.unit_diagonal, not ctx.transpose)
-        solved = solve(rhs, weight, None, log_diagonal, *options)
+        solved = _applied("solve", solve, rhs, weight, None, log_diagonal, *options)
         gradients = (None if d is None else -d for d in _Operator.gradients(ctx, output, solved, log_diagonal))
         return *(None if d is None else d.to(grad.dtype) for d in (solved, *gradients)), None, None, None, None, None
 
@@ -439,13 +440,29 @@ def autocast_is_on(tensor: Tensor) -> bool:
 
 def _is_direct(*tensors: Tensor | None) -> bool:
     """Returns whether a call may skip the dispatcher, so that backends read the tensors' memory directly."""
-    return is_unobserved(*tensors) and not any(t is not None and (t.is_meta or is_zero_tensor(t)) for t in tensors)
+    return is_unobserved(*tensors) and not any(
+        # `torch.autograd.grad(..., is_grads_batched=True)` makes the last of them.
+        t is not None and (t.is_meta or is_zero_tensor(t) or is_legacy_batchedtensor(t))
+        for t in tensors
+    )
+
+
+def _direct(name: str, args: tuple[Any, ...]) -> Tensor | None:
+    """Runs an operator past the dispatcher, which takes longer than a small call; None where somebody would see it."""
+    if not _is_direct(*(each for each in args if isinstance(each, Tensor))):
+        return None
+    return _run(*_operator_call(name, args))
+
+
+def _applied(name: str, operator: Callable[..., Tensor], *args: Any) -> Tensor:
+    output = _direct(name, args)
+    return operator(*args) if output is None else output
 
 
 def _evaluated(name: str, operator: Callable[..., Tensor], *args: Any) -> Tensor:
-    tensors = [each for each in args if isinstance(each, Tensor)]
-    if _is_direct(*tensors):
-        return _run(*_operator_call(name, args))
+    output = _direct(name, args)
+    if output is not None:
+        return output
     # A function's forward runs with both modes of differentiation off, which hides this call from the outer levels of
     # nested torch.func transforms.
     with torch.enable_grad(), forward_mode(True), below_autograd():

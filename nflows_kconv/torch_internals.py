@@ -20,6 +20,7 @@ from torch._C._functorch import (
     get_interpreter_stack,
     get_single_level_autograd_function_allowed,
     is_functorch_wrapped_tensor,
+    is_legacy_batchedtensor,
     peek_interpreter_stack,
     set_single_level_autograd_function_allowed,
 )
@@ -47,6 +48,7 @@ __all__ = [
     "is_differentiating_forward",
     "is_exporting_to_onnx",
     "is_functorch_wrapped_tensor",
+    "is_legacy_batchedtensor",
     "is_sharded",
     "is_traced",
     "is_under_torch_func",

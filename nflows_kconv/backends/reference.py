@@ -25,7 +25,7 @@ from torch.nn import grad as convolution_gradients
 from nflows_kconv import stencil
 from nflows_kconv.backends import polyphase, products
 from nflows_kconv.backends.registry import OperatorCall
-from nflows_kconv.torch_internals import has_autocast
+from nflows_kconv.torch_internals import has_autocast, is_any_autocast_on
 
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _WEIGHT_GRADIENTS = {
@@ -75,12 +75,12 @@ def _conv(call: OperatorCall) -> Tensor:
         output.unflatten(1, shape),
     )
     biases = None if call.bias is None else call.bias.to(weight.dtype).unflatten(0, shape)
-    for code, groups in _by_stencil(stencils).items():
-        x, w = stencil.pad(images[:, groups].flatten(1, 2), code, weight.shape[2:]), kernels[groups]
-        b = None if biases is None else biases[groups].flatten()
-        with in_own_precision(input.device):
+    with in_own_precision(input.device):
+        for code, groups in _by_stencil(stencils).items():
+            x, w = stencil.pad(images[:, groups].flatten(1, 2), code, weight.shape[2:]), kernels[groups]
+            b = None if biases is None else biases[groups].flatten()
             y = _CONVOLUTIONS[dimensions](x, w.flatten(0, 1), b, groups=len(w))
-        results[:, groups] = y.unflatten(1, (-1, shape[1])).to(output.dtype)
+            results[:, groups] = y.unflatten(1, (-1, shape[1])).to(output.dtype)
     return output
 
 
@@ -146,12 +146,13 @@ def _weight_gradient(call: OperatorCall) -> Tensor:
     shape = count, per_group
     images, grads = input.to(dtype).unflatten(1, shape), grad.to(dtype).unflatten(1, shape)
     gradient = input.new_empty(channels, per_group, *kernel_size, dtype=dtype)
-    for code, groups in _by_stencil(stencils).items():
-        x, g = stencil.pad(images[:, groups].flatten(1, 2), code, kernel_size), grads[:, groups]
-        size = g.shape[1] * per_group, per_group, *kernel_size
-        with in_own_precision(input.device):
+    results = gradient.unflatten(0, shape)
+    with in_own_precision(input.device):
+        for code, groups in _by_stencil(stencils).items():
+            x, g = stencil.pad(images[:, groups].flatten(1, 2), code, kernel_size), grads[:, groups]
+            size = g.shape[1] * per_group, per_group, *kernel_size
             w = _WEIGHT_GRADIENTS[call.dimensions](x, size, g.flatten(1, 2), groups=g.shape[1])
-        gradient.unflatten(0, shape)[groups] = w.unflatten(0, (-1, per_group))
+            results[groups] = w.unflatten(0, (-1, per_group))
     masked = _mask(gradient.shape, tuple(stencils), input.device, call.unit_diagonal)
     return gradient.masked_fill_(masked, 0).to(input.dtype, memory_format=torch.contiguous_format)
 
@@ -199,7 +200,8 @@ def _effective(call: OperatorCall) -> Tensor:
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Disables autocast inside this context, on devices that have it."""
-    return torch.autocast(device.type, enabled=False) if has_autocast(device.type) else nullcontext()
+    is_off = not torch.compiler.is_compiling() and not is_any_autocast_on()  # a graph may run where it is on
+    return nullcontext() if is_off or not has_autocast(device.type) else torch.autocast(device.type, enabled=False)
 
 
 @contextmanager
