@@ -198,9 +198,12 @@ def test_exported_layers_need_torch_alone():
 def test_autocast_does_not_reach_it():
     layer, input = scattered(PeriodicConv2d(4, groups=2, bias=True)), torch.randn(2, 4, 5, 6).bfloat16()
     expected = [*layer(input.float()), *layer.inverse(input.float())]
+    program = torch.export.export(layer, (input.float(),)).module()  # of a time when it was off
     with torch.autocast("cpu", torch.bfloat16):
         results = [*layer(input), *layer.inverse(input)]
+        exported = program(input.float())
     assert all(map(torch.equal, results, expected))
+    assert all(map(torch.equal, exported, expected[:2]))
 
 
 def test_tensors_without_values():
