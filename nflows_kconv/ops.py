@@ -28,12 +28,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from nflows_kconv import stencil
-from nflows_kconv.backends import registry
+from nflows_kconv.backends import reference, registry
 from nflows_kconv.backends.registry import OperatorCall
 from nflows_kconv.torch_internals import (
     SingleLevelFunction,
@@ -47,8 +46,6 @@ from nflows_kconv.torch_internals import (
     is_zero_tensor,
     primal,
 )
-
-_CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {2: F.conv2d, 3: F.conv3d}
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -179,25 +176,7 @@ def _exported_conv(*args: Any) -> Tensor:
     Its composite kernel puts it into torch's default decompositions, so decomposing an exported program leaves plain
     ATen. Elsewhere, including torch.compile, it is `conv` with its kernels.
     """
-    return _plain_conv(*_operator_call("conv", args)) if torch.compiler.is_exporting() else conv(*args)
-
-
-def _plain_conv(call: OperatorCall, repeats: int) -> Tensor:
-    """Computes A x + b by torch's convolutions, one per stencil; one trace serves all sizes from 1."""
-    count, dimensions, dtype = len(call.stencils), call.dimensions, call.input.dtype
-    input, weight, bias, log_diagonal = _widened(call.input, call.other, call.bias, call.log_diagonal)
-    weight = stencil.effective(weight, call.stencils, log_diagonal, call.unit_diagonal)
-    shape, outputs = (repeats, count, -1), []
-    images, kernels = input.unflatten(1, shape).unbind(2), weight.unflatten(0, shape).unbind(1)
-    for image, kernel, code in zip(images, kernels, call.stencils, strict=True):
-        if call.transpose:
-            kernel, code = kernel.transpose(1, 2).flip([*range(3, 3 + dimensions)]), stencil.opposite(code, dimensions)
-        image = stencil.pad(image.flatten(1, 2), code, call.kernel_size, call.dilation)
-        options = dict(dilation=list(call.dilation), groups=repeats)
-        output = _CONVOLUTIONS[dimensions](image, kernel.flatten(0, 1), **options)
-        outputs.append(output.unflatten(1, (repeats, -1)))
-    output = torch.stack(outputs, 2).flatten(1, 3)
-    return (output if bias is None else output + _on_pixels(bias, output)).to(dtype)
+    return reference.convolve(*_operator_call("conv", args)) if torch.compiler.is_exporting() else conv(*args)
 
 
 def _seen_by_outer_levels(rule: Callable[..., Tensor]) -> Callable[..., Tensor]:
