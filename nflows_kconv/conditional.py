@@ -48,32 +48,6 @@ class ConditionalInvertibleConv(layer.InvertibleConv):
         else:
             raise TypeError(f"weight_network must be a torch.nn.Module or None, got {type(weight_network).__name__}")
 
-    def convolve(self, input: Tensor, context: Any = None) -> Tensor:
-        """Computes y = A x without the log-determinant, in every library. Runs no hooks of the layer.
-
-        Args:
-            input: x, [B, C, ...], in the dtype of the parameters.
-            context: [B, E], in the same dtype.
-
-        Raises:
-            TypeError: See `forward`.
-            ValueError: See `forward`.
-        """
-        return self._run_each(ops.conv, input, context)[0]
-
-    def solve(self, input: Tensor, context: Any = None) -> Tensor:
-        """Computes x = A^-1 y without the log-determinant, in every library. Runs no hooks of the layer.
-
-        Args:
-            input: y, [B, C, ...], in the dtype of the parameters.
-            context: [B, E], in the same dtype.
-
-        Raises:
-            TypeError: See `forward`.
-            ValueError: See `forward`.
-        """
-        return self._run_each(ops.solve, input, context)[0]
-
     def weights(self, context: Tensor) -> Tensor:
         """Returns the weight of each image, [B, C, C/G, ...], as `torch.nn.functional.conv2d` takes it for each group.
 
@@ -92,38 +66,11 @@ class ConditionalInvertibleConv(layer.InvertibleConv):
         weight = stencil.effective(raw_weights.flatten(0, 1), self._stencils, log_diagonal, log_diagonal is None)
         return weight.view(raw_weights.shape)
 
-    def forward(self, input: Tensor, context: Any = None, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
-        """Convolves each image with its own weight, or solves for it.
-
-        Args:
-            input: x, or y if `inverse`, [B, C, ...], in the dtype of the parameters.
-            context: [B, E], in the same dtype.
-            inverse: Whether to solve for x.
-
-        Returns:
-            y and log |det dy/dx|, or x and log |det dx/dy|: [B, C, ...] and [B], in float32 at least.
-
-        Raises:
-            TypeError: If the context is not a tensor of the input's dtype; see also `functional.conv2d`.
-            ValueError: If the context or the output of `weight_network` has another shape or device; see also
-                `functional.conv2d`.
-        """
-        return super().forward(input, context, inverse=inverse)
-
-    def _run_forward(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
-        output, log_diagonals = self._run_each(ops.conv, input, context)
-        return output, layer.log_abs_det(input, log_diagonals)
-
-    def _run_inverse(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
-        output, log_diagonals = self._run_each(ops.solve, input, context)
-        return output, layer.log_abs_det(input, log_diagonals, -1)
-
-    def _run_each(self, operator: Any, input: Tensor, context: Any) -> tuple[Tensor, Tensor | None]:
-        """Returns the output and the log-diagonal of each image."""
+    def _run(self, operation: ops.Operation, input: Tensor, context: Any) -> tuple[Tensor, Tensor | None]:
         self._check_images(input)
         functional.check_context(context, input, input.shape[0], self.context_features)
         weights, log_diagonals = self._parameters_of_each(context)
-        output = functional.run_each(operator, input, weights, log_diagonals, self._stencils, self.dilation)
+        output = functional.run_each(operation, input, weights, log_diagonals, self._stencils, self.dilation)
         return output, log_diagonals
 
     def _check_images(self, input: Tensor) -> None:

@@ -71,7 +71,8 @@ class _Transform(layer.KernelLayer, _Bijective):
         Raises:
             ValueError: If x has fewer dimensions.
         """
-        return self._log_abs_det(flatten_batch(x, self.dimensions)).reshape(x.shape[: -1 - self.dimensions])
+        log_abs_det = self._log_abs_det(flatten_batch(x, self.dimensions), self._jacobian(), 1)
+        return log_abs_det.reshape(x.shape[: -1 - self.dimensions])
 
     def __call__(self, x: Tensor) -> Tensor:
         """Computes y = A x, [..., C, H, W]. Errors are those of `nflows_kconv.functional.conv2d`."""
@@ -211,16 +212,16 @@ class _OfContexts(_Bijective):
         return layer.log_abs_det(flatten_batch(x, self._layer.dimensions), log_diagonals).view(batch)
 
     def _call(self, x: Tensor) -> Tensor:
-        return self._run(ops.conv, x)
+        return self._run("conv", x)
 
     def _inverse(self, y: Tensor) -> Tensor:
-        return self._run(ops.solve, y)
+        return self._run("solve", y)
 
     def _broadcast(self, images: Tensor) -> Tensor:
         self._layer._check_images(flatten_batch(images, self._layer.dimensions))
         return images.expand(self.forward_shape(images.shape))
 
-    def _run(self, operator: Any, images: Tensor) -> Tensor:
+    def _run(self, operation: ops.Operation, images: Tensor) -> Tensor:
         images, own, axes = self._broadcast(images), self._layer, len(self._batch)
         at = images.dim() - self.event_dim - axes  # the first axis of the contexts
         samples, batch, event = images.shape[:at], images.shape[at : at + axes], images.shape[at + axes :]
@@ -230,7 +231,7 @@ class _OfContexts(_Bijective):
 
         # Several images with one context are a batch for its weight.
         output = functional.run_each(
-            operator,
+            operation,
             images.reshape(math.prod(samples), math.prod(batch), *event),
             of_each(self._weights),
             None if self._log_diagonals is None else of_each(self._log_diagonals),

@@ -133,7 +133,7 @@ class _ConditionalModule(_Module):
         super().__init__(dims_in, dims_c, context_features=dims_c[0][0], **options)  # type: ignore[index]
 
 
-class ConditionalInvertibleConv2d(_ConditionalModule, conditional.ConditionalInvertibleConv2d):  # type: ignore[misc]
+class ConditionalInvertibleConv2d(_ConditionalModule, conditional.ConditionalInvertibleConv2d):
     """`nflows_kconv.ConditionalInvertibleConv2d` as a `FrEIA.modules.InvertibleModule`.
 
     Args:
@@ -155,11 +155,11 @@ class ConditionalInvertibleConv2d(_ConditionalModule, conditional.ConditionalInv
     """
 
 
-class ConditionalInvertibleConv1d(_ConditionalModule, conditional.ConditionalInvertibleConv1d):  # type: ignore[misc]
+class ConditionalInvertibleConv1d(_ConditionalModule, conditional.ConditionalInvertibleConv1d):
     """`nflows_kconv.ConditionalInvertibleConv1d` in FrEIA; see `ConditionalInvertibleConv2d`."""
 
 
-class ConditionalInvertibleConv3d(_ConditionalModule, conditional.ConditionalInvertibleConv3d):  # type: ignore[misc]
+class ConditionalInvertibleConv3d(_ConditionalModule, conditional.ConditionalInvertibleConv3d):
     """`nflows_kconv.ConditionalInvertibleConv3d` in FrEIA; see `ConditionalInvertibleConv2d`."""
 
 

@@ -6,7 +6,7 @@ Only this module checks users' arguments. See `stencil` for corners, sides and p
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from numbers import Integral
 
 import torch
@@ -49,7 +49,7 @@ def conv2d(
         TypeError: If a tensor is not dense and floating-point, dtypes differ, or corners or dilation have a wrong type.
         ValueError: If shapes, devices, names or dilation do not fit.
     """
-    return _from_tensors(ops.conv, 2, input, weight, bias, corners, dilation)
+    return _from_tensors("conv", 2, input, weight, bias, corners, dilation)
 
 
 def conv2d_inverse(
@@ -82,7 +82,7 @@ def conv2d_inverse(
             not finite. On other devices the check would have to synchronize, so the result has infinities or NaNs
             instead.
     """
-    return _from_tensors(ops.solve, 2, input, weight, bias, corners, dilation)
+    return _from_tensors("solve", 2, input, weight, bias, corners, dilation)
 
 
 def conv1d(
@@ -94,7 +94,7 @@ def conv1d(
     dilation: int | Sequence[int] = 1,
 ) -> Tensor:
     """Convolves [B, C, L] with weights [C, C/G, k] as `conv2d` does; corners are "L" (reads to the left) and "R"."""
-    return _from_tensors(ops.conv, 1, input, weight, bias, corners, dilation)
+    return _from_tensors("conv", 1, input, weight, bias, corners, dilation)
 
 
 def conv1d_inverse(
@@ -106,7 +106,7 @@ def conv1d_inverse(
     dilation: int | Sequence[int] = 1,
 ) -> Tensor:
     """Computes the exact inverse of `conv1d`; see `conv2d_inverse`."""
-    return _from_tensors(ops.solve, 1, input, weight, bias, corners, dilation)
+    return _from_tensors("solve", 1, input, weight, bias, corners, dilation)
 
 
 def conv3d(
@@ -121,7 +121,7 @@ def conv3d(
 
     The first letter is for the first axis: N (near) reads planes of smaller index, F (far) planes of larger index.
     """
-    return _from_tensors(ops.conv, 3, input, weight, bias, corners, dilation)
+    return _from_tensors("conv", 3, input, weight, bias, corners, dilation)
 
 
 def conv3d_inverse(
@@ -133,7 +133,7 @@ def conv3d_inverse(
     dilation: int | Sequence[int] = 1,
 ) -> Tensor:
     """Computes the exact inverse of `conv3d`; see `conv2d_inverse`."""
-    return _from_tensors(ops.solve, 3, input, weight, bias, corners, dilation)
+    return _from_tensors("solve", 3, input, weight, bias, corners, dilation)
 
 
 def log_abs_det(weight: Tensor, *, corners: str | Sequence[str], size: Sequence[int]) -> Tensor:
@@ -175,7 +175,7 @@ def log_abs_det(weight: Tensor, *, corners: str | Sequence[str], size: Sequence[
 
 
 def run(
-    operator: Callable[..., Tensor],
+    operation: ops.Operation,
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -185,10 +185,10 @@ def run(
     dilation: tuple[int, ...],
     repeats: int = 1,
 ) -> Tensor:
-    """Runs `ops.conv` or `ops.solve` on images of one to three dimensions, with the checks of `conv2d`.
+    """Runs an operator on images of one to three dimensions, with the checks of `conv2d`.
 
     Args:
-        operator: `ops.conv` or `ops.solve`.
+        operation: The operator of `ops`.
         input: [B, C, ...].
         weight: [C, C/G, ...].
         bias: [C], or None.
@@ -201,20 +201,21 @@ def run(
     attempt = registry.attempt
     are_tensors = input is not None and weight is not None  # the backends check everything else, such as the device
     if attempt is not None and are_tensors and is_unobserved(input, weight, bias, log_diagonal):
-        name = "conv" if operator is ops.conv else "solve"
-        output = attempt(name, input, weight, bias, log_diagonal, stencils * repeats, dilation, unit_diagonal)
+        output = attempt(
+            operation, input, weight, bias, log_diagonal, stencils * repeats, dilation, unit_diagonal, False
+        )
         if output is not None:
             return output
     dimensions = len(dilation)
     check_arguments(input, weight, bias, log_diagonal, len(stencils) * repeats, dimensions)
     if dimensions == 1:  # a row of an image
         input, weight, dilation = input[:, :, None], weight[:, :, None], (1, *dilation)
-    output = ops.call(operator, input, weight, bias, log_diagonal, stencils, dilation, unit_diagonal, repeats)
+    output = ops.call(operation, input, weight, bias, log_diagonal, stencils, dilation, unit_diagonal, repeats)
     return output[:, :, 0] if dimensions == 1 else output
 
 
 def run_each(
-    operator: Callable[..., Tensor],
+    operation: ops.Operation,
     input: Tensor,
     weights: Tensor,
     log_diagonals: Tensor | None,
@@ -240,7 +241,7 @@ def run_each(
     log_diagonal = None if log_diagonals is None else log_diagonals.flatten()
     options = stencils, log_diagonal is None, dilation, batch
     try:
-        output = run(operator, images, weights.flatten(0, 1), None, log_diagonal, *options).reshape(input.shape)
+        output = run(operation, images, weights.flatten(0, 1), None, log_diagonal, *options).reshape(input.shape)
     except ValueError:
         if log_diagonals is not None and checks.can_inspect_values(log_diagonals):
             dtype = torch.promote_types(log_diagonals.dtype, torch.float32)
@@ -265,7 +266,7 @@ def parse_dilation(dilation: int | Sequence[int], dimensions: int) -> tuple[int,
 
 
 def _from_tensors(
-    operator: Callable[..., Tensor],
+    operation: ops.Operation,
     dimensions: int,
     input: Tensor,
     weight: Tensor,
@@ -274,7 +275,7 @@ def _from_tensors(
     dilation: int | Sequence[int],
 ) -> Tensor:
     stencils, steps = stencil.parse(corners, dimensions), parse_dilation(dilation, dimensions)
-    return run(operator, input, weight, bias, None, stencils, False, steps)
+    return run(operation, input, weight, bias, None, stencils, False, steps)
 
 
 def check_context(context: Tensor, like: Tensor, count: int | None, features: int) -> None:

@@ -70,30 +70,30 @@ class KernelLayer(InvertibleModule):
                 nn.init.zeros_(parameter)
 
     def convolve(self, input: Tensor, context: Any = None) -> Tensor:
-        """Computes y = A x + b without the log-determinant, in every library. Runs no hooks.
+        """Computes y = A x + b without the log-determinant, in every library. Runs no hooks of the layer.
 
         Args:
             input: x, [B, C, ...], in the dtype of the parameters.
-            context: Ignored.
+            context: As in `forward`.
 
         Raises:
-            TypeError: See `functional.conv2d`.
-            ValueError: See there; and, on the CPU, if exp(log_diagonal) is zero or not finite.
+            TypeError: See `forward`.
+            ValueError: See `forward`.
         """
-        return self._convolve(input)
+        return self._run("conv", input, context)[0]
 
     def solve(self, input: Tensor, context: Any = None) -> Tensor:
-        """Computes x = A^-1 (y - b) without the log-determinant, in every library. Runs no hooks.
+        """Computes x = A^-1 (y - b) without the log-determinant, in every library. Runs no hooks of the layer.
 
         Args:
             input: y, [B, C, ...], in the dtype of the parameters.
-            context: Ignored.
+            context: As in `forward`.
 
         Raises:
-            TypeError: See `functional.conv2d_inverse`.
-            ValueError: See there.
+            TypeError: See `forward`.
+            ValueError: See `forward`.
         """
-        return self._solve(input)
+        return self._run("solve", input, context)[0]
 
     @property
     def weight(self) -> Tensor:
@@ -143,29 +143,33 @@ class KernelLayer(InvertibleModule):
 
         Args:
             input: x, or y if `inverse`, [B, C, ...], in the dtype of the parameters.
-            context: Ignored.
+            context: Of conditional layers: [B, E], in the same dtype. Other layers ignore it.
             inverse: Whether to solve for x.
 
         Returns:
             y and log |det dy/dx|, or x and log |det dx/dy|: [B, C, ...] and [B], in float32 at least.
 
         Raises:
-            TypeError: See `functional.conv2d` and `functional.conv2d_inverse`.
-            ValueError: See there; and, on the CPU, if exp(log_diagonal) is zero or not finite.
+            TypeError: See `functional.conv2d` and `functional.conv2d_inverse`; and if the context of a conditional
+                layer is not a tensor of the input's dtype.
+            ValueError: See there; on the CPU, if exp(log_diagonal) is zero or not finite; and if the context of a
+                conditional layer or the output of its network has another shape or device.
         """
-        return self._run_inverse(input, context) if inverse else self._run_forward(input, context)
+        output, jacobian = self._run("solve" if inverse else "conv", input, context)
+        return output, self._log_abs_det(input, jacobian, -1 if inverse else 1)
 
-    def _convolve(self, input: Tensor) -> Tensor:
+    def _run(self, operation: ops.Operation, input: Tensor, context: Any) -> tuple[Tensor, Tensor | None]:
+        """Returns the output, and what determines the Jacobian, as `_jacobian` does."""
         raise NotImplementedError
 
-    def _solve(self, input: Tensor) -> Tensor:
+    def _jacobian(self) -> Tensor | None:
+        raise NotImplementedError
+
+    def _log_abs_det(self, input: Tensor, jacobian: Any, sign: int, /) -> Tensor:
+        """Returns `sign` times log |det dy/dx|, [B], in new memory, because users add to it in place."""
         raise NotImplementedError
 
     def _weight(self) -> Tensor:
-        raise NotImplementedError
-
-    def _log_abs_det(self, input: Tensor) -> Tensor:
-        """Returns log |det dy/dx|, [B], in new memory, because users add to it in place."""
         raise NotImplementedError
 
     def _structure(self) -> dict[str, tuple[Any, ...]]:
@@ -293,6 +297,19 @@ class KernelLayer(InvertibleModule):
         raise NotImplementedError
 
 
+def log_abs_det(input: Tensor, log_diagonal: Tensor | None, sign: int = 1) -> Tensor:
+    """Returns the log-determinants for a log-diagonal, [C] or per image [B, C]; None stands for a unit diagonal."""
+    # As few operators as possible, in new memory, because users add to it in place.
+    if log_diagonal is None:
+        if input.dtype in _HALF_PRECISION:
+            return input.new_zeros(input.shape[0], dtype=torch.float32)
+        return input.new_zeros(input.shape[0])
+    if log_diagonal.is_cuda and (sums := ops.log_abs_det(input, log_diagonal, sign)) is not None:
+        return sums
+    shape, dtype = input.shape, torch.float32 if log_diagonal.dtype in _HALF_PRECISION else None
+    return log_diagonal.sum(-1, dtype=dtype).expand(shape[0]) * (sign * math.prod(shape[2:]))
+
+
 class InvertibleConv(KernelLayer):
     """Base of `InvertibleConv1d`, `InvertibleConv2d` and `InvertibleConv3d`."""
 
@@ -355,22 +372,7 @@ class InvertibleConv(KernelLayer):
         scale = bound.scale(relative, self.max_inverse_gain)
         return (raw_weight * scale).to(raw_weight.dtype)
 
-    def _run_forward(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
-        output, log_diagonal = self._run(ops.conv, input)
-        return output, log_abs_det(input, log_diagonal)
-
-    def _run_inverse(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
-        output, log_diagonal = self._run(ops.solve, input)
-        return output, log_abs_det(input, log_diagonal, -1)
-
-    def _convolve(self, input: Tensor) -> Tensor:
-        return self._run(ops.conv, input)[0]
-
-    def _solve(self, input: Tensor) -> Tensor:
-        return self._run(ops.solve, input)[0]
-
-    def _run(self, operator: Any, input: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Returns the output and the log-diagonal."""
+    def _run(self, operation: ops.Operation, input: Tensor, context: Any) -> tuple[Tensor, Tensor | None]:
         own: dict[str, Any] = self._parameters  # faster than three attribute lookups
         try:
             weight, log_diagonal, bias = own["raw_weight"], own["log_diagonal"], own["bias"]
@@ -379,12 +381,14 @@ class InvertibleConv(KernelLayer):
         if self.max_inverse_gain is not None:
             weight = self._bounded(weight, log_diagonal)
         output = functional.run(
-            operator, input, weight, bias, log_diagonal, self._stencils, log_diagonal is None, self.dilation
+            operation, input, weight, bias, log_diagonal, self._stencils, log_diagonal is None, self.dilation
         )
         return output, log_diagonal
 
-    def _log_abs_det(self, input: Tensor) -> Tensor:
-        return log_abs_det(input, self.log_diagonal)
+    def _jacobian(self) -> Tensor | None:
+        return self.log_diagonal
+
+    _log_abs_det = staticmethod(log_abs_det)
 
     def _structure(self) -> dict[str, tuple[Any, ...]]:
         return {"corners": self.corners, "dilation": self.dilation}
@@ -527,19 +531,6 @@ class InvertibleConv3d(InvertibleConv):
     """
 
     dimensions = 3
-
-
-def log_abs_det(input: Tensor, log_diagonal: Tensor | None, sign: int = 1) -> Tensor:
-    """Returns the log-determinants for a log-diagonal, [C] or per image [B, C]; None stands for a unit diagonal."""
-    # As few operators as possible, in new memory, because users add to it in place.
-    if log_diagonal is None:
-        if input.dtype in _HALF_PRECISION:
-            return input.new_zeros(input.shape[0], dtype=torch.float32)
-        return input.new_zeros(input.shape[0])
-    if log_diagonal.is_cuda and (sums := ops.log_abs_det(input, log_diagonal, sign)) is not None:
-        return sums
-    shape, dtype = input.shape, torch.float32 if log_diagonal.dtype in _HALF_PRECISION else None
-    return log_diagonal.sum(-1, dtype=dtype).expand(shape[0]) * (sign * math.prod(shape[2:]))
 
 
 class _ComputedWeight(Tensor):

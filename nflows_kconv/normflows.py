@@ -48,11 +48,9 @@ __all__ = [
 class _FromLatent(InvertibleModule, flows.Flow):
     """A layer with the directions of normflows."""
 
-    def _run_forward(self, input: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        return super()._run_inverse(input, context)
-
-    def _run_inverse(self, input: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        return super()._run_forward(input, context)
+    def forward(self, input: Tensor, context: Any = None, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
+        """Does `forward` of the layer in the other direction: solves, or convolves if `inverse`."""
+        return super().forward(input, context, inverse=not inverse)
 
 
 class InvertibleConv2d(_FromLatent, layer.InvertibleConv2d):

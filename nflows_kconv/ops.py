@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -47,6 +47,7 @@ from nflows_kconv.torch_internals import (
     primal,
 )
 
+Operation = Literal["conv", "solve"]
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 _library = torch.library.Library("nflows_kconv", "DEF")
@@ -373,7 +374,7 @@ def _sum(shape: Sequence[int], *terms: Tensor | None) -> Tensor:
 
 
 def call(
-    operator: Callable[..., Tensor],
+    name: Operation,
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -392,10 +393,10 @@ def call(
     if is_any_autocast_on() and input.dtype != torch.float64 and autocast_is_on(input):
         input, weight = input.float(), weight.float()
         bias, log_diagonal = (None if t is None else t.float() for t in (bias, log_diagonal))
-    name = "conv" if operator is conv else "solve"
-    if operator is conv and torch.compiler.is_exporting():  # always true in Dynamo of torch 2.10
-        operator = exported_conv
     if not _is_direct(input, weight, bias, log_diagonal):
+        operator = conv if name == "conv" else solve
+        if name == "conv" and torch.compiler.is_exporting():  # always true in Dynamo of torch 2.10
+            operator = exported_conv
         return operator(input, weight, bias, log_diagonal, stencils, dilation, unit_diagonal, False, repeats)
     options = unit_diagonal, False, weight.shape[2:], dilation
     return _run(OperatorCall(name, input, weight, stencils, bias, log_diagonal, *options), repeats)
@@ -428,8 +429,14 @@ def _is_direct(*tensors: Tensor | None) -> bool:
 
 def _direct(name: str, args: tuple[Any, ...]) -> Tensor | None:
     """Runs an operator past the dispatcher, which takes longer than a small call; None where somebody would see it."""
-    if not _is_direct(*(each for each in args if isinstance(each, Tensor))):
+    tensors = args[: _NUM_TENSORS[name]]
+    if not _is_direct(*tensors):
         return None
+    if registry.attempt is not None and name != "weight_gradient":
+        _, _, _, _, stencils, dilation, *options, repeats = _complete(name, args)
+        output = registry.attempt(name, *tensors, tuple(stencils) * repeats, tuple(dilation), *options)
+        if output is not None:
+            return output
     return _run(*_operator_call(name, args))
 
 

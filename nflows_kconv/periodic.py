@@ -11,7 +11,7 @@ A is invertible if no W(f) is singular. Here W = D (I + c N), see `bound`. Shift
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,14 +21,6 @@ from nflows_kconv import bound, checks, functional, ops, stencil
 from nflows_kconv.backends.reference import in_own_precision
 from nflows_kconv.layer import KernelLayer
 from nflows_kconv.torch_internals import is_exporting_to_onnx
-
-
-class _Operands(NamedTuple):
-    """The operands, with the weight in float32 at least, and the dtype of the result."""
-
-    weight: Tensor
-    bias: Tensor | None
-    dtype: torch.dtype
 
 
 class PeriodicConv(KernelLayer):
@@ -73,23 +65,17 @@ class PeriodicConv(KernelLayer):
         """The index of the tap that reads the pixel itself, as in torch's padding="same"."""
         return ..., *stencil.pivot(stencil.PERIODIC, self.kernel_size)
 
-    def _run_forward(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
-        operands = self._prepare(input)
-        return self._convolve(input, operands), self._log_abs_det(input, 1, operands.weight)
-
-    def _run_inverse(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
-        operands = self._prepare(input)
-        return self._solve(input, operands), self._log_abs_det(input, -1, operands.weight)
-
-    def _convolve(self, input: Tensor, operands: _Operands | None = None) -> Tensor:
-        weight, bias, dtype = operands or self._prepare(input)
+    def _run(self, operation: ops.Operation, input: Tensor, context: Any) -> tuple[Tensor, Tensor | None]:
+        weight, bias, dtype = self._prepare(input)
+        if operation == "solve" and input.shape[0]:  # MKL's FFT refuses an empty batch
+            return self._solve(input, weight, bias).to(dtype), weight
         options = (stencil.PERIODIC,), False, (1,) * self.dimensions, self.groups
-        return functional.run(ops.conv, input.to(weight.dtype), weight, bias, None, *options).to(dtype)
+        return functional.run("conv", input.to(weight.dtype), weight, bias, None, *options).to(dtype), weight
 
-    def _solve(self, input: Tensor, operands: _Operands | None = None) -> Tensor:
-        weight, bias, dtype = operands = operands or self._prepare(input)
-        if input.shape[0] == 0:  # MKL's FFT refuses it
-            return self._convolve(input, operands)
+    def _jacobian(self) -> Tensor:
+        return self._effective()
+
+    def _solve(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         values = input.to(weight.dtype)
         if bias is not None:
             values = values - stencil.on_weight(bias, weight)[:, 0]
@@ -99,14 +85,13 @@ class PeriodicConv(KernelLayer):
             # Not `solve`, which synchronizes a GPU to check for singular matrices.
             # Not one `lu_factor` for this and the determinant: its gradient takes longer than theirs.
             x, _ = torch.linalg.solve_ex(self._at_frequencies(weight, sizes), y)
-            return torch.fft.irfftn(x.movedim((-1, -3, -2), (0, 1, 2)).flatten(1, 2), s=sizes, dim=axes).to(dtype)
+            return torch.fft.irfftn(x.movedim((-1, -3, -2), (0, 1, 2)).flatten(1, 2), s=sizes, dim=axes)
 
-    def _log_abs_det(self, input: Tensor, sign: int = 1, weight: Tensor | None = None) -> Tensor:
+    def _log_abs_det(self, input: Tensor, jacobian: Tensor, sign: int) -> Tensor:
         sizes = input.shape[2:]
         self._check_size(sizes)
         with in_own_precision(input.device):
-            matrices = self._at_frequencies(self._effective() if weight is None else weight, sizes)
-            values = torch.linalg.slogdet(matrices).logabsdet
+            values = torch.linalg.slogdet(self._at_frequencies(jacobian, sizes)).logabsdet
         # A frequency and its negative are conjugate. The last axis holds one of each pair, which counts twice, except
         # for 0 and, for even sizes, the middle, which are their own negatives.
         once = values[..., 0, :].sum() + (values[..., -1, :].sum() if sizes[-1] % 2 == 0 else 0)
@@ -126,8 +111,8 @@ class PeriodicConv(KernelLayer):
         matrices = torch.fft.rfftn(kernel, dim=axes).conj()
         return matrices.unflatten(0, (self.groups, -1)).movedim((0, 1, 2), (-3, -2, -1))
 
-    def _prepare(self, input: Tensor) -> _Operands:
-        """Returns the operands for an input.
+    def _prepare(self, input: Tensor) -> tuple[Tensor, Tensor | None, torch.dtype]:
+        """Returns the weight and the bias for an input, in float32 at least, and the dtype of the result.
 
         Raises:
             TypeError: If a tensor has the wrong type.
@@ -142,7 +127,7 @@ class PeriodicConv(KernelLayer):
             if checks.can_inspect_values(diagonal):  # values computed under a fake tensor mode cannot be
                 stencil.check_diagonal(diagonal)
         bias = None if self.bias is None else self.bias.to(dtype)
-        return _Operands(self._effective().to(dtype), bias, dtype if ops.autocast_is_on(input) else input.dtype)
+        return self._effective().to(dtype), bias, dtype if ops.autocast_is_on(input) else input.dtype
 
     def _check_size(self, sizes: Sequence[int]) -> None:
         if any(size < kernel for size, kernel in zip(sizes, self.kernel_size, strict=True)):

@@ -9,6 +9,7 @@ from torch.distributions import Transform
 
 from nflows_kconv import bijection, distributions
 from nflows_kconv.distributions import run_transform
+from nflows_kconv.layer import KernelLayer
 
 try:
     from zuko.lazy import Flow, LazyTransform
@@ -28,7 +29,7 @@ class _Lazy(distributions._Conditional, LazyTransform):
 
     def inverse(self, y: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """Does `inverse` of `nflows_kconv.ConditionalInvertibleConv2d`, but runs no hooks."""
-        return self._run_inverse(y, c)
+        return KernelLayer.forward(self, y, c, inverse=True)
 
 
 class ConditionalInvertibleConv2d(_Lazy, distributions.ConditionalInvertibleConv2d):

@@ -119,12 +119,13 @@ class Case:
         """Returns the convolution and its inverse as functions of (input, transpose)."""
         arguments = weight, bias, log_diagonal, self.stencils
 
-        def function(operator: Callable[..., Tensor], input: Tensor, transpose: bool = False) -> Tensor:
+        def function(operation: ops.Operation, input: Tensor, transpose: bool = False) -> Tensor:
             if transpose:
+                operator = {"conv": ops.conv, "solve": ops.solve}[operation]
                 return operator(input, *arguments, self.steps, unit_diagonal, True)
-            return functional.run(operator, input, *arguments, unit_diagonal, self.steps)
+            return functional.run(operation, input, *arguments, unit_diagonal, self.steps)
 
-        return partial(function, ops.conv), partial(function, ops.solve)
+        return partial(function, "conv"), partial(function, "solve")
 
     def of_channels(self, vector: Tensor) -> Tensor:
         """Reshapes numbers, [C], to broadcast over images."""

@@ -23,6 +23,7 @@ def library_missing(monkeypatch):
     monkeypatch.setattr(native, "_library", None)
     monkeypatch.setattr(native, "available", False)
     monkeypatch.setattr(native, "reason", "it was not built: because")
+    monkeypatch.setattr(registry, "attempt", None)
 
 
 @pytest.fixture
@@ -109,7 +110,7 @@ def runs(monkeypatch):
     monkeypatch.setattr(registry, "attempt", None)
     for name, each in registry._registered.items():
         run = lambda problem, name=name, run=each.run: names.append(name) or run(problem)  # noqa: E731
-        monkeypatch.setitem(registry._registered, name, each._replace(run=run))
+        monkeypatch.setitem(registry._registered, name, each._replace(run=run, attempt=None))
     return names
 
 

@@ -27,7 +27,7 @@ import nflows_kconv.normflows
 import nflows_kconv.pyro
 import nflows_kconv.torchflows
 import nflows_kconv.zuko
-from nflows_kconv import conditional, functional, layer, ops
+from nflows_kconv import conditional, functional, layer
 from nflows_kconv.bijection import as_bijection
 from nflows_kconv.diagnostics import conditioning
 from nflows_kconv.testing import check_transform
@@ -127,8 +127,8 @@ def test_any_weights_any_images(case: Case, backend: str, device: str):
     weights = weight * scales.view(-1, *[1] * weight.dim())
     log_diagonals = (scales[:, None] * torch.linspace(-1, 1, case.channels, device=device)).to(case.dtype)
     outputs, solutions = (
-        functional.run_each(operator, images, weights, log_diagonals, case.stencils, case.steps)
-        for operator in (ops.conv, ops.solve)
+        functional.run_each(operation, images, weights, log_diagonals, case.stencils, case.steps)
+        for operation in ("conv", "solve")
     )
     for index in range(case.batch):
         own = oracles.effective(weights[index], case.corners)

@@ -504,9 +504,9 @@ def test_integers_are_not_compared_with_the_jacobian_but_by_warning():
 
 def test_a_wrong_log_determinant_of_forward_is_told_as_that():
     class Wrong(InvertibleConv2d):
-        def _run_forward(self, x: Tensor, context: object) -> tuple[Tensor, Tensor]:
-            y, log_abs_det = super()._run_forward(x, context)
-            return y, log_abs_det + 3
+        def forward(self, x: Tensor, context: object = None, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
+            y, log_abs_det = super().forward(x, context, inverse=inverse)
+            return y, log_abs_det + (0 if inverse else 3)
 
     with pytest.raises(AssertionError, match=r"log .det. of the Jacobian: forward's log-determinants") as failure:
         testing.check_transform(Wrong(4), pictures())

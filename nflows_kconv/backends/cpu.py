@@ -70,11 +70,12 @@ def attempt(
     stencils: tuple[int, ...],
     dilation: tuple[int, ...],
     unit_diagonal: bool,
+    transpose: bool,
 ) -> Tensor | None:
     """Runs a call on unchecked tensors; see `registry.Implementation`."""
     if not input.is_cpu:
         return None
-    options = _options(operation, stencils, dilation, unit_diagonal, False)
+    options = _options(operation, stencils, dilation, unit_diagonal, transpose)
     if options is None:
         return None
     try:

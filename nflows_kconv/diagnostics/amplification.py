@@ -97,10 +97,11 @@ def conditioning(
     ).to(weight.device)
     stencils = stencil.parse(layer.corners, layer.dimensions)
     norms = []
-    for operator in (ops.conv, ops.solve):
+    operations: tuple[ops.Operation, ...] = "conv", "solve"
+    for operation in operations:
 
-        def function(images: Tensor, operator: Callable[..., Tensor] = operator) -> Tensor:
-            return functional.run(operator, images, weight, None, None, stencils, False, layer.dilation)
+        def function(images: Tensor, operation: ops.Operation = operation) -> Tensor:
+            return functional.run(operation, images, weight, None, None, stencils, False, layer.dilation)
 
         norm = _dense_norm(function, start) if exact else _power_iteration(function, start, tolerance, max_iterations)
         norms.append(norm)
