@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, reduce
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -122,7 +123,7 @@ def matrices(weight: Tensor, corners: Sequence[str], size: Sequence[int], dilati
     """Returns A of each group as a dense float64 matrix, lower triangular in the group's `_order`."""
     result, steps = [], tuple(_per_axis(dilation, len(size)))
     for group, name in zip(effective(weight, corners).chunk(len(corners)), corners, strict=True):
-        pixels, reads, taps = _entries(name, tuple(weight.shape[2:]), tuple(size), steps)
+        pixels, reads, taps = map(torch.from_numpy, _entries(name, tuple(weight.shape[2:]), tuple(size), steps))
         matrix = group.new_zeros(math.prod(size), math.prod(size), weight.shape[1], weight.shape[1])
         matrix[pixels, reads] = group.flatten(2).movedim(2, 0)[taps]
         result.append(matrix.transpose(1, 2).flatten(2).flatten(0, 1))
@@ -132,19 +133,21 @@ def matrices(weight: Tensor, corners: Sequence[str], size: Sequence[int], dilati
 @cache
 def _entries(
     name: str, kernel_size: tuple[int, ...], size: tuple[int, ...], steps: tuple[int, ...]
-) -> tuple[Tensor, ...]:
+) -> tuple[np.ndarray, ...]:
     """Returns ranks of pixels in `_order`, ranks of the pixels that they read, and through which taps."""
-    entries: list[tuple[Tensor, ...]] = []
-    place, ranks = pivot(name, kernel_size), _order(name, size).argsort().view(size)
+    # In NumPy, because tensors made inside a torch.func transform belong to it, and this keeps them.
+    entries: list[tuple[np.ndarray, ...]] = []
+    place, ranks = pivot(name, kernel_size), np.argsort(_order(name, size).tolist()).reshape(size)
     for index, tap in enumerate(itertools.product(*map(range, kernel_size))):
         pixel = read = ranks
         for axis, (length, t, p, step) in enumerate(zip(size, tap, place, steps, strict=True)):
             shift = step * (t - p)
             before, after = min(length, max(0, -shift)), min(length, max(0, shift))
-            pixel = pixel.narrow(axis, before, length - before - after)
-            read = read.narrow(axis, after, length - before - after)
-        entries.append((pixel.flatten(), read.flatten(), torch.full_like(pixel, index).flatten()))
-    return tuple(map(torch.cat, zip(*entries, strict=True)))
+            count = length - before - after
+            pixel = pixel.take(range(before, before + count), axis)
+            read = read.take(range(after, after + count), axis)
+        entries.append((pixel.ravel(), read.ravel(), np.full(pixel.size, index)))
+    return tuple(map(np.concatenate, zip(*entries, strict=True)))
 
 
 def circular_matrices(weight: Tensor, size: Sequence[int]) -> list[Tensor]:
