@@ -28,11 +28,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from nflows_kconv import stencil
-from nflows_kconv.backends import reference, registry
+from nflows_kconv.backends import registry
 from nflows_kconv.backends.registry import OperatorCall
 from nflows_kconv.torch_internals import (
     SingleLevelFunction,
@@ -46,6 +47,8 @@ from nflows_kconv.torch_internals import (
     is_zero_tensor,
     primal,
 )
+
+_CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {2: F.conv2d, 3: F.conv3d}
 
 Operation = Literal["conv", "solve"]
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -177,7 +180,25 @@ def _exported_conv(*args: Any) -> Tensor:
     Its composite kernel puts it into torch's default decompositions, so decomposing an exported program leaves plain
     ATen. Elsewhere, including torch.compile, it is `conv` with its kernels.
     """
-    return reference.convolve(*_operator_call("conv", args)) if torch.compiler.is_exporting() else conv(*args)
+    return _plain_conv(*_operator_call("conv", args)) if torch.compiler.is_exporting() else conv(*args)
+
+
+def _plain_conv(call: OperatorCall, repeats: int) -> Tensor:
+    """Computes A x + b by torch's convolutions, one per stencil; one trace serves all sizes from 1."""
+    count, dimensions, dtype = len(call.stencils), call.dimensions, call.input.dtype
+    input, weight, bias, log_diagonal = _widened(call.input, call.other, call.bias, call.log_diagonal)
+    weight = stencil.effective(weight, call.stencils, log_diagonal, call.unit_diagonal)
+    shape, outputs = (repeats, count, -1), []
+    images, kernels = input.unflatten(1, shape).unbind(2), weight.unflatten(0, shape).unbind(1)
+    for image, kernel, code in zip(images, kernels, call.stencils, strict=True):
+        if call.transpose:
+            kernel, code = kernel.transpose(1, 2).flip([*range(3, 3 + dimensions)]), stencil.opposite(code, dimensions)
+        image = stencil.pad(image.flatten(1, 2), code, call.kernel_size, call.dilation)
+        options = dict(dilation=list(call.dilation), groups=repeats)
+        output = _CONVOLUTIONS[dimensions](image, kernel.flatten(0, 1), **options)
+        outputs.append(output.unflatten(1, (repeats, -1)))
+    output = torch.stack(outputs, 2).flatten(1, 3)
+    return (output if bias is None else output + _on_pixels(bias, output)).to(dtype)
 
 
 def _seen_by_outer_levels(rule: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -384,22 +405,23 @@ def call(
     unit_diagonal: bool,
     repeats: int,
 ) -> Tensor:
-    """Calls `conv` or `solve`. Skips the autograd kernel when no gradient is needed.
+    """Calls `conv` or `solve` with checked arguments. Skips the dispatcher where only autograd would see the call.
 
-    The autograd kernel is Python and takes longer than the rest of a small call. Under autocast the layer stays in
+    The dispatcher's kernel is Python and takes longer than the rest of a small call. Under autocast the layer stays in
     float32, because its inverse must undo it to rounding. `torch.library.register_autocast` cannot do this: it misses
     the compiler's fake tensors in torch 2.10 and 2.11.
     """
     if is_any_autocast_on() and input.dtype != torch.float64 and autocast_is_on(input):
         input, weight = input.float(), weight.float()
         bias, log_diagonal = (None if t is None else t.float() for t in (bias, log_diagonal))
-    if not _is_direct(input, weight, bias, log_diagonal):
-        operator = conv if name == "conv" else solve
-        if name == "conv" and torch.compiler.is_exporting():  # always true in Dynamo of torch 2.10
-            operator = exported_conv
-        return operator(input, weight, bias, log_diagonal, stencils, dilation, unit_diagonal, False, repeats)
-    options = unit_diagonal, False, weight.shape[2:], dilation
-    return _run(OperatorCall(name, input, weight, stencils, bias, log_diagonal, *options), repeats)
+    args = input, weight, bias, log_diagonal, stencils, dilation, unit_diagonal, False, repeats
+    if _is_direct(input, weight, bias, log_diagonal):
+        return _run(*_operator_call(name, args))
+    if _is_direct(input, weight, bias, log_diagonal, recorded=True):
+        return _recorded(_Conv if name == "conv" else _Solve, args)
+    if name == "conv" and torch.compiler.is_exporting():  # always true in Dynamo of torch 2.10
+        return exported_conv(*args)
+    return (conv if name == "conv" else solve)(*args)
 
 
 def log_abs_det(input: Tensor, log_diagonal: Tensor, sign: int) -> Tensor | None:
@@ -418,37 +440,35 @@ def autocast_is_on(tensor: Tensor) -> bool:
     return not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)  # raises for meta tensors
 
 
-def _is_direct(*tensors: Tensor | None) -> bool:
+def _is_direct(*tensors: Tensor | None, recorded: bool = False) -> bool:
     """Returns whether a call may skip the dispatcher, so that backends read the tensors' memory directly."""
-    return is_unobserved(*tensors) and not any(
-        # `torch.autograd.grad(..., is_grads_batched=True)` makes the last of them.
-        t is not None and (t.is_meta or is_zero_tensor(t) or is_legacy_batchedtensor(t))
+    return is_unobserved(*tensors, recorded=recorded) and not any(
+        # `torch.autograd.grad(..., is_grads_batched=True)` makes the third; autograd does not record the last.
+        t is not None
+        and (t.is_meta or is_zero_tensor(t) or is_legacy_batchedtensor(t) or (recorded and t.is_inference()))
         for t in tensors
     )
 
 
-def _direct(name: str, args: tuple[Any, ...]) -> Tensor | None:
-    """Runs an operator past the dispatcher, which takes longer than a small call; None where somebody would see it."""
-    tensors = args[: _NUM_TENSORS[name]]
-    if not _is_direct(*tensors):
-        return None
-    if registry.attempt is not None and name != "weight_gradient":
-        _, _, _, _, stencils, dilation, *options, repeats = _complete(name, args)
-        output = registry.attempt(name, *tensors, tuple(stencils) * repeats, tuple(dilation), *options)
+def _run_directly(name: str, args: tuple[Any, ...]) -> Tensor:
+    """Runs an operator past the dispatcher, which takes longer than a small call. Checks nothing."""
+    attempt = registry.attempt
+    if attempt is not None and name != "weight_gradient":
+        *tensors, stencils, dilation, unit_diagonal, transpose, repeats = _complete(name, args)
+        output = attempt(name, *tensors, tuple(stencils) * repeats, tuple(dilation), unit_diagonal, transpose)
         if output is not None:
             return output
     return _run(*_operator_call(name, args))
 
 
 def _applied(name: str, operator: Callable[..., Tensor], *args: Any) -> Tensor:
-    output = _direct(name, args)
-    return operator(*args) if output is None else output
+    is_direct = _is_direct(*args[: _NUM_TENSORS[name]])
+    return _run_directly(name, args) if is_direct else operator(*args)
 
 
 def _evaluated(name: str, operator: Callable[..., Tensor], *args: Any) -> Tensor:
-    output = _direct(name, args)
-    if output is not None:
-        return output
+    if _is_direct(*args[: _NUM_TENSORS[name]]):
+        return _run_directly(name, args)
     # A function's forward runs with both modes of differentiation off, which hides this call from the outer levels of
     # nested torch.func transforms.
     with torch.enable_grad(), forward_mode(True), below_autograd():
@@ -467,11 +487,17 @@ def _differentiable(name: str, operator: Callable[..., Tensor], function: Any) -
         if not is_recorded and not is_differentiating_forward():
             with below_autograd():
                 return operator(*args)
-        output = apply_at_this_level(function, *_complete(name, args))
-        # `_Solve` saves its output. Returns a copy, which the next layer may overwrite, as normflows' Shift does.
-        return output.clone() if function is _Solve else output
+        if _is_direct(*args[: _NUM_TENSORS[name]], recorded=True):
+            _check(*_operator_call(name, args))  # as the operator does elsewhere
+        return _recorded(function, _complete(name, args))
 
     return kernel
+
+
+def _recorded(function: Any, args: tuple[Any, ...]) -> Tensor:
+    output = apply_at_this_level(function, *args)
+    # `_Solve` saves its output. Returns a copy, which the next layer may overwrite, as normflows' Shift does.
+    return output.clone() if function is _Solve else output
 
 
 def _batched_operator(operator: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, int]]:

@@ -25,7 +25,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -81,14 +80,6 @@ def parse(corners: str | Sequence[str], dimensions: int = 2) -> tuple[int, ...]:
         f"corners must be one or more of {tuple(known)} in {dimensions} "
         f"dimension{'s' * (dimensions > 1)}, got {corners!r}{'; sides need two dimensions' * side}"
     )
-
-
-@lru_cache(maxsize=256)
-def cycle(stencils: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
-    """Returns the shortest cycle of stencils that gives these, and how many times."""
-    count = len(stencils)
-    length = next(n for n in range(1, count + 1) if stencils[:n] * (count // n) == stencils)
-    return stencils[:length], count // length
 
 
 def is_corner(code: int) -> bool:
@@ -153,11 +144,10 @@ def pivot(code: int, kernel_size: Sequence[int]) -> tuple[int, ...]:
 
 def pad(images: Tensor, code: int, kernel_size: Sequence[int], dilation: Sequence[int] = ()) -> Tensor:
     """Pads images, [B, C, ...], for a convolution of torch."""
-    amounts: list[int] = []  # before and after the last axis first
-    for place, size, step in zip(
-        pivot(code, kernel_size), kernel_size, dilation or [1] * len(kernel_size), strict=True
-    ):
-        amounts[:0] = place * step, (size - 1 - place) * step
+    amounts: list[int] = []
+    dilation = dilation or [1] * len(kernel_size)
+    for place, size, step in zip(pivot(code, kernel_size), kernel_size, dilation, strict=True):
+        amounts[:0] = place * step, (size - 1 - place) * step  # F.pad takes the last axis first
     return F.pad(images, amounts, mode="circular" if code & PERIODIC else "constant")
 
 

@@ -80,8 +80,10 @@ forward_mode = forward_ad._set_fwd_grad_enabled
 _PLAIN = frozenset((Tensor, nn.Parameter))
 
 
-def is_unobserved(*tensors: Tensor | None) -> bool:
-    """Returns whether nothing would see or record an operator on these tensors, and their memory has their values.
+def is_unobserved(*tensors: Tensor | None, recorded: bool = False) -> bool:
+    """Returns whether nothing would see an operator on these tensors, and their memory has their values.
+
+    Nor may autograd record it, unless `recorded`.
 
     Compilers, a `TorchDispatchMode`, `torch.jit.trace`, forward mode and torch.func see every operator.
     """
@@ -94,7 +96,7 @@ def is_unobserved(*tensors: Tensor | None) -> bool:
         or peek_interpreter_stack() is not None
     ):
         return False
-    records = torch.is_grad_enabled()
+    records = not recorded and torch.is_grad_enabled()
     for tensor in tensors:
         if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_neg() or (records and tensor.requires_grad)):
             return False

@@ -163,31 +163,36 @@ def test_operators_refuse_tensors_without_memory(name: str):
             operator(images(), second, *vectors, [0], [1, 1], False, False)
 
 
-def test_operators_check_shapes_and_dtypes():
+@pytest.mark.parametrize("recorded", [False, True], ids=["", "recorded"])
+def test_operators_check_shapes_and_dtypes(recorded: bool):
     """The reference accepted shapes that F.conv2d and broadcasting accept; kernels read 8-bit data as 64-bit."""
+    given = images().requires_grad_(recorded)
     for operator in (OPERATORS.conv, OPERATORS.solve):
         for dtype in (torch.float8_e4m3fn, torch.int32, torch.complex64):
             with pytest.raises(ValueError, match=rf"{dtype}"):
-                operator(images().to(dtype), weight().to(dtype), None, None, [0], [1, 1], False, False)
+                operator(given.to(dtype), weight().to(dtype), None, None, [0], [1, 1], False, False)
         with pytest.raises(ValueError, match=r"needs a second tensor of shape \(2, 2, 3, 3\)"):
-            operator(images(), weight()[:1], None, None, [0], [1, 1], False, False)
+            operator(given, weight()[:1], None, None, [0], [1, 1], False, False)
         with pytest.raises(ValueError, match=r"needs a bias of shape \(2,\), torch.float32 and cpu, got \(1,\)"):
-            operator(images(), weight(), torch.zeros(1), None, [0], [1, 1], False, False)
+            operator(given, weight(), torch.zeros(1), None, [0], [1, 1], False, False)
         periodic = [stencil.PERIODIC], [1, 1] if operator is OPERATORS.solve else [1, 2], 1
         known = (([0], [1, 1], repeats) for repeats in (0, -1, 3))
         for stencils, dilation, repeats in (periodic, *known, *(([code], [1, 1], 1) for code in (7, 64, 16, -1))):
             with pytest.raises(ValueError, match="one of their stencils for each group of channels"):
-                operator(images(), weight(), None, None, stencils, dilation, False, False, repeats)
+                operator(given, weight(), None, None, stencils, dilation, False, False, repeats)
         circular = [stencil.PERIODIC], [1, 1]
         for small, log_diagonal, unit in ((2, None, False), (4, None, True), (4, torch.zeros(2), False)):
             with pytest.raises(ValueError, match="one of their stencils for each group of channels"):
-                operator(images()[..., :small, :], weight(), None, log_diagonal, *circular, unit, False)
+                operator(given[..., :small, :], weight(), None, log_diagonal, *circular, unit, False)
+        for dilation in ([0, 1], [1], [1, 1, 1]):
+            with pytest.raises(ValueError, match="a kernel of positive size and dilation"):
+                operator(given, weight(), None, None, [0], dilation, False, False)
         with pytest.raises(ValueError, match=r"needs images \[B, C, H, W\] .* got \(2,\)"):
-            operator(images()[:, 0, 0, 0], weight(), None, None, [0], [1, 1], False, False)
+            operator(given[:, 0, 0, 0], weight(), None, None, [0], [1, 1], False, False)
     with pytest.raises(ValueError, match="one of their stencils for each group of channels"):
-        OPERATORS.weight_gradient(images(), images(), [stencil.PERIODIC], [1, 1], [3, 3], True)
+        OPERATORS.weight_gradient(given, given, [stencil.PERIODIC], [1, 1], [3, 3], True)
     with pytest.raises(ValueError, match="of positive size"):
-        OPERATORS.weight_gradient(images(), images(), [0], [1, 1], [0, 3], False)
+        OPERATORS.weight_gradient(given, given, [0], [1, 1], [0, 3], False)
 
 
 @pytest.mark.skipif(not native.available, reason="what is freed is seen by the native library")

@@ -50,35 +50,28 @@ def run(call: OperatorCall) -> Tensor:
     return operations[call.operation](call)
 
 
-def convolve(call: OperatorCall, repeats: int) -> Tensor:
-    """Computes A x + b by torch's convolutions, one per stencil; the groups cycle through the stencils `repeats` times.
-
-    One trace of it serves all sizes from 1 and any number of repeats.
-    """
-    weight, count, dimensions = _effective(call), len(call.stencils), call.dimensions
-    outputs: list[Tensor] = []
-    images, kernels = _split(call.input.to(weight.dtype), 1, count, repeats), _split(weight, 0, count, repeats)
-    for x, w, code in zip(images, kernels, call.stencils, strict=True):
-        if call.transpose:
-            w = w.unflatten(0, (repeats, -1)).transpose(1, 2).flip([*range(3, 3 + dimensions)]).flatten(0, 1)
-            code = stencil.opposite(code, dimensions)
-        x = stencil.pad(x, code, call.kernel_size, call.dilation)
-        outputs.append(_CONVOLUTIONS[dimensions](x, w, dilation=list(call.dilation) or 1, groups=repeats))
-    output = _join(outputs, 1, repeats)
-    if call.bias is not None:
-        output = output + _on_pixels(call.bias.to(weight.dtype), dimensions)
-    return output.to(call.input.dtype)
-
-
 def _conv(call: OperatorCall) -> Tensor:
-    output = torch.empty_like(call.input)
-    if output.numel() == 0:
+    input, dimensions, count = call.input, call.dimensions, len(call.stencils)
+    output = torch.empty_like(input)
+    if input.numel() == 0:
         return output
+    weight, stencils = _effective(call), list(call.stencils)
     if call.log_diagonal is not None:
-        _check_diagonal(_effective(call), call.stencils)
-    stencils, repeats = stencil.cycle(tuple(call.stencils))
-    with in_own_precision(output.device):
-        return output.copy_(convolve(call._replace(stencils=stencils), repeats))
+        _check_diagonal(weight, stencils)
+    if call.transpose:
+        axes = list(range(-dimensions, 0))
+        weight = weight.unflatten(0, (count, -1)).transpose(1, 2).flip(axes).flatten(0, 1)
+        stencils = [stencil.opposite(code, dimensions) for code in stencils]
+    shape = count, input.shape[1] // count
+    images, kernels, results = input.to(weight.dtype), weight.unflatten(0, shape), output.unflatten(1, shape)
+    biases = None if call.bias is None else call.bias.to(weight.dtype).unflatten(0, shape)
+    with in_own_precision(input.device):
+        for code, groups in _by_stencil(stencils).items():
+            x, w = stencil.pad(_of_groups(images, groups, count), code, weight.shape[2:]), kernels[groups]
+            b = None if biases is None else biases[groups].flatten()
+            y = _CONVOLUTIONS[dimensions](x, w.flatten(0, 1), b, groups=len(w))
+            results[:, groups] = y.unflatten(1, (-1, shape[1])).to(output.dtype)
+    return output
 
 
 def _solve(call: OperatorCall) -> Tensor:
@@ -89,7 +82,7 @@ def _solve(call: OperatorCall) -> Tensor:
     _check_diagonal(weight, stencils)
     rhs = input.to(weight.dtype)
     if call.bias is not None:
-        rhs = rhs - _on_pixels(call.bias.to(weight.dtype), dimensions)
+        rhs = rhs - call.bias.to(weight.dtype).view(-1, *[1] * dimensions)
     output = torch.empty_like(input)
     images, outputs, kernels = rhs.chunk(len(stencils), 1), output.chunk(len(stencils), 1), weight.chunk(len(stencils))
     substitute = products.substitute if dimensions == 2 else _substitute
@@ -134,25 +127,24 @@ def _substitute(y: Tensor, taps: Tensor, lags: Sequence[Sequence[int]], transpos
 
 
 def _weight_gradient(call: OperatorCall) -> Tensor:
-    input, kernel_size, channels = call.input, call.kernel_size, call.input.shape[1]
-    per_group = channels // len(call.stencils)
+    input, grad, stencils, kernel_size = call.input, call.other, call.stencils, list(call.kernel_size)
+    channels, count = input.shape[1], len(stencils)
+    per_group = channels // count
     if input.numel() == 0:
         return input.new_zeros(channels, per_group, *kernel_size)
     dtype = torch.promote_types(input.dtype, torch.float32)
-    stencils, repeats = stencil.cycle(tuple(call.stencils))
-    images, grads = (_split(each.to(dtype), 1, len(stencils), repeats) for each in (input, call.other))
-    weight = input.new_empty(1, dtype=dtype).expand(
-        repeats * per_group, per_group, *kernel_size
-    )  # only its shape matters
-    gradients = []
+    images, grads = input.to(dtype), grad.to(dtype)
+    gradient = input.new_empty(channels, per_group, *kernel_size, dtype=dtype)
+    results = gradient.unflatten(0, (count, per_group))
     with in_own_precision(input.device):
-        for x, g, code in zip(images, grads, stencils, strict=True):
+        for code, groups in _by_stencil(stencils).items():
+            x, g = stencil.pad(_of_groups(images, groups, count), code, kernel_size), _of_groups(grads, groups, count)
+            number, shape_only = g.shape[1] // per_group, gradient.narrow(0, 0, g.shape[1])
             # Takes two thirds of the time of `torch.nn.grad.conv2d_weight` for a small image.
-            options = [1], [0], [1], False, [0], repeats, [False, True, False]
-            x = stencil.pad(x, code, kernel_size)
-            gradients.append(torch.ops.aten.convolution_backward(g, x, weight, None, *options)[1])
-    gradient = _join(gradients, 0, repeats)
-    masked = _mask(gradient.shape, tuple(call.stencils), input.device, call.unit_diagonal)
+            options = [1], [0], [1], False, [0], number, [False, True, False]
+            w = torch.ops.aten.convolution_backward(g, x, shape_only, None, *options)[1]
+            results[groups] = w.view(number, *results.shape[1:])
+    masked = _mask(gradient.shape, tuple(stencils), input.device, call.unit_diagonal)
     return gradient.masked_fill_(masked, 0).to(input.dtype, memory_format=torch.contiguous_format)
 
 
@@ -162,22 +154,22 @@ def _log_abs_det(call: OperatorCall) -> Tensor:
     return call.input[:, :, 0, 0].sum(1, dtype=dtype) * pixels
 
 
-def _split(tensor: Tensor, dim: int, count: int, repeats: int) -> tuple[Tensor, ...]:
-    """Splits groups of channels that cycle through `count` stencils into the groups of each stencil."""
-    if count == 1:
-        return (tensor,)
-    return tensor.unflatten(dim, (repeats, count, -1)).transpose(dim, dim + 1).flatten(dim + 1, dim + 2).unbind(dim)
+def _by_stencil(stencils: Sequence[int]) -> dict[int, slice | list[int]]:
+    """Returns the groups of each stencil, for one grouped convolution each; a slice if possible, which gives views."""
+    found: dict[int, slice | list[int]] = {}
+    for code in set(stencils):
+        groups = [group for group, own in enumerate(stencils) if own == code]
+        spaced = range(groups[0], groups[-1] + 1, groups[1] - groups[0] if len(groups) > 1 else 1)
+        found[code] = slice(spaced.start, spaced.stop, spaced.step) if list(spaced) == groups else groups
+    return found
 
 
-def _join(tensors: list[Tensor], dim: int, repeats: int) -> Tensor:
-    """Undoes `_split`."""
-    if len(tensors) == 1:
-        return tensors[0]
-    return torch.stack(tensors, dim).unflatten(dim + 1, (repeats, -1)).transpose(dim, dim + 1).flatten(dim, dim + 2)
-
-
-def _on_pixels(channels: Tensor, dimensions: int) -> Tensor:
-    return channels.view(-1, *[1] * dimensions)
+def _of_groups(images: Tensor, groups: slice | list[int], count: int) -> Tensor:
+    """Returns the channels of some of `count` groups; adjacent ones as a view, which is also the fastest."""
+    if isinstance(groups, slice) and groups.step == 1:
+        per_group = images.shape[1] // count
+        return images.narrow(1, groups.start * per_group, (groups.stop - groups.start) * per_group)
+    return images.unflatten(1, (count, -1))[:, groups].flatten(1, 2)
 
 
 def _mask(shape: torch.Size, stencils: tuple[int, ...], device: torch.device, diagonal: bool) -> Tensor:

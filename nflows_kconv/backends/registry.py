@@ -22,7 +22,7 @@ class OperatorCall(NamedTuple):
         unit_diagonal: Whether the pivot's diagonal counts as 1; for "weight_gradient", whether it has no gradient.
         transpose: Whether A^T stands for A; for "log_abs_det", whether to negate it, as for a solution.
         kernel_size: Size of the kernel.
-        dilation: One number per axis; none for 1.
+        dilation: One number per axis.
     """
 
     operation: str
@@ -34,7 +34,7 @@ class OperatorCall(NamedTuple):
     unit_diagonal: bool = False
     transpose: bool = False
     kernel_size: Sequence[int] = ()
-    dilation: Sequence[int] = ()
+    dilation: Sequence[int] = (1,)
 
     @property
     def dimensions(self) -> int:
@@ -44,7 +44,7 @@ class OperatorCall(NamedTuple):
     @property
     def dilated(self) -> bool:
         """Whether any dilation exceeds 1."""
-        return max(self.dilation, default=1) > 1
+        return max(self.dilation) > 1
 
 
 class Status(NamedTuple):

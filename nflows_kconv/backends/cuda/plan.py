@@ -231,13 +231,13 @@ def kernel(problem: ProblemSpec, source: str, name: str, **constants: int | str)
 def _corners(problem: ProblemSpec) -> tuple[int, ...]:
     """Returns the stencils that groups take in turn.
 
-    They are 16 for up to 16 groups, zeros after the last; else one cycle, repeated up to 16.
+    They are 16 for up to 16 groups, zeros after the last; else one period, repeated up to 16.
     """
     codes, count = problem.stencils, len(problem.stencils)
     if count <= 16:
         return codes + (0,) * (16 - count)
-    cycle, _ = stencil.cycle(codes)
-    return cycle * max(1, 16 // len(cycle))
+    turn = next(codes[:n] for n in range(1, count + 1) if codes[:n] * (count // n) == codes)
+    return turn * max(1, 16 // len(turn))
 
 
 def arguments(problem: ProblemSpec, parameters: Sequence[int] = (), offsets: Sequence[int] = ()) -> bytes:
