@@ -11,8 +11,8 @@ class InvertibleModule(nn.Module):
     """A module `forward(input, context=None) -> (output, log_abs_det)` with an inverse of the same form.
 
     Both directions run through `nn.Module.__call__`, so hooks run once in either, and FSDP, pruning and weight
-    normalisation, which rely on hooks, work in both. Subclasses define `_run_forward` and `_run_inverse`, which take
-    the input and the context; log-determinants are [B], in float32 at least.
+    normalisation, which rely on hooks, work in both. Subclasses define `forward`, or `_run_forward` and
+    `_run_inverse`, which take the input and the context; log-determinants are [B], in float32 at least.
     """
 
     def forward(self, input: Tensor, context: Any = None, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
