@@ -459,6 +459,9 @@ struct Strip {
           move_square<kToBuffer, kShift>(from + p, lane, present, run_places + p, lanes + first, shifts);
           continue;
         }
+        // Zeros in the other lanes, because arithmetic on denormal numbers left there would be slow.
+        for (int64_t q = p; kToBuffer && present < n && q < p + pixels_here; ++q)
+          store(lanes + run_places[q] + first, Vector<T>{});
         // Lane by lane, because pixels of one image share cache lines, while pixels of many images may evict each
         // other.
         for (int64_t i = 0; i < present; ++i)
@@ -588,13 +591,15 @@ void keep_shared_rows(const TaskPlan& plan, T* buffer) {
   }
 }
 
-// If taps read to the right and lanes are rows, a solution must leave zeros beyond the ends of the rows.
+// If lanes are rows: leaves zeros in lanes without a pixel. Taps to the right would find other values there, and values
+// computed from one another shrink to denormal numbers, which are slow.
 template <typename T>
 void clear_outside(T* position, const TaskPlan& plan, Wavefront rows) {
-  for (int64_t channel = 0; channel < plan.channels; ++channel, position += plan.channel_pitch) {
-    for (int64_t lane = 0; lane < rows.first; ++lane) position[lane] = 0;
-    for (int64_t lane = rows.last; lane < plan.lanes_per_vector; ++lane) position[lane] = 0;
-  }
+  const T first = T(rows.first), last = T(rows.last);
+  Vector<T> lanes;
+  for (int lane = 0; lane < kLanes<T>; ++lane) lanes[lane] = T(lane);
+  for (int64_t channel = 0; channel < plan.channels; ++channel, position += plan.channel_pitch)
+    store(position, (lanes >= first) & (lanes < last) ? load(position) : Vector<T>{});
 }
 
 // A convolution goes through strips, positions and channels in the reverse order of a solution, so each output replaces
@@ -653,6 +658,8 @@ void run_task(const KernelProblem<T>& problem, const TaskPlan& plan, const T* pa
 
     const int64_t lines = plan.lanes == Lanes::images ? bottom - top : plan.lanes == Lanes::rows ? 1 : 0;
     const int64_t steps = plan.lanes == Lanes::rows ? problem.width + plan.skew * (bottom - top - 1) : problem.width;
+    // Before the end of the first row, lanes without a pixel find only zeros, unless one of these holds.
+    const bool outside = plan.lanes == Lanes::rows && (plan.right > 0 || bottom - top < plan.lanes_per_vector);
     for (int64_t z = 0; z < problem.depth; ++z) {
       T* first = buffer + plan.first_pixel + (kSolve ? z : problem.depth - 1 - z) * plan.plane_pitch;
       if (plan.lanes == Lanes::channels)
@@ -662,8 +669,8 @@ void run_task(const KernelProblem<T>& problem, const TaskPlan& plan, const T* pa
         for (int64_t j = 0; j < steps; ++j) {
           T* position = line + (kSolve ? j : steps - 1 - j) * plan.position_pitch;
           compute_position<kSolve>(position, plan, packed, kernels);
-          if (kSolve && plan.lanes == Lanes::rows && plan.right > 0)
-            clear_outside(position, plan, Wavefront(j, plan.skew, plan.lanes_per_vector, problem.width));
+          if (kSolve && (outside || (plan.lanes == Lanes::rows && j >= problem.width)))
+            clear_outside(position, plan, Wavefront(j, plan.skew, bottom - top, problem.width));
         }
       }
     }
