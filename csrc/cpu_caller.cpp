@@ -130,8 +130,9 @@ KCONV_EXPORT Outcome nflows_kconv_run(const Arguments* arguments) {
   if (!read(input, in) || !read(output, out) || !read(weight, kernel) || !fits(*options, in, kernel) ||
       !read_channels(bias, in, shift) || !read_channels(log_diagonal, in, diagonal))
     return Outcome::declined;
+  // Zero tensors and freed ones have no memory.
   if (!in.data || !out.data || !kernel.data || (bias && !shift.data) || (log_diagonal && !diagonal.data))
-    return Outcome::freed;
+    return Outcome::declined;
   if (in.dtype == aoti_torch_dtype_float32()) return run<float>(*options, in, out, kernel, shift, diagonal);
   if (in.dtype == aoti_torch_dtype_float64()) return run<double>(*options, in, out, kernel, shift, diagonal);
   return Outcome::declined;

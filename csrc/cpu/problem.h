@@ -94,10 +94,10 @@ struct KernelProblem {
 // Calls body(begin, end, context) for ranges that cover [0, count), on several threads if count > grain.
 using ParallelFor = void (*)(int64_t count, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context);
 
-// `run` returns the first three. Keep equal to nflows_kconv/backends/native.py.
-enum class Outcome : int { done, bad_diagonal, out_of_memory, freed, declined };
+// Keep equal to nflows_kconv/backends/native.py.
+enum class Outcome : int { done, out_of_memory, declined };
 
-// Runs the problem with the selected instruction set. Does nothing unless the diagonal of a solution, or
+// Runs the problem with the selected instruction set. Declines and does nothing unless the diagonal of a solution, or
 // exp(log_diagonal), and its reciprocal are finite and nonzero.
 template <typename T>
 Outcome run(const KernelProblem<T>& problem, int64_t threads, ParallelFor parallel_for);

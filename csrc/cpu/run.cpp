@@ -166,7 +166,7 @@ void run_family(const KernelProblem<T>& problem, int64_t family, const std::vect
 template <typename T>
 Outcome run(const KernelProblem<T>& given, int64_t threads, ParallelFor parallel_for) try {
   const KernelProblem<T> problem = given.with_images_of_groups();
-  if ((problem.solve || problem.log_diagonal) && !has_reciprocals(problem)) return Outcome::bad_diagonal;
+  if ((problem.solve || problem.log_diagonal) && !has_reciprocals(problem)) return Outcome::declined;
   for (const int64_t one : kFamilies) {
     std::vector<int64_t> groups;
     for (int64_t group = 0; group < problem.groups; ++group)

@@ -43,20 +43,14 @@ def run(call: OperatorCall) -> Tensor:
         return reference.run(call)
     operation, input, weight, stencils, bias, log_diagonal, unit_diagonal, transpose, _, dilation = call
     dtype = torch.promote_types(input.dtype, torch.float32)
-    images = input.to(dtype)
-    output = torch.empty_like(images)
-    if output.numel() == 0:
-        return torch.empty_like(input)
     weight = weight.to(dtype).contiguous()
     bias, log_diagonal = (None if t is None else t.to(dtype).contiguous() for t in (bias, log_diagonal))
-    options = _options(operation, tuple(stencils), tuple(dilation), unit_diagonal, transpose)
-    assert options is not None  # `why_not` has refused other stencils
-    match _call(options, images, output, weight, bias, log_diagonal):
-        case Outcome.DONE:
-            return output.to(input.dtype)
-        case Outcome.OUT_OF_MEMORY:
-            raise RuntimeError("out of memory for the buffers of the CPU kernel")
-        case Outcome.FREED:  # sharding libraries free the memory of a live tensor
+    options = tuple(stencils), tuple(dilation), unit_diagonal, transpose
+    output = attempt(operation, input.to(dtype), weight, bias, log_diagonal, *options)
+    if output is not None:
+        return output.to(input.dtype)
+    for tensor in (input, weight, bias, log_diagonal):
+        if tensor is not None and tensor.numel() and not tensor.data_ptr():  # sharding libraries do that
             raise RuntimeError("the memory of a tensor must not have been freed")
     return reference.run(call)  # as fast, or raises the error about the diagonal
 
@@ -82,13 +76,7 @@ def attempt(
         output = torch.empty_like(input)
     except RuntimeError:  # of some tensors that are not dense, or out of memory: the checked call tells
         return None
-    return None if _call(options, input, output, weight, bias, log_diagonal) else output
-
-
-def _call(
-    options: Options, input: Tensor, output: Tensor, weight: Tensor, bias: Tensor | None, log_diagonal: Tensor | None
-) -> int:
-    return native.run_kernel(
+    outcome = native.run_kernel(
         _pack(
             options.address,
             address(input),
@@ -98,6 +86,11 @@ def _call(
             0 if log_diagonal is None else address(log_diagonal),
         )
     )
+    if outcome == 0:  # faster than comparing with the enumeration
+        return output
+    if outcome == Outcome.OUT_OF_MEMORY:
+        raise RuntimeError("out of memory for the buffers of the CPU kernel")
+    return None
 
 
 @lru_cache(maxsize=256)

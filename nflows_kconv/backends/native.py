@@ -21,13 +21,11 @@ called_back = threading.local()  # .error: raised by Python when the library cal
 
 
 class Outcome(IntEnum):
-    """The outcome of a CPU kernel call; only DONE wrote an output."""
+    """The outcome of a CPU kernel call, as in csrc/cpu/problem.h; only DONE wrote an output."""
 
     DONE = 0
-    BAD_DIAGONAL = 1
-    OUT_OF_MEMORY = 2
-    FREED = 3  # tensors without memory
-    DECLINED = 4  # tensors it cannot read or that do not fit, or a call that torch runs faster
+    OUT_OF_MEMORY = 1
+    DECLINED = 2  # no reciprocal of the diagonal, tensors it cannot read or that do not fit, or torch is faster
 
 
 class Options(ctypes.Structure):
