@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nflows_kconv import bound, checks, functional, ops, stencil
-from nflows_kconv.invertible import InvertibleModule
+from nflows_kconv.invertible import InvertibleModule, no_log_abs_det
 from nflows_kconv.torch_internals import EXTRA_STATE, tree_leaves, without_subclasses
 
 
@@ -301,9 +301,7 @@ def log_abs_det(input: Tensor, log_diagonal: Tensor | None, sign: int = 1) -> Te
     """Returns the log-determinants for a log-diagonal, [C] or per image [B, C]; None stands for a unit diagonal."""
     # As few operators as possible, in new memory, because users add to it in place.
     if log_diagonal is None:
-        if input.dtype in _HALF_PRECISION:
-            return input.new_zeros(input.shape[0], dtype=torch.float32)
-        return input.new_zeros(input.shape[0])
+        return no_log_abs_det(input)
     if log_diagonal.is_cuda and (sums := ops.log_abs_det(input, log_diagonal, sign)) is not None:
         return sums
     shape, dtype = input.shape, torch.float32 if log_diagonal.dtype in _HALF_PRECISION else None
@@ -373,15 +371,16 @@ class InvertibleConv(KernelLayer):
         return (raw_weight * scale).to(raw_weight.dtype)
 
     def _run(self, operation: ops.Operation, input: Tensor, context: Any) -> tuple[Tensor, Tensor | None]:
-        own: dict[str, Any] = self._parameters  # faster than three attribute lookups
+        own = self.__dict__  # a module's attributes take several times as long
+        parameters = own["_parameters"]
         try:
-            weight, log_diagonal, bias = own["raw_weight"], own["log_diagonal"], own["bias"]
+            weight, log_diagonal, bias = parameters["raw_weight"], parameters["log_diagonal"], parameters["bias"]
         except KeyError:  # one of them is computed, as by pruning
             weight, log_diagonal, bias = self.raw_weight, self.log_diagonal, self.bias
-        if self.max_inverse_gain is not None:
+        if own["max_inverse_gain"] is not None:
             weight = self._bounded(weight, log_diagonal)
         output = functional.run(
-            operation, input, weight, bias, log_diagonal, self._stencils, log_diagonal is None, self.dilation
+            operation, input, weight, bias, log_diagonal, own["_stencils"], log_diagonal is None, own["dilation"]
         )
         return output, log_diagonal
 

@@ -26,7 +26,7 @@ from torch._C._functorch import (
 )
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 from torch.distributions.transforms import _InverseTransform
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
@@ -89,11 +89,11 @@ def is_unobserved(*tensors: Tensor | None, recorded: bool = False) -> bool:
     """
     # Every call of a layer comes through here: one loop, and the expressions of functions in place of calls.
     if (
-        is_compiling()
-        or _len_torch_dispatch_stack() > 0
-        or _get_tracing_state() is not None
+        is_dynamo_compiling()
+        or _len_torch_dispatch_stack()
+        or _get_tracing_state()
+        or peek_interpreter_stack()
         or forward_ad._current_level >= 0
-        or peek_interpreter_stack() is not None
     ):
         return False
     records = not recorded and torch.is_grad_enabled()

@@ -32,6 +32,7 @@ from nflows_kconv.bijection import Bijection, as_bijection
 from nflows_kconv.flows import steps
 from nflows_kconv.flows.images.arguments import check_numbers
 from nflows_kconv.flows.shared_networks import evaluated_once
+from nflows_kconv.invertible import no_log_abs_det
 from nflows_kconv.torch_internals import tree_leaves
 
 Gradients = dict[Tensor, Tensor]
@@ -159,7 +160,7 @@ class _Cascade(torch.autograd.Function):
         ctx.sources = sources
         length = max(1, math.ceil(len(steps) / _KEPT_INPUTS))
         ctx.segments = [steps[start : start + length] for start in range(0, len(steps), length)]
-        kept, total = [input], input.new_zeros(input.shape[0])
+        kept, total = [input], no_log_abs_det(input)
         with _restored_on_error(steps), torch.autocast(**ctx.autocast):
             for segment in ctx.segments:
                 output, log_abs_det = _run(kept[-1], segment, keep_dtype=True)
@@ -243,7 +244,7 @@ def _is_close(restored: Tensor, expected: Tensor, autocast: dict[str, Any]) -> b
 
 
 def _run(input: Tensor, steps: Sequence[_Step], keep_dtype: bool = False) -> tuple[Tensor, Tensor]:
-    output, total = input, input.new_zeros(input.shape[0])
+    output, total = input, no_log_abs_det(input)
     for one in steps:
         output, log_abs_det = one.run(output)
         if keep_dtype and output.dtype != input.dtype:

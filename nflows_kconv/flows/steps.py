@@ -18,7 +18,7 @@ from nflows_kconv import bijection, checks
 from nflows_kconv.backends.reference import without_autocast
 from nflows_kconv.conditional import ConditionalInvertibleConv
 from nflows_kconv.flows.images.arguments import check_numbers
-from nflows_kconv.invertible import InvertibleModule
+from nflows_kconv.invertible import InvertibleModule, no_log_abs_det
 from nflows_kconv.torch_internals import (
     is_functorch_wrapped_tensor,
     is_sharded,
@@ -122,7 +122,7 @@ class Squeeze(_Step):
         axes = range(2, 2 + 2 * len(sizes), 2)
         blocks = input.reshape(batch, channels, *chain.from_iterable((size // 2, 2) for size in sizes))
         output = blocks.permute(0, 1, *(axis + 1 for axis in axes), *axes).flatten(1, 1 + len(sizes))
-        return output, _no_log_abs_det(input)
+        return output, no_log_abs_det(input)
 
     def _run_inverse(self, input: Tensor, context: Any) -> tuple[Tensor, Tensor]:
         batch, channels, *sizes = input.shape
@@ -131,7 +131,7 @@ class Squeeze(_Step):
         blocks = input.unflatten(1, (-1, *[2] * len(sizes)))
         axes = chain.from_iterable((axis + len(sizes), axis) for axis in range(2, 2 + len(sizes)))
         output = blocks.permute(0, 1, *axes).reshape(batch, blocks.shape[1], *(2 * size for size in sizes))
-        return output, _no_log_abs_det(input)
+        return output, no_log_abs_det(input)
 
 
 class ActNorm(_Step):
@@ -448,17 +448,13 @@ def _chain(input: Tensor, context: Any, functions: Iterable[Any]) -> tuple[Tenso
         total = log_abs_det if total is None else total + log_abs_det
     if total is None:
         check_numbers(input)
-        total = _no_log_abs_det(input)
+        total = no_log_abs_det(input)
     return input, total
 
 
 def _on_channels(values: Tensor, input: Tensor) -> Tensor:
     """Reshapes one value per channel, [C], to broadcast over the input."""
     return values.view(-1, *[1] * (input.dim() - 2))
-
-
-def _no_log_abs_det(input: Tensor) -> Tensor:
-    return input.new_zeros(input.shape[0], dtype=torch.promote_types(input.dtype, torch.float32))
 
 
 def _per_image(log_scale: Tensor, input: Tensor) -> Tensor:
