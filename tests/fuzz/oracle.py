@@ -83,6 +83,7 @@ class Problem:
             exact = oracles.solve(rhs, _finite(self.weight), self.corners, transpose=transpose).abs()
             sums = self._apply(exact, self._matrix.abs(), transpose) + magnitude
             may = may | self._followers(~(torch.maximum(64 * exact, 2 * sums) < self._limit), transpose)
+            may = may | self._overflowing_groups(transpose)
         x = _finite(got.double()).masked_fill(may, 0)
         error = (self._apply(x, self._matrix, transpose) - rhs).abs()
         product = self._apply(x.abs(), self._matrix.abs(), transpose)
@@ -182,6 +183,14 @@ class Problem:
     def _bad_groups(self) -> Tensor:
         groups = self._bad_weight.unflatten(0, (len(self.corners), -1)).flatten(1).any(1)
         return groups.repeat_interleave(self.weight.shape[1]).view(-1, 1, 1)
+
+    def _overflowing_groups(self, transpose: bool) -> Tensor:
+        """Groups whose weights leave the range of the dtype if multiplied by the pivot's inverse, which all may do."""
+        matrices = self._matrix.flatten(2).unflatten(0, (len(self.corners), -1))
+        matrices = matrices.transpose(1, 2) if transpose else matrices
+        pivot = matrices[..., matrices.shape[-1] // 2]
+        products = torch.linalg.solve_triangular(pivot, matrices.flatten(2), upper=transpose).abs().amax((1, 2))
+        return ~(64 * products < self._limit).repeat_interleave(self.weight.shape[1]).view(-1, 1, 1)
 
     @cached_property
     def _used(self) -> Tensor:
