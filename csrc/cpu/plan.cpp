@@ -26,17 +26,19 @@ std::vector<Tile> make_tiles(int64_t channels, int64_t unit, int64_t taps, int64
   return tiles;
 }
 
-// Returns the number of blocks of images per group. Large blocks reuse each loaded weight, and a load costs about half
-// a vector operation; small blocks balance the threads.
-int64_t image_blocks(int64_t image_vectors, int64_t groups, int64_t threads, int64_t max_vectors) {
-  int64_t best = image_vectors, best_time = INT64_MAX;
+struct ImageBlocks {
+  int64_t count, time;
+};
+
+// Returns the number of blocks of images per group, and the time of a position's channel in half vector operations.
+// Large blocks reuse each loaded weight, and a load costs about half a vector operation; small blocks balance the
+// threads.
+ImageBlocks image_blocks(int64_t image_vectors, int64_t groups, int64_t threads, int64_t max_vectors) {
+  ImageBlocks best{image_vectors, INT64_MAX};
   for (int64_t vectors = 1; vectors <= max_vectors; ++vectors) {
     const int64_t blocks = divide_up(image_vectors, vectors);
     const int64_t time = divide_up(groups * blocks, threads) * (2 * vectors + 1);
-    if (time <= best_time) {
-      best = blocks;
-      best_time = time;
-    }
+    if (time <= best.time) best = {blocks, time};
   }
   return best;
 }
@@ -74,20 +76,27 @@ OwnedTaskPlan make_plan(const KernelProblem<T>& problem, int64_t family, int64_t
                        weight_bytes > kFirstLevelBytes;
 
   // Chooses the lanes: images if there are many, rows of few large images, channels of few small ones. A vector of
-  // channels costs more, because no weight serves several.
-  const int64_t image_steps = image_vectors * depth * height * width * plan.channels * (spilled ? 2 : 1);
-  const int64_t row_steps =
-      problem.batch * depth * divide_up(height, lanes) * (width + plan.skew * (lanes - 1)) * plan.channels;
+  // channels costs more, because no weight serves several. For rows and images, times are compared: a pixel goes into a
+  // row's lane and back one by one, which costs about two vector operations.
+  const int64_t positions = depth * height * width;
+  const int64_t image_steps = image_vectors * positions * plan.channels * (spilled ? 2 : 1);
+  const int64_t row_steps = depth * divide_up(height, lanes) * (width + plan.skew * (lanes - 1)) * plan.channels;
   const int64_t channel_vectors = divide_up(plan.channels, lanes);
-  const int64_t channel_steps = problem.batch * depth * height * width * channel_vectors * 5 / 4;
-  plan.lanes = channel_steps < std::min(image_steps, row_steps) ? Lanes::channels
-               : row_steps < image_steps                        ? Lanes::rows
-                                                                : Lanes::images;
+  const int64_t channel_steps = problem.batch * positions * channel_vectors * 5 / 4;
+  const int64_t operations = problem.batch * positions * plan.channels * input_bytes / target.vector_bytes * groups;
+  const int64_t busy = std::min(threads, operations / kGrain + 1);  // threads worth waking
+  const ImageBlocks images = image_blocks(image_vectors, groups, busy, problem.images_differ ? 1 : target.max_vectors);
+  const int64_t image_time = images.time * positions * plan.channels * (spilled ? 2 : 1);
+  const int64_t row_time =
+      divide_up(groups * problem.batch, busy) * (row_steps * 3 + positions * 4 / problem.kernel_taps());
+  plan.lanes = channel_steps < std::min(image_steps, problem.batch * row_steps) ? Lanes::channels
+               : row_time < image_time                                          ? Lanes::rows
+                                                                                : Lanes::images;
 
   plan.blocks = problem.batch;
   plan.vectors = 1;
   if (plan.lanes == Lanes::images) {
-    plan.blocks = image_blocks(image_vectors, groups, threads, problem.images_differ ? 1 : target.max_vectors);
+    plan.blocks = images.count;
     plan.vectors = divide_up(image_vectors, plan.blocks);
     plan.block_images = plan.vectors * lanes;
   } else if (plan.lanes == Lanes::rows) {
@@ -145,9 +154,9 @@ OwnedTaskPlan make_plan(const KernelProblem<T>& problem, int64_t family, int64_t
       }
   plan.tap_count = int64_t(plan.owned_taps.size());
   const int64_t kernel_taps = problem.kernel_taps();
-  const int64_t images = plan.lanes == Lanes::channels ? kMirrorImages : 0;
-  plan.owned_places.assign(images * kernel_taps, -1);
-  for (int64_t image = 0; image < images; ++image)
+  const int64_t mirror_images = plan.lanes == Lanes::channels ? kMirrorImages : 0;
+  plan.owned_places.assign(mirror_images * kernel_taps, -1);
+  for (int64_t image = 0; image < mirror_images; ++image)
     for (int64_t tap = 0; tap < plan.tap_count; ++tap)
       plan.owned_places[image * kernel_taps + problem.tap(family | image, plan.owned_taps[tap])] = tap;
   // Registers hold the sums, a vector of inputs for each vector of lanes, and a weight.
@@ -161,10 +170,10 @@ OwnedTaskPlan make_plan(const KernelProblem<T>& problem, int64_t family, int64_t
   plan.pixels = std::min<int64_t>(kMaxPixels, (target.registers - 1) / tile_vectors - 1);
   const Tile& last = plan.owned_tiles.back();
   plan.group_weights = last.weights + (taps * plan.channels + last.first + last.size + 1) * last.size;
-  const int64_t positions =
+  const int64_t steps =
       depth * (plan.lanes == Lanes::rows ? divide_up(height, lanes) * width : height * width * plan.vectors);
-  plan.operations = plan.lanes == Lanes::channels ? plan.block_images * positions * plan.group_weights / lanes
-                                                  : positions * plan.group_weights;
+  plan.operations = plan.lanes == Lanes::channels ? plan.block_images * steps * plan.group_weights / lanes
+                                                  : steps * plan.group_weights;
   plan.tile_count = int64_t(plan.owned_tiles.size());
   plan.tiles = plan.owned_tiles.data();
   plan.taps = plan.owned_taps.data();

@@ -32,6 +32,9 @@ constexpr int kMaxVectors = 4;
 constexpr int kMaxChannelVectors = 3;
 constexpr int kMaxPixels = 8;
 
+// Packed weights or vector operations that are worth waking a thread.
+constexpr int64_t kGrain = 16384;
+
 enum class Lanes { images, rows, channels };
 
 struct Target {  // properties of an instruction set

@@ -154,8 +154,6 @@ void run_family(const KernelProblem<T>& problem, int64_t family, const std::vect
   const Memory packed = allocate(packings * packing * sizeof(T));
   Run<T> run{problem, plan, kernels, groups.data(), static_cast<T*>(packed.get())};
 
-  // Packed weights or vector operations that are worth waking a thread.
-  constexpr int64_t kGrain = 16384;
   parallel_for(packings * plan.tile_count, kGrain * plan.tile_count / packing + 1, pack_tiles<T>, &run);
   parallel_for(count * plan.blocks, kGrain / plan.operations + 1, run_tasks<T>, &run);
   if (run.out_of_memory) throw std::bad_alloc();
